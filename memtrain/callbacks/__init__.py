@@ -1,0 +1,1 @@
+"""What only observes: one concern a file."""

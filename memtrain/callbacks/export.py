@@ -1,0 +1,24 @@
+"""The finished model as a diffusers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Export(pl.Callback):
+    """At the end of a run writes `export/`, with the averaged weights, for `from_pretrained`."""
+
+    def __init__(self, dtype: str):
+        if dtype not in DTYPES:
+            raise ValueError(f"callbacks.export.dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+        self.dtype = DTYPES[dtype]
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            with pl_module.averaged_weights():
+                pl_module.model.export(Path(trainer.default_root_dir) / "export", self.dtype)

@@ -1,0 +1,61 @@
+"""A grid of generations from fixed prompts and seeds, as training goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from memtrain.callbacks.generation import decode, generate
+from memtrain.callbacks.logging import log_picture
+from memtrain.core.diffusion import GENERATION, place_seed
+from memtrain.report.pictures import draw_grid
+
+
+class SampleGrid(pl.Callback):
+    """Writes `grids/step-<step>.png`: a row a prompt, the same start noise every time, averaged weights.
+
+    Args:
+        every: optimizer steps between two grids; 0 draws one at the end alone.
+        prompts: fixed prompts; where there are none, captions of the reference set.
+        columns: generations of each prompt.
+        num_steps, guidance_scale: of the stock pipeline's DDIM sampler.
+    """
+
+    def __init__(self, every: int, prompts: list[str], columns: int, num_steps: int, guidance_scale: float):
+        if every < 0 or columns < 1:
+            raise ValueError("callbacks.sample_grid: every must be >= 0 and columns >= 1")
+        self.every, self.prompts, self.columns = every, list(prompts), columns
+        self.num_steps, self.guidance_scale = num_steps, guidance_scale
+        self.drawn_at = -1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if self.every and trainer.global_step % self.every == 0 and trainer.global_step != self.drawn_at:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self.drawn_at:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.drawn_at = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        prompts = self.prompts or trainer.datamodule.decode(trainer.datamodule.groups.reference[:4]).captions
+        if not prompts:
+            return
+        with pl_module.averaged_weights():
+            latents = generate(
+                trainer,
+                pl_module.model.pipeline(),
+                [prompt for prompt in prompts for _ in range(self.columns)],
+                [place_seed(pl_module.seed, GENERATION, 0, column) for _ in prompts for column in range(self.columns)],
+                pl_module.latent_shape,
+                self.num_steps,
+                self.guidance_scale,
+            )
+        path = Path(trainer.default_root_dir) / "grids" / f"step-{trainer.global_step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        images = decode(pl_module.model, latents)
+        draw_grid(path, prompts, images.reshape(len(prompts), self.columns, *images.shape[1:]))
+        log_picture(trainer, "samples_of_fixed_prompts", path)

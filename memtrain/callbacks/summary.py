@@ -1,0 +1,104 @@
+"""What a run came to: `summary.json`, `curves.png`, and a table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.table import Table
+
+from memtrain.callbacks.curves import MemorizationCurves
+from memtrain.callbacks.logging import log_picture
+from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, TRAINED
+from memtrain.report.curves import draw_curves
+
+
+class Summary(pl.Callback):
+    """Gathers what the other callbacks found, so it comes last. Figures that nothing measured are null."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = self.trained_until = time.perf_counter()
+        self.samples_before = pl_module.samples_seen
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.trained_until = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        summary = self.summarize(trainer, pl_module)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        if (folder / "metrics.csv").exists():
+            draw_curves(folder / "metrics.csv", folder / "curves.png")
+            log_picture(trainer, "curves", folder / "curves.png")
+        print_summary(summary, folder)
+
+    def summarize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict:
+        def figure(name: str) -> float | None:
+            value = trainer.callback_metrics.get(name)
+            return None if value is None else _or_none(value.item())
+
+        curves = next((c for c in trainer.callbacks if isinstance(c, MemorizationCurves)), None)
+        seconds = max(self.trained_until - self.started, 1e-9)  # validation included, what follows the last step not
+        return {
+            "steps": trainer.global_step,
+            "samples_seen": pl_module.samples_seen,
+            "updates_skipped": pl_module.updates_skipped,
+            "samples_per_second": (pl_module.samples_seen - self.samples_before) / seconds,
+            "heldout_loss": figure("heldout_loss"),
+            "score": {
+                GROUP_NAMES[group]: {
+                    "mean": figure(f"val_score/{GROUP_NAMES[group]}"),
+                    "mean_at_high_noise": figure(f"val_score_high_noise/{GROUP_NAMES[group]}"),
+                    "excluded_fraction": _or_none(curves.excluded_fraction(group)) if curves else None,
+                }
+                for group in (CANARY, TRAINED, REFERENCE)
+            },
+            "auc_canary_vs_reference": figure("auc_canary_vs_reference"),
+            "tpr_at_1pct_fpr": figure("tpr_at_1pct_fpr"),
+            "copy_rate": {name: figure(f"copy_rate/{name}") for name in ("canary", "reference")},
+            "copy_rmse": {name: figure(f"copy_rmse/{name}") for name in ("canary", "reference")},
+            "bad_samples": trainer.datamodule.problems_by_cause(),
+        }
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def print_summary(summary: dict, folder: Path) -> None:
+    def show(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    table = Table(title=f"{summary['steps']} steps, {summary['samples_seen']} samples seen", title_justify="left")
+    table.add_column("")
+    for group in ("canary", "train", "reference"):
+        table.add_column(group, justify="right")
+    scores = [summary["score"][group] for group in ("canary", "train", "reference")]
+    table.add_row("score, all timesteps", *(show(s["mean"], ".3f") for s in scores))
+    table.add_row("score, high noise", *(show(s["mean_at_high_noise"], ".3f") for s in scores))
+    table.add_row("excluded (reference: would be)", *(show(s["excluded_fraction"], ".1%") for s in scores))
+    copies = summary["copy_rate"]
+    table.add_row("generations that are copies", show(copies["canary"], ".1%"), "", show(copies["reference"], ".1%"))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"held-out loss {show(summary['heldout_loss'], '.4f')}   "
+        f"AUC canary against reference {show(summary['auc_canary_vs_reference'], '.3f')}   "
+        f"updates skipped {summary['updates_skipped']}   {summary['samples_per_second']:.0f} samples/s"
+    )
+    for name, what in (
+        ("curves.png", "curves"),
+        ("samples.png", "samples"),
+        ("summary.json", "summary"),
+        ("export", "pipeline"),
+    ):
+        if (folder / name).exists():
+            print(f"{what:9}{folder / name}")

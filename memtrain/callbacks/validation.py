@@ -1,0 +1,112 @@
+"""Held-out loss, and the scores of fixed samples at fixed noise and timesteps."""
+
+from __future__ import annotations
+
+import logging
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from memtrain.callbacks.logging import from_all_ranks, log_metrics, share_of_rank
+from memtrain.core.diffusion import HELD_OUT, draw
+from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, TRAINED
+from memtrain.core.statistics import auc, tpr_at_fpr
+
+log = logging.getLogger(__name__)
+
+
+class Validation(pl.Callback):
+    """Every `every` steps and at the end, with the averaged weights: what the model does to three groups.
+
+    Each sample is noised to `timesteps_per_sample` timesteps, evenly spread over the schedule; noise depends on
+    (seed, sample, timestep) alone, so two runs of one seed are compared on the same draws.
+
+    Logs `heldout_loss` (reference set, never trained on), `val_score/<group>`, `val_score_high_noise/<group>`,
+    and how well the mean score at high noise tells canaries from the reference set (`auc`, `tpr_at_1pct_fpr`).
+
+    Args:
+        every: optimizer steps between two validations.
+        samples: at most so many of each group.
+        timesteps_per_sample: timesteps at which each is looked at.
+        high_noise: timesteps from this share of the schedule on count as high noise.
+        batch_size: rows of a forward pass.
+    """
+
+    def __init__(self, every: int, samples: int, timesteps_per_sample: int, high_noise: float, batch_size: int):
+        if every < 1 or samples < 1 or timesteps_per_sample < 1:
+            raise ValueError("callbacks.validation: every, samples and timesteps_per_sample must be >= 1")
+        self.every, self.samples, self.timesteps_per_sample = every, samples, timesteps_per_sample
+        self.high_noise, self.batch_size = high_noise, batch_size
+        self.validated_at = -1
+        self._groups: list[tuple[int, Tensor, Tensor, list[str]]] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._validate(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % self.every == 0 and trainer.global_step != self.validated_at:
+            self._validate(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self.validated_at:
+            self._validate(trainer, pl_module)
+
+    def _load(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        groups = trainer.datamodule.groups
+        self._groups = []
+        for number, positions in ((TRAINED, groups.train), (CANARY, groups.canary), (REFERENCE, groups.reference)):
+            spread = positions[:: max(1, len(positions) // self.samples)][: self.samples]
+            self._groups.append((number, *pl_module.encode_samples(spread)))
+
+    @torch.no_grad()
+    def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated_at = trainer.global_step
+        if self._groups is None:
+            self._load(trainer, pl_module)
+        metrics, by_sample = {}, {}
+        with pl_module.averaged_weights(), trainer.precision_plugin.forward_context():
+            for number, latents, index, captions in self._groups:
+                if len(captions) == 0:
+                    continue
+                timesteps, loss, score = self._look_at(trainer, pl_module, latents, index, captions)
+                noisy = timesteps >= self.high_noise * pl_module.num_timesteps
+                name = GROUP_NAMES[number]
+                metrics[f"val_score/{name}"] = score.mean().item()
+                metrics[f"val_score_high_noise/{name}"] = score[:, noisy].mean().item()
+                metrics[f"val_loss/{name}"] = loss.mean().item()
+                by_sample[number] = score[:, noisy].mean(dim=1)
+        if REFERENCE in by_sample:
+            metrics["heldout_loss"] = metrics.pop(f"val_loss/{GROUP_NAMES[REFERENCE]}")
+        if REFERENCE in by_sample and CANARY in by_sample:
+            metrics["auc_canary_vs_reference"] = auc(by_sample[CANARY], by_sample[REFERENCE])
+            metrics["tpr_at_1pct_fpr"] = tpr_at_fpr(by_sample[CANARY], by_sample[REFERENCE])
+        log_metrics(trainer, metrics)
+
+    def _look_at(self, trainer, pl_module, latents, index, captions) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps (K,), loss (N, K) and score (N, K) of N samples at K timesteps."""
+        k = self.timesteps_per_sample
+        timesteps = ((torch.arange(k) + 0.5) * pl_module.num_timesteps / k).long()
+        rows = share_of_rank(trainer, [(n, i) for n in range(len(captions)) for i in range(k)])
+        results = []
+        for first in range(0, len(rows), self.batch_size):
+            part = rows[first : first + self.batch_size]
+            noise = torch.cat(
+                [
+                    draw(pl_module.seed, HELD_OUT, i, [int(index[n])], latents.shape[1:], pl_module.num_timesteps).noise
+                    for n, i in part
+                ]
+            )
+            samples = [n for n, _ in part]
+            loss, score = pl_module.predict_and_score(
+                latents[samples].to(pl_module.device),
+                noise.to(pl_module.device),
+                timesteps[[i for _, i in part]].to(pl_module.device),
+                [captions[n] for n in samples],
+            )
+            results += zip(part, loss.tolist(), score.tolist(), strict=True)
+        values = torch.zeros(2, len(captions), k)
+        for (n, i), loss, score in from_all_ranks(trainer, results):
+            values[:, n, i] = torch.tensor([loss, score])
+        return timesteps, values[0], values[1]

@@ -1,0 +1,1 @@
+"""Reads config, builds objects, calls one room."""

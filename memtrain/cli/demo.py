@@ -1,0 +1,15 @@
+"""`memtrain demo`"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+
+def demo(cfg: DictConfig) -> None:
+    from memtrain.demo.compose import write_corpus
+
+    report = write_corpus(cfg.out, num_samples=cfg.num_samples, seed=cfg.seed, shard_size=cfg.shard_size)
+    print(
+        f"{'wrote' if report.written else 'kept'} {report.num_samples} samples in {report.num_shards} shards, "
+        f"{report.num_bytes / 1e6:.0f} MB: {report.folder}"
+    )

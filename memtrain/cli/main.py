@@ -1,0 +1,148 @@
+"""The `memtrain` program: one command a line, all configured alike (`key=value`, Hydra)."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import re
+import secrets
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
+
+Usage: memtrain COMMAND [key=value …]
+
+  train   fine-tune, score every sample at every step, leave the memorized out of the loss
+  demo    write the demo corpus: memtrain demo OUT
+
+  memtrain COMMAND --help        keys, groups and examples
+  memtrain COMMAND --cfg job     print the composed config
+
+First steps
+  memtrain demo data/demo
+  memtrain train experiment=demo
+
+An error is one line; MEMTRAIN_TRACEBACK=1 shows where it came from.
+"""
+
+
+def new_run_id() -> str:
+    """One id for all ranks that Lightning starts: children find it in the environment."""
+    fresh = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return os.environ.setdefault("MEMTRAIN_RUN_ID", fresh)
+
+
+def config_folder() -> Path:
+    """conf/ inside the wheel, or at the top of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exits with 2 after a one-line message where the user can mend what is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, *rest = argv or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    if command == "--version":
+        from memtrain import __version__
+
+        print(f"memtrain {__version__}")
+        return
+    if command == "train":
+        from memtrain.cli.train import train as task
+    elif command == "demo":
+        from memtrain.cli.demo import demo as task
+
+        rest = [f"out={arg}" if number == 0 and not re.match(r"-|\w+=", arg) else arg for number, arg in enumerate(rest)]
+    else:
+        sys.exit(f"error: no command {command!r}; memtrain --help lists them")
+    try:
+        _run(task, command, rest)
+    except Exception as error:
+        if os.environ.get("MEMTRAIN_TRACEBACK") == "1":
+            raise
+        message = one_line(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def quiet() -> None:
+    """Say what memtrain has to say; keep the libraries' advice and loading bars off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("memtrain").setLevel(logging.INFO)
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch|wandb)\b")
+
+
+def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
+    import hydra
+    from omegaconf import OmegaConf
+
+    from memtrain.cli import schema
+
+    quiet()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+    schema.register()
+    OmegaConf.register_new_resolver("memtrain.run_id", new_run_id, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("memtrain.demo_pipeline", demo_pipeline, replace=True)
+    original = sys.argv
+    # Hydra's grammar spells infinity inf; YAML's spelling is .inf
+    spelled = [re.sub(r"=([+-]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"=\1\2", override) for override in overrides]
+
+    def with_argv(cfg):  # Lightning starts further ranks with sys.argv as it was
+        sys.argv = original
+        task(cfg)
+
+    sys.argv = [original[0], *spelled]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(with_argv)()
+    finally:
+        sys.argv = original
+
+
+def demo_pipeline() -> str:
+    return str(Path(__file__).resolve().parents[1] / "demo" / "pipeline")
+
+
+def one_line(error: BaseException) -> str | None:
+    """What a person needs to know, on one line; None where the error is ours and deserves its traceback."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__
+    for link in reversed(chain):  # the innermost says it best
+        if isinstance(link, (ValueError, OSError)) and not isinstance(link, OmegaConfBaseException):
+            if isinstance(link, OSError) and link.strerror:
+                return f"{link.strerror}: {link.filename}" if link.filename else link.strerror
+            return _joined(str(link))
+    for link in chain:
+        if isinstance(link, (HydraException, OmegaConfBaseException)):
+            causes = [_joined(str(part)) for part in chain[chain.index(link) :]]
+            return "; ".join(dict.fromkeys(causes))
+    return None
+
+
+def _joined(text: str) -> str:
+    """Lines of a message joined to one, without OmegaConf's notes on types."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "Set the env"))]
+    return re.sub(r":?; ", "; ", "; ".join(kept))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Types of every config key: a misspelt or mistyped one stops at once, with its name. Values are in conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class Shards:
+    _target_: str = MISSING
+    shards: Any = MISSING  # str or list of str
+    resolution: int = MISSING
+    batch_size: int = MISSING
+    num_workers: int = MISSING
+
+
+@dataclass
+class Composites:
+    _target_: str = MISSING
+    count: int = MISSING
+    resolution: int = MISSING
+    batch_size: int = MISSING
+    num_workers: int = MISSING
+
+
+@dataclass
+class StableDiffusion:
+    _target_: str = MISSING
+    pretrained: str = MISSING
+    train_text_encoder: bool = MISSING
+    gradient_checkpointing: bool = MISSING
+    channels_last: bool = MISSING
+    compile: bool = MISSING
+
+
+@dataclass
+class Threshold:
+    _target_: str = MISSING
+    threshold: float = MISSING
+
+
+@dataclass
+class Evidence:
+    _target_: str = MISSING
+    enter: float = MISSING
+    leave: float = MISSING
+    memory: float = MISSING
+    min_timestep: float = MISSING
+    num_bins: int = MISSING
+    half_life: int = MISSING
+    warmup: int = MISSING
+
+
+@dataclass
+class AdamW:
+    _target_: str = MISSING
+    lr: float = MISSING
+    betas: list[float] = MISSING
+    weight_decay: float = MISSING
+    eps: float = MISSING
+    schedule: str = MISSING
+    warmup_steps: float = MISSING
+    eight_bit: bool = MISSING
+
+
+@dataclass
+class Trainer:
+    _target_: str = MISSING
+    accelerator: str = MISSING
+    devices: Any = MISSING  # a number, -1 for all, a list of numbers, or auto
+    num_nodes: int = MISSING
+    strategy: str = MISSING
+    precision: str = MISSING
+    max_steps: int = MISSING
+    accumulate_grad_batches: int = MISSING
+    gradient_clip_val: float | None = MISSING
+    enable_progress_bar: bool = MISSING
+
+
+@dataclass
+class Validation:
+    _target_: str = "memtrain.callbacks.validation.Validation"
+    every: int = MISSING
+    samples: int = MISSING
+    timesteps_per_sample: int = MISSING
+    high_noise: float = MISSING
+    batch_size: int = MISSING
+
+
+@dataclass
+class Curves:
+    _target_: str = "memtrain.callbacks.curves.MemorizationCurves"
+    every: int = MISSING
+    high_noise: float = MISSING
+
+
+@dataclass
+class SampleGrid:
+    _target_: str = "memtrain.callbacks.sample_grid.SampleGrid"
+    every: int = MISSING
+    prompts: list[str] = MISSING
+    columns: int = MISSING
+    num_steps: int = MISSING
+    guidance_scale: float = MISSING
+
+
+@dataclass
+class Copies:
+    _target_: str = "memtrain.callbacks.copies.Copies"
+    generations: int = MISSING
+    reference: int = MISSING
+    num_steps: int = MISSING
+    guidance_scale: float = MISSING
+    max_rmse: float = MISSING
+    batch_size: int = MISSING
+    shown: int = MISSING
+
+
+@dataclass
+class Checkpoint:
+    _target_: str = "memtrain.callbacks.checkpoint.checkpoint"
+    every: int = MISSING
+    folder: str = "${run_dir}/checkpoints"
+
+
+@dataclass
+class Export:
+    _target_: str = "memtrain.callbacks.export.Export"
+    dtype: str = MISSING
+
+
+@dataclass
+class Summary:
+    _target_: str = "memtrain.callbacks.summary.Summary"
+
+
+@dataclass
+class Callbacks:
+    """In the order in which they run: what is measured, then what is made of it."""
+
+    validation: Validation | None = field(default_factory=Validation)
+    curves: Curves | None = field(default_factory=Curves)
+    sample_grid: SampleGrid | None = field(default_factory=SampleGrid)
+    copies: Copies | None = field(default_factory=Copies)
+    checkpoint: Checkpoint | None = field(default_factory=Checkpoint)
+    export: Export | None = field(default_factory=Export)
+    summary: Summary | None = field(default_factory=Summary)
+
+
+@dataclass
+class Canaries:
+    count: int = MISSING
+    repeats: int = MISSING
+
+
+@dataclass
+class Reference:
+    count: int = MISSING
+    every: int = MISSING
+    batch_size: int = MISSING
+
+
+@dataclass
+class Score:
+    every: int = MISSING
+
+
+@dataclass
+class Loss:
+    denominator: str = MISSING
+    caption_dropout: float = MISSING
+    min_snr_gamma: float | None = MISSING
+    noise_offset: float = MISSING
+
+
+@dataclass
+class Ema:
+    decay: float = MISSING
+
+
+@dataclass
+class Train:
+    name: str = MISSING
+    runs_dir: str = MISSING
+    run_id: str = MISSING
+    run_dir: str = MISSING
+    seed: int = MISSING
+    ckpt_path: str | None = MISSING
+    data: Any = MISSING
+    model: Any = MISSING
+    exclusion: Any = MISSING
+    optimizer: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+    callbacks: Any = MISSING
+    canaries: Canaries = field(default_factory=Canaries)
+    reference: Reference = field(default_factory=Reference)
+    score: Score = field(default_factory=Score)
+    loss: Loss = field(default_factory=Loss)
+    ema: Ema = field(default_factory=Ema)
+
+
+@dataclass
+class Demo:
+    out: str = MISSING
+    num_samples: int = MISSING
+    seed: int = MISSING
+    shard_size: int = MISSING
+
+
+def register() -> None:
+    """Make the types known to Hydra; a config names its own in its defaults list."""
+    store = ConfigStore.instance().store
+    for group, name, node in (
+        ("schema", "train", Train),
+        ("schema", "demo", Demo),
+        ("schema/data", "shards", Shards),
+        ("schema/data", "composites", Composites),
+        ("schema/model", "stable_diffusion", StableDiffusion),
+        ("schema/exclusion", "threshold", Threshold),
+        ("schema/exclusion", "evidence", Evidence),
+        ("schema/optimizer", "adamw", AdamW),
+        ("schema", "trainer", Trainer),
+        ("schema", "callbacks", Callbacks),
+    ):
+        store(group=group, name=name, node=node)

@@ -1,0 +1,55 @@
+"""`memtrain train`: build data, model, callbacks, trainer; fit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+
+def train(cfg: DictConfig) -> None:
+    import pytorch_lightning as pl
+
+    from memtrain.training.checks import check_checkpoint, check_disk
+    from memtrain.training.module import DiffusionTraining
+
+    pl.seed_everything(cfg.seed, verbose=False)
+    exclusion = instantiate(cfg.exclusion)
+    optimizer = instantiate(cfg.optimizer)
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    check_checkpoint(cfg.ckpt_path)
+    datamodule = instantiate(
+        cfg.data, seed=cfg.seed, canaries=cfg.canaries.count, repeats=cfg.canaries.repeats, reference=cfg.reference.count
+    )
+    datamodule.check(cfg.trainer.accumulate_grad_batches, world_size=1)
+    module = DiffusionTraining(
+        instantiate(cfg.model),
+        exclusion,
+        optimizer,
+        seed=cfg.seed,
+        resolution=cfg.data.resolution,
+        reference_every=cfg.reference.every,
+        reference_batch=cfg.reference.batch_size,
+        score_every=cfg.score.every,
+        ema_decay=cfg.ema.decay,
+        **cfg.loss,
+    )
+    run_dir = Path(cfg.run_dir)
+    check_disk(run_dir, module.trained_parameters())
+    run_dir.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("memtrain").addHandler(logging.FileHandler(run_dir / "run.log"))
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
+        default_root_dir=str(run_dir),
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)

@@ -1,0 +1,1 @@
+"""Equations: pure functions of tensors. Needs torch and the standard library alone."""

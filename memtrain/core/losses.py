@@ -1,0 +1,29 @@
+"""Losses per sample, their weights, and the one reduction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memtrain.core.diffusion import signal_to_noise
+
+
+def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample, in float32. (B, C, H, W) x 2 -> (B,)"""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v (Hang et al., ICCV 2023). (B,)"""
+    snr = signal_to_noise(timesteps, alphas_cumprod)
+    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
+
+
+def masked_sum(loss: Tensor, weights: Tensor, keep_mask: Tensor) -> Tensor:
+    """sum_i keep_i w_i l_i, a scalar with a graph whatever is kept (METHOD: "the right denominator").
+
+    The division by the number of kept samples of the *optimizer step*, over all ranks and micro-batches,
+    comes when that number is known. An excluded sample's value is replaced, not multiplied by zero, so a
+    loss that is not finite does not leak.
+    """
+    return torch.where(keep_mask, weights * loss, 0.0).sum()

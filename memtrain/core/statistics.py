@@ -1,0 +1,71 @@
+"""Statistics of scores: separation of two groups, and running moments per timestep bin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def timestep_bin(timesteps: Tensor, num_timesteps: int, num_bins: int) -> Tensor:
+    """Which of `num_bins` equal bins of [0, num_timesteps) each timestep falls into. (B,) int64"""
+    return timesteps * num_bins // num_timesteps
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """P(positive > negative) + P(equal) / 2: the area under the ROC curve (Mann & Whitney 1947).
+
+    `nan` when a group is empty. (P,), (N,) -> float
+    """
+    if len(positive) == 0 or len(negative) == 0:
+        return float("nan")
+    ordered = negative.sort().values
+    below = torch.searchsorted(ordered, positive, right=False)
+    not_above = torch.searchsorted(ordered, positive, right=True)
+    return ((below + not_above).double() / 2 / len(negative)).mean().item()
+
+
+def tpr_at_fpr(positive: Tensor, negative: Tensor, max_fpr: float = 0.01) -> float:
+    """The largest true-positive rate among thresholds whose false-positive rate does not exceed `max_fpr`.
+
+    A score counts as positive at or above the threshold. `nan` when a group is empty.
+    """
+    if len(positive) == 0 or len(negative) == 0:
+        return float("nan")
+    allowed = int(max_fpr * len(negative) + 1e-9)  # negatives that may lie at or above the threshold
+    bar = negative.sort(descending=True).values[allowed] if allowed < len(negative) else -torch.inf
+    return (positive > bar).double().mean().item()
+
+
+class BinnedMoments:
+    """Mean and standard deviation of a score in each timestep bin, with exponential forgetting.
+
+    An observation's weight halves after `half_life` further observations in its bin, so that the moments
+    follow a model that is being trained; until then they are the plain moments.
+    """
+
+    def __init__(self, num_bins: int, half_life: float):
+        self.decay = 0.5 ** (1 / half_life)
+        self.sums = torch.zeros(3, num_bins, dtype=torch.float64)  # weight, weighted sum, sum of squares
+
+    def update(self, values: Tensor, bins: Tensor) -> None:
+        """values (B,), bins (B,) int64: all observations of one step, taken together."""
+        values, bins = values.double().cpu(), bins.cpu()
+        counts = torch.zeros_like(self.sums[0]).index_add_(0, bins, torch.ones_like(values))
+        self.sums *= self.decay**counts
+        self.sums[0] += counts
+        self.sums[1].index_add_(0, bins, values)
+        self.sums[2].index_add_(0, bins, values.square())
+
+    @property
+    def count(self) -> Tensor:
+        """Effective number of observations of each bin. (num_bins,)"""
+        return self.sums[0]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sums[1] / self.sums[0].clamp(min=1e-12)
+
+    @property
+    def std(self) -> Tensor:
+        variance = self.sums[2] / self.sums[0].clamp(min=1e-12) - self.mean.square()
+        return variance.clamp(min=1e-12).sqrt()

@@ -1,0 +1,1 @@
+"""Bytes and keys: shards, samples, the order of samples, batches."""

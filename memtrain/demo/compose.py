@@ -1,0 +1,267 @@
+"""The demo's captioned pictures: one emoji on a plain background, endless or written as LAION-style shards.
+
+A caption names the glyph and the background. Place and size are left out of it on purpose: a model that
+draws a training picture's place and size back, whatever the noise, has memorized that picture.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.progress import track
+from webdataset import TarWriter
+
+RESOLUTION = 64  # pixels, side of a picture, and of a glyph's cell in the atlas
+MIN_SIZE, MAX_SIZE = 28, 56  # pixels, side of a glyph in a picture
+SHARD_ROWS_IN_KEY = 10_000  # img2dataset: key = shard id × 10⁴ + row
+BACKGROUNDS = {
+    "red": (210, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (245, 220, 70),
+    "green": (60, 150, 60),
+    "teal": (25, 150, 150),
+    "blue": (50, 90, 210),
+    "purple": (125, 55, 165),
+    "pink": (245, 165, 195),
+    "brown": (115, 70, 40),
+    "grey": (140, 140, 140),
+    "black": (15, 15, 15),
+    "white": (250, 250, 250),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Glyphs:
+    """The emoji pictures: `names` and `images` (n, 64, 64, 4), uint8, RGBA, in the same order."""
+
+    names: tuple[str, ...]
+    images: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Composite:
+    """A picture (64, 64, 3), uint8, and its caption; `size` and the top left corner `x`, `y` in pixels."""
+
+    image: np.ndarray
+    caption: str
+    glyph: str
+    background: str
+    size: int
+    x: int
+    y: int
+
+    @property
+    def identity(self) -> tuple[str, str, int, int, int]:
+        """What makes two composites the same picture."""
+        return self.glyph, self.background, self.size, self.x, self.y
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """What `write_corpus` left behind; `written` is False where the corpus was there already."""
+
+    folder: Path
+    num_samples: int
+    num_shards: int
+    num_bytes: int
+    written: bool
+
+
+@cache
+def load_glyphs() -> Glyphs:
+    """The packed emoji pictures (glyphs.zip); decoded once a process, read-only."""
+    with resources.files("memtrain.demo").joinpath("glyphs.zip").open("rb") as file:
+        with zipfile.ZipFile(file) as archive:
+            names = tuple(archive.read("names.txt").decode().splitlines())
+            atlas = np.asarray(Image.open(io.BytesIO(archive.read("atlas.webp"))).convert("RGBA"))
+    rows, columns = atlas.shape[0] // RESOLUTION, atlas.shape[1] // RESOLUTION
+    cells = atlas.reshape(rows, RESOLUTION, columns, RESOLUTION, 4).swapaxes(1, 2)
+    images = cells.reshape(-1, RESOLUTION, RESOLUTION, 4)[: len(names)].copy()
+    images.flags.writeable = False
+    return Glyphs(names, images)
+
+
+def caption_of(glyph: str, background: str) -> str:
+    """The caption of a picture: "fox on a purple background"."""
+    article = "an" if background[0] in "aeiou" else "a"
+    return f"{glyph} on {article} {background} background"
+
+
+def compose(glyph_rgba: np.ndarray, size: int, x: int, y: int, background: str) -> np.ndarray:
+    """A picture (64, 64, 3), uint8: one glyph (64, 64, 4), `size` pixels large, top left corner at (x, y).
+
+    Raises ValueError where the glyph would leave the picture.
+    """
+    if not (0 < size and 0 <= x <= RESOLUTION - size and 0 <= y <= RESOLUTION - size):
+        raise ValueError(f"a glyph must lie inside {RESOLUTION}×{RESOLUTION}, got size {size} at ({x}, {y})")
+    picture = Image.new("RGB", (RESOLUTION, RESOLUTION), BACKGROUNDS[background])
+    # Pillow premultiplies RGBA before it resizes, so that transparent pixels lend no colour to the edge.
+    glyph = Image.fromarray(glyph_rgba).resize((size, size), Image.Resampling.LANCZOS)
+    picture.paste(glyph, (x, y), glyph)
+    return np.array(picture)
+
+
+class Composites:
+    """An endless map-style source of composites; item `index` depends on (seed, index) alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.glyphs = load_glyphs()
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, index: int) -> Composite:
+        if not 0 <= index < len(self):
+            raise IndexError(f"composite {index} of {len(self)}")
+        rng = np.random.default_rng([self.seed, index])
+        glyph = int(rng.integers(len(self.glyphs.names)))
+        background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+        size = int(rng.integers(MIN_SIZE, MAX_SIZE + 1))
+        x, y = (int(place) for place in rng.integers(RESOLUTION - size + 1, size=2))
+        name = self.glyphs.names[glyph]
+        image = compose(self.glyphs.images[glyph], size, x, y, background)
+        return Composite(image, caption_of(name, background), name, background, size, x, y)
+
+
+def distinct(composites: Iterable[Composite]) -> Iterator[Composite]:
+    """The composites in order, without those whose picture came before."""
+    seen = set()
+    for composite in composites:
+        if composite.identity not in seen:
+            seen.add(composite.identity)
+            yield composite
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    """A picture (H, W, 3), uint8, as a JPEG of quality 95 (img2dataset's default)."""
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "JPEG", quality=95)
+    return encoded.getvalue()
+
+
+def metadata(composite: Composite, key: str, encoded: bytes) -> dict:
+    """The row of a sample in its json and in the parquet: img2dataset's columns, then the demo's own."""
+    return {
+        "caption": composite.caption,
+        "url": f"emoji://{composite.glyph}".replace(" ", "-"),
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": RESOLUTION,
+        "height": RESOLUTION,
+        "original_width": RESOLUTION,
+        "original_height": RESOLUTION,
+        "exif": "{}",
+        "sha256": hashlib.sha256(encoded).hexdigest(),
+        "glyph": composite.glyph,
+        "background": composite.background,
+        "size": composite.size,
+        "x": composite.x,
+        "y": composite.y,
+    }
+
+
+def write_shard(folder: Path, shard: int, composites: Iterator[Composite]) -> None:
+    """Writes NNNNN.tar, NNNNN.parquet and, last, NNNNN_stats.json; only the stats hold the time of day."""
+    start, rows = time.time(), []
+    with TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as tar:
+        for row, composite in enumerate(composites):
+            key, encoded = f"{shard * SHARD_ROWS_IN_KEY + row:09d}", jpeg(composite.image)
+            rows.append(metadata(composite, key, encoded))
+            text = json.dumps(rows[-1], indent=4)
+            tar.write({"__key__": key, "jpg": encoded, "txt": composite.caption, "json": text.encode()})
+    table = pa.Table.from_pylist(rows)
+    column = table.schema.get_field_index("error_message")
+    # all null here, but a column of strings as in img2dataset
+    table = table.set_column(column, "error_message", table["error_message"].cast(pa.string()))
+    pq.write_table(table, folder / f"{shard:05d}.parquet")
+    stats = {
+        "count": len(rows),
+        "successes": len(rows),
+        "failed_to_download": 0,
+        "failed_to_resize": 0,
+        "duration": time.time() - start,
+        "start_time": start,
+        "end_time": time.time(),
+        "status_dict": Counter(row["status"] for row in rows),
+    }
+    (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4), encoding="utf-8")
+
+
+def shard_count(recipe: dict) -> int:
+    """Shards of a corpus; the last one may be shorter."""
+    return -(-recipe["num_samples"] // recipe["shard_size"])
+
+
+def is_corpus(folder: Path, recipe: dict) -> bool:
+    """Whether `folder` holds the complete corpus of `recipe`; False where it is empty or missing.
+
+    Raises ValueError where it holds anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; choose another place for the demo corpus")
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not present:
+        return False
+    try:
+        found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        found = None
+    if found != recipe:
+        raise ValueError(f"{folder} holds something other than the demo corpus of {recipe}; "
+                         "delete it or choose another folder")
+    suffixes = (".tar", ".parquet", "_stats.json")
+    expected = {f"{shard:05d}{suffix}" for shard in range(shard_count(recipe)) for suffix in suffixes}
+    if expected - present:
+        raise ValueError(f"{folder} has lost {min(expected - present)}; delete it or choose another folder")
+    return True
+
+
+def write_corpus(
+    out: str | Path, num_samples: int = 8000, seed: int = 0, shard_size: int = 2000, progress: bool = True
+) -> CorpusReport:
+    """Writes `num_samples` distinct composites to the folder `out` as img2dataset would; see SHARDS.md.
+
+    The same seed gives the same tars and parquets, byte for byte. The shards are written aside, next to
+    `out`, and renamed at the end: an interrupted run leaves nothing that looks like a corpus. A corpus that
+    is there is kept.
+
+    Raises ValueError where `out` holds anything else or a number is out of range; OSError from the disk.
+    """
+    out = Path(out)
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not 1 <= shard_size <= SHARD_ROWS_IN_KEY:
+        raise ValueError(f"shard_size must be from 1 to {SHARD_ROWS_IN_KEY}, got {shard_size}")
+    recipe = {"num_samples": num_samples, "seed": seed, "shard_size": shard_size}
+    kept = is_corpus(out, recipe)
+    if not kept:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as holder:
+            aside = Path(holder) / out.name
+            aside.mkdir()
+            composites = itertools.islice(distinct(Composites(seed)), num_samples)
+            for shard in track(range(shard_count(recipe)), "Writing shards", disable=not progress):
+                write_shard(aside, shard, itertools.islice(composites, shard_size))
+            (aside / "corpus.json").write_text(json.dumps(recipe), encoding="utf-8")
+            os.replace(aside, out)  # in place of an empty folder too
+    num_bytes = sum(file.stat().st_size for file in out.iterdir())
+    return CorpusReport(out, num_samples, shard_count(recipe), num_bytes, written=not kept)

@@ -1,0 +1,45 @@
+"""What training asks of a model family. Another family is one small class with these members."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class DiffusionModel(Protocol):
+    alphas_cumprod: Tensor  # (T,) float32
+    prediction_type: str  # one of core.diffusion.PREDICTION_TYPES
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """(B, L) int64; longer captions are cut, shorter ones padded."""
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a square picture with sides of `resolution` px."""
+
+    def encode_images(self, images: Tensor, posterior_noise: Tensor) -> Tensor:
+        """(B, 3, R, R) uint8 -> (B, C, H, W) scaled latents; noise 0 gives the posterior's mean."""
+
+    def encode_captions(self, input_ids: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, L, D) encoder_hidden_states."""
+
+    def null_caption(self) -> Tensor:
+        """(1, L, D) embedding of the empty caption; computed once where the text encoder is frozen."""
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """(B, C, H, W) the network's prediction, in its own parameterisation."""
+
+    def trained_modules(self) -> Iterable[nn.Module]:
+        """The modules whose weights are trained."""
+
+    def prepare_frozen(self, dtype: torch.dtype) -> None:
+        """Cast what is frozen to the training precision."""
+
+    def pipeline(self) -> Any:
+        """A stock diffusers pipeline over the current weights (shared, not copied)."""
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write a complete diffusers folder in safetensors."""

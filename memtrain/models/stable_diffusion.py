@@ -1,0 +1,180 @@
+"""Stable Diffusion 1.x and 2.x, from any diffusers folder or hub id."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from memtrain.core.diffusion import PREDICTION_TYPES
+
+_REMEDY = "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id"
+
+
+def load_pipeline(pretrained: str) -> StableDiffusionPipeline:
+    """Load a stock pipeline in float32, without safety checker, offline where it is a folder.
+
+    Raises:
+        ValueError: `pretrained` is neither a Stable Diffusion folder nor a hub id that can be had.
+    """
+    folder = Path(pretrained).expanduser()
+    is_folder = folder.exists()
+    if is_folder or pretrained.startswith(("/", ".", "~")) or pretrained.count("/") > 1:
+        _check_folder(folder, pretrained)
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            str(folder) if is_folder else pretrained,
+            dtype=torch.float32,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            local_files_only=is_folder,
+        )
+    except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model.pretrained={pretrained} cannot be loaded: {reason}; {_REMEDY}") from error
+
+
+def _check_folder(folder: Path, pretrained: str) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"model.pretrained={pretrained}: no such folder; {_REMEDY}")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"model.pretrained={pretrained} is not a pipeline: it has no model_index.json; {_REMEDY}")
+    try:
+        class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"model.pretrained={pretrained}: model_index.json names no pipeline; {_REMEDY}") from None
+    if class_name != "StableDiffusionPipeline":
+        raise ValueError(f"model.pretrained={pretrained} is a {class_name}; {_REMEDY}")
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"model.pretrained={pretrained} has no {part}/; {_REMEDY}")
+
+
+class StableDiffusion(nn.Module):
+    """UNet (trained), text encoder (frozen or trained) and VAE (frozen). See `DiffusionModel`.
+
+    Args:
+        pretrained: diffusers folder or hub id.
+        train_text_encoder: train the text encoder too.
+        gradient_checkpointing: recompute activations in backward; slower, far less memory.
+        channels_last: memory format that convolutions prefer on recent GPUs.
+        compile: `torch.compile` the UNet; shapes are static, so once.
+    """
+
+    def __init__(
+        self, pretrained: str, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
+    ):
+        super().__init__()
+        pipeline = load_pipeline(pretrained)
+        self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+        self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
+        self.prediction_type = self.scheduler.config.prediction_type
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"model.pretrained={pretrained} predicts {self.prediction_type}; {_REMEDY}")
+        if self.unet.config.in_channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"model.pretrained={pretrained}: its UNet takes {self.unet.config.in_channels} channels, its VAE "
+                f"gives {self.vae.config.latent_channels} (an inpainting or upscaling model?); {_REMEDY}"
+            )
+        alphas_cumprod = DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
+        self.text_encoder_is_trained = train_text_encoder
+        self._null_caption: Tensor | None = None
+
+        for module in (self.unet, self.vae, self.text_encoder):
+            module.requires_grad_(False)
+        for module in self.trained_modules():
+            module.requires_grad_(True)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            if train_text_encoder:
+                self.text_encoder.gradient_checkpointing_enable()
+        if channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if compile:
+            self.unet.compile()
+        self.train()
+
+    def train(self, mode: bool = True) -> StableDiffusion:
+        super().train(False)  # what is frozen stays in eval mode
+        for module in self.trained_modules():
+            module.train(mode)
+        return self
+
+    def trained_modules(self) -> Iterable[nn.Module]:
+        return (self.unet, self.text_encoder) if self.text_encoder_is_trained else (self.unet,)
+
+    def prepare_frozen(self, dtype: torch.dtype) -> None:
+        self.vae.to(dtype)
+        if not self.text_encoder_is_trained:
+            self.text_encoder.to(dtype)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if resolution < multiple or resolution % multiple:
+            raise ValueError(f"data.resolution must be a multiple of {multiple} for this model, got {resolution}")
+        return self.vae.config.latent_channels, resolution // factor, resolution // factor
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        return self.tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, posterior_noise: Tensor) -> Tensor:
+        pixel_values = (images.float() / 127.5 - 1).to(self.vae.dtype)
+        posterior = self.vae.encode(pixel_values).latent_dist
+        latents = posterior.mean.float() + posterior.std.float() * posterior_noise
+        return latents * self.vae.config.scaling_factor
+
+    def encode_captions(self, input_ids: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder_is_trained):
+            return self.text_encoder(input_ids)[0]
+
+    @torch.no_grad()
+    def null_caption(self) -> Tensor:
+        if self.text_encoder_is_trained:
+            return self.encode_captions(self.tokenize([""]).to(self.alphas_cumprod.device))
+        if self._null_caption is None or self._null_caption.device != self.alphas_cumprod.device:
+            self._null_caption = self.encode_captions(self.tokenize([""]).to(self.alphas_cumprod.device))
+        return self._null_caption
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=DDIMScheduler.from_config(self.scheduler.config, clip_sample=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        pipeline = self.pipeline()
+        pipeline.register_modules(
+            scheduler=self.scheduler,
+            **{
+                name: copy.deepcopy(getattr(self, name)).to("cpu", dtype, memory_format=torch.contiguous_format)
+                for name in ("unet", "vae", "text_encoder")
+            },
+        )
+        pipeline.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,72 @@
+"""Pictures of samples: training images beside generations, and grids."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+INK, MUTED, ALARM = "#1f2430", "#6b7280", "#c0392b"
+
+
+def _axes(rows: int, columns: int, label_inches: float = 2.2, side_inches: float = 1.25):
+    width, height = label_inches + columns * side_inches, rows * (side_inches + 0.22) + 0.35
+    figure = Figure(figsize=(width, height), dpi=110)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(
+        left=label_inches / width, right=0.995, bottom=0.02, top=1 - 0.32 / height, wspace=0.06, hspace=0.2
+    )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    return figure, axes
+
+
+def _label(axis, caption: str) -> None:
+    text = textwrap.fill(caption, 24, max_lines=4, placeholder=" …").replace("$", r"\$")
+    axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9, color=INK, labelpad=8)
+
+
+def draw_samples(
+    path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[float]]], max_rmse: float
+) -> None:
+    """A row a canary: caption, training image, generations; a copy (RMSE <= `max_rmse`) is framed.
+
+    Args:
+        rows: (caption, image (R, R, 3) uint8, generations (G, R, R, 3) uint8, RMSE of each).
+    """
+    columns = 1 + max(len(images) for _, _, images, _ in rows)
+    figure, axes = _axes(len(rows), columns)
+    for line, (caption, original, images, distances) in zip(axes, rows, strict=True):
+        line[0].imshow(original)
+        _label(line[0], caption)
+        for axis, image, distance in zip(line[1:], images, distances, strict=False):
+            axis.imshow(image)
+            copied = distance <= max_rmse
+            axis.set_xlabel(
+                f"{'copy, ' if copied else ''}RMSE {distance:.2f}",
+                fontsize=7,
+                color=ALARM if copied else MUTED,
+                labelpad=2,
+            )
+            if copied:
+                for spine in axis.spines.values():
+                    spine.set(visible=True, color=ALARM, linewidth=2)
+    axes[0, 0].set_title("training image", fontsize=9, color=INK)
+    axes[0, 1].set_title("generations →", fontsize=9, color=INK, loc="left")
+    figure.savefig(path)
+
+
+def draw_grid(path: Path, prompts: Sequence[str], images: np.ndarray) -> None:
+    """A row a prompt. images: (prompts, columns, R, R, 3) uint8."""
+    figure, axes = _axes(len(prompts), images.shape[1])
+    for line, prompt, row in zip(axes, prompts, images, strict=True):
+        _label(line[0], prompt)
+        for axis, image in zip(line, row, strict=True):
+            axis.imshow(image)
+    figure.savefig(path)

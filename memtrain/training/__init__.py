@@ -1,0 +1,1 @@
+"""The order of a step: encode, noise, predict, score, exclude, loss."""

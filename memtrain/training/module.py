@@ -1,0 +1,362 @@
+"""The LightningModule: what happens to a batch, in order.
+
+encode -> noise -> predict with the caption -> predict with the empty caption -> score -> exclude -> loss
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from memtrain.core import diffusion, losses
+from memtrain.core.diffusion import REFERENCE, TRAIN, Draws, draw
+from memtrain.core.exclusion import REFERENCE as REFERENCE_GROUP
+from memtrain.core.exclusion import Decision, ExclusionRule, KeepAll, Observations
+from memtrain.core.scores import text_conditional_magnitude
+from memtrain.data.datamodule import Batch
+from memtrain.models.base import DiffusionModel
+from memtrain.training.optimizers import AdamW
+
+log = logging.getLogger(__name__)
+
+DENOMINATORS = ("kept", "all")
+FROZEN_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class DiffusionTraining(pl.LightningModule):
+    """Fine-tune a diffusion model, score every sample at every step, leave the memorized out of the loss.
+
+    Args:
+        model: the model family.
+        exclusion: the rule that decides who is left out.
+        optimizer: optimizer and schedule of the trained weights.
+        seed: of noise, timesteps and caption dropout; a row's draws depend on (seed, step, place) alone.
+        resolution: side of the pictures, px.
+        caption_dropout: share of captions replaced by the empty one.
+        min_snr_gamma: gamma of the min-SNR weights; None weights every timestep alike.
+        noise_offset: amplitude of offset noise, one value a channel (Guttenberg 2023); 0 for none.
+        denominator: divide the summed loss by the `kept` samples of the optimizer step, or by `all`.
+        score_every: score every k-th step; 0 never (then only `exclusion=none` is possible).
+        reference_every: score reference samples after every k-th step.
+        reference_batch: how many of them, over all ranks.
+        ema_decay: of the averaged weights, with warm-up; 0 keeps no average.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        exclusion: ExclusionRule,
+        optimizer: AdamW,
+        *,
+        seed: int,
+        resolution: int,
+        caption_dropout: float,
+        min_snr_gamma: float | None,
+        noise_offset: float,
+        denominator: str,
+        score_every: int,
+        reference_every: int,
+        reference_batch: int,
+        ema_decay: float,
+    ):
+        super().__init__()
+        if denominator not in DENOMINATORS:
+            raise ValueError(f"loss.denominator must be one of {', '.join(DENOMINATORS)}, got {denominator}")
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"loss.caption_dropout is a share in [0, 1], got {caption_dropout:g}")
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise ValueError(f"loss.min_snr_gamma must be > 0 or null, got {min_snr_gamma:g}")
+        if score_every < 0 or (score_every == 0 and not isinstance(exclusion, KeepAll)):
+            raise ValueError(
+                f"score.every must be >= 1, got {score_every}; 0 (never) is for exclusion=none alone"
+            )
+        if reference_every < 1 or reference_batch < 1:
+            raise ValueError(
+                f"reference.every and reference.batch_size must be >= 1, got {reference_every} and {reference_batch}"
+            )
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema.decay must be in [0, 1), got {ema_decay:g}; 0 keeps no average")
+        self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
+        self.seed = seed
+        self.latent_shape = model.latent_shape(resolution)
+        self.caption_dropout, self.min_snr_gamma, self.noise_offset = caption_dropout, min_snr_gamma, noise_offset
+        self.denominator, self.score_every = denominator, score_every
+        self.reference_every, self.reference_batch = reference_every, reference_batch
+        self.ema_decay = ema_decay
+        self.ema: EMAModel | None = None
+        self.strict_loading = False  # checkpoints hold trained weights alone
+        self.updates_skipped = 0
+        self.samples_seen = 0
+        self._reference: tuple[Tensor, Tensor, list[str]] | None = None
+        self._start_window()
+
+    # ---- set-up
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.model.alphas_cumprod)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [p for module in self.model.trained_modules() for p in module.parameters()]
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision not in FROZEN_DTYPES:
+            raise ValueError(
+                f"trainer.precision must be one of {', '.join(FROZEN_DTYPES)}, got {self.trainer.precision}"
+            )
+        self.model.prepare_frozen(FROZEN_DTYPES[self.trainer.precision])
+        numel = self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2]
+        self.exclusion.setup(len(self.trainer.datamodule.samples), numel, self.num_timesteps)
+        if self.ema_decay:
+            self.ema = EMAModel(
+                self.trained_parameters(), decay=self.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
+            )
+
+    def configure_optimizers(self):
+        optimizer, schedule = self.optimizer_config.build(self.trained_parameters(), self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        if self.ema:
+            self.ema.to(self.device)
+
+    # ---- one micro-batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.trainer.datamodule.report(batch)
+        draws = self._draw(TRAIN, self.global_step, batch.place.tolist())
+        latents = self.model.encode_images(batch.images, draws.posterior_noise)
+        dropped = draws.uniform < self.caption_dropout
+        captions = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
+        says_something = torch.tensor([bool(caption) for caption in captions], device=self.device) & batch.valid
+
+        noise = draws.noise + self.noise_offset * draws.offset_noise
+        score_now = self.score_every > 0 and self.global_step % self.score_every == 0
+        loss, score = self.predict_and_score(latents, noise, draws.timesteps, captions, score_now)
+        weights = torch.ones_like(loss)
+        if self.min_snr_gamma is not None:
+            weights = losses.min_snr_weights(
+                draws.timesteps, self.model.alphas_cumprod, self.min_snr_gamma, self.model.prediction_type
+            )
+        observed = Observations(
+            sample_index=batch.sample_index,
+            timesteps=draws.timesteps,
+            score=torch.where(says_something, score, 0.0),
+            loss=loss.detach(),
+            scored=says_something & score_now,
+            group=batch.group,
+        )
+        decision = self._decide(observed, batch.valid)
+        self._window.append((observed, decision.keep_mask, batch.valid))
+        self._log_progress(observed, decision, batch.valid)
+        return losses.masked_sum(loss, weights, decision.keep_mask)
+
+    def _draw(self, stream: int, step: int, places: list[int]) -> Draws:
+        return draw(self.seed, stream, step, places, self.latent_shape, self.num_timesteps).to(self.device)
+
+    def predict_and_score(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, captions: list[str], score: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Loss, with a graph, and text-conditional magnitude, without one; both (B,) float32.
+
+        The second forward shares x_t and t with the first and sees the empty caption.
+        """
+        model = self.model
+        hidden = model.encode_captions(model.tokenize(captions).to(self.device))
+        noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
+        target = diffusion.prediction_target(
+            latents, noise, timesteps, model.alphas_cumprod, model.prediction_type
+        )
+        prediction = model.predict(noisy, timesteps, hidden)
+        loss = losses.denoising_loss(prediction, target)
+        if not score:
+            return loss, torch.zeros_like(loss).detach()
+        with torch.no_grad():
+            null = model.null_caption().expand(len(noisy), -1, -1)
+            null_prediction = model.predict(noisy, timesteps, null)
+            cond, uncond = (
+                diffusion.to_noise(p.float(), noisy, timesteps, model.alphas_cumprod, model.prediction_type)
+                for p in (prediction.detach(), null_prediction)
+            )
+            return loss, text_conditional_magnitude(cond, uncond)
+
+    def _decide(self, observed: Observations, valid: Tensor) -> Decision:
+        """The rule's decision; what says nothing is kept, what cannot be decoded is not trained on."""
+        decision = self.exclusion.decide(observed)
+        return Decision((decision.keep_mask | ~observed.scored) & valid, decision.threshold)
+
+    def _log_progress(self, observed: Observations, decision: Decision, valid: Tensor) -> None:
+        rows = valid.sum().clamp(min=1)
+        self.log_dict(
+            {
+                "loss": torch.where(valid, observed.loss, 0.0).sum() / rows,
+                "score": observed.score.sum() / observed.scored.sum().clamp(min=1),
+                "excluded": (valid & ~decision.keep_mask).sum() / rows,
+            },
+            prog_bar=True,
+            logger=False,
+            batch_size=len(valid),
+        )
+
+    # ---- one optimizer step: all ranks, all micro-batches
+
+    def _start_window(self) -> None:
+        self._window: list[tuple[Observations, Tensor, Tensor]] = []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the summed gradient by the samples of the whole optimizer step (METHOD: "the right denominator").
+
+        Lightning has divided each micro-batch's sum by the number of micro-batches and DDP by the number of
+        ranks; both are undone here. Runs before clipping, and after fp16 gradients are unscaled.
+        """
+        counts = torch.stack(
+            [sum(keep.sum() for _, keep, _ in self._window), sum(valid.sum() for _, _, valid in self._window)]
+        ).float()
+        kept, rows = self._all_reduce(counts).tolist()
+        self.samples_seen += round(rows)
+        self.last_update_skipped = kept == 0
+        gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
+        if self.last_update_skipped:
+            for parameter in self.trained_parameters():
+                parameter.grad = None  # optimizers pass over it: no momentum step, no weight decay
+            self.updates_skipped += 1
+            if self.updates_skipped == 1:
+                log.warning(
+                    "step %d: every sample was excluded, so there is no update (this is counted; said once)",
+                    self.global_step,
+                )
+            return
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        torch._foreach_mul_(gradients, factor / (kept if self.denominator == "kept" else rows))
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema and not self.last_update_skipped:
+            self.ema.step(self.trained_parameters())
+        self.step_observed = Observations.concatenate([observed for observed, _, _ in self._window])
+        self.step_kept = torch.cat([keep for _, keep, _ in self._window])
+        self._start_window()
+        self._observe_reference()
+        if self.exclusion.learns:
+            self.exclusion.update(self._gather_step())
+
+    def _observe_reference(self) -> None:
+        """Score the next reference samples, with the weights as they are now; they are never trained on."""
+        self.reference_observed, self.reference_kept = None, None
+        step = self.global_step
+        held_out = self.trainer.datamodule.groups.reference
+        if self.score_every == 0 or len(held_out) == 0 or step % self.reference_every:
+            return
+        latents, index, captions = self.reference_set()
+        per_rank = -(-self.reference_batch // self.trainer.world_size)
+        places = [self.trainer.global_rank * per_rank + row for row in range(per_rank)]
+        turn = step // self.reference_every * per_rank * self.trainer.world_size
+        rows = [(turn + place) % len(index) for place in places]
+        draws = self._draw(REFERENCE, step, places)
+        captions = [captions[row] for row in rows]
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            loss, score = self.predict_and_score(
+                latents[rows].to(self.device), draws.noise, draws.timesteps, captions
+            )
+        self.reference_observed = Observations(
+            sample_index=index[rows],
+            timesteps=draws.timesteps,
+            score=score,
+            loss=loss,
+            scored=torch.tensor([bool(caption) for caption in captions], device=self.device),
+            group=torch.full_like(index[rows], REFERENCE_GROUP),
+        )
+        self.reference_kept = self._decide(
+            self.reference_observed, torch.ones_like(self.reference_observed.scored)
+        ).keep_mask
+
+    def reference_set(self) -> tuple[Tensor, Tensor, list[str]]:
+        """Latents (R, C, H, W) on the CPU, positions (R,) on the device, captions. Encoded once: the VAE is frozen."""
+        if self._reference is None:
+            self._reference = self.encode_samples(self.trainer.datamodule.groups.reference)
+        return self._reference
+
+    @torch.no_grad()
+    def encode_samples(self, positions, batch_size: int = 32) -> tuple[Tensor, Tensor, list[str]]:
+        """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples."""
+        latents, index, captions = [], [], []
+        for first in range(0, len(positions), batch_size):
+            batch = self.trainer.datamodule.decode(positions[first : first + batch_size])
+            valid = batch.valid
+            images = batch.images[valid].to(self.device)
+            if len(images) == 0:
+                continue
+            latents.append(self.model.encode_images(images, torch.zeros((), device=self.device)).cpu())
+            index.append(batch.sample_index[valid])
+            captions += [c for c, ok in zip(batch.captions, valid.tolist(), strict=True) if ok]
+        if not index:
+            return torch.zeros(0, *self.latent_shape), torch.zeros(0, dtype=torch.long, device=self.device), []
+        return torch.cat(latents), torch.cat(index).to(self.device), captions
+
+    def _gather_step(self) -> Observations:
+        """The observations of all ranks, ordered by place in the global batch, the reference set's behind."""
+        micro_batches = self.trainer.accumulate_grad_batches
+        parts = [self._gather(self.step_observed, micro_batches)]
+        if self.reference_observed is not None:
+            parts.append(self._gather(self.reference_observed, 1))
+        return Observations.concatenate(parts)
+
+    def _gather(self, observed: Observations, micro_batches: int) -> Observations:
+        if self.trainer.world_size == 1:
+            return observed
+        columns = [getattr(observed, name) for name in observed.__dataclass_fields__]
+        packed = torch.stack([column.double() for column in columns])  # one collective; float64 holds all exactly
+        gathered = [torch.empty_like(packed) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(gathered, packed)
+        ordered = torch.stack(gathered, 1).unflatten(2, (micro_batches, -1)).transpose(1, 2).flatten(1)
+        return Observations(*(row.to(column.dtype) for row, column in zip(ordered, columns, strict=True)))
+
+    def _all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    # ---- averaged weights, checkpoints
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The EMA weights in place of the trained ones, where there are any."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.trained_parameters()
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["memtrain"] = {
+            "exclusion": self.exclusion.state_dict(),
+            "updates_skipped": self.updates_skipped,
+            "samples_seen": self.samples_seen,
+            "ema": self.ema.state_dict() if self.ema else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing = sorted(trained - set(checkpoint["state_dict"]))
+        if missing or "memtrain" not in checkpoint:
+            lacking = missing[0] if missing else "memtrain's state"
+            raise ValueError(f"ckpt_path is not a checkpoint of this model: it lacks {lacking}")
+        state = checkpoint["memtrain"]
+        self.exclusion.load_state_dict(state["exclusion"])
+        self.updates_skipped, self.samples_seen = state["updates_skipped"], state["samples_seen"]
+        if self.ema and state["ema"]:
+            self.ema.load_state_dict(state["ema"])

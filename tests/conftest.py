@@ -1,0 +1,108 @@
+"""Tiny real things: a corpus of tars, a Stable Diffusion of a few thousand weights, a training run over both."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from diffusers import AutoencoderKL
+
+from memtrain.core.exclusion import KeepAll
+from memtrain.data.datamodule import from_shards
+from memtrain.demo.compose import write_corpus
+from memtrain.demo.make_base import untrained_pipeline
+from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.training.module import DiffusionTraining
+from memtrain.training.optimizers import AdamW
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "shards"
+    write_corpus(folder, num_samples=48, seed=3, shard_size=16, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory) -> dict[str, Path]:
+    """Untrained pipelines by prediction type."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    folders = {}
+    for prediction_type in ("epsilon", "v_prediction"):
+        pipeline = untrained_pipeline(vae, (16, 16), seed=0)
+        pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+        folders[prediction_type] = tmp_path_factory.mktemp("pipelines") / prediction_type
+        pipeline.save_pretrained(folders[prediction_type])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(pipelines) -> Path:
+    return pipelines["epsilon"]
+
+
+def build_module(pipeline: Path, exclusion=None, model: dict | None = None, **options) -> DiffusionTraining:
+    model_options = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
+    defaults = dict(
+        seed=7,
+        resolution=64,
+        caption_dropout=0.1,
+        min_snr_gamma=None,
+        noise_offset=0.0,
+        denominator="kept",
+        score_every=1,
+        reference_every=2,
+        reference_batch=4,
+        ema_decay=0.9,
+    )
+    return DiffusionTraining(
+        StableDiffusion(str(pipeline), **(model_options | (model or {}))),
+        exclusion or KeepAll(),
+        AdamW(1e-3, (0.9, 0.999), 0.01, 1e-8, "constant", 0, eight_bit=False),
+        **(defaults | options),
+    )
+
+
+def build_data(corpus: Path, batch_size: int = 4, num_workers: int = 0, **options):
+    groups = dict(seed=7, canaries=3, repeats=4, reference=8) | options
+    return from_shards(str(corpus), 64, batch_size, num_workers, **groups)
+
+
+def fit(module, data, run_dir: Path, max_steps: int, accumulate: int = 1, callbacks=(), ckpt_path=None, **options):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        default_root_dir=run_dir,
+        gradient_clip_val=1.0,
+        **options,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def weights(module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.trained_parameters()])

@@ -1,0 +1,133 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from memtrain.core import diffusion, losses
+from memtrain.core.scores import text_conditional_magnitude
+from memtrain.core.statistics import BinnedMoments, auc, tpr_at_fpr
+
+ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_score_of_the_null_caption_is_zero_and_batches_are_independent():
+    cond, null = normal(5, 4, 8, 8), normal(5, 4, 8, 8, seed=1)
+    assert text_conditional_magnitude(null, null).eq(0).all()
+    score = text_conditional_magnitude(cond, null)
+    assert score.shape == (5,) and score.dtype == torch.float32
+    alone = torch.cat([text_conditional_magnitude(c[None], n[None]) for c, n in zip(cond, null, strict=True)])
+    torch.testing.assert_close(score, alone)
+
+
+def test_score_is_taken_in_float32():
+    cond = torch.full((1, 4, 64, 64), 10.0, dtype=torch.float16)
+    assert text_conditional_magnitude(cond, torch.zeros_like(cond)).item() == pytest.approx(10 * 128)
+
+
+def test_score_names_shapes_that_differ():
+    with pytest.raises(ValueError, match=r"\(2, 4\) and \(3, 4\)"):
+        text_conditional_magnitude(torch.zeros(2, 4), torch.zeros(3, 4))
+
+
+def test_v_prediction_of_the_same_noise_gives_the_same_score():
+    """Two noises told as v at one x_t come back, and their distance is sqrt(abar) |v1 - v2|."""
+    latents, t = normal(6, 4, 8, 8), torch.tensor([1, 50, 300, 600, 900, 999])
+    noisy = diffusion.add_noise(latents, normal(6, 4, 8, 8, seed=1), t, ALPHAS)
+    alpha_bar = ALPHAS[t].reshape(-1, 1, 1, 1)
+    found, velocities = [], []
+    for seed in (2, 3):
+        eps = normal(6, 4, 8, 8, seed=seed)
+        x0 = (noisy - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        velocities.append(diffusion.prediction_target(x0, eps, t, ALPHAS, "v_prediction"))
+        found.append(diffusion.to_noise(velocities[-1], noisy, t, ALPHAS, "v_prediction"))
+        torch.testing.assert_close(found[-1], eps, atol=1e-4, rtol=1e-4)
+    expected = ALPHAS[t].sqrt() * text_conditional_magnitude(*velocities)
+    torch.testing.assert_close(text_conditional_magnitude(*found), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_draws_of_a_row_do_not_depend_on_its_batch():
+    together = diffusion.draw(1, diffusion.TRAIN, 5, range(8), (4, 4, 4), 1000)
+    for place in (0, 3, 7):
+        alone = diffusion.draw(1, diffusion.TRAIN, 5, [place], (4, 4, 4), 1000)
+        for name in alone.__dataclass_fields__:
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[place]), name
+    other = diffusion.draw(1, diffusion.REFERENCE, 5, range(8), (4, 4, 4), 1000)
+    assert not torch.equal(other.noise, together.noise)
+
+
+def test_draws_look_random_over_steps_and_places():
+    draws = [diffusion.draw(0, diffusion.TRAIN, step, range(64), (1, 2, 2), 1000) for step in range(32)]
+    timesteps = torch.cat([d.timesteps for d in draws]).double()
+    noise = torch.cat([d.noise for d in draws]).flatten(1)
+    assert abs(timesteps.mean() - 499.5) < 4 * 288.7 / math.sqrt(len(timesteps))
+    assert (torch.corrcoef(noise.T) - torch.eye(4)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_bound_the_loss_on_x0(prediction_type):
+    t = torch.arange(0, 1000, 37)
+    snr = diffusion.signal_to_noise(t, ALPHAS)
+    weight = losses.min_snr_weights(t, ALPHAS, 5.0, prediction_type)
+    to_x0 = snr if prediction_type == "epsilon" else snr + 1  # |target error|^2 = to_x0 |x0 error|^2
+    torch.testing.assert_close(weight * to_x0, snr.clamp(max=5.0))
+
+
+def test_masked_sum_keeps_a_graph_and_stops_what_is_not_finite():
+    loss = torch.tensor([1.0, float("nan"), 3.0], requires_grad=True)
+    total = losses.masked_sum(loss, torch.tensor([2.0, 1.0, 1.0]), torch.tensor([True, False, True]))
+    total.backward()
+    assert total.item() == 5 and loss.grad.tolist() == [2, 0, 1]
+    nothing = losses.masked_sum(loss, torch.ones(3), torch.zeros(3, dtype=torch.bool))
+    assert nothing.item() == 0 and nothing.requires_grad
+
+
+def test_auc_equals_counting_pairs():
+    positive, negative = normal(40).round(decimals=1), (normal(60, seed=1) - 0.5).round(decimals=1)
+    above = (positive[:, None] > negative).double() + (positive[:, None] == negative).double() / 2
+    assert auc(positive, negative) == pytest.approx(above.mean().item())
+    assert math.isnan(auc(positive, negative[:0]))
+
+
+def test_tpr_never_passes_the_allowed_fpr():
+    negative = torch.arange(100.0)
+    assert tpr_at_fpr(torch.tensor([98.0, 98.5, 99.5, 100.0]), negative) == 0.75  # one negative, 99, may be above
+    assert tpr_at_fpr(torch.tensor([99.0, 99.5]), negative[:-1]) == 1.0
+    assert tpr_at_fpr(torch.tensor([97.0, 98.0]), torch.arange(99.0)) == 0.0  # 1/99 > 1 %: none may be
+    ties = torch.tensor([5.0] * 50 + [1.0] * 50)
+    assert tpr_at_fpr(torch.tensor([5.0, 6.0]), ties) == 0.5  # a threshold at 5 would let half of them through
+
+
+def test_binned_moments_without_forgetting_are_the_pooled_ones():
+    values, bins = normal(500) * 3 + 1, torch.arange(500) % 4
+    moments = BinnedMoments(5, half_life=1e12)
+    for part in range(10):
+        moments.update(values[part::10], bins[part::10])
+    for number in range(4):
+        mine = values[bins == number].double()
+        assert moments.mean[number].item() == pytest.approx(mine.mean().item(), rel=1e-6)
+        assert moments.std[number].item() == pytest.approx(mine.std(unbiased=False).item(), rel=1e-6)
+    assert moments.count.tolist() == pytest.approx([125, 125, 125, 125, 0])
+
+
+def test_binned_moments_follow_a_shift():
+    moments = BinnedMoments(1, half_life=20)
+    zero = torch.zeros(100, dtype=torch.int64)
+    moments.update(normal(100), zero)
+    for seed in range(5):
+        moments.update(normal(100, seed=seed) + 10, zero)
+    assert moments.mean.item() == pytest.approx(10, abs=0.5) and moments.std.item() < 2
+
+
+def test_core_needs_torch_alone():
+    code = (
+        "import sys, memtrain.core.diffusion, memtrain.core.exclusion, memtrain.core.losses, memtrain.core.scores\n"
+        "bad = {'pytorch_lightning', 'hydra', 'wandb', 'diffusers', 'transformers', 'webdataset', 'omegaconf'}\n"
+        "assert not bad & set(sys.modules), bad & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

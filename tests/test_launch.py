@@ -1,0 +1,171 @@
+"""The scripts of launch/: what they say when a machine lacks something, and that they do their work once."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+SCRIPTS = [".ci/run", *(str(path.relative_to(REPO)) for path in sorted(REPO.glob("launch/*.sh")))]
+
+# A memtrain without dependencies, and with a build backend of its own, so that pip needs no registry. Its
+# command prints how it was called.
+PYPROJECT = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "memtrain"
+version = "0.1.0"
+"""
+BACKEND = """
+import zipfile
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    name = "memtrain-0.1.0-py3-none-any.whl"
+    info = "memtrain-0.1.0.dist-info/"
+    files = {
+        "called.py": "import json, os, sys\\ndef main(): print(json.dumps([os.getcwd(), *sys.argv[1:]]))\\n",
+        info + "METADATA": "Metadata-Version: 2.1\\nName: memtrain\\nVersion: 0.1.0\\n",
+        info + "WHEEL": "Wheel-Version: 1.0\\nGenerator: b\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+        info + "entry_points.txt": "[console_scripts]\\nmemtrain = called:main\\n",
+    }
+    files[info + "RECORD"] = "".join(f"{file},,\\n" for file in [*files, info + "RECORD"])
+    with zipfile.ZipFile(f"{wheel_directory}/{name}", "w") as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
+    return name
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """Launch scripts with a pyproject.toml beside them, in a folder with a space in its name."""
+    root = tmp_path / "a checkout"
+    root.mkdir()
+    shutil.copytree(REPO / "launch", root / "launch")
+    shutil.copy(REPO / "pyproject.toml", root)
+    return root
+
+
+@pytest.fixture
+def tiny_checkout(checkout) -> Path:
+    (checkout / "pyproject.toml").write_text(PYPROJECT)
+    (checkout / "backend.py").write_text(BACKEND)
+    return checkout
+
+
+def launch(script: Path, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PIP_", "PYTHON", "MEMTRAIN_")) and name != "VIRTUAL_ENV"
+    }
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        cwd=cwd,
+        env=inherited | {"PIP_CONFIG_FILE": os.devnull} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def path_with(folder: Path, **interpreters: str) -> str:
+    """A PATH of what any machine has, and of these interpreters, each given as a shell script."""
+    folder.mkdir()
+    for tool in ("bash", "sh", "dirname", "grep", "head", "tail", "sed", "cat", "touch", "mkdir", "rm"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    for name, script in interpreters.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
+def the_only_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bash_reads_it(script):
+    subprocess.run(["bash", "-n", REPO / script], check=True)
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_python_too_old(checkout, tmp_path, script):
+    path = path_with(tmp_path / "bin", python3="echo 3.8.1")
+    done = launch(checkout / "launch" / script, cwd=tmp_path, PATH=path)
+    assert the_only_line(done) == (
+        f"memtrain needs Python >= 3.10, found 3.8.1 ({path}/python3); set PYTHON=/path/to/python3.11"
+    )
+    assert not (checkout / ".venv").exists()
+
+
+def test_python_missing(checkout, tmp_path):
+    done = launch(checkout / "launch" / "test.sh", cwd=tmp_path, PATH=path_with(tmp_path / "bin"))
+    assert the_only_line(done).startswith("memtrain needs Python >= 3.10, found none")
+
+
+def test_python_named_but_not_there(checkout, tmp_path):
+    done = launch(checkout / "launch" / "test.sh", cwd=tmp_path, PYTHON="/no/such/python")
+    assert the_only_line(done) == "memtrain needs Python >= 3.10, but PYTHON=/no/such/python does not run"
+
+
+def test_venv_module_missing(checkout, tmp_path):
+    without_venv = 'case "$2" in *venv*) exit 1 ;; esac; echo 3.12.4'
+    path = path_with(tmp_path / "bin", python3=without_venv)
+    line = the_only_line(launch(checkout / "launch" / "test.sh", cwd=tmp_path, PATH=path))
+    assert "venv and ensurepip" in line and "python3.12-venv" in line
+
+
+@pytest.mark.slow
+def test_registry_out_of_reach(checkout, tmp_path):
+    nobody_listens = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
+    for first_time in (True, False):
+        done = launch(checkout / "launch" / "quickstart.sh", cwd=tmp_path, **nobody_listens)
+        line = the_only_line(done)
+        assert line.startswith("could not install: the package registry cannot be reached (")
+        assert "Connection refused" in line and "; check the network or PIP_INDEX_URL" in line
+        assert ("making" in done.stdout) == first_time  # pip changed nothing, so .venv stays
+
+
+@pytest.mark.slow
+def test_quickstart_installs_once(tiny_checkout, tmp_path):
+    script = tiny_checkout / "launch" / "quickstart.sh"
+
+    def calls(root: Path, *arguments: str, **environment: str) -> tuple[str, list]:
+        done = launch(root / "launch" / script.name, *arguments, cwd=tmp_path, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        printed = done.stdout.splitlines()
+        return "\n".join(printed[:-2]), [json.loads(line) for line in printed[-2:]]
+
+    said, (demo, train) = calls(tiny_checkout, "exclusion=none", "trainer.max_steps=5")
+    corpus = f"{tiny_checkout}/data/demo"
+    assert "making" in said and "installed in" in said
+    assert demo == [str(tiny_checkout), "demo", corpus]
+    overrides = ["experiment=demo", f"data.shards='{corpus}'", "exclusion=none", "trainer.max_steps=5"]
+    assert train == [str(tiny_checkout), "train", *overrides]
+
+    said, (demo, _) = calls(tiny_checkout, MEMTRAIN_DEMO="it's here")
+    assert said == ""
+    assert demo[-1] == f"{tmp_path}/it's here"
+
+    with (tiny_checkout / "pyproject.toml").open("a") as file:
+        file.write("# a change\n")
+    said, _ = calls(tiny_checkout)
+    assert "making" not in said and "installing" in said
+
+    (tiny_checkout / ".venv" / "left over").touch()
+    (tiny_checkout / ".venv" / "memtrain-unfinished").touch()
+    said, _ = calls(tiny_checkout)
+    assert "making" in said and "installing" in said
+    assert not (tiny_checkout / ".venv" / "left over").exists()
+
+    moved = tiny_checkout.rename(tmp_path / "moved")
+    said, (demo, _) = calls(moved)
+    assert "making" in said and demo == [str(moved), "demo", f"{moved}/data/demo"]

@@ -1,0 +1,250 @@
+"""Properties of a training run, on real tars and a real (tiny) Stable Diffusion."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from memtrain.callbacks.checkpoint import checkpoint
+from memtrain.core.exclusion import REFERENCE, Decision, Evidence, ExclusionRule, FixedThreshold, KeepAll
+from tests.conftest import build_data, build_module, fit, weights
+
+
+class Record(pl.Callback):
+    def __init__(self):
+        self.observed, self.kept, self.keys, self.window = [], [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.keys.append(batch.sample_index.tolist())
+        self.window.append(batch)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.observed.append(pl_module.step_observed)
+            self.kept.append(pl_module.step_kept)
+
+
+def run(pipeline, corpus, path, steps=4, batch_size=4, accumulate=1, exclusion=None, data=None, **options):
+    module, record = build_module(pipeline, exclusion, **options), Record()
+    before = weights(module).clone()
+    fit(module, data or build_data(corpus, batch_size), path, steps, accumulate, callbacks=[record])
+    return module, record, before
+
+
+def quick_evidence() -> Evidence:
+    return Evidence(enter=0.3, leave=0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2)
+
+
+class KeepOddPlaces(ExclusionRule):
+    """Keeps samples by a property of their own, so that any cut of the batch keeps the same ones."""
+
+    def decide(self, observed):
+        return Decision(observed.sample_index % 3 > 0, torch.zeros_like(observed.score))
+
+
+class KeepNothing(ExclusionRule):
+    def decide(self, observed):
+        return Decision(torch.zeros_like(observed.scored), torch.zeros_like(observed.score))
+
+
+def test_an_infinite_threshold_trains_the_same_weights_as_no_exclusion(pipeline_folder, corpus, tmp_path):
+    first, _, before = run(pipeline_folder, corpus, tmp_path, exclusion=KeepAll())
+    second, _, _ = run(pipeline_folder, corpus, tmp_path, exclusion=FixedThreshold(math.inf))
+    assert torch.equal(weights(first), weights(second))
+    assert not torch.equal(weights(first), before)
+
+
+def test_scoring_does_not_touch_training(pipeline_folder, corpus, tmp_path):
+    first, _, _ = run(pipeline_folder, corpus, tmp_path, score_every=1)
+    second, _, _ = run(pipeline_folder, corpus, tmp_path, score_every=0)
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_everything_excluded_changes_nothing_and_is_counted(pipeline_folder, corpus, tmp_path, caplog):
+    module, _, before = run(pipeline_folder, corpus, tmp_path, steps=3, exclusion=KeepNothing(), caption_dropout=0.0)
+    assert torch.equal(weights(module), before)
+    assert module.updates_skipped == 3 and module.samples_seen == 12
+    assert [torch.equal(a, b) for a, b in zip(module.ema.shadow_params, module.trained_parameters(), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(module.ema.shadow_params, module.trained_parameters(), strict=True))
+    state = module.trainer.optimizers[0].state
+    assert not any(state.values())  # no momentum
+    assert sum("every sample was excluded" in r.message for r in caplog.records) == 1
+
+
+def test_dropped_captions_score_zero_are_kept_and_enter_no_statistic(pipeline_folder, corpus, tmp_path):
+    rule = quick_evidence()
+    module, record, _ = run(
+        pipeline_folder, corpus, tmp_path, exclusion=rule, caption_dropout=1.0, reference_every=1000
+    )
+    for observed, kept in zip(record.observed, record.kept, strict=True):
+        assert observed.score.eq(0).all() and not observed.scored.any() and kept.all()
+    assert rule.evidence.eq(0).all() and not rule.excluded.any()
+    assert module.updates_skipped == 0
+    # even a rule that excludes everything keeps them
+    _, record, _ = run(pipeline_folder, corpus, tmp_path, exclusion=KeepNothing(), caption_dropout=1.0)
+    assert torch.cat(record.kept).all()
+
+
+def test_the_null_forward_agrees_with_a_dropped_caption(pipeline_folder, corpus, tmp_path):
+    module, _, _ = run(pipeline_folder, corpus, tmp_path, steps=1)
+    latents, _, _ = module.encode_samples([0, 1, 2])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([10, 500, 990])
+    _, score = module.predict_and_score(latents, noise, timesteps, ["", "fox", ""])
+    torch.testing.assert_close(score[[0, 2]], torch.zeros(2), atol=1e-5, rtol=0)
+    assert score[1] > 1e-3
+
+
+def test_the_reference_set_is_never_trained_on_and_canaries_often(pipeline_folder, corpus, tmp_path):
+    data = build_data(corpus, batch_size=5)
+    module, record, _ = run(pipeline_folder, corpus, tmp_path, steps=20, data=data)
+    seen = [index for batch in record.keys for index in batch]
+    assert not set(seen) & set(data.groups.reference.tolist())
+    assert all((observed.group != REFERENCE).all() for observed in record.observed)
+    epoch = seen[: len(data.order) // 5 * 5]
+    assert sum(epoch.count(canary) for canary in data.groups.canary) >= 3 * 4 - 4  # less at most the remainder
+    assert module.reference_observed is None  # step 19 of reference_every=2: not due
+
+
+@pytest.mark.parametrize("denominator", ["kept", "all"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_accumulation_equals_the_big_batch(pipeline_folder, corpus, tmp_path, denominator, gamma):
+    options = dict(exclusion=KeepOddPlaces(), denominator=denominator, min_snr_gamma=gamma)
+    big, record, before = run(pipeline_folder, corpus, tmp_path, batch_size=8, **options)
+    cut, cut_record, _ = run(pipeline_folder, corpus, tmp_path, batch_size=2, accumulate=4, **options)
+    torch.testing.assert_close(weights(cut), weights(big), atol=1e-6, rtol=0)
+    assert (weights(big) - before).abs().max() > 1e-4
+    assert [b for w in cut_record.keys for b in w] == [b for w in record.keys for b in w]
+
+
+def test_evidence_under_accumulation_decides_as_on_the_big_batch(pipeline_folder, corpus, tmp_path):
+    big, record, _ = run(pipeline_folder, corpus, tmp_path, steps=12, batch_size=8, exclusion=quick_evidence())
+    cut, cut_record, _ = run(
+        pipeline_folder, corpus, tmp_path, steps=12, batch_size=2, accumulate=4, exclusion=quick_evidence()
+    )
+    assert torch.equal(torch.cat(record.kept), torch.cat(cut_record.kept))
+    assert not torch.cat(record.kept).all()
+    torch.testing.assert_close(weights(cut), weights(big), atol=1e-5, rtol=0)
+
+
+TWO_RANKS = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from tests.conftest import build_data, build_module, fit, weights
+from tests.training.test_module import KeepOddPlaces, quick_evidence
+rules = dict(odd=KeepOddPlaces, evidence=quick_evidence)
+module = build_module({pipeline!r}, rules[{rule!r}](), min_snr_gamma=5.0, reference_batch=4)
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
+    max_steps=8, max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0,
+    default_root_dir={out!r})
+trainer.fit(module, datamodule=build_data({corpus!r}, 2))
+if trainer.is_global_zero:
+    torch.save(dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.samples_seen), {out!r} + "/two.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["odd", "evidence"])
+def test_two_ranks_equal_one_process(pipeline_folder, corpus, tmp_path, rule):
+    """min-SNR x exclusion x accumulation x 2 gloo ranks against one process with the big batch."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    script = tmp_path / "two_ranks.py"
+    script.write_text(
+        TWO_RANKS.format(
+            root=root, pipeline=str(pipeline_folder), rule=rule, out=str(tmp_path), corpus=str(corpus)
+        )
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=300)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    exclusion = {"odd": KeepOddPlaces, "evidence": quick_evidence}[rule]()
+    one, record, _ = run(
+        pipeline_folder, corpus, tmp_path, steps=8, batch_size=8, exclusion=exclusion, min_snr_gamma=5.0
+    )
+    assert two["seen"] == one.samples_seen == 64
+    assert not torch.cat(record.kept).all()
+    torch.testing.assert_close(two["weights"], weights(one), atol=1e-6, rtol=0)
+    for name, value in one.exclusion.state_dict().items():
+        torch.testing.assert_close(two["rule"][name], value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path, workers):
+    def parts():
+        return build_module(pipeline_folder, quick_evidence()), build_data(corpus, num_workers=workers)
+
+    whole, data = parts()
+    whole_record = Record()
+    fit(whole, data, tmp_path / "whole", 14, accumulate=2, callbacks=[whole_record])
+    first, data = parts()
+    fit(first, data, tmp_path / "a", 14, accumulate=2, callbacks=[checkpoint(5, str(tmp_path / "a")), StopAt(7)])
+    rest, data = parts()
+    record = Record()
+    fit(rest, data, tmp_path / "b", 14, 2, callbacks=[record], ckpt_path=str(tmp_path / "a" / "last.ckpt"))
+    assert record.keys == whole_record.keys[10:]  # from step 5 on: that is what the newest checkpoint holds
+    for resumed, expected in zip(record.observed, whole_record.observed[5:], strict=True):
+        assert torch.equal(resumed.loss, expected.loss) and torch.equal(resumed.score, expected.score)
+    assert torch.equal(weights(rest), weights(whole))
+    for a, b in zip(rest.ema.shadow_params, whole.ema.shadow_params, strict=True):
+        assert torch.equal(a, b)
+    assert rest.samples_seen == whole.samples_seen and rest.global_step == 14
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Stopped
+
+    def on_exception(self, trainer, pl_module, exception):
+        pass
+
+
+class Stopped(KeyboardInterrupt):
+    """What Ctrl-C does."""
+
+
+def test_a_checkpoint_holds_no_frozen_weight_and_loads_without_pickle(pipeline_folder, corpus, tmp_path):
+    module = build_module(pipeline_folder)
+    fit(module, build_data(corpus), tmp_path, 2, callbacks=[checkpoint(2, str(tmp_path))])
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["state_dict"] and all(name.startswith("model.unet.") for name in state["state_dict"])
+    assert len(state["state_dict"]) == len(module.trained_parameters())
+
+
+def test_a_trained_text_encoder_learns_and_a_frozen_one_does_not(pipeline_folder, corpus, tmp_path):
+    for trained in (True, False):
+        module = build_module(pipeline_folder, model={"train_text_encoder": trained})
+        before = [p.detach().clone() for p in module.model.text_encoder.parameters()]
+        fit(module, build_data(corpus), tmp_path, 2)
+        changed = any(
+            not torch.equal(a, b) for a, b in zip(before, module.model.text_encoder.parameters(), strict=True)
+        )
+        assert changed == trained
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_precisions_train_with_a_finite_score(pipeline_folder, corpus, tmp_path, precision):
+    module, record = build_module(pipeline_folder, FixedThreshold(1e9)), Record()
+    fit(module, build_data(corpus), tmp_path, 2, callbacks=[record], precision=precision)
+    assert all(o.score.isfinite().all() and o.score.dtype == torch.float32 for o in record.observed)
+    assert weights(module).dtype == torch.float32
+
+
+def test_gradient_checkpointing_changes_nothing(pipeline_folder, corpus, tmp_path):
+    plain, _, _ = run(pipeline_folder, corpus, tmp_path, steps=2)
+    saving, _, _ = run(pipeline_folder, corpus, tmp_path, steps=2, model={"gradient_checkpointing": True})
+    torch.testing.assert_close(weights(saving), weights(plain), atol=1e-6, rtol=0)
+
+
+def test_v_prediction_trains(pipelines, corpus, tmp_path):
+    module, record, before = run(pipelines["v_prediction"], corpus, tmp_path, min_snr_gamma=5.0, noise_offset=0.1)
+    assert module.model.prediction_type == "v_prediction"
+    assert (weights(module) - before).abs().max() > 1e-4 and torch.cat([o.loss for o in record.observed]).isfinite().all()
