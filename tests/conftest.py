@@ -72,7 +72,8 @@ def build_module(pipeline: Path, exclusion=None, model: dict | None = None, **op
     return DiffusionTraining(
         StableDiffusion(str(pipeline), **(model_options | (model or {}))),
         exclusion or KeepAll(),
-        AdamW(1e-3, (0.9, 0.999), 0.01, 1e-8, "constant", 0, eight_bit=False),
+        # a large eps: with 1e-8 Adam turns gradients that are rounding noise into steps of the full rate
+        AdamW(1e-3, (0.9, 0.999), 0.01, 1e-3, "constant", 0, eight_bit=False),
         **(defaults | options),
     )
 

@@ -112,7 +112,7 @@ class StableDiffusion(nn.Module):
         return (self.unet, self.text_encoder) if self.text_encoder_is_trained else (self.unet,)
 
     def prepare_frozen(self, dtype: torch.dtype) -> None:
-        self.vae.to(dtype)
+        nn.Module.to(self.vae, dtype)  # diffusers' own `to` warns of modules that nobody named
         if not self.text_encoder_is_trained:
             self.text_encoder.to(dtype)
 
@@ -173,7 +173,9 @@ class StableDiffusion(nn.Module):
         pipeline.register_modules(
             scheduler=self.scheduler,
             **{
-                name: copy.deepcopy(getattr(self, name)).to("cpu", dtype, memory_format=torch.contiguous_format)
+                name: nn.Module.to(
+                    copy.deepcopy(getattr(self, name)), "cpu", dtype, memory_format=torch.contiguous_format
+                )
                 for name in ("unet", "vae", "text_encoder")
             },
         )

@@ -66,7 +66,6 @@ def test_everything_excluded_changes_nothing_and_is_counted(pipeline_folder, cor
     module, _, before = run(pipeline_folder, corpus, tmp_path, steps=3, exclusion=KeepNothing(), caption_dropout=0.0)
     assert torch.equal(weights(module), before)
     assert module.updates_skipped == 3 and module.samples_seen == 12
-    assert [torch.equal(a, b) for a, b in zip(module.ema.shadow_params, module.trained_parameters(), strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(module.ema.shadow_params, module.trained_parameters(), strict=True))
     state = module.trainer.optimizers[0].state
     assert not any(state.values())  # no momentum
@@ -115,7 +114,7 @@ def test_accumulation_equals_the_big_batch(pipeline_folder, corpus, tmp_path, de
     big, record, before = run(pipeline_folder, corpus, tmp_path, batch_size=8, **options)
     cut, cut_record, _ = run(pipeline_folder, corpus, tmp_path, batch_size=2, accumulate=4, **options)
     torch.testing.assert_close(weights(cut), weights(big), atol=1e-6, rtol=0)
-    assert (weights(big) - before).abs().max() > 1e-4
+    assert (weights(big) - before).abs().max() > 1e-4  # a hundred times the tolerance
     assert [b for w in cut_record.keys for b in w] == [b for w in record.keys for b in w]
 
 
@@ -182,7 +181,8 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path, workers
     whole_record = Record()
     fit(whole, data, tmp_path / "whole", 14, accumulate=2, callbacks=[whole_record])
     first, data = parts()
-    fit(first, data, tmp_path / "a", 14, accumulate=2, callbacks=[checkpoint(5, str(tmp_path / "a")), StopAt(7)])
+    with pytest.raises(Killed):
+        fit(first, data, tmp_path / "a", 14, 2, callbacks=[checkpoint(5, str(tmp_path / "a")), KillAt(7)])
     rest, data = parts()
     record = Record()
     fit(rest, data, tmp_path / "b", 14, 2, callbacks=[record], ckpt_path=str(tmp_path / "a" / "last.ckpt"))
@@ -195,20 +195,17 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path, workers
     assert rest.samples_seen == whole.samples_seen and rest.global_step == 14
 
 
-class StopAt(pl.Callback):
+class Killed(Exception):
+    pass
+
+
+class KillAt(pl.Callback):
     def __init__(self, step):
         self.step = step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.step:
-            raise Stopped
-
-    def on_exception(self, trainer, pl_module, exception):
-        pass
-
-
-class Stopped(KeyboardInterrupt):
-    """What Ctrl-C does."""
+            raise Killed
 
 
 def test_a_checkpoint_holds_no_frozen_weight_and_loads_without_pickle(pipeline_folder, corpus, tmp_path):

@@ -1,0 +1,1 @@
+"""Hydra configs: a file per choice. Lies inside the package once installed."""

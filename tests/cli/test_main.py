@@ -1,0 +1,193 @@
+"""The program as a user meets it: help, composition, wrong things in one line."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from memtrain.cli import schema
+from memtrain.cli.main import config_folder, main, one_line
+
+CONF = config_folder()
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def fails(capsys, *argv: str) -> str:
+    """Run the program in this process; return the one line it ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(argv))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code not in (0, None) and len(lines) == 1
+    return lines[0]
+
+
+def small(corpus, pipeline, tmp_path) -> list[str]:
+    return [
+        "train",
+        "experiment=demo",
+        f"data.shards={corpus}",
+        f"model.pretrained={pipeline}",
+        f"runs_dir={tmp_path}/runs",
+        "run_id=one",
+        "logger=csv",
+        "data.batch_size=4",
+        "canaries.count=3",
+        "canaries.repeats=4",
+        "reference.count=8",
+        "reference.batch_size=4",
+        "trainer.max_steps=4",
+        "trainer.enable_progress_bar=false",
+        "callbacks.validation.every=2",
+        "callbacks.validation.timesteps_per_sample=4",
+        "callbacks.curves.every=2",
+        "callbacks.checkpoint.every=2",
+        "callbacks.copies.num_steps=2",
+        "callbacks.sample_grid.num_steps=2",
+        "exclusion.warmup=1",
+    ]
+
+
+def test_help_says_what_to_type_next(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert "memtrain demo" in text and "memtrain train experiment=demo" in text
+
+
+def test_train_help_lists_the_groups(capsys):
+    main(["train", "--help"])
+    text = capsys.readouterr().out
+    for group in ("data", "model", "exclusion", "optimizer", "trainer", "logger", "callbacks", "experiment"):
+        assert re.search(rf"^{group}: \S", text, re.M), group
+    assert "evidence" in text and "ckpt_path" in text and "schema/" not in text
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_says_what_it_costs(experiment):
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [f"experiment={experiment}"])
+    assert cfg.name == experiment
+    header = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    assert "memtrain train experiment=" in header and "# Cost:" in header and "# Expected:" in header
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "experiment"],
+)
+def test_every_choice_composes(choice):
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        compose("train", [choice])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["exclusion.threshold=-1", "exclusion=fixed"], r"exclusion\.threshold must be > 0, got -1; use exclusion=none"),
+        (["exclusion=fixd"], "fixd.*evidence.*fixed.*none"),
+        (["trainer.max_steps=abc"], "abc.*trainer.max_steps|trainer.max_steps.*abc"),
+        (["exclusion.treshold=1"], "treshold"),
+        (["data.batch_sise=3"], "batch_sise"),
+        (["callbacks.validation.every=often"], "often"),
+        (["optimizer.schedule=linear"], "optimizer.schedule must be one of.*got linear"),
+        (["callbacks.export.dtype=int8"], "callbacks.export.dtype.*int8"),
+        (["loss.caption_dropout=2"], "loss.caption_dropout.*2"),
+        (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
+        (["data.shards=nowhere"], "data.shards=nowhere: no such shard"),
+        (["data.shards={tmp}"], "no .tar in it"),
+        (["model.pretrained={tmp}"], "is not a pipeline: it has no model_index.json"),
+        (["model.pretrained={tmp}/none"], "no such folder"),
+        (["data.batch_size=100"], "fewer than one global batch of 100"),
+        (["canaries.count=40"], "canaries.count=40"),
+        (["data.resolution=50"], "data.resolution must be a multiple of"),
+        (["score.every=0"], "score.every"),
+        (["logger=wandb", "logger.wandb.mode=on"], "logger.wandb.mode must be offline or online, got on"),
+        (["seed=1", "=3"], "."),
+    ],
+)
+def test_wrong_things_end_in_one_line(capsys, corpus, pipeline_folder, tmp_path, overrides, says):
+    overrides = [text.format(tmp=tmp_path) for text in overrides]
+    line = fails(capsys, *small(corpus, pipeline_folder, tmp_path), *overrides)
+    assert re.search(says, line), line
+    assert not (tmp_path / "runs").exists()  # before any work is done
+
+
+def test_no_command_of_that_name():
+    with pytest.raises(SystemExit, match="no command 'trian'"):
+        main(["trian"])
+
+
+def test_a_full_disk_is_named(capsys, corpus, pipeline_folder, tmp_path, monkeypatch):
+    full = os.statvfs_result((4096, 4096, 10**6, 10, 10, 10, 10, 10, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    line = fails(capsys, *small(corpus, pipeline_folder, tmp_path))
+    assert "disk is too full" in line and "0 MB free" in line and "runs_dir=" in line
+    assert one_line(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")) == "No space left on device: runs/x"
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    assert one_line(TypeError("unexpected")) is None
+
+
+def test_demo_writes_a_corpus_and_refuses_a_foreign_folder(capsys, tmp_path):
+    main(["demo", str(tmp_path / "a"), "num_samples=20", "shard_size=10"])
+    assert "wrote 20 samples in 2 shards" in capsys.readouterr().out
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("mine")
+    assert str(tmp_path / "b") in fails(capsys, "demo", str(tmp_path / "b"))
+
+
+def test_a_run_leaves_everything_that_is_promised(capsys, corpus, pipeline_folder, tmp_path):
+    argv = small(corpus, pipeline_folder, tmp_path)
+    argv = [("logger=[csv,wandb,tensorboard]" if arg == "logger=csv" else arg) for arg in argv]
+    main(argv)
+    run = tmp_path / "runs" / "demo" / "one"
+    for name in ("config.yaml", "metrics.csv", "curves.png", "samples.png", "checkpoints/last.ckpt", "run.log"):
+        assert (run / name).stat().st_size > 0 or name == "run.log", name
+    assert list((run / "grids").glob("*.png")) and list((run / "tensorboard").glob("events*"))
+    assert list((run / "wandb").glob("offline-run-*"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["samples_seen"] == 16 and summary["updates_skipped"] == 0
+    assert summary["samples_per_second"] > 0 and 0 < summary["heldout_loss"] < 10
+    for group in ("canary", "train", "reference"):
+        assert summary["score"][group]["mean"] > 0
+        assert 0 <= summary["score"][group]["excluded_fraction"] <= 1
+    assert 0 <= summary["auc_canary_vs_reference"] <= 1 and 0 <= summary["tpr_at_1pct_fpr"] <= 1
+    assert set(summary["copy_rate"]) == {"canary", "reference"}
+    out = capsys.readouterr().out
+    assert "held-out loss" in out and str(run / "samples.png") in out and str(run / "export") in out
+
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "export", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("fox on a teal background", num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+
+    # and it resumes: from step 4 to 6, without a second validation of step 0
+    main([arg for arg in argv if not arg.startswith(("run_id", "trainer.max_steps"))]
+         + ["run_id=two", "trainer.max_steps=6", f"ckpt_path={run}/checkpoints/last.ckpt"])
+    summary = json.loads((run.parent / "two" / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["samples_seen"] == 24
+
+
+@pytest.mark.slow
+def test_the_program_itself_fails_within_seconds(corpus, tmp_path):
+    program = Path(sys.executable).parent / "memtrain"
+    done = subprocess.run(
+        [program, "train", "experiment=demo", "exclusion=fixd"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_yaml_spells_infinity_with_a_dot(capsys):
+    main(["train", "--cfg", "job", "exclusion=fixed", "exclusion.threshold=.inf"])
+    assert re.search(r"threshold: \.?inf", capsys.readouterr().out)
