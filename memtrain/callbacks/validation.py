@@ -83,6 +83,10 @@ class Validation(pl.Callback):
             metrics["auc_canary_vs_reference"] = auc(by_sample[CANARY], by_sample[REFERENCE])
             metrics["tpr_at_1pct_fpr"] = tpr_at_fpr(by_sample[CANARY], by_sample[REFERENCE])
         log_metrics(trainer, metrics)
+        if trainer.is_global_zero:
+            shown = ("heldout_loss", "auc_canary_vs_reference")
+            said = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
+            log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, said)
 
     def _look_at(self, trainer, pl_module, latents, index, captions) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps (K,), loss (N, K) and score (N, K) of N samples at K timesteps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import os
 import re
@@ -128,8 +129,12 @@ def one_line(error: BaseException) -> str | None:
     for link in reversed(chain):  # the innermost says it best
         if isinstance(link, (ValueError, OSError)) and not isinstance(link, OmegaConfBaseException):
             if isinstance(link, OSError) and link.strerror:
-                return f"{link.strerror}: {link.filename}" if link.filename else link.strerror
+                said = f"{link.strerror}: {link.filename}" if link.filename else link.strerror
+                full = link.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                return said + ("; free some space or write to another folder" if full else "")
             return _joined(str(link))
+        if isinstance(link, RuntimeError) and "PytorchStreamWriter failed" in str(link):
+            return f"a checkpoint could not be written ({_joined(str(link))}); is the disk full?"
     for link in chain:
         if isinstance(link, (HydraException, OmegaConfBaseException)):
             causes = [_joined(str(part)) for part in chain[chain.index(link) :]]

@@ -78,7 +78,6 @@ class Trainer:
     max_steps: int = MISSING
     accumulate_grad_batches: int = MISSING
     gradient_clip_val: float | None = MISSING
-    enable_progress_bar: bool = MISSING
 
 
 @dataclass
@@ -139,6 +138,12 @@ class Summary:
 
 
 @dataclass
+class Progress:
+    _target_: str = "memtrain.callbacks.progress.Progress"
+    refresh_rate: int = MISSING
+
+
+@dataclass
 class Callbacks:
     """In the order in which they run: what is measured, then what is made of it."""
 
@@ -149,6 +154,7 @@ class Callbacks:
     checkpoint: Checkpoint | None = field(default_factory=Checkpoint)
     export: Export | None = field(default_factory=Export)
     summary: Summary | None = field(default_factory=Summary)
+    progress: Progress | None = field(default_factory=Progress)
 
 
 @dataclass

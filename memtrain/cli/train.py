@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 def train(cfg: DictConfig) -> None:
     import pytorch_lightning as pl
+    from pytorch_lightning.utilities import rank_zero_only
 
-    from memtrain.training.checks import check_checkpoint, check_disk
+    from memtrain.training.checks import check_checkpoint, check_disk, check_reference
     from memtrain.training.module import DiffusionTraining
 
     pl.seed_everything(cfg.seed, verbose=False)
@@ -20,6 +21,7 @@ def train(cfg: DictConfig) -> None:
     optimizer = instantiate(cfg.optimizer)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
     check_checkpoint(cfg.ckpt_path)
+    check_reference(exclusion, cfg.reference.count)
     datamodule = instantiate(
         cfg.data, seed=cfg.seed, canaries=cfg.canaries.count, repeats=cfg.canaries.repeats, reference=cfg.reference.count
     )
@@ -39,8 +41,9 @@ def train(cfg: DictConfig) -> None:
     run_dir = Path(cfg.run_dir)
     check_disk(run_dir, module.trained_parameters())
     run_dir.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("memtrain").addHandler(logging.FileHandler(run_dir / "run.log"))
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    if rank_zero_only.rank == 0:
+        logging.getLogger("memtrain").addHandler(logging.FileHandler(run_dir / "run.log"))
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
@@ -49,6 +52,7 @@ def train(cfg: DictConfig) -> None:
         max_epochs=-1,
         use_distributed_sampler=False,
         enable_model_summary=False,
+        enable_progress_bar=cfg.callbacks.progress is not None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )

@@ -31,9 +31,6 @@ class Observations:
     scored: Tensor  # (B,) bool, False for dropped or empty captions and unreadable samples: they say nothing
     group: Tensor  # (B,) int64, TRAINED, CANARY or REFERENCE
 
-    def select(self, index: Tensor) -> Observations:
-        return Observations(*(getattr(self, field.name)[index] for field in fields(self)))
-
     @staticmethod
     def concatenate(parts: list[Observations]) -> Observations:
         return Observations(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Observations)))
@@ -49,6 +46,7 @@ class ExclusionRule(ABC):
     """Subclass this and name the class in the config (`exclusion._target_`) to have a rule of your own."""
 
     learns = False  # True: `update` is called after every step with the observations of all ranks
+    needs_reference = False  # True: useless without a reference set
 
     def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:  # noqa: B027
         """Called once, before the first step, with what the corpus and the model are like."""
@@ -131,6 +129,7 @@ class Evidence(ExclusionRule):
     """
 
     learns = True
+    needs_reference = True
 
     def __init__(
         self, enter: float, leave: float, memory: float, min_timestep: float, num_bins: int, half_life: int, warmup: int

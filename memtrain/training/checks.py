@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
+from memtrain.core.exclusion import ExclusionRule
+
 # float32 weights, two Adam moments and the average: 16 bytes; the newest checkpoint and the one it replaces
 CHECKPOINT_BYTES_PER_PARAMETER = 2 * 16
 EXPORT_BYTES_PER_PARAMETER = 8
@@ -31,3 +33,12 @@ def check_checkpoint(ckpt_path: str | None) -> None:
     """Raises ValueError where the checkpoint to resume from is not there."""
     if ckpt_path is not None and not Path(ckpt_path).is_file():
         raise ValueError(f"ckpt_path={ckpt_path}: no such file; name a runs/…/checkpoints/last.ckpt")
+
+
+def check_reference(exclusion: ExclusionRule, count: int) -> None:
+    """Raises ValueError where a rule compares with a reference set and there is none."""
+    if exclusion.needs_reference and count == 0:
+        raise ValueError(
+            f"{type(exclusion).__name__} compares with samples that are never trained on, and reference.count is 0; "
+            "set reference.count=200 or so"
+        )

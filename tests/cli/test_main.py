@@ -42,7 +42,7 @@ def small(corpus, pipeline, tmp_path) -> list[str]:
         "reference.count=8",
         "reference.batch_size=4",
         "trainer.max_steps=4",
-        "trainer.enable_progress_bar=false",
+        "callbacks.progress=null",
         "callbacks.validation.every=2",
         "callbacks.validation.timesteps_per_sample=4",
         "callbacks.curves.every=2",
@@ -105,6 +105,7 @@ def test_every_choice_composes(choice):
         (["model.pretrained={tmp}"], "is not a pipeline: it has no model_index.json"),
         (["model.pretrained={tmp}/none"], "no such folder"),
         (["data.batch_size=100"], "fewer than one global batch of 100"),
+        (["reference.count=0"], "Evidence.*reference.count is 0"),
         (["canaries.count=40"], "canaries.count=40"),
         (["data.resolution=50"], "data.resolution must be a multiple of"),
         (["score.every=0"], "score.every"),
@@ -129,7 +130,8 @@ def test_a_full_disk_is_named(capsys, corpus, pipeline_folder, tmp_path, monkeyp
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     line = fails(capsys, *small(corpus, pipeline_folder, tmp_path))
     assert "disk is too full" in line and "0 MB free" in line and "runs_dir=" in line
-    assert one_line(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")) == "No space left on device: runs/x"
+    said = one_line(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"))
+    assert said == "No space left on device: runs/x; free some space or write to another folder"
 
 
 def test_a_bug_of_ours_keeps_its_traceback():

@@ -121,11 +121,10 @@ def test_evidence_of_ordinary_samples_stays_rare():
 
 
 def test_evidence_does_not_depend_on_the_order_within_a_step():
-    observed = observe([1.0, 5.0, 9.0, 2.0], index=[1, 2, 1, 2])
     rules = evidence(), evidence()
-    for rule, order in zip(rules, ([0, 1, 2, 3], [3, 2, 1, 0]), strict=True):
+    for rule, direction in zip(rules, (1, -1), strict=True):
         warm(rule)
-        rule.update(observed.select(torch.tensor(order)))
+        rule.update(observe([1.0, 5.0, 9.0, 2.0][::direction], index=[1, 2, 1, 2][::direction]))
     torch.testing.assert_close(rules[0].evidence, rules[1].evidence)
 
 
