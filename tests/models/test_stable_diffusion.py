@@ -64,8 +64,9 @@ def test_export_comes_back_the_same(pipelines, tmp_path, prediction_type):
     assert back.prediction_type == prediction_type
     assert not list((tmp_path / "export").rglob("*.bin"))
     model.export(tmp_path / "half", torch.float16)
-    half = StableDiffusionPipeline.from_pretrained(tmp_path / "half", local_files_only=True)
-    assert half.unet.dtype == torch.float16 and next(model.unet.parameters()).dtype == torch.float32
+    half = StableDiffusionPipeline.from_pretrained(tmp_path / "half", dtype=torch.float16, local_files_only=True)
+    torch.testing.assert_close(half.unet.conv_in.weight.float(), model.unet.conv_in.weight, atol=1e-3, rtol=1e-3)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # the model itself is as it was
 
 
 def test_only_what_is_asked_for_is_trained(pipeline_folder):
