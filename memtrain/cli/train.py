@@ -16,6 +16,8 @@ def train(cfg: DictConfig) -> None:
     from memtrain.training.checks import check_checkpoint, check_disk, check_reference
     from memtrain.training.module import DiffusionTraining
 
+    for name in ("pytorch_lightning", "lightning_fabric"):  # they set their own level when imported
+        logging.getLogger(name).setLevel(logging.WARNING)
     pl.seed_everything(cfg.seed, verbose=False)
     exclusion = instantiate(cfg.exclusion)
     optimizer = instantiate(cfg.optimizer)
@@ -40,6 +42,7 @@ def train(cfg: DictConfig) -> None:
     )
     run_dir = Path(cfg.run_dir)
     check_disk(run_dir, module.trained_parameters())
+    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
     run_dir.mkdir(parents=True, exist_ok=True)
     if rank_zero_only.rank == 0:
         logging.getLogger("memtrain").addHandler(logging.FileHandler(run_dir / "run.log"))
@@ -47,7 +50,7 @@ def train(cfg: DictConfig) -> None:
     trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
-        logger=[instantiate(logger) for logger in (cfg.logger or {}).values()],
+        logger=loggers,
         default_root_dir=str(run_dir),
         max_epochs=-1,
         use_distributed_sampler=False,

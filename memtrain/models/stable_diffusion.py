@@ -7,11 +7,16 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import PREDICTION_TYPES
+
+for library in (diffusers, transformers):
+    library.utils.logging.disable_progress_bar()  # a bar a file says nothing here
 
 _REMEDY = "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def _label(axis, caption: str) -> None:
     axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9, color=INK, labelpad=8)
 
 
+def _save(figure: Figure, path: Path) -> None:
+    with warnings.catch_warnings():  # captions come in scripts that matplotlib's font lacks; it draws boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path)
+
+
 def draw_samples(
     path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[float]]], max_rmse: float
 ) -> None:
@@ -59,7 +66,7 @@ def draw_samples(
                     spine.set(visible=True, color=ALARM, linewidth=2)
     axes[0, 0].set_title("training image", fontsize=9, color=INK)
     axes[0, 1].set_title("generations →", fontsize=9, color=INK, loc="left")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_grid(path: Path, prompts: Sequence[str], images: np.ndarray) -> None:
@@ -69,4 +76,4 @@ def draw_grid(path: Path, prompts: Sequence[str], images: np.ndarray) -> None:
         _label(line[0], prompt)
         for axis, image in zip(line, row, strict=True):
             axis.imshow(image)
-    figure.savefig(path)
+    _save(figure, path)

@@ -185,7 +185,8 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path, workers
         fit(first, data, tmp_path / "a", 14, 2, callbacks=[checkpoint(5, str(tmp_path / "a")), KillAt(7)])
     rest, data = parts()
     record = Record()
-    fit(rest, data, tmp_path / "b", 14, 2, callbacks=[record], ckpt_path=str(tmp_path / "a" / "last.ckpt"))
+    callbacks = [record, checkpoint(5, str(tmp_path / "a"))]
+    fit(rest, data, tmp_path / "b", 14, 2, callbacks=callbacks, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
     assert record.keys == whole_record.keys[10:]  # from step 5 on: that is what the newest checkpoint holds
     for resumed, expected in zip(record.observed, whole_record.observed[5:], strict=True):
         assert torch.equal(resumed.loss, expected.loss) and torch.equal(resumed.score, expected.score)
