@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from memtrain.cli import schema
+from memtrain.core.exclusion import ExclusionRule
 from memtrain.cli.main import config_folder, main, one_line
 
 CONF = config_folder()
@@ -77,6 +79,15 @@ def test_every_experiment_composes_and_says_what_it_costs(experiment):
     assert cfg.name == experiment
     header = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     assert "memtrain train experiment=" in header and "# Cost:" in header and "# Expected:" in header
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("rule", ["none", "fixed", "normalized", "evidence"])
+def test_every_rule_goes_with_every_experiment(experiment, rule):
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [f"experiment={experiment}", f"exclusion={rule}"])
+    assert isinstance(instantiate(cfg.exclusion), ExclusionRule)
 
 
 @pytest.mark.parametrize(
