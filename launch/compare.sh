@@ -9,7 +9,7 @@ cd "$repo"
 stamp="$(date +%Y%m%d-%H%M%S)"
 "$venv/bin/memtrain" demo data/demo
 runs=()
-for choice in none fixed:3 fixed:4 evidence; do
+for choice in none fixed:1.5 fixed:2.5 evidence; do
     rule="${choice%%:*}"
     run="${choice/:/_at_}"
     threshold=()
