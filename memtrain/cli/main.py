@@ -100,15 +100,22 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     # Hydra's grammar spells infinity inf; YAML's spelling is .inf
     spelled = [re.sub(r"=([+-]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"=\1\2", override) for override in overrides]
 
+    failures: list[Exception] = []
+
     def with_argv(cfg):  # Lightning starts further ranks with sys.argv as it was
         sys.argv = original
-        task(cfg)
+        try:
+            task(cfg)
+        except Exception as error:  # raised below: Hydra would print a line of its own
+            failures.append(error)
 
     sys.argv = [original[0], *spelled]
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(with_argv)()
     finally:
         sys.argv = original
+    if failures:
+        raise failures[0]
 
 
 def demo_pipeline() -> str:
@@ -141,7 +148,8 @@ def one_line(error: BaseException) -> str | None:
 
 
 def _joined(text: str) -> str:
-    """Lines of a message joined to one, without OmegaConf's notes on types."""
+    """Lines of a message joined to one, without OmegaConf's notes on types and Hydra's on folders."""
+    text = text.split("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "Set the env"))]
     return re.sub(r":?; ", "; ", "; ".join(kept))
