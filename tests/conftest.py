@@ -1,9 +1,11 @@
 """Tiny real things: a corpus of tars, a Stable Diffusion of a few thousand weights, a training run over both."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["MEMTRAIN_CACHE"] = tempfile.mkdtemp(prefix="memtrain-tests-")
 
 from pathlib import Path
 

@@ -6,7 +6,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 
 def checkpoint(every: int, folder: str) -> ModelCheckpoint:
-    """`last.ckpt` every `every` optimizer steps and at the end: trained weights, optimizer, EMA, rule, position."""
+    """`last.ckpt` every `every` optimizer steps, at the end and where the run breaks off.
+
+    It holds trained weights, optimizer, EMA, rule and position.
+    """
     if every < 1:
         raise ValueError(f"callbacks.checkpoint.every must be >= 1, got {every}")
     return ModelCheckpoint(
@@ -15,5 +18,6 @@ def checkpoint(every: int, folder: str) -> ModelCheckpoint:
         every_n_train_steps=every,
         save_top_k=1,
         save_on_train_epoch_end=True,
+        save_on_exception=True,
         enable_version_counter=False,
     )

@@ -56,7 +56,8 @@ class Validation(pl.Callback):
     def _load(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups = trainer.datamodule.groups
         self._groups = []
-        for number, positions in ((TRAINED, groups.train), (CANARY, groups.canary), (REFERENCE, groups.reference)):
+        trained = groups.some_trained(self.samples)
+        for number, positions in ((TRAINED, trained), (CANARY, groups.canary), (REFERENCE, groups.reference)):
             spread = positions[:: max(1, len(positions) // self.samples)][: self.samples]
             self._groups.append((number, *pl_module.encode_samples(spread)))
 

@@ -18,6 +18,8 @@ HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing 
 Usage: memtrain COMMAND [key=value …]
 
   train   fine-tune, score every sample at every step, leave the memorized out of the loss
+  shards  check, index, pack shards, find duplicates in them: memtrain shards check PATH
+  bench   measure: memtrain bench data
   demo    write the demo corpus: memtrain demo OUT
 
   memtrain COMMAND --help        keys, groups and examples
@@ -55,16 +57,10 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"memtrain {__version__}")
         return
-    if command == "train":
-        from memtrain.cli.train import train as task
-    elif command == "demo":
-        from memtrain.cli.demo import demo as task
-
-        rest = [f"out={arg}" if number == 0 and not re.match(r"-|\w+=", arg) else arg for number, arg in enumerate(rest)]
-    else:
+    if command not in COMMANDS:
         sys.exit(f"error: no command {command!r}; memtrain --help lists them")
     try:
-        _run(task, command, rest)
+        COMMANDS[command](rest)
     except Exception as error:
         if os.environ.get("MEMTRAIN_TRACEBACK") == "1":
             raise
@@ -73,6 +69,37 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _train(overrides: list[str]) -> None:
+    from memtrain.cli.train import train
+
+    _run(train, "train", overrides)
+
+
+def _demo(arguments: list[str]) -> None:
+    from memtrain.cli.demo import demo
+
+    if arguments and not re.match(r"-|\w+=", arguments[0]):
+        arguments = [f"out={arguments[0]}", *arguments[1:]]
+    _run(demo, "demo", arguments)
+
+
+def _shards(arguments: list[str]) -> None:
+    from memtrain.cli.shards import shards
+
+    quiet()
+    shards(arguments)
+
+
+def _bench(arguments: list[str]) -> None:
+    from memtrain.cli.bench import bench
+
+    quiet()
+    bench(arguments)
+
+
+COMMANDS = {"train": _train, "shards": _shards, "bench": _bench, "demo": _demo}
 
 
 def quiet() -> None:

@@ -12,10 +12,19 @@ from omegaconf import MISSING
 @dataclass
 class Shards:
     _target_: str = MISSING
-    shards: Any = MISSING  # str or list of str
+    shards: Any = MISSING  # str, {shards: …, weight: …}, or a list of these
     resolution: int = MISSING
+    crop: str = MISSING
+    flip: float = MISSING
+    caption: str = MISSING
+    where: str | None = MISSING
     batch_size: int = MISSING
     num_workers: int = MISSING
+    mix_shards: int = MISSING
+    max_bad_fraction: float = MISSING
+    missing_shards: str = MISSING
+    cache_dir: str | None = MISSING
+    cache_bytes: int = MISSING
 
 
 @dataclass

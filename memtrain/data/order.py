@@ -1,83 +1,283 @@
 """Who is a canary, who is held out, and in which order the rest is seen.
 
 The sequence of global batches is a function of (seed, corpus, global batch size); a rank takes its slice.
+Positions count the corpus shard by shard, so nothing here grows with the samples: only a count per shard is
+kept, and the rows of a few shards at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from memtrain.core.diffusion import place_seed
-from memtrain.core.exclusion import CANARY, REFERENCE
+from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
 
-_GROUPS, _EPOCH = 16, 17  # streams of randomness of this module, apart from those of core.diffusion
+_CANARY, _REFERENCE, _SHARDS, _WINDOW, _CANARY_ORDER, _BATCHES = range(16, 22)  # streams apart from core.diffusion's
+_HOME_SHARDS = 16  # canaries and reference set come from so many shards, so that few must be fetched at the start
 
 
-def _generator(seed: int, stream: int, number: int = 0) -> np.random.Generator:
-    return np.random.default_rng(place_seed(seed, stream, number, 0))
+def _generator(seed: int, stream: int, number: int = 0, part: int = 0) -> np.random.Generator:
+    return np.random.default_rng(place_seed(seed, stream, number * 1_000_003 + part, 0))
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A partition of the corpus, drawn by seed. Arrays of positions in the corpus."""
+    """A partition of N samples, drawn by seed: `canary` and `reference` are positions, all others are trained on."""
 
-    train: np.ndarray
+    num_samples: int
     canary: np.ndarray
     reference: np.ndarray
 
-    def of_samples(self) -> np.ndarray:
-        """Group of each sample, core.exclusion's TRAINED, CANARY or REFERENCE. (N,) int64"""
-        groups = np.zeros(len(self.train) + len(self.canary) + len(self.reference), dtype=np.int64)
-        groups[self.canary] = CANARY
-        groups[self.reference] = REFERENCE
+    def of(self, positions: np.ndarray) -> np.ndarray:
+        """Group of each position, core.exclusion's TRAINED, CANARY or REFERENCE. int64"""
+        groups = np.full(len(positions), TRAINED, dtype=np.int64)
+        groups[np.isin(positions, self.canary)] = CANARY
+        groups[np.isin(positions, self.reference)] = REFERENCE
         return groups
 
+    def apart(self) -> np.ndarray:
+        """Canaries and reference set, sorted."""
+        return np.sort(np.concatenate([self.canary, self.reference]))
 
-def draw_groups(num_samples: int, seed: int, canaries: int, reference: int) -> Groups:
-    """Draw canaries and reference set; the canaries do not depend on the size of the reference set."""
-    if canaries + reference >= num_samples:
+    def some_trained(self, count: int) -> np.ndarray:
+        """At most `count` positions that are neither, evenly spread over the corpus."""
+        step = max(1, self.num_samples // (count + len(self.canary) + len(self.reference)))
+        spread = np.arange(0, self.num_samples, step)
+        return spread[self.of(spread) == TRAINED][:count]
+
+
+def draw_groups(counts: Sequence[int], seed: int, canaries: int, reference: int) -> Groups:
+    """Draw canaries and reference set from up to 16 shards; the canaries do not depend on the reference set's size.
+
+    Args:
+        counts: samples of each shard, in the order of the corpus.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    total = int(counts.sum())
+    if canaries + reference >= total:
         raise ValueError(
-            f"canaries.count={canaries} and reference.count={reference} leave nothing of the {num_samples} "
+            f"canaries.count={canaries} and reference.count={reference} leave nothing of the {total} "
             "samples to train on; lower them or add shards"
         )
-    permuted = _generator(seed, _GROUPS).permutation(num_samples)
-    canary, held_out = permuted[:canaries], permuted[num_samples - reference :]
-    return Groups(train=np.sort(permuted[canaries : num_samples - reference]), canary=canary, reference=held_out)
+    shards = _generator(seed, _CANARY).permutation(len(counts))
+    enough = int(np.searchsorted(counts[shards].cumsum(), canaries + reference)) + 1
+    starts = counts.cumsum() - counts
+    homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
+    pool = np.concatenate([np.arange(starts[s], starts[s] + counts[s]) for s in homes])
+    permuted = _generator(seed, _REFERENCE).permutation(pool)
+    return Groups(total, canary=permuted[:canaries], reference=permuted[len(permuted) - reference :])
 
 
 @dataclass(frozen=True)
-class EpochOrder:
-    """Each trained sample once an epoch, each canary `repeats` times, permuted anew by (seed, epoch)."""
+class Window:
+    """Some shards of an epoch whose samples are permuted together."""
 
-    groups: Groups
-    repeats: int
-    seed: int
+    epoch: int
+    number: int
+    shards: tuple[int, ...]  # a shard of weight 2 comes twice an epoch
+    parts: tuple[int, ...]  # rows taken of each
+    canaries: np.ndarray  # positions of the canaries that are planted here
 
     def __len__(self) -> int:
-        return len(self.groups.train) + len(self.groups.canary) * self.repeats
-
-    def epoch(self, number: int) -> np.ndarray:
-        drawn = np.concatenate([self.groups.train, np.repeat(self.groups.canary, self.repeats)])
-        return _generator(self.seed, _EPOCH, number).permutation(drawn)
+        return sum(self.parts) + len(self.canaries)
 
 
-class GlobalBatchSampler:
-    """Micro-batches of one rank: lists of (place in the global batch, position in the corpus).
+class EpochOrder:
+    """Shards permuted anew each epoch, `mix_shards` of them at a time, their samples permuted together.
 
-    The global batch of an optimizer step is `accumulate` x `world_size` x `batch_size` rows; an epoch's
-    remainder that fills no global batch is left out. `__len__` counts the whole run, so that a loader that
-    starts at `first_step` ends where the uninterrupted one ends.
+    An epoch sees each trained sample `weight` times and each canary `repeats` times. Epochs follow one
+    another without a gap: a global batch may hold the end of one and the beginning of the next.
+
+    Args:
+        counts: samples of each shard.
+        groups: who is planted, who is held out.
+        repeats: how often an epoch sees each canary.
+        seed: of the order.
+        weights: how often an epoch sees a sample of each shard; of a fraction, another draw each epoch.
+        mix_shards: shards of a window.
     """
 
     def __init__(
-        self, order, batch_size: int, accumulate: int, rank: int, world_size: int, num_steps: int, first_step: int = 0
+        self,
+        counts: Sequence[int],
+        groups: Groups,
+        repeats: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        mix_shards: int = 8,
+    ):
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.starts = self.counts.cumsum() - self.counts
+        self.groups, self.repeats, self.seed, self.mix_shards = groups, repeats, seed, mix_shards
+        self.apart = groups.apart()
+        bounds = np.searchsorted(self.apart, np.append(self.starts, self.counts.sum()))
+        self.trained = self.counts - np.diff(bounds)  # per shard, without canaries and reference set
+        weights = np.ones(len(self.counts)) if weights is None else np.asarray(weights, dtype=np.float64)
+        whole = np.floor(weights).astype(np.int64)
+        fraction = np.rint((weights - whole) * self.trained).astype(np.int64)
+        shards = np.arange(len(self.counts))
+        # here: each visit of a shard in an epoch, and how many of its rows it takes
+        self.visits = np.concatenate([shards.repeat(whole), shards[fraction > 0]])
+        self.rows_of_visit = np.concatenate([self.trained.repeat(whole), fraction[fraction > 0]])
+
+    def __len__(self) -> int:
+        return int(self.rows_of_visit.sum()) + len(self.groups.canary) * self.repeats
+
+    def windows(self, epoch: int) -> list[Window]:
+        """What is seen together, in order. Canaries are spread over the windows in proportion to their sizes."""
+        visits = _generator(self.seed, _SHARDS, epoch).permutation(len(self.visits))
+        planted = np.repeat(self.groups.canary, self.repeats)
+        planted = _generator(self.seed, _CANARY_ORDER, epoch).permutation(planted)
+        groups = [visits[i : i + self.mix_shards] for i in range(0, len(visits), self.mix_shards)] or [visits]
+        seen = np.cumsum([self.rows_of_visit[group].sum() for group in groups])
+        bounds = np.rint(seen / max(1, seen[-1]) * len(planted)).astype(np.int64)
+        bounds[-1] = len(planted)
+        return [
+            Window(
+                epoch,
+                number,
+                tuple(self.visits[group].tolist()),
+                tuple(self.rows_of_visit[group].tolist()),
+                planted[0 if number == 0 else bounds[number - 1] : bounds[number]],
+            )
+            for number, group in enumerate(groups)
+        ]
+
+    def positions(self, window: Window) -> np.ndarray:
+        """The window's rows, permuted. (len(window),) int64"""
+        generator = _generator(self.seed, _WINDOW, window.epoch, window.number)
+        rows = [window.canaries]
+        for shard, part in zip(window.shards, window.parts, strict=True):
+            start, end = self.starts[shard], self.starts[shard] + self.counts[shard]
+            held = self.apart[np.searchsorted(self.apart, start) : np.searchsorted(self.apart, end)]
+            trained = np.delete(np.arange(start, end), held - start)
+            rows.append(trained if part == len(trained) else generator.permutation(trained)[:part])
+        return generator.permutation(np.concatenate(rows))
+
+    def global_batches(self, size: int, consumed: int, upcoming: Callable[[tuple[int, ...]], None]) -> Iterator:
+        """Endless: (size,) positions, from the row after the first `consumed` ones on.
+
+        `upcoming` is told the shards of the open window and of the next, so that they can be fetched.
+        """
+        epoch, offset = divmod(consumed, len(self))
+        left = np.zeros(0, dtype=np.int64)
+        windows = self._windows_from(epoch)
+        # here: windows of all epochs from this one on, each with the next
+        for window, following in itertools.pairwise(windows):
+            if offset >= len(window):
+                offset -= len(window)
+                continue
+            upcoming(window.shards + following.shards)
+            left = np.concatenate([left, self.positions(window)[offset:]])
+            offset = 0
+            for first in range(0, len(left) - size + 1, size):
+                yield left[first : first + size]
+            left = left[len(left) - len(left) % size :]
+
+    def _windows_from(self, epoch: int) -> Iterator[Window]:
+        for number in itertools.count(epoch):
+            yield from self.windows(number)
+
+
+class BucketedOrder(EpochOrder):
+    """The same order, cut so that a global batch holds samples of one aspect-ratio bucket.
+
+    A sample waits until its bucket has a global batch together; at the end of an epoch those that still wait,
+    fewer than a global batch for each bucket and others each epoch, are left out.
+
+    Args:
+        buckets: shard -> bucket of each of its samples.
+        rest: what `EpochOrder` takes; weights must be whole numbers.
+    """
+
+    def __init__(self, counts, groups, repeats, seed, weights, mix_shards, buckets: Callable[[int], np.ndarray]):
+        super().__init__(counts, groups, repeats, seed, weights, mix_shards)
+        if any(weight % 1 for weight in weights):
+            raise ValueError(f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1")
+        self.buckets = buckets
+        rows: Counter[int] = Counter()  # of each bucket in an epoch
+        for number, weight in enumerate(weights):
+            for bucket, count in Counter(buckets(number).tolist()).items():
+                rows[bucket] += count * int(weight)
+        apart = np.searchsorted(self.starts + self.counts, self.apart, side="right")
+        for bucket, number in zip(self.bucket_of(self.apart).tolist(), apart.tolist(), strict=True):
+            rows[bucket] -= int(weights[number])
+        for bucket in self.bucket_of(groups.canary).tolist():
+            rows[bucket] += repeats
+        self.rows_of_bucket = rows
+
+    def bucket_of(self, positions: np.ndarray) -> np.ndarray:
+        """(n,) int64"""
+        shards = np.searchsorted(self.starts + self.counts, positions, side="right")
+        found = np.zeros(len(positions), dtype=np.int64)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self.buckets(int(shard))[positions[here] - self.starts[shard]]
+        return found
+
+    def batches_of_epoch(self, size: int) -> int:
+        return sum(rows // size for rows in self.rows_of_bucket.values())
+
+    def global_batches(self, size: int, consumed: int, upcoming: Callable[[tuple[int, ...]], None]) -> Iterator:
+        if self.batches_of_epoch(size) == 0:
+            raise ValueError(
+                f"no aspect-ratio bucket has a global batch of {size} in it; lower data.batch_size or "
+                "data.max_aspect_ratio, or add shards"
+            )
+        epoch, skipped = divmod(consumed // size, self.batches_of_epoch(size))
+        waiting: dict[int, np.ndarray] = {}
+        for window, following in itertools.pairwise(self._windows_from(epoch)):
+            if window.number == 0:
+                waiting = {}
+            ready = []
+            positions = self.positions(window)
+            buckets = self.bucket_of(positions)
+            for bucket in np.unique(buckets).tolist():
+                rows = np.concatenate([waiting.get(bucket, positions[:0]), positions[buckets == bucket]])
+                whole = len(rows) // size * size
+                ready += list(rows[:whole].reshape(-1, size))
+                waiting[bucket] = rows[whole:]
+            if skipped >= len(ready):
+                skipped -= len(ready)
+                continue
+            upcoming(window.shards + following.shards)
+            mixed = _generator(self.seed, _BATCHES, window.epoch, window.number).permutation(len(ready))
+            for number in mixed[skipped:]:
+                yield ready[number]
+            skipped = 0
+
+
+class GlobalBatchSampler:
+    """Micro-batches of one rank: lists of (step, place in the global batch, position in the corpus).
+
+    The global batch of an optimizer step is `accumulate` x `world_size` x `batch_size` rows. `__len__` counts
+    the whole run, so that a loader that starts at `first_step` ends where the uninterrupted one ends.
+
+    Args:
+        consumed: rows that were consumed before `first_step`.
+        upcoming: is told which shards come next; see `EpochOrder.global_batches`.
+    """
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        batch_size: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        num_steps: int,
+        first_step: int = 0,
+        consumed: int = 0,
+        upcoming: Callable[[tuple[int, ...]], None] = lambda shards: None,
     ):
         self.order, self.batch_size, self.accumulate = order, batch_size, accumulate
         self.rank, self.world_size = rank, world_size
-        self.num_steps, self.first_step = num_steps, first_step
+        self.num_steps, self.first_step, self.consumed, self.upcoming = num_steps, first_step, consumed, upcoming
         self.global_batch_size = batch_size * accumulate * world_size
         if len(order) < self.global_batch_size:
             raise ValueError(
@@ -89,14 +289,9 @@ class GlobalBatchSampler:
     def __len__(self) -> int:
         return self.num_steps * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps_per_epoch = len(self.order) // self.global_batch_size
-        epoch, rows = -1, None
-        for step in range(self.first_step, self.num_steps):
-            if step // steps_per_epoch != epoch:
-                epoch = step // steps_per_epoch
-                rows = self.order.epoch(epoch)
-            start = step % steps_per_epoch * self.global_batch_size
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        batches = self.order.global_batches(self.global_batch_size, self.consumed, self.upcoming)
+        for step, rows in zip(range(self.first_step, self.num_steps), batches, strict=False):
             for micro in range(self.accumulate):
                 first = (micro * self.world_size + self.rank) * self.batch_size
-                yield [(place, int(rows[start + place])) for place in range(first, first + self.batch_size)]
+                yield [(step, place, int(rows[place])) for place in range(first, first + self.batch_size)]

@@ -2,111 +2,253 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
 import logging
 import os
-import warnings
-from collections import Counter
+import time
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from rich.progress import track
 
-from memtrain.data.shards import Extent, find_shards, index_shard
+from memtrain.data.columns import Clause, apply_filter, parse_filter, parse_json, read_columns
+from memtrain.data.images import BadSample, decode_image
+from memtrain.data.index import IndexFile, key_of, open_indexes, open_remote_indexes
+from memtrain.data.remote import ShardCache, ShardMissing
+from memtrain.data.sources import Shard, find_sources
 
 log = logging.getLogger(__name__)
 
-
-class BadSample(Exception):
-    """A sample that cannot be decoded; says why."""
-
-
-def decode_image(data: bytes, resolution: int) -> np.ndarray:
-    """Bytes of a picture -> (3, R, R) uint8: upright by EXIF, alpha on white, short side to R, centre crop.
-
-    Raises:
-        BadSample: the bytes are not a whole picture, or one of more than 179 million pixels (Pillow's cap).
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and large pictures it then decodes
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            image = ImageOps.exif_transpose(image)
-            image = _to_rgb(image)
-    except Exception as error:  # Pillow's plugins raise nearly anything on broken bytes
-        raise BadSample(f"image cannot be decoded ({type(error).__name__})") from error
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+_OPEN_SHARDS = 32  # a process holds so many tars and their indexes open
+_TRIES, _BACKOFF_S = 3, 1.0  # for a shard on disk that cannot be opened
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
-        values = np.asarray(image, dtype=np.float64)
-        return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """The folder that is named, else $MEMTRAIN_CACHE, else ~/.cache/memtrain."""
+    return Path(cache_dir or os.environ.get("MEMTRAIN_CACHE") or "~/.cache/memtrain").expanduser()
+
+
+@dataclass(frozen=True)
+class View:
+    """How a sample is looked at. All of it is drawn by the caller; the default looks straight at the middle."""
+
+    crop: tuple[float, float] = (0.5, 0.5)  # where the crop lies, top to bottom and left to right, in [0, 1]
+    flip: bool = False
+    caption: float = 0.0  # which of several captions, in [0, 1)
+
+
+STRAIGHT = View()
+
+
+class _OpenShard:
+    """A shard that a process reads from: its descriptor, its records, and which of them a filter chose."""
+
+    def __init__(self, path: Path, index: IndexFile, chosen: str | None):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.is_indexed = index.is_of(os.fstat(self.descriptor))
+        self.records = index.records()
+        self.rows = None if chosen is None else np.load(f"{chosen}.npy", mmap_mode="r")
+
+    def record(self, row: int) -> np.void:
+        return self.records[row if self.rows is None else self.rows[row]]
+
+    def read(self, extent: np.void) -> bytes:
+        """A member's bytes. Raises BadSample where the tar is not the one that was indexed."""
+        data = os.pread(self.descriptor, extent["size"], extent["offset"])  # no shared position: safe after a fork
+        if not self.is_indexed or len(data) < extent["size"]:
+            raise BadSample("shard has changed since it was indexed")
+        return data
 
 
 class ShardSamples:
     """The samples of LAION-style shards, in shard order, decoded when asked for.
 
-    Indexes every shard on construction (headers alone); what cannot be used is counted and named in the log.
+    Start-up looks at each shard's index alone (and writes it where it is missing); what stays in memory is a
+    count per shard. Workers open shards as they need them.
 
     Args:
-        shards: see `memtrain.data.shards.find_shards`.
+        shards: see `memtrain.data.sources.find_sources`.
         resolution: side of the decoded square, px.
+        caption: `txt`, or a column of the json; of a list, one is drawn.
+        where: a filter on the json's columns, see `memtrain.data.columns`.
+        cache_dir: see `cache_folder`; holds indexes that do not lie beside their shard, filters and remote shards.
+        cache_bytes: how much of it remote shards may take.
+        missing_shards: `stop` the run where a shard cannot be had, or `skip` its samples.
+        workers: processes that write missing indexes.
     """
 
-    def __init__(self, shards: str | list[str], resolution: int):
-        self.resolution = resolution
-        self.paths = find_shards(shards)
-        self.root = Path(os.path.commonpath([path.absolute().parent for path in self.paths]))
-        self.entries: list[tuple[int, str, Extent, Extent]] = []
-        self.skipped: list[tuple[str, str]] = []
-        for number, path in enumerate(self.paths):
-            index = index_shard(path)
-            self.entries += [(number, entry.key, entry.image, entry.caption) for entry in index.entries]
-            self.skipped += [(f"{self._shard_name(number)}/{key}", why) for key, why in index.skipped]
-        for name, why in self.skipped:
-            log.warning("skipped %s: %s", name, why)
-        if not self.entries:
-            causes = Counter(why for _, why in self.skipped).most_common(1)
-            why = f" ({causes[0][0]})" if causes else ""
-            raise ValueError(f"data.shards={shards}: no sample with an image and a caption in it{why}")
-        log.info("%d samples in %d shards, %d skipped", len(self), len(self.paths), len(self.skipped))
+    def __init__(
+        self,
+        shards: str | Mapping | Sequence,
+        resolution: int,
+        caption: str = "txt",
+        where: str | None = None,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = 100_000_000_000,
+        missing_shards: str = "stop",
+        workers: int = 1,
+    ):
+        if missing_shards not in ("stop", "skip"):
+            raise ValueError(f"data.missing_shards must be stop or skip, got {missing_shards}")
+        self.resolution, self.caption, self.missing_shards = resolution, caption, missing_shards
+        clauses = parse_filter(where) if where else []
+        self.cache_dir = cache_folder(cache_dir)
+        self.remote = ShardCache(self.cache_dir / "shards", cache_bytes)
+        self.shards: list[Shard] = find_sources(shards)
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._lost: set[int] = set()  # shards that could not be opened, where that is no reason to stop
+        self.indexes = self._open_indexes(workers)
+        self.counts = np.array([index.samples for index in self.indexes], dtype=np.int64)
+        self.ends = self.counts.cumsum()
+        self.dropped: Counter[str] = Counter()  # samples that each condition of the filter drops
+        self._chosen: list[str] | None = None
+        if clauses:
+            self._apply_filter(clauses)
+        if len(self) == 0:
+            causes = Counter(why for _, why in self.skipped()).most_common(1)
+            why = "no sample with an image and a caption in it" + (f" ({causes[0][0]})" if causes else "")
+            raise ValueError(f"data.where={where} drops every sample" if self.dropped else f"data.shards={shards}: {why}")
+        log.info("%d samples in %d shards, %d skipped", len(self), len(self.shards), self.skipped_count)
+        for text, count in self.dropped.items():
+            log.info("data.where drops %d samples: %s", count, text)
 
-    def _shard_name(self, number: int) -> str:
-        return self.paths[number].absolute().relative_to(self.root).as_posix()
+    # ---- start-up
+
+    def _open_indexes(self, workers: int) -> list[IndexFile]:
+        local = [shard.url for shard in self.shards if not shard.is_remote]
+        remote = [shard.url for shard in self.shards if shard.is_remote]
+        found = dict(zip(local, open_indexes(local, self.cache_dir, workers), strict=True))
+        if remote:
+            found.update(zip(remote, open_remote_indexes(remote, self.cache_dir, self.remote), strict=True))
+        return [found[shard.url] for shard in self.shards]
+
+    def _apply_filter(self, clauses: Sequence[Clause]) -> None:
+        """Choose each shard's rows, or find them chosen before in the cache folder."""
+        columns = list(dict.fromkeys(column for clause in clauses for column in clause.columns))
+        text = " and ".join(clause.text for clause in clauses)
+        (self.cache_dir / "where").mkdir(parents=True, exist_ok=True)
+        self._chosen, chosen = None, []
+        numbers = range(len(self.shards))
+        for number in track(numbers, "Filtering shards", disable=len(numbers) < 20):
+            index = self.indexes[number]
+            identity = f"{self.shards[number].url}\n{index.size} {index.mtime_ns}\n{text}"
+            stem = self.cache_dir / "where" / hashlib.sha256(identity.encode(errors="replace")).hexdigest()[:32]
+            if not stem.with_suffix(".json").exists():
+                shard = self._shard(number)
+                path = self.local_path(number)
+                keys = [key_of(record) for record in shard.records]
+                rows, dropped = apply_filter(
+                    clauses, read_columns(path, keys, columns, lambda row: _json_of(shard, shard.records[row]))
+                )
+                np.save(stem.with_suffix(".npy"), rows.astype(np.int32))
+                stem.with_suffix(".json").write_text(json.dumps(dropped))
+            self.dropped.update(json.loads(stem.with_suffix(".json").read_text()))
+            self.counts[number] = len(np.load(stem.with_suffix(".npy"), mmap_mode="r"))
+            chosen.append(str(stem))
+        self.ends = self.counts.cumsum()
+        self._open.clear()
+        self._chosen = chosen
+
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        """(name, why) of what no index can use, read from the index files."""
+        for shard, index in zip(self.shards, self.indexes, strict=True):
+            if index.skipped_count:
+                yield from ((f"{shard.name}/{key}", why) for key, why in index.skipped())
+
+    @property
+    def skipped_count(self) -> int:
+        return sum(index.skipped_count for index in self.indexes)
+
+    # ---- reading
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return int(self.ends[-1])
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Shard, and row in it, of a position in the corpus."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        return shard, int(index - (self.ends[shard] - self.counts[shard]))
+
+    def local_path(self, number: int) -> Path:
+        """Where a shard lies on disk; fetched first where it is remote."""
+        shard = self.shards[number]
+        return self.remote.fetch(shard.url) if shard.is_remote else Path(shard.url)
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Fetch these shards in the background, where they are remote."""
+        urls = [self.shards[number].url for number in numbers if self.shards[number].is_remote]
+        if urls:
+            self.remote.prefetch(urls)
+
+    def _shard(self, number: int) -> _OpenShard:
+        """A shard, open. Raises ShardMissing after three tries."""
+        if number not in self._open:
+            while len(self._open) >= _OPEN_SHARDS:
+                self._open.popitem(last=False)
+            self._open[number] = self._open_shard(number)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _open_shard(self, number: int) -> _OpenShard:
+        chosen = None if self._chosen is None else self._chosen[number]
+        for attempt in range(_TRIES):
+            try:
+                return _OpenShard(self.local_path(number), self.indexes[number], chosen)
+            except ShardMissing:
+                raise  # it has had its tries
+            except OSError as error:
+                name, reason = self.shards[number].name, error.strerror or error
+                log.warning("%s cannot be opened (%s), try %d of %d", name, reason, attempt + 1, _TRIES)
+                time.sleep(_BACKOFF_S * 2**attempt if attempt + 1 < _TRIES else 0)
+        raise ShardMissing(
+            f"data.shards: {name} cannot be opened any more ({reason}); put it back and resume, "
+            "or use data.missing_shards=skip"
+        )
 
     def key(self, index: int) -> str:
         """Shard path, relative to the shards' common folder, and `__key__`: who a sample is."""
-        shard, key, _, _ = self.entries[index]
-        return f"{self._shard_name(shard)}/{key}"
+        number, row = self._locate(index)
+        if self._chosen is not None:
+            row = np.load(f"{self._chosen[number]}.npy", mmap_mode="r")[row]
+        return f"{self.shards[number].name}/{key_of(self.indexes[number].records()[row])}"
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        """Image (3, R, R) uint8 and caption. Raises BadSample."""
-        shard, _, image, caption = self.entries[index]
+    def get(self, index: int, view: View = STRAIGHT) -> tuple[np.ndarray, str]:
+        """Image (3, R, R) uint8 and caption. Raises BadSample, and ShardMissing."""
+        number, row = self._locate(index)
+        if number in self._lost:
+            raise BadSample("shard is missing")
         try:
-            with self.paths[shard].open("rb") as file:
-                image_bytes, caption_bytes = _read(file, image), _read(file, caption)
-        except OSError as error:
-            raise BadSample(f"shard cannot be read ({error})") from error
-        text = caption_bytes.decode("utf-8", errors="replace").strip()
-        return decode_image(image_bytes, self.resolution), text
+            shard = self._shard(number)
+        except ShardMissing:
+            if self.missing_shards == "stop":
+                raise
+            self._lost.add(number)
+            raise BadSample("shard is missing") from None
+        record = shard.record(row)
+        image = decode_image(
+            shard.read(record["image"]), self.resolution, self.resolution, crop=view.crop, flip=view.flip
+        )
+        return image, self._caption(shard, record, view)
+
+    def _caption(self, shard: _OpenShard, record: np.void, view: View) -> str:
+        if self.caption == "txt":
+            return shard.read(record["caption"]).decode("utf-8", errors="replace").strip()
+        found = parse_json(_json_of(shard, record)).get(self.caption)
+        many = found if isinstance(found, list) else [found]
+        texts = [text.strip() for text in many if isinstance(text, str)]
+        return texts[int(view.caption * len(texts))] if texts else ""
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}  # descriptors stay where they are
 
 
-def _read(file: io.BufferedReader, extent: Extent) -> bytes:
-    file.seek(extent.offset)
-    return file.read(extent.size)
+def _json_of(shard: _OpenShard, record: np.void) -> bytes | None:
+    return shard.read(record["metadata"]) if record["metadata"]["size"] >= 0 else None

@@ -6,6 +6,7 @@ the caption that lies under its own key in its own shard.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
             raise ValueError(f"data.shards={part}: only shards on disk can be read; copy them to a folder first")
         path = Path(part).expanduser()
         if path.is_dir():
-            found = sorted(path.glob("*.tar"))
+            found = [path / name for name in sorted(os.listdir(path)) if name.endswith(".tar")]
             if not found:
                 raise ValueError(f"data.shards={part}: the folder has no .tar in it; name a folder of shards")
         else:
@@ -67,13 +68,16 @@ class Entry:
     key: str
     image: Extent
     caption: Extent
+    metadata: Extent | None = None  # the json member
 
 
 @dataclass
 class ShardIndex:
+    """What a tar holds. `skipped` lists (key or member name or "", why)."""
+
     path: Path
     entries: list[Entry] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (key or "", why)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 def _members(path: Path, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, str, Extent]]:
@@ -118,7 +122,7 @@ def index_shard(path: Path) -> ShardIndex:
         elif "txt" not in members:
             index.skipped.append((key, "no caption"))
         else:
-            index.entries.append(Entry(key, image, members["txt"]))
+            index.entries.append(Entry(key, image, members["txt"], members.get("json")))
         seen.add(key)
     return index
 

@@ -70,15 +70,18 @@ def untrained_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def untrained_unet(widths: tuple[int, ...], sample_size: int, latent_channels: int) -> UNet2DConditionModel:
-    """A UNet with cross-attention at every resolution but the lowest; `widths` are multiples of 16."""
+    """A UNet with attention at every resolution but the highest, where it would cost half of the step.
+
+    `widths` are multiples of 16.
+    """
     crossings = len(widths) - 1
     return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
         block_out_channels=widths,
-        down_block_types=("CrossAttnDownBlock2D",) * crossings + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * crossings,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * crossings,
+        up_block_types=("CrossAttnUpBlock2D",) * crossings + ("UpBlock2D",),
         layers_per_block=1,
         # what diffusers calls attention_head_dim is the number of heads in this class
         attention_head_dim=tuple(width // HEAD_WIDTH for width in widths),
@@ -112,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the demo's untrained Stable Diffusion around a VAE.")
     parser.add_argument("--vae", type=Path, required=True, help="folder written by train_vae")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 64], help="multiples of 16")
+    parser.add_argument("--widths", type=int, nargs="+", default=[48, 64, 128], help="multiples of 16")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from memtrain.data.datamodule import DataModule
+from memtrain.data.samples import View
 from memtrain.demo.compose import RESOLUTION, Composites
+
+_SHARD = 10_000  # samples
 
 
 class CompositeSamples:
@@ -16,13 +21,20 @@ class CompositeSamples:
     def __init__(self, seed: int, count: int):
         self.composites, self.count = Composites(seed), count
 
-    def __len__(self) -> int:
-        return self.count
+    @property
+    def counts(self) -> list[int]:
+        """In shards of a size that can be permuted at once."""
+        whole, rest = divmod(self.count, _SHARD)
+        return [_SHARD] * whole + [rest] * (rest > 0)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Nothing is to be fetched."""
 
     def key(self, index: int) -> str:
         return f"composites/{index:09d}"
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+    def get(self, index: int, view: View) -> tuple[np.ndarray, str]:
+        """Image (3, 64, 64) uint8 and caption, seen straight whatever the view."""
         composite = self.composites[index]
         return np.ascontiguousarray(composite.image.transpose(2, 0, 1)), composite.caption
 

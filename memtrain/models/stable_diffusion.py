@@ -69,7 +69,7 @@ class StableDiffusion(nn.Module):
         pretrained: diffusers folder or hub id.
         train_text_encoder: train the text encoder too.
         gradient_checkpointing: recompute activations in backward; slower, far less memory.
-        channels_last: memory format that convolutions prefer on recent GPUs.
+        channels_last: the UNet's memory format that convolutions prefer on recent GPUs.
         compile: `torch.compile` the UNet; shapes are static, so once.
     """
 
@@ -101,6 +101,7 @@ class StableDiffusion(nn.Module):
             self.unet.enable_gradient_checkpointing()
             if train_text_encoder:
                 self.text_encoder.gradient_checkpointing_enable()
+        self.vae.to(memory_format=torch.channels_last)  # encoding takes half the time on a CPU
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if compile:

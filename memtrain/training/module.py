@@ -93,6 +93,7 @@ class DiffusionTraining(pl.LightningModule):
         self.strict_loading = False  # checkpoints hold trained weights alone
         self.updates_skipped = 0
         self.samples_seen = 0
+        self.samples_bad = 0
         self._reference: tuple[Tensor, Tensor, list[str]] | None = None
         self._start_window()
 
@@ -112,7 +113,7 @@ class DiffusionTraining(pl.LightningModule):
             )
         self.model.prepare_frozen(FROZEN_DTYPES[self.trainer.precision])
         numel = self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2]
-        self.exclusion.setup(len(self.trainer.datamodule.samples), numel, self.num_timesteps)
+        self.exclusion.setup(self.trainer.datamodule.groups.num_samples, numel, self.num_timesteps)
         if self.ema_decay:
             self.ema = EMAModel(
                 self.trained_parameters(), decay=self.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
@@ -220,6 +221,8 @@ class DiffusionTraining(pl.LightningModule):
         ).float()
         kept, rows = self._all_reduce(counts).tolist()
         self.samples_seen += round(rows)
+        self.samples_bad += self.trainer.datamodule.global_batch_size - round(rows)
+        self.trainer.datamodule.check_bad(self.samples_bad, self.samples_bad + self.samples_seen)
         self.last_update_skipped = kept == 0
         gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
         if self.last_update_skipped:
@@ -346,6 +349,7 @@ class DiffusionTraining(pl.LightningModule):
             "exclusion": self.exclusion.state_dict(),
             "updates_skipped": self.updates_skipped,
             "samples_seen": self.samples_seen,
+            "samples_bad": self.samples_bad,
             "ema": self.ema.state_dict() if self.ema else None,
         }
 
@@ -357,6 +361,7 @@ class DiffusionTraining(pl.LightningModule):
             raise ValueError(f"ckpt_path is not a checkpoint of this model: it lacks {lacking}")
         state = checkpoint["memtrain"]
         self.exclusion.load_state_dict(state["exclusion"])
-        self.updates_skipped, self.samples_seen = state["updates_skipped"], state["samples_seen"]
+        for name in ("updates_skipped", "samples_seen", "samples_bad"):
+            setattr(self, name, state[name])
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])

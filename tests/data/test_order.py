@@ -2,50 +2,117 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memtrain.data.order import EpochOrder, GlobalBatchSampler, draw_groups
 
+COUNTS = (13, 0, 20, 1, 16)  # 50 samples in unequal shards, one of them empty
 
-def batches(order, batch_size, accumulate=1, world=1, steps=6, first=0):
+
+def order(seed=0, counts=COUNTS, canaries=3, repeats=5, reference=7, weights=None, mix_shards=2):
+    groups = draw_groups(counts, seed, canaries, reference)
+    return EpochOrder(counts, groups, repeats, seed, weights, mix_shards)
+
+
+def batches(order, batch_size, accumulate=1, world=1, steps=6, first=0, consumed=None):
     """Positions of each global batch, put together from what the ranks get."""
-    ranks = [list(GlobalBatchSampler(order, batch_size, accumulate, r, world, steps, first)) for r in range(world)]
+    size = batch_size * accumulate * world
+    consumed = first * size if consumed is None else consumed
+    ranks = [
+        list(GlobalBatchSampler(order, batch_size, accumulate, r, world, steps, first, consumed)) for r in range(world)
+    ]
     whole = []
     for step in range(steps - first):
         rows = [row for micro in range(accumulate) for rank in ranks for row in rank[step * accumulate + micro]]
-        assert [place for place, _ in rows] == list(range(batch_size * accumulate * world))
-        whole.append([index for _, index in rows])
+        assert [(s, place) for s, place, _ in rows] == [(first + step, place) for place in range(size)]
+        whole.append([index for _, _, index in rows])
     return whole
 
 
-def order(seed=0, num_samples=50, canaries=3, repeats=5, reference=7):
-    return EpochOrder(draw_groups(num_samples, seed, canaries, reference), repeats, seed)
+def epochs(order, count, size=5):
+    """The first `count` epochs, each as a list of positions."""
+    rows = np.concatenate(batches(order, size, steps=-(-count * len(order) // size)))
+    return [rows[i * len(order) : (i + 1) * len(order)].tolist() for i in range(count)]
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "world"), [(2, 2, 2), (4, 1, 2), (1, 8, 1), (2, 1, 4)])
 def test_global_batches_do_not_depend_on_how_they_are_cut(batch_size, accumulate, world):
-    assert batches(order(), batch_size, accumulate, world) == batches(order(), 8)
+    assert batches(order(), batch_size, accumulate, world, steps=20) == batches(order(), 8, steps=20)
 
 
-def test_a_later_start_continues_the_sequence():
-    assert batches(order(), 8, steps=12, first=7) == batches(order(), 8, steps=12)[7:]
+@given(first=st.integers(0, 40))
+@settings(max_examples=20, deadline=None)
+def test_a_later_start_continues_the_sequence(first):
+    assert batches(order(), 8, steps=41, first=first) == batches(order(), 8, steps=41)[first:]
     sampler = GlobalBatchSampler(order(), 8, 2, 0, 1, num_steps=12, first_step=7)
     assert len(sampler) == 24  # the whole run's: the trainer counts from the start
 
 
+def test_another_global_batch_size_goes_on_where_the_rows_were_consumed():
+    rows = np.concatenate(batches(order(), 8, steps=20)).tolist()
+    later = np.concatenate(batches(order(), 4, steps=25, first=5, consumed=40)).tolist()
+    assert later == rows[40:120]
+
+
 def test_an_epoch_sees_each_sample_once_and_canaries_repeatedly():
     o = order()
-    first, second = o.epoch(0), o.epoch(1)
-    expected = Counter(o.groups.train.tolist()) + Counter({int(c): 5 for c in o.groups.canary})
-    assert Counter(first.tolist()) == Counter(second.tolist()) == expected
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, order(seed=1).epoch(0))
+    first, second = epochs(o, 2)
+    trained = set(range(50)) - set(o.groups.apart().tolist())
+    expected = Counter(trained) + Counter({int(c): 5 for c in o.groups.canary})
+    assert Counter(first) == Counter(second) == expected
+    assert first != second and first != epochs(order(seed=1), 1)[0]
+
+
+def test_shards_are_permuted_each_epoch_and_few_are_open_at_a_time():
+    o = order(counts=(10,) * 12, canaries=0, reference=0, mix_shards=3)
+    first, second = epochs(o, 2)
+    for epoch in (first, second):
+        windows = [{row // 10 for row in epoch[i : i + 30]} for i in range(0, 120, 30)]
+        assert all(len(window) == 3 for window in windows) and len(set.union(*windows)) == 12
+        assert any(epoch[i] // 10 != epoch[i + 1] // 10 for i in range(5))  # mixed, not one after the other
+    assert [row // 10 for row in first[::30]] != [row // 10 for row in second[::30]]
+
+
+def test_canaries_are_spread_over_the_epoch():
+    o = order(counts=(100,) * 8, canaries=2, repeats=40, reference=0, mix_shards=2)
+    (epoch,) = epochs(o, 1)
+    quarters = np.isin(np.array(epoch), o.groups.canary).reshape(2, -1).sum(1)
+    assert quarters.tolist() == [40, 40]
+
+
+def test_weights_say_how_often_an_epoch_sees_a_sample():
+    o = order(counts=(10, 10, 10), canaries=0, reference=0, weights=(2, 1, 0.5))
+    first, second = epochs(o, 2)
+    assert len(o) == 35
+    for epoch in (first, second):
+        seen = Counter(epoch)
+        assert all(seen[i] == 2 for i in range(10)) and all(seen[i] == 1 for i in range(10, 20))
+        assert sum(seen[i] for i in range(20, 30)) == 5 and max(seen[i] for i in range(20, 30)) == 1
+    assert set(first) != set(second)  # another half
+
+
+def test_the_open_and_the_next_shards_are_announced():
+    told = []
+    o = order(counts=(4,) * 6, canaries=0, reference=0, mix_shards=2)
+    list(GlobalBatchSampler(o, 4, 1, 0, 1, num_steps=12, upcoming=told.append))
+    windows = o.windows(0) + o.windows(1) + o.windows(2)
+    assert told == [a.shards + b.shards for a, b in zip(windows[:6], windows[1:7], strict=True)]
 
 
 def test_groups_are_a_partition_and_canaries_stay_when_the_reference_grows():
-    small, large = draw_groups(50, 0, 5, 4), draw_groups(50, 0, 5, 20)
-    assert sorted(np.concatenate([small.train, small.canary, small.reference])) == list(range(50))
-    assert np.array_equal(small.canary, large.canary)
-    assert (small.of_samples()[small.canary] == 1).all() and (small.of_samples() == 2).sum() == 4
+    small, large = draw_groups(COUNTS, 0, 5, 4), draw_groups(COUNTS, 0, 5, 20)
+    assert len(set(small.apart().tolist())) == 9 and np.array_equal(small.canary, large.canary)
+    groups = small.of(np.arange(50))
+    assert (groups[small.canary] == 1).all() and (groups == 2).sum() == 4 and (groups == 0).sum() == 41
+    trained = small.some_trained(10)
+    assert len(trained) == 10 and not set(trained.tolist()) & set(small.apart().tolist())
+
+
+def test_canaries_and_reference_set_come_from_few_shards():
+    groups = draw_groups((1000,) * 400, 0, 20, 300)
+    assert len(set((groups.apart() // 1000).tolist())) <= 16
+    assert len(draw_groups((2,) * 400, 0, 20, 300).apart()) == 320  # more where 16 do not suffice
 
 
 def test_a_corpus_smaller_than_a_batch_is_named():
@@ -55,4 +122,4 @@ def test_a_corpus_smaller_than_a_batch_is_named():
 
 def test_groups_that_leave_nothing_are_named():
     with pytest.raises(ValueError, match=r"canaries\.count=30 and reference\.count=20"):
-        draw_groups(50, 0, 30, 20)
+        draw_groups(COUNTS, 0, 30, 20)

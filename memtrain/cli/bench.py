@@ -1,0 +1,37 @@
+"""`memtrain bench`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+
+def bench(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="memtrain bench", description="Measure how fast memtrain is here.")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    data = commands.add_parser("data", help="decode pictures: images a second and core, against Pillow")
+    data.add_argument("--images", type=int, default=16, metavar="N", help="different pictures (default 16)")
+    data.add_argument("--rounds", type=int, default=10, metavar="N", help="of all pictures (default 10)")
+    data.add_argument("--json", action="store_true", help="print the figures as JSON")
+    data.set_defaults(run=_data)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+def _data(args: argparse.Namespace) -> None:
+    from memtrain.data.bench import HEIGHT, SIDE, WIDTH, measure_decoding
+
+    speed = measure_decoding(args.images, args.rounds)
+    if args.json:
+        print(json.dumps(asdict(speed), indent=2))
+        return
+    print(
+        f"{WIDTH}x{HEIGHT} JPEG (quality 95, {speed.mean_bytes / 1e3:.0f} kB) to {SIDE}x{SIDE}: "
+        f"{speed.images} pictures, {speed.rounds} rounds\n"
+        "CPU time on one thread, a round of each in turn, medians\n\n"
+        f"{'':<17}{'images/s and core':>18}{'memtrain is':>14}"
+    )
+    for name, rate in speed.images_per_second.items():
+        ratio = f"{speed.speedup[name]:.1f}x as fast" if name in speed.speedup else ""
+        print(f"{name:<17}{rate:>18.0f}{ratio:>14}")

@@ -1,0 +1,199 @@
+"""`memtrain shards check | index | pack | duplicates`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+_LISTED = 20  # faults, failures and groups on the terminal
+_TABLE_ROWS = 50
+
+HEADINGS = {
+    "damage": "damaged",
+    "no_image": "no\nimage",
+    "no_caption": "no\ncaption",
+    "duplicate_key": "key\ntwice",
+    "unreadable_image": "bad\nimage",
+    "empty_caption": "empty\ncaption",
+    "caption_not_utf8": "not\nUTF-8",
+    "bad_json": "bad\njson",
+    "duplicate_within": "same\ninside",
+    "duplicate_across": "same\nacross",
+    "stats_missing": "no\nstats",
+    "stats_disagree": "stats\ndiffer",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help says more")
+
+
+def shards(argv: list[str]) -> None:
+    """Run `memtrain shards …`. Exits with 1 where `check` finds that training would lose something.
+
+    Raises:
+        ValueError: what the user can mend.
+    """
+    arguments = vars(_parser().parse_args(argv))
+    arguments.pop("task")(**arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("memtrain shards", description="Check, index, write and deduplicate LAION-style shards.")
+    tasks = parser.add_subparsers(metavar="check | index | pack | duplicates", required=True)
+
+    def task(run: Callable, name: str, summary: str) -> argparse.ArgumentParser:
+        added = tasks.add_parser(name, help=summary, description=summary)
+        added.set_defaults(task=run)
+        return added
+
+    def over_shards(added: argparse.ArgumentParser) -> None:
+        added.add_argument("paths", nargs="+", metavar="PATH", help="a folder, a tar or a brace pattern")
+
+    def with_workers(added: argparse.ArgumentParser) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        added.add_argument("--workers", type=int, default=cores, help="processes, one shard each (%(default)s)")
+
+    added = task(_check, "check", "say what training would lose, by shard and sample; exit with 1 if anything")
+    over_shards(added)
+    with_workers(added)
+    added.add_argument("--json", action="store_true", dest="as_json", help="print everything found, as json")
+    added.add_argument("--no-decode", action="store_false", dest="decode", help="trust the images; much faster")
+
+    added = task(_index, "index", "write the index of each shard beside it")
+    over_shards(added)
+
+    added = task(_pack, "pack", "write pictures with captions as shards")
+    added.add_argument("source", type=Path, help="a folder of images and .txt files, or a .parquet, .jsonl or .csv")
+    added.add_argument("out", type=Path, help="a new folder")
+    added.add_argument("--shard-size", type=int, default=10_000, help="rows of a shard (%(default)s)")
+    added.add_argument("--resolution", type=int, help="px: scale the short side down to it, re-encode as JPEG")
+    added.add_argument("--caption-column", default="caption", help="of a table (%(default)s)")
+    added.add_argument("--path-column", default="path", help="of a table; relative to the table (%(default)s)")
+
+    added = task(_duplicates, "duplicates", "find exact and near duplicates (PDQ)")
+    over_shards(added)
+    with_workers(added)
+    added.add_argument("--out", type=Path, required=True, help="a new .parquet: a row for each sample of a group")
+    added.add_argument("--distance", type=int, default=31, help="bits of 256 in which near ones differ (%(default)s)")
+    return parser
+
+
+def _check(paths: list[str], workers: int, as_json: bool, decode: bool) -> None:
+    from memtrain.data.check import check, local_shards
+
+    report = check(local_shards(paths), decode, workers, _progress("Checking shards"))
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        _print_check(report)
+    if report.loses:
+        sys.exit(1)
+
+
+def _print_check(report) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    found = report.as_dict()
+    rows, total, faults = found["shards"], found["total"], report.faults
+    kinds = [kind for kind in HEADINGS if total["faults"][kind]]
+    ranked = sorted(range(len(rows)), key=lambda number: not any(rows[number]["faults"].values()))
+    listed = [rows[number] for number in sorted(ranked[:_TABLE_ROWS])]  # where not all fit, those with faults
+    table = Table("shard", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # columns of zeros are left out
+    for heading in ["samples", "complete", *map(HEADINGS.get, kinds)]:
+        table.add_column(heading, justify="right")
+    for name, row in [*((shown(row["name"], 40), row) for row in listed), ("total", total)]:
+        numbers = [row["samples"], row["complete"], *(row["faults"][kind] for kind in kinds)]
+        table.add_row(Text(name), *map(str, numbers), end_section=row is listed[-1])
+    console = Console(highlight=False)
+    console.width = max(console.width, 160)  # the table is no wider than it has to be, and never squeezed
+    console.print(table)
+    if len(rows) > len(listed):
+        print(f"… and {len(rows) - len(listed)} more shards, --json lists all")
+    if not report.decoded:
+        print("images were not decoded")
+    lost = sum(fault.lost for fault in faults)
+    print(f"{lost} faults that lose something, {len(faults) - lost} that do not")
+    lines = [f"{'lost' if fault.lost else 'kept'}  {shown(fault.name)}: {shown(fault.cause)}" for fault in faults]
+    _print_some(lines, "--json lists all")
+
+
+def _index(paths: list[str]) -> None:
+    from memtrain.data.check import local_shards
+    from memtrain.data.index import write_index
+
+    found = local_shards(paths)
+    indexes = [write_index(shard.path) for shard in _progress("Indexing shards")(found, len(found))]
+    samples, skipped = sum(len(index.entries) for index in indexes), sum(len(index.skipped) for index in indexes)
+    print(f"indexed {samples} samples in {len(found)} shards, {skipped} skipped")
+
+
+def _pack(source: Path, out: Path, **options) -> None:
+    from memtrain.data.pack import pack
+
+    report = pack(source, out, **options, progress=_progress("Packing"))
+    print(f"wrote {report.samples} samples in {report.shards} shards: {shown(str(out))}")
+    if report.ignored:
+        print(f"left {report.ignored} files alone that are neither a picture nor the caption of one")
+    if report.failures:
+        print(f"left {len(report.failures)} pictures out:")
+        lines = [f"{shown(name)}: {shown(why)}" for name, why in report.failures]
+        _print_some(lines, "the parquet beside each shard lists all")
+
+
+def _duplicates(paths: list[str], workers: int, out: Path, distance: int) -> None:
+    import pyarrow.parquet as pq
+
+    from memtrain.data.check import local_shards
+    from memtrain.data.duplicates import find_duplicates
+
+    if out.exists():
+        raise ValueError(f"--out={out} is there already; delete it or choose another")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first")
+    found = find_duplicates(local_shards(paths), distance, workers, _progress("Hashing images"))
+    with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as aside:
+        pq.write_table(found.groups, f"{aside}/{out.name}", compression="zstd")
+        os.replace(f"{aside}/{out.name}", out)
+    groups: dict[tuple[int, str], list[str]] = {}
+    for group, kind, caption in zip(*(found.groups[name].to_pylist() for name in ("group", "kind", "caption")), strict=True):
+        groups.setdefault((group, kind), []).append(caption)
+    print(f"{len(groups)} groups with {len(found.groups)} of {found.num_samples} samples: {shown(str(out))}")
+    lines = [f"{len(captions)} {kind}  {shown(captions[0], 100)}" for (_, kind), captions in groups.items()]
+    _print_some(lines, "the parquet lists all")
+    if found.unreadable:
+        print(f"{len(found.unreadable)} that could not be hashed:")
+        lines = [f"{shown(name)}: {shown(why)}" for name, why in found.unreadable]
+        _print_some(lines, "memtrain shards check --json lists all")
+
+
+def _print_some(lines: list[str], rest: str) -> None:
+    for line in lines[:_LISTED]:
+        print(f"  {line}")
+    if len(lines) > _LISTED:
+        print(f"  … and {len(lines) - _LISTED} more, {rest}")
+
+
+def shown(text: str, limit: int = 200) -> str:
+    """Text from a corpus, safe on a terminal: what is not printable is escaped, what is long is cut."""
+    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _progress(description: str) -> Callable[[Iterable, int], Iterable]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return lambda items, total: track(items, description, total, console=console, disable=not console.is_terminal)

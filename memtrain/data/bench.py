@@ -1,0 +1,106 @@
+"""How fast pictures are decoded: memtrain's path against Pillow as it is commonly used, in one run."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean, median
+
+import numpy as np
+import torch
+from PIL import Image
+
+from memtrain.data.images import decode_image
+
+HEIGHT, WIDTH, SIDE = 720, 640, 512  # px, of the JPEGs and of the square that is wanted
+
+
+def photo(seed: int, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8: noise with the falling spectrum of photographs, 1 / f^a, and pale colours.
+
+    a is drawn from 1.4 (foliage) to 1.8 (portraits). At quality 95 a JPEG of that takes a third of a byte a
+    pixel, as one of a photograph does; more detail costs all pipelines the same and lowers their ratio.
+    """
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf  # no offset
+    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency ** rng.uniform(1.4, 1.8)
+    planes = np.fft.irfft2(spectrum, s=(height, width))
+    red, green, blue = planes / planes.std(axis=(1, 2), keepdims=True)
+    levels = [120 + 55 * green + 12 * plane for plane in (red, green, blue)]
+    return np.stack(levels, axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def jpeg(pixels: np.ndarray, **options) -> bytes:
+    """Pixels (h, w, 3) or (h, w), uint8 -> a JPEG of quality 95, img2dataset's. `options` are Pillow's."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", **({"quality": 95} | options))
+    return out.getvalue()
+
+
+def pillow_pipeline(data: bytes, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
+    """Decode, resize, centre crop -> (3, height, width) uint8, the usual way."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = max(height / image.height, width / image.width)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+PIPELINES: dict[str, Callable[[bytes, int, int], np.ndarray]] = {
+    "Pillow, lanczos": partial(pillow_pipeline, resample=Image.Resampling.LANCZOS),
+    "Pillow, bicubic": partial(pillow_pipeline, resample=Image.Resampling.BICUBIC),
+    "memtrain": decode_image,
+}
+
+
+@dataclass(frozen=True)
+class DecodingSpeed:
+    """Medians over the rounds. `speedup`: how many times as fast memtrain is, in the same round."""
+
+    images: int
+    rounds: int
+    mean_bytes: float
+    images_per_second: dict[str, float]  # on one core
+    speedup: dict[str, float]
+
+
+def measure_decoding(images: int, rounds: int) -> DecodingSpeed:
+    """Decode the same JPEGs by every pipeline in turn, round by round, on one thread, in CPU time.
+
+    Raises:
+        ValueError: fewer than one picture or round.
+    """
+    for name, value in (("--images", images), ("--rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    pictures = [jpeg(photo(seed, HEIGHT, WIDTH)) for seed in range(images)]
+    rates: dict[str, list[float]] = {name: [] for name in PIPELINES}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for pipeline in PIPELINES.values():  # plugins are imported, memory is mapped
+            _seconds(pipeline, pictures[:1])
+        for _ in range(rounds):
+            for name, pipeline in PIPELINES.items():
+                rates[name].append(images / _seconds(pipeline, pictures))
+    finally:
+        torch.set_num_threads(threads)
+    speedup = {
+        name: median(fast / slow for fast, slow in zip(rates["memtrain"], rates[name], strict=True))
+        for name in PIPELINES
+        if name != "memtrain"
+    }
+    medians = {name: median(rate) for name, rate in rates.items()}
+    return DecodingSpeed(images, rounds, mean(map(len, pictures)), medians, speedup)
+
+
+def _seconds(pipeline: Callable[[bytes, int, int], np.ndarray], pictures: list[bytes]) -> float:
+    start = time.process_time()
+    for data in pictures:
+        pipeline(data, SIDE, SIDE)
+    return time.process_time() - start

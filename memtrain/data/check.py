@@ -1,0 +1,286 @@
+"""Validate a corpus: what training would lose, and what is odd but costs nothing, by shard and sample.
+
+In memory at once: per sample its key and 32 bytes of sha256, about 60 bytes; nothing else grows with the corpus
+but the list of faults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from memtrain.data.images import BadSample, decode_image
+from memtrain.data.shards import Extent, index_shard
+from memtrain.data.sources import find_sources
+
+KINDS = (
+    "damage",  # the tar is empty, cut, no tar, or gone
+    "no_image",
+    "no_caption",
+    "duplicate_key",
+    "unreadable_image",
+    "empty_caption",
+    "caption_not_utf8",
+    "bad_json",
+    "duplicate_within",  # the image of an earlier sample of the shard
+    "duplicate_across",  # the image of an earlier shard
+    "key_across",  # keys of an earlier shard; noted once a shard
+    "stats_missing",
+    "stats_disagree",
+)
+_SKIPPED = {"no image": "no_image", "no caption": "no_caption", "key occurs twice in the shard": "duplicate_key"}
+_FINGERPRINTS = pa.schema([("key", pa.binary()), ("sha256", pa.binary(32))])
+_DECODED_SIDE = 64  # px; a JPEG is decoded at 1/8 of its size where that is enough
+
+Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable and its length
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A tar on disk and its name, with which its samples' keys begin."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a sample, or with a shard where `key` is empty. `lost`: training does without it."""
+
+    shard: str
+    key: str
+    kind: str
+    cause: str
+    lost: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard}/{self.key}" if self.key else self.shard
+
+
+@dataclass
+class ShardReport:
+    """Of `samples` keys in the tar, `complete` have an image that can be read and a caption.
+
+    `successes` is what _stats.json counts, None without one.
+    """
+
+    name: str
+    samples: int = 0
+    complete: int = 0
+    successes: int | None = None
+    faults: list[Fault] = field(default_factory=list)
+
+    def note(self, kind: str, key: str, cause: str, lost: bool = False) -> None:
+        self.faults.append(Fault(self.name, key, kind, cause, lost))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Faults of each kind, zeros included."""
+        found = Counter(fault.kind for fault in self.faults)
+        return {kind: found[kind] for kind in KINDS}
+
+
+@dataclass
+class CorpusReport:
+    shards: list[ShardReport]
+    decoded: bool
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Of all shards, those that lose something first."""
+        return sorted((fault for shard in self.shards for fault in shard.faults), key=lambda fault: not fault.lost)
+
+    @property
+    def loses(self) -> bool:
+        return any(fault.lost for shard in self.shards for fault in shard.faults)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for json."""
+        shards = [
+            {"name": s.name, "samples": s.samples, "complete": s.complete, "successes": s.successes, "faults": s.counts}
+            for s in self.shards
+        ]
+        total = {
+            "shards": len(self.shards),
+            "samples": sum(shard.samples for shard in self.shards),
+            "complete": sum(shard.complete for shard in self.shards),
+            "faults": {kind: sum(shard["faults"][kind] for shard in shards) for kind in KINDS},
+        }
+        faults = [asdict(fault) for fault in self.faults]
+        return {"loses": self.loses, "decoded": self.decoded, "total": total, "shards": shards, "faults": faults}
+
+
+def local_shards(spec: Sequence[str]) -> list[LocalShard]:
+    """The shards that these folders, tars and brace patterns name.
+
+    Raises:
+        ValueError: nothing is there, or it is not on a local disk.
+    """
+    shards = find_sources(list(spec))
+    remote = [shard.name for shard in shards if shard.is_remote]
+    if remote:
+        raise ValueError(f"{remote[0]} is not on a local disk; copy the shards to a folder first")
+    return [LocalShard(Path(shard.url), shard.name) for shard in shards]
+
+
+def over_shards(work: Callable, shards: Sequence[LocalShard], workers: int, progress: Progress) -> Iterator:
+    """`work(shard)` of each shard, in their order; `workers` spawned processes, or this one where 1 is enough."""
+    if workers < 1:
+        raise ValueError(f"--workers must be >= 1, got {workers}")
+    if min(workers, len(shards)) == 1:
+        yield from progress(map(work, shards), len(shards))
+        return
+    # spawned: a fork of a process that has used torch's threads may hang; one thread each: the processes fill the cores
+    with ProcessPoolExecutor(
+        min(workers, len(shards)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
+        yield from progress(pool.map(work, shards), len(shards))
+
+
+def check(shards: Sequence[LocalShard], decode: bool, workers: int, progress: Progress) -> CorpusReport:
+    """Check every shard by itself, then look for equal images and keys among all of them.
+
+    Args:
+        decode: decode every image; without, an image is bad only where it has no bytes.
+    """
+    found = list(over_shards(partial(check_shard, decode=decode), shards, workers, progress))
+    report = CorpusReport([shard for shard, _ in found], decode)
+    _note_repeats(report.shards, [fingerprints for _, fingerprints in found])
+    return report
+
+
+def check_shard(shard: LocalShard, decode: bool) -> tuple[ShardReport, pa.Table]:
+    """What is wrong with a shard by itself, and key and sha256 of its complete samples. Raises nothing on bad data."""
+    report = ShardReport(shard.name)
+    fingerprints: list[tuple[bytes, bytes]] = []
+    try:
+        fingerprints += _check_samples(shard.path, report, decode)
+    except OSError as error:
+        report.note("damage", "", f"shard cannot be read: {error.strerror or error}", lost=True)
+    _check_stats(shard.path, report)
+    rows = [dict(zip(_FINGERPRINTS.names, row, strict=True)) for row in fingerprints]
+    return report, pa.Table.from_pylist(rows, _FINGERPRINTS)
+
+
+def _check_samples(path: Path, report: ShardReport, decode: bool) -> Iterator[tuple[bytes, bytes]]:
+    index = index_shard(path)
+    report.samples = len(index.entries) + sum(why in _SKIPPED for _, why in index.skipped)
+    for key, why in index.skipped:
+        report.note(_SKIPPED.get(why, "damage"), key, why, lost=True)
+    with path.open("rb") as file:
+        for entry in index.entries:
+            image = read_extent(file, entry.image)
+            metadata = _parse_json(read_extent(file, entry.metadata)) if entry.metadata else {}
+            if metadata is None:
+                report.note("bad_json", entry.key, "json is broken")
+            _check_caption(read_extent(file, entry.caption), entry.key, report)
+            try:
+                if decode:
+                    decode_image(image, _DECODED_SIDE, _DECODED_SIDE)
+                elif not image:
+                    raise BadSample("image has no bytes")
+            except BadSample as problem:
+                report.note("unreadable_image", entry.key, str(problem), lost=True)
+                continue
+            report.complete += 1
+            yield entry.key.encode("utf-8", "surrogateescape"), image_sha256(image, metadata or {})
+
+
+def read_extent(file: BinaryIO, extent: Extent) -> bytes:
+    file.seek(extent.offset)
+    return file.read(extent.size)
+
+
+def image_sha256(image: bytes, metadata: dict) -> bytes:
+    """The json's sha256, which is of the bytes before they were resized; without one, that of the bytes. (32,)"""
+    said = metadata.get("sha256")
+    if isinstance(said, str) and re.fullmatch("[0-9a-fA-F]{64}", said):
+        return bytes.fromhex(said)
+    return hashlib.sha256(image).digest()
+
+
+def _parse_json(data: bytes) -> dict | None:
+    """None where it is no json object. A bare NaN is as good as null."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _check_caption(caption: bytes, key: str, report: ShardReport) -> None:
+    try:
+        text = caption.decode("utf-8")
+    except UnicodeDecodeError:
+        report.note("caption_not_utf8", key, "caption is not UTF-8: what is not shows as \ufffd")
+    else:
+        if not text.strip():
+            report.note("empty_caption", key, "caption is empty")
+
+
+def _check_stats(path: Path, report: ShardReport) -> None:
+    stats = path.with_name(f"{path.stem}_stats.json")
+    try:
+        successes = json.loads(stats.read_bytes())["successes"]
+        if type(successes) is not int:
+            raise TypeError("successes is not a number")
+    except FileNotFoundError:
+        report.note("stats_missing", "", f"no {stats.name}: the shard may be unfinished")
+        return
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        report.note("stats_missing", "", f"{stats.name} cannot be read ({type(error).__name__})")
+        return
+    report.successes = successes
+    if successes != report.samples:
+        cause = f"{stats.name} counts {successes} successes, the shard has {report.samples} samples"
+        report.note("stats_disagree", "", cause, lost=report.samples < successes)
+
+
+def _note_repeats(reports: Sequence[ShardReport], tables: Sequence[pa.Table]) -> None:
+    shard = np.repeat(np.arange(len(tables)), [len(table) for table in tables])  # (N,)
+    samples = pa.concat_tables(tables)
+
+    def key(row: int) -> str:
+        return samples["key"][int(row)].as_py().decode("utf-8", "surrogateescape")
+
+    rows, digests = np.arange(len(shard)), codes(samples["sha256"])
+    in_shard, in_corpus = first_equal(shard * len(shard) + digests), first_equal(digests)
+    for row in np.flatnonzero(in_shard != rows):
+        reports[shard[row]].note("duplicate_within", key(row), f"same image as {key(in_shard[row])}")
+    for row in np.flatnonzero((in_shard == rows) & (shard[in_corpus] != shard)):
+        other = in_corpus[row]
+        cause = f"same image as {reports[shard[other]].name}/{key(other)}"
+        reports[shard[row]].note("duplicate_across", key(row), cause)
+    first = first_equal(codes(samples["key"]))
+    repeated = np.flatnonzero(shard[first] != shard)
+    for number, row, count in zip(*np.unique(shard[repeated], return_index=True, return_counts=True), strict=True):
+        example = repeated[row]
+        more = f", as are {count - 1} more of the shard" if count > 1 else ""
+        cause = f"key is in {reports[shard[first[example]]].name} too{more}; a sample is its shard and its key"
+        reports[number].note("key_across", key(example), cause)
+
+
+def codes(column: pa.ChunkedArray) -> np.ndarray:
+    """A number for each distinct value. (N,) int64"""
+    encoded = column.dictionary_encode().unify_dictionaries()
+    return np.concatenate([np.empty(0, np.int64), *(chunk.indices.to_numpy() for chunk in encoded.chunks)])
+
+
+def first_equal(values: np.ndarray) -> np.ndarray:
+    """Of each value, the place of the first one that equals it. (N,) -> (N,)"""
+    _, first, which = np.unique(values, return_index=True, return_inverse=True)
+    return first[which]

@@ -1,0 +1,87 @@
+"""What `data.shards` names: shards on disk or behind a URL, in one or several sources with weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from webdataset.shardlists import expand_urls
+
+from memtrain.data.remote import is_remote
+from memtrain.data.shards import find_shards
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar: where it is, what its samples' keys begin with, and how often an epoch sees each of them."""
+
+    url: str
+    name: str
+    weight: float
+
+    @property
+    def is_remote(self) -> bool:
+        return is_remote(self.url)
+
+
+def find_sources(spec: str | Mapping | Sequence[str | Mapping]) -> list[Shard]:
+    """The shards of `data.shards`, in order.
+
+    Args:
+        spec: a folder, a tar, a brace pattern, a URL (`https://…/{00000..00041}.tar`, `s3://…`, `pipe:…`), a
+            mapping `{shards: …, weight: 2}`, or a list of these.
+
+    Raises:
+        ValueError: nothing is there, a shard is named twice, a weight is not a number above 0.
+    """
+    urls: list[tuple[str, float]] = []
+    for source in [spec] if isinstance(spec, (str, Mapping)) else spec:
+        named, weight = _parse(source)
+        for part in [named] if isinstance(named, str) else named:
+            if is_remote(part):
+                found = expand_urls(part)
+            else:
+                found = [os.path.abspath(path) for path in find_shards(part.removeprefix("file://"))]
+            urls += [(url, weight) for url in found]
+    if not urls:
+        raise ValueError("data.shards is empty; name a folder, a tar, a brace pattern or a URL")
+    names = _names([url for url, _ in urls])
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"data.shards names {repeated[0]} twice; name each shard once, and give it a weight")
+    return [Shard(url, name, weight) for (url, weight), name in zip(urls, names, strict=True)]
+
+
+def _parse(source: str | Mapping) -> tuple[str | Sequence[str], float]:
+    if isinstance(source, str):
+        return source, 1.0
+    unknown = set(source) - {"shards", "weight"}
+    if unknown or "shards" not in source:
+        raise ValueError(f"data.shards: a source has the keys shards and weight, got {', '.join(source)}")
+    weight = source.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise ValueError(f"data.shards: weight must be a number above 0, got {weight}")
+    return source["shards"], float(weight)
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """Each shard's path below the folder that all have in common."""
+    paths = [_path(url) for url in urls]
+    common = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+    return [path[len(common) :].lstrip("/") for path in paths]
+
+
+def _path(url: str) -> str:
+    """A path that tells shards apart and holds no secret of a URL."""
+    if not is_remote(url):
+        return url.replace(os.sep, "/")
+    if url.startswith("pipe:"):
+        last = url.removeprefix("pipe:").split()[-1]
+        return _path(last) if "://" in last else f"/{last.lstrip('/')}"
+    parts = urlsplit(url)
+    return f"/{parts.hostname or ''}{parts.path}"
