@@ -108,7 +108,7 @@ class Validation(pl.Callback):
                 latents[samples].to(pl_module.device),
                 noise.to(pl_module.device),
                 timesteps[[i for _, i in part]].to(pl_module.device),
-                [captions[n] for n in samples],
+                pl_module.encode_captions([captions[n] for n in samples]),
             )
             results += zip(part, loss.tolist(), score.tolist(), strict=True)
         values = torch.zeros(2, len(captions), k)

@@ -19,6 +19,7 @@ Usage: memtrain COMMAND [key=value …]
 
   train   fine-tune, score every sample at every step, leave the memorized out of the loss
   shards  check, index, pack shards, find duplicates in them: memtrain shards check PATH
+  cache   encode a corpus once: latents and text embeddings beside its shards
   bench   measure: memtrain bench data
   demo    write the demo corpus: memtrain demo OUT
 
@@ -99,7 +100,13 @@ def _bench(arguments: list[str]) -> None:
     bench(arguments)
 
 
-COMMANDS = {"train": _train, "shards": _shards, "bench": _bench, "demo": _demo}
+def _cache(overrides: list[str]) -> None:
+    from memtrain.cli.cache import cache
+
+    _run(cache, "cache", overrides)
+
+
+COMMANDS = {"train": _train, "cache": _cache, "shards": _shards, "bench": _bench, "demo": _demo}
 
 
 def quiet() -> None:

@@ -14,6 +14,8 @@ class Shards:
     _target_: str = MISSING
     shards: Any = MISSING  # str, {shards: …, weight: …}, or a list of these
     resolution: int = MISSING
+    max_aspect_ratio: float = MISSING
+    bucket_multiple: int = MISSING
     crop: str = MISSING
     flip: float = MISSING
     caption: str = MISSING
@@ -23,6 +25,7 @@ class Shards:
     mix_shards: int = MISSING
     max_bad_fraction: float = MISSING
     missing_shards: str = MISSING
+    cache: str | None = MISSING
     cache_dir: str | None = MISSING
     cache_bytes: int = MISSING
 
@@ -220,6 +223,16 @@ class Train:
 
 
 @dataclass
+class Cache:
+    data: Any = MISSING
+    model: Any = MISSING
+    out: str = MISSING
+    dtype: str = MISSING
+    overwrite: bool = MISSING
+    processes: int = MISSING
+
+
+@dataclass
 class Demo:
     out: str = MISSING
     num_samples: int = MISSING
@@ -232,6 +245,7 @@ def register() -> None:
     store = ConfigStore.instance().store
     for group, name, node in (
         ("schema", "train", Train),
+        ("schema", "cache", Cache),
         ("schema", "demo", Demo),
         ("schema/data", "shards", Shards),
         ("schema/data", "composites", Composites),

@@ -59,30 +59,30 @@ def _parser() -> argparse.ArgumentParser:
 
     def with_workers(added: argparse.ArgumentParser) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        added.add_argument("--workers", type=int, default=cores, help="processes, one shard each (%(default)s)")
+        added.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
 
-    added = task(_check, "check", "say what training would lose, by shard and sample; exit with 1 if anything")
+    added = task(_check, "check", "say what training would lose, by name; exit with 1 if anything")
     over_shards(added)
     with_workers(added)
     added.add_argument("--json", action="store_true", dest="as_json", help="print everything found, as json")
-    added.add_argument("--no-decode", action="store_false", dest="decode", help="trust the images; much faster")
+    added.add_argument("--no-decode", action="store_false", dest="decode", help="trust the images: faster")
 
     added = task(_index, "index", "write the index of each shard beside it")
     over_shards(added)
 
     added = task(_pack, "pack", "write pictures with captions as shards")
-    added.add_argument("source", type=Path, help="a folder of images and .txt files, or a .parquet, .jsonl or .csv")
+    added.add_argument("source", type=Path, help="a folder of images and .txt, or a .parquet, .jsonl or .csv")
     added.add_argument("out", type=Path, help="a new folder")
     added.add_argument("--shard-size", type=int, default=10_000, help="rows of a shard (%(default)s)")
-    added.add_argument("--resolution", type=int, help="px: scale the short side down to it, re-encode as JPEG")
+    added.add_argument("--resolution", type=int, help="px: scale the short side down, re-encode as JPEG")
     added.add_argument("--caption-column", default="caption", help="of a table (%(default)s)")
-    added.add_argument("--path-column", default="path", help="of a table; relative to the table (%(default)s)")
+    added.add_argument("--path-column", default="path", help="of a table, relative to it (%(default)s)")
 
     added = task(_duplicates, "duplicates", "find exact and near duplicates (PDQ)")
     over_shards(added)
     with_workers(added)
-    added.add_argument("--out", type=Path, required=True, help="a new .parquet: a row for each sample of a group")
-    added.add_argument("--distance", type=int, default=31, help="bits of 256 in which near ones differ (%(default)s)")
+    added.add_argument("--out", type=Path, required=True, help="a new .parquet, a row a sample")
+    added.add_argument("--distance", type=int, default=31, help="of 256 bits, for near ones (%(default)s)")
     return parser
 
 
@@ -124,8 +124,8 @@ def _print_check(report) -> None:
         print("images were not decoded")
     lost = sum(fault.lost for fault in faults)
     print(f"{lost} faults that lose something, {len(faults) - lost} that do not")
-    lines = [f"{'lost' if fault.lost else 'kept'}  {shown(fault.name)}: {shown(fault.cause)}" for fault in faults]
-    _print_some(lines, "--json lists all")
+    said = [(("kept", "lost")[fault.lost], shown(fault.name), shown(fault.cause)) for fault in faults]
+    _print_some([f"{fate}  {name}: {cause}" for fate, name, cause in said], "--json lists all")
 
 
 def _index(paths: list[str]) -> None:
@@ -134,7 +134,8 @@ def _index(paths: list[str]) -> None:
 
     found = local_shards(paths)
     indexes = [write_index(shard.path) for shard in _progress("Indexing shards")(found, len(found))]
-    samples, skipped = sum(len(index.entries) for index in indexes), sum(len(index.skipped) for index in indexes)
+    samples = sum(len(index.entries) for index in indexes)
+    skipped = sum(len(index.skipped) for index in indexes)
     print(f"indexed {samples} samples in {len(found)} shards, {skipped} skipped")
 
 
@@ -166,8 +167,8 @@ def _duplicates(paths: list[str], workers: int, out: Path, distance: int) -> Non
         pq.write_table(found.groups, f"{aside}/{out.name}", compression="zstd")
         os.replace(f"{aside}/{out.name}", out)
     groups: dict[tuple[int, str], list[str]] = {}
-    for group, kind, caption in zip(*(found.groups[name].to_pylist() for name in ("group", "kind", "caption")), strict=True):
-        groups.setdefault((group, kind), []).append(caption)
+    for row in found.groups.select(["group", "kind", "caption"]).to_pylist():
+        groups.setdefault((row["group"], row["kind"]), []).append(row["caption"])
     print(f"{len(groups)} groups with {len(found.groups)} of {found.num_samples} samples: {shown(str(out))}")
     lines = [f"{len(captions)} {kind}  {shown(captions[0], 100)}" for (_, kind), captions in groups.items()]
     _print_some(lines, "the parquet lists all")
@@ -196,4 +197,5 @@ def _progress(description: str) -> Callable[[Iterable, int], Iterable]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    return lambda items, total: track(items, description, total, console=console, disable=not console.is_terminal)
+    hidden = not console.is_terminal
+    return lambda items, total: track(items, description, total, console=console, disable=hidden)

@@ -40,6 +40,7 @@ def train(cfg: DictConfig) -> None:
         ema_decay=cfg.ema.decay,
         **cfg.loss,
     )
+    datamodule.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     run_dir = Path(cfg.run_dir)
     check_disk(run_dir, module.trained_parameters())
     loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]

@@ -1,7 +1,6 @@
 """Validate a corpus: what training would lose, and what is odd but costs nothing, by shard and sample.
 
-In memory at once: per sample its key and 32 bytes of sha256, about 60 bytes; nothing else grows with the corpus
-but the list of faults.
+In memory at once: the list of faults, and about 350 bytes a sample, for its key and its sha256.
 """
 
 from __future__ import annotations
@@ -41,7 +40,11 @@ KINDS = (
     "stats_missing",
     "stats_disagree",
 )
-_SKIPPED = {"no image": "no_image", "no caption": "no_caption", "key occurs twice in the shard": "duplicate_key"}
+_SKIPPED = {  # causes of index_shard that are of a sample; all others are damage
+    "no image": "no_image",
+    "no caption": "no_caption",
+    "key occurs twice in the shard": "duplicate_key",
+}
 _FINGERPRINTS = pa.schema([("key", pa.binary()), ("sha256", pa.binary(32))])
 _DECODED_SIDE = 64  # px; a JPEG is decoded at 1/8 of its size where that is enough
 
@@ -102,7 +105,8 @@ class CorpusReport:
     @property
     def faults(self) -> list[Fault]:
         """Of all shards, those that lose something first."""
-        return sorted((fault for shard in self.shards for fault in shard.faults), key=lambda fault: not fault.lost)
+        faults = [fault for shard in self.shards for fault in shard.faults]
+        return sorted(faults, key=lambda fault: not fault.lost)
 
     @property
     def loses(self) -> bool:
@@ -111,8 +115,14 @@ class CorpusReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for json."""
         shards = [
-            {"name": s.name, "samples": s.samples, "complete": s.complete, "successes": s.successes, "faults": s.counts}
-            for s in self.shards
+            {
+                "name": shard.name,
+                "samples": shard.samples,
+                "complete": shard.complete,
+                "successes": shard.successes,
+                "faults": shard.counts,
+            }
+            for shard in self.shards
         ]
         total = {
             "shards": len(self.shards),
@@ -120,8 +130,13 @@ class CorpusReport:
             "complete": sum(shard.complete for shard in self.shards),
             "faults": {kind: sum(shard["faults"][kind] for shard in shards) for kind in KINDS},
         }
-        faults = [asdict(fault) for fault in self.faults]
-        return {"loses": self.loses, "decoded": self.decoded, "total": total, "shards": shards, "faults": faults}
+        return {
+            "loses": self.loses,
+            "decoded": self.decoded,
+            "total": total,
+            "shards": shards,
+            "faults": [asdict(fault) for fault in self.faults],
+        }
 
 
 def local_shards(spec: Sequence[str]) -> list[LocalShard]:
@@ -138,16 +153,15 @@ def local_shards(spec: Sequence[str]) -> list[LocalShard]:
 
 
 def over_shards(work: Callable, shards: Sequence[LocalShard], workers: int, progress: Progress) -> Iterator:
-    """`work(shard)` of each shard, in their order; `workers` spawned processes, or this one where 1 is enough."""
+    """`work(shard)` of each shard, in their order, by `workers` processes; by this one where 1 is enough."""
     if workers < 1:
         raise ValueError(f"--workers must be >= 1, got {workers}")
     if min(workers, len(shards)) == 1:
         yield from progress(map(work, shards), len(shards))
         return
-    # spawned: a fork of a process that has used torch's threads may hang; one thread each: the processes fill the cores
-    with ProcessPoolExecutor(
-        min(workers, len(shards)), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads may hang
+    one_thread = torch.set_num_threads, (1,)  # each: the processes fill the cores
+    with ProcessPoolExecutor(min(workers, len(shards)), spawn, *one_thread) as pool:
         yield from progress(pool.map(work, shards), len(shards))
 
 
@@ -164,7 +178,7 @@ def check(shards: Sequence[LocalShard], decode: bool, workers: int, progress: Pr
 
 
 def check_shard(shard: LocalShard, decode: bool) -> tuple[ShardReport, pa.Table]:
-    """What is wrong with a shard by itself, and key and sha256 of its complete samples. Raises nothing on bad data."""
+    """What is wrong inside a shard; key and sha256 of its complete samples. Bad data raises nothing."""
     report = ShardReport(shard.name)
     fingerprints: list[tuple[bytes, bytes]] = []
     try:
@@ -206,7 +220,7 @@ def read_extent(file: BinaryIO, extent: Extent) -> bytes:
 
 
 def image_sha256(image: bytes, metadata: dict) -> bytes:
-    """The json's sha256, which is of the bytes before they were resized; without one, that of the bytes. (32,)"""
+    """The json's sha256, which is of the bytes before they were resized; without one, that of the bytes."""
     said = metadata.get("sha256")
     if isinstance(said, str) and re.fullmatch("[0-9a-fA-F]{64}", said):
         return bytes.fromhex(said)
@@ -251,14 +265,16 @@ def _check_stats(path: Path, report: ShardReport) -> None:
 
 
 def _note_repeats(reports: Sequence[ShardReport], tables: Sequence[pa.Table]) -> None:
-    shard = np.repeat(np.arange(len(tables)), [len(table) for table in tables])  # (N,)
-    samples = pa.concat_tables(tables)
+    lengths = np.array([len(table) for table in tables])
+    start, shard = lengths.cumsum() - lengths, np.repeat(np.arange(len(tables)), lengths)  # (N,)
 
     def key(row: int) -> str:
-        return samples["key"][int(row)].as_py().decode("utf-8", "surrogateescape")
+        found = tables[shard[row]]["key"][int(row - start[shard[row]])]
+        return found.as_py().decode("utf-8", "surrogateescape")
 
-    rows, digests = np.arange(len(shard)), codes(samples["sha256"])
-    in_shard, in_corpus = first_equal(shard * len(shard) + digests), first_equal(digests)
+    samples, rows = pa.concat_tables(tables), np.arange(len(shard))
+    in_corpus = first_equal(codes(samples["sha256"]))
+    in_shard = start[shard] + np.concatenate([first_equal(codes(table["sha256"])) for table in tables])
     for row in np.flatnonzero(in_shard != rows):
         reports[shard[row]].note("duplicate_within", key(row), f"same image as {key(in_shard[row])}")
     for row in np.flatnonzero((in_shard == rows) & (shard[in_corpus] != shard)):
@@ -267,20 +283,21 @@ def _note_repeats(reports: Sequence[ShardReport], tables: Sequence[pa.Table]) ->
         reports[shard[row]].note("duplicate_across", key(row), cause)
     first = first_equal(codes(samples["key"]))
     repeated = np.flatnonzero(shard[first] != shard)
-    for number, row, count in zip(*np.unique(shard[repeated], return_index=True, return_counts=True), strict=True):
-        example = repeated[row]
+    for number, place, count in zip(*np.unique(shard[repeated], True, False, True), strict=True):
+        row = repeated[place]
         more = f", as are {count - 1} more of the shard" if count > 1 else ""
-        cause = f"key is in {reports[shard[first[example]]].name} too{more}; a sample is its shard and its key"
-        reports[number].note("key_across", key(example), cause)
+        cause = f"key is in {reports[shard[first[row]]].name} too{more}; a sample is its shard and its key"
+        reports[number].note("key_across", key(row), cause)
 
 
 def codes(column: pa.ChunkedArray) -> np.ndarray:
-    """A number for each distinct value. (N,) int64"""
-    encoded = column.dictionary_encode().unify_dictionaries()
+    """A number for each distinct value, counted from 0. (N,) int64"""
+    encoded = column.dictionary_encode()  # all chunks share one dictionary
     return np.concatenate([np.empty(0, np.int64), *(chunk.indices.to_numpy() for chunk in encoded.chunks)])
 
 
-def first_equal(values: np.ndarray) -> np.ndarray:
-    """Of each value, the place of the first one that equals it. (N,) -> (N,)"""
-    _, first, which = np.unique(values, return_index=True, return_inverse=True)
-    return first[which]
+def first_equal(numbers: np.ndarray) -> np.ndarray:
+    """Of each number, from 0 to less than N, the place of the first one that equals it. (N,) -> (N,)"""
+    first = np.empty(len(numbers), dtype=np.int64)
+    first[numbers[::-1]] = np.arange(len(numbers))[::-1]  # the last to be written stays
+    return first[numbers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from memtrain.core.diffusion import place_seed
 from memtrain.data.images import BadSample
-from memtrain.data.order import EpochOrder, GlobalBatchSampler, Groups, draw_groups
+from memtrain.data.latents import CachedSample, LatentCache
+from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler, Groups, draw_groups
 from memtrain.data.samples import STRAIGHT, ShardSamples, View
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,14 @@ _ENOUGH_ROWS = 200  # before that, a share of bad samples says little
 class Samples(Protocol):
     """Anything with positions 0..N-1 that can be decoded."""
 
-    resolution: int
+    sizes: list[tuple[int, int]]  # (height, width) of the pictures, px; the usual one first
     counts: Sequence[int]  # samples of each shard; a shard's positions follow one another
 
     def key(self, index: int) -> str: ...
 
-    def get(self, index: int, view: View) -> tuple[np.ndarray, str]: ...
+    def size_of(self, index: int) -> tuple[int, int]: ...
+
+    def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]: ...
 
     def prefetch(self, shards: Sequence[int]) -> None: ...
 
@@ -55,20 +58,27 @@ class Views:
     def view(self, step: int, place: int) -> View:
         top, left, flip, caption = np.random.default_rng(place_seed(self.seed, _VIEW, step, place)).random(4)
         crop = (top, left) if self.crop == "random" else STRAIGHT.crop
-        return View(crop, flip < self.flip, caption)
+        return View(crop, bool(flip < self.flip), caption)
 
 
 @dataclass
 class Batch:
     """B rows of a global batch. A sample that could not be decoded keeps its row, with `valid` False."""
 
-    images: Tensor  # (B, 3, R, R) uint8
+    images: Tensor  # (B, 3, H, W) uint8; (B, 0) where the batch is cached
     captions: list[str]
     sample_index: Tensor  # (B,) int64, position in the corpus
     group: Tensor  # (B,) int64
     place: Tensor  # (B,) int64, place in the global batch
     valid: Tensor  # (B,) bool
     problems: list[tuple[str, str]]  # (sample key, why) of the rows that are not valid
+    posterior: Tensor | None = None  # (B, 2, C, h, w): mean and standard deviation, from the cache
+    hidden: Tensor | None = None  # (B, L, D): encoded captions, from the cache
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether latents and embeddings came from a cache; then there are no images."""
+        return self.posterior is not None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -85,19 +95,22 @@ class Batch:
 
 
 class BatchDecoder:
-    """Collates (step, place, position) rows into a Batch. Runs in the loader's workers."""
+    """Collates (step, place, position) rows into a Batch. Runs in the loader's workers.
+
+    Without views all are seen straight, and as squares.
+    """
 
     def __init__(self, samples: Samples, groups: Groups, views: Views | None):
         self.samples, self.groups, self.views = samples, groups, views
 
     def __call__(self, rows: Sequence[tuple[int, int, int]]) -> Batch:
-        side = self.samples.resolution
-        images = np.zeros((len(rows), 3, side, side), dtype=np.uint8)
+        size = self.samples.sizes[0] if self.views is None else self.samples.size_of(rows[0][2])
+        images = np.zeros((len(rows), 3, *size), dtype=np.uint8)
         captions, valid, problems = [], np.ones(len(rows), dtype=bool), []
         for row, (step, place, index) in enumerate(rows):
             view = STRAIGHT if self.views is None else self.views.view(step, place)
             try:
-                images[row], caption = self.samples.get(index, view)
+                images[row], caption = self.samples.get(index, view, size)
             except BadSample as problem:
                 caption, valid[row] = "", False
                 problems.append((self.samples.key(index), str(problem)))
@@ -111,6 +124,40 @@ class BatchDecoder:
             place=torch.from_numpy(place.copy()),
             valid=torch.from_numpy(valid),
             problems=problems,
+        )
+
+
+class CachedBatches:
+    """Collates rows into a Batch from cached latents, as `BatchDecoder` does from pictures."""
+
+    def __init__(self, cache: LatentCache, groups: Groups, views: Views):
+        self.cache, self.groups, self.views = cache, groups, views
+
+    def __call__(self, rows: Sequence[tuple[int, int, int]]) -> Batch:
+        found: list[CachedSample | None] = []
+        problems = []
+        for step, place, index in rows:
+            try:
+                found.append(self.cache.get(index, self.views.view(step, place).flip))
+            except BadSample as problem:
+                found.append(None)
+                problems.append((self.cache.samples.key(index), str(problem)))
+        posterior, hidden = self.cache.shapes()
+        _, place, index = np.array(rows, dtype=np.int64).T
+        return Batch(
+            images=torch.zeros(len(rows), 0, dtype=torch.uint8),
+            captions=["" if sample is None else sample.caption for sample in found],
+            sample_index=torch.from_numpy(index.copy()),
+            group=torch.from_numpy(self.groups.of(index)),
+            place=torch.from_numpy(place.copy()),
+            valid=torch.tensor([sample is not None for sample in found]),
+            problems=problems,
+            posterior=torch.from_numpy(
+                np.stack([np.zeros(posterior, np.float32) if sample is None else sample.posterior for sample in found])
+            ),
+            hidden=torch.from_numpy(
+                np.stack([np.zeros(hidden, np.float32) if sample is None else sample.hidden for sample in found])
+            ),
         )
 
 
@@ -128,6 +175,7 @@ class DataModule(pl.LightningDataModule):
         mix_shards: so many shards are open and permuted together.
         crop, flip: see `Views`.
         max_bad_fraction: more than this share of rows that cannot be used stops the run.
+        cache: latents and embeddings of the samples, where they were computed before.
     """
 
     def __init__(
@@ -144,6 +192,7 @@ class DataModule(pl.LightningDataModule):
         crop: str = "center",
         flip: float = 0.0,
         max_bad_fraction: float = 0.05,
+        cache: LatentCache | None = None,
     ):
         super().__init__()
         for name, value, least in (
@@ -158,10 +207,12 @@ class DataModule(pl.LightningDataModule):
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is a share in [0, 1], got {max_bad_fraction:g}")
-        self.samples, self.batch_size, self.num_workers = samples, batch_size, num_workers
+        self.samples, self.cache, self.batch_size, self.num_workers = samples, cache, batch_size, num_workers
         self.views, self.max_bad_fraction = Views(seed, crop, flip), max_bad_fraction
         self.groups: Groups = draw_groups(samples.counts, seed, canaries, reference)
-        self.order = EpochOrder(samples.counts, self.groups, repeats, seed, weights, mix_shards)
+        weights = [1.0] * len(samples.counts) if weights is None else weights
+        order = (samples.counts, self.groups, repeats, seed, weights, mix_shards)
+        self.order = EpochOrder(*order) if len(samples.sizes) == 1 else BucketedOrder(*order, samples.buckets)
         self.problems: dict[str, str] = {}  # sample key -> why it could not be used
         self._restored: int | None = None  # rows that were consumed before this run was resumed
         self._first_step = 0
@@ -169,6 +220,12 @@ class DataModule(pl.LightningDataModule):
     def check(self, accumulate: int, world_size: int) -> None:
         """Raise before anything is loaded where the corpus is smaller than a global batch."""
         GlobalBatchSampler(self.order, self.batch_size, accumulate, 0, world_size, num_steps=0)
+
+    def check_cache(self, fingerprint: Callable[[], dict[str, str]], text_encoder_is_trained: bool) -> None:
+        """Raise where the cached latents are not those that this run would compute."""
+        if self.cache is not None:
+            ignored = ("text_encoder",) if text_encoder_is_trained else ()
+            self.cache.check({**fingerprint(), **self.samples.described()}, ignored)
 
     def setup(self, stage: str) -> None:
         if self.trainer.is_global_zero:
@@ -205,10 +262,15 @@ class DataModule(pl.LightningDataModule):
             consumed=self._restored or 0,
             upcoming=self.samples.prefetch,
         )
+        batches = (
+            BatchDecoder(self.samples, self.groups, self.views)
+            if self.cache is None
+            else CachedBatches(self.cache, self.groups, self.views)
+        )
         return DataLoader(
             _Positions(),
             batch_sampler=sampler,
-            collate_fn=BatchDecoder(self.samples, self.groups, self.views),
+            collate_fn=batches,
             num_workers=self.num_workers,
             pin_memory=trainer.accelerator.auto_device_count() > 0 and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
@@ -248,21 +310,38 @@ def from_shards(
     batch_size: int,
     num_workers: int,
     *,
+    max_aspect_ratio: float = 1.0,
+    bucket_multiple: int = 64,
     caption: str = "txt",
     where: str | None = None,
     cache_dir: str | None = None,
     cache_bytes: int = 100_000_000_000,
     missing_shards: str = "stop",
-    **rest: int | float | str,
+    cache: str | None = None,
+    crop: str = "center",
+    flip: float = 0.0,
+    **rest: int | float,
 ) -> DataModule:
     """`data=shards`. `rest`: what `DataModule` takes."""
     if resolution < 1:
         raise ValueError(f"data.resolution must be >= 1, got {resolution}")
     samples = ShardSamples(
-        shards, resolution, caption, where, cache_dir, cache_bytes, missing_shards, workers=max(1, num_workers)
+        shards,
+        resolution,
+        caption,
+        where,
+        cache_dir,
+        cache_bytes,
+        missing_shards,
+        max_aspect_ratio,
+        bucket_multiple,
+        workers=max(1, num_workers),
     )
     weights = [shard.weight for shard in samples.shards]
-    return DataModule(samples, batch_size, num_workers, weights=weights, **rest)
+    latents = LatentCache(cache, samples, crop, flip > 0) if cache else None
+    return DataModule(
+        samples, batch_size, num_workers, weights=weights, crop=crop, flip=flip, cache=latents, **rest
+    )
 
 
 class _Positions:

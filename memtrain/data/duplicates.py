@@ -1,7 +1,7 @@
 """Groups of exact and near duplicates: duplication is what causes memorization.
 
-Exact: equal sha256. Near: PDQ, the perceptual hash of 256 bits, within a Hamming distance of 31 (its authors'
-advice), of pictures with at least a PDQ quality of 50; a flat picture has no features to compare, so it equals
+Exact: equal sha256. Near: PDQ, the perceptual hash of 256 bits, within a Hamming distance of 31, its authors'
+advice, of pictures with a PDQ quality of at least 50: a flat picture has no features to compare, and equals
 only itself. PDQ survives re-encoding and resizing; it knows no flips and no crops.
 """
 
@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pdqhash
 import pyarrow as pa
 
-from memtrain.data.check import LocalShard, Progress, codes, first_equal, image_sha256, over_shards, read_extent
+from memtrain.data.check import (
+    LocalShard,
+    Progress,
+    codes,
+    first_equal,
+    image_sha256,
+    over_shards,
+    read_extent,
+)
 from memtrain.data.columns import parse_json
-from memtrain.data.images import BadSample, decode_image
-from memtrain.data.pack import upright_size
+from memtrain.data.images import BadSample, decode_image, picture_shape
 from memtrain.data.shards import index_shard
 
 MIN_QUALITY = 50  # of 100
@@ -26,8 +32,8 @@ CHUNKS = 16  # of 16 bits each
 MAX_DISTANCE = 3 * CHUNKS - 1  # beyond, each chunk would have to be looked up with 697 neighbours or more
 _SIDE = 256  # px, short side of what is hashed; PDQ itself goes down to 64
 _BLOCK = 1 << 18  # pairs compared at a time
-# bits that are set in each 16-bit number, (65536,)
-_BITS = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)
+_NUMBERS = np.arange(2**16, dtype=np.uint16)
+_BITS = np.unpackbits(_NUMBERS.view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)  # set in each
 
 COLUMNS = pa.schema(
     [
@@ -58,8 +64,10 @@ class Duplicates:
     unreadable: list[tuple[str, str]]
 
 
-def find_duplicates(shards: Sequence[LocalShard], distance: int, workers: int, progress: Progress) -> Duplicates:
-    """Hash every image of the shards and group them. In memory at once: about 100 bytes a sample.
+def find_duplicates(
+    shards: Sequence[LocalShard], distance: int, workers: int, progress: Progress
+) -> Duplicates:
+    """Hash every image of the shards and group them. In memory at once: about 600 bytes a sample.
 
     Args:
         distance: of 256 bits, how many near duplicates may differ in.
@@ -73,14 +81,12 @@ def find_duplicates(shards: Sequence[LocalShard], distance: int, workers: int, p
     tables = [table for table, _ in found]
     hashes = pa.concat_tables(tables)
     shard = np.repeat(np.arange(len(shards)), [len(table) for table in tables])
-    labels = group(hashes, distance)
-    return Duplicates(
-        _describe(labels, hashes, shard, shards), len(hashes), [problem for _, problems in found for problem in problems]
-    )
+    groups = _describe(group(hashes, distance), hashes, shard, shards)
+    return Duplicates(groups, len(hashes), [problem for _, problems in found for problem in problems])
 
 
 def hash_shard(shard: LocalShard) -> tuple[pa.Table, list[tuple[str, str]]]:
-    """Number of the entry, sha256, PDQ and its quality, of each sample of a shard; and (key, why) of the rest."""
+    """Number of the entry, sha256, PDQ and its quality of each sample of a shard; (key, why) of the rest."""
     rows, problems = [], []
     try:
         entries = index_shard(shard.path).entries
@@ -93,17 +99,18 @@ def hash_shard(shard: LocalShard) -> tuple[pa.Table, list[tuple[str, str]]]:
                 except BadSample as problem:
                     problems.append((f"{shard.name}/{entry.key}", str(problem)))
                     continue
-                rows.append((number, image_sha256(data, metadata), pdq, quality))
+                digest = image_sha256(data, metadata)
+                rows.append({"entry": number, "sha256": digest, "pdq": pdq, "quality": quality})
     except OSError as error:
         problems.append((shard.name, f"shard cannot be read: {error.strerror or error}"))
-    return pa.Table.from_pylist([dict(zip(_HASHES.names, row, strict=True)) for row in rows], _HASHES), problems
+    return pa.Table.from_pylist(rows, _HASHES), problems
 
 
 def perceptual_hash(data: bytes) -> tuple[bytes, int]:
     """PDQ of the whole picture, 32 bytes, and its quality, 0 to 100. Raises BadSample."""
-    size = upright_size(data)
-    scale = min(1.0, _SIDE / min(size))
-    image = decode_image(data, *(max(1, round(side * scale)) for side in size))
+    shape = picture_shape(data)
+    scale = min(1.0, _SIDE / min(shape))
+    image = decode_image(data, *(max(1, round(side * scale)) for side in shape))
     bits, quality = pdqhash.compute(np.ascontiguousarray(image.transpose(1, 2, 0)))
     return np.packbits(bits.astype(np.uint8)).tobytes(), int(quality)
 
@@ -125,7 +132,7 @@ def group(hashes: pa.Table, distance: int) -> np.ndarray:
 
 
 def join(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Labels after the rows of each pair have become one component; a label is its component's least row. (N,)"""
+    """Labels, (N,), once the rows of each pair are of one component; a label is its component's least row."""
     while True:
         one, other = labels[left], labels[right]
         apart = one != other
@@ -141,15 +148,15 @@ def join(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def near_pairs(words: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All pairs of rows that differ in at most `distance` bits, in parts; a pair may come more than once.
 
-    Multi-index hashing: of 16 chunks, one differs in at most distance // 16 bits, or all together would differ
-    in more. So only rows that agree so far in some chunk are compared: for a distance of 31, 272 in 65,536 of
-    all pairs of random hashes, 0.7 s for 50,000 of them and 2 min for a million, on one core (the time grows
-    with the square). Rows that do lie close are compared up to 16 times for each pair.
+    Multi-index hashing: of 16 chunks, one differs in at most distance // 16 bits, or all together would
+    differ in more. So only rows that agree so far in some chunk are compared: for a distance of 31, 272 in
+    65,536 of all pairs of random hashes, 0.7 s for 50,000 of them and 2 min for a million, on one core (the
+    time grows with the square). Rows that do lie close are compared once for each chunk that agrees.
 
     Args:
         words: (N, 16) uint16, no two rows alike.
     """
-    masks = np.flatnonzero(_BITS <= distance // CHUNKS).astype(np.uint16)  # 1, 17 or 137 of them
+    masks = np.flatnonzero(distance // CHUNKS >= _BITS).astype(np.uint16)  # 1, 17 or 137 of them
     gathered, count = [(np.empty(0, np.int64),) * 2], 0
     for chunk in range(CHUNKS):
         order = np.argsort(words[:, chunk], kind="stable")
@@ -159,7 +166,8 @@ def near_pairs(words: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, n
             wanted = (ranked[:, chunk] ^ mask).astype(np.int64)
             begin = np.maximum(start[wanted], np.arange(1, len(words) + 1))  # each pair once
             for left, right in _expand(begin, start[wanted + 1]):
-                close = _distance(ranked[left, :8], ranked[right, :8]) <= distance  # half the bits tell most apart
+                # half the bits tell most apart
+                close = _distance(ranked[left, :8], ranked[right, :8]) <= distance
                 left, right = left[close], right[close]
                 close = _distance(ranked[left], ranked[right]) <= distance
                 gathered.append((order[left[close]], order[right[close]]))
@@ -190,7 +198,9 @@ def _expand(begin: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np
         row = stop
 
 
-def _describe(labels: np.ndarray, hashes: pa.Table, shard: np.ndarray, shards: Sequence[LocalShard]) -> pa.Table:
+def _describe(
+    labels: np.ndarray, hashes: pa.Table, shard: np.ndarray, shards: Sequence[LocalShard]
+) -> pa.Table:
     """The table of the groups of at least two; keys and captions are read again, of these samples alone."""
     _, component, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(sizes[component] > 1)
@@ -214,7 +224,9 @@ def _describe(labels: np.ndarray, hashes: pa.Table, shard: np.ndarray, shards: S
     return pa.table(columns, schema=COLUMNS)
 
 
-def _read_again(shards: Sequence[LocalShard], shard: np.ndarray, entry: np.ndarray) -> tuple[list[str], list[str]]:
+def _read_again(
+    shards: Sequence[LocalShard], shard: np.ndarray, entry: np.ndarray
+) -> tuple[list[str], list[str]]:
     """Keys and captions of these entries of these shards."""
     keys, captions = [""] * len(shard), [""] * len(shard)
     for number in np.unique(shard):

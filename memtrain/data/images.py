@@ -65,6 +65,17 @@ def decode_image_with_pillow(
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def picture_shape(data: bytes) -> tuple[int, int]:
+    """(height, width) of a picture, upright, px, from its header; a square where that cannot be read."""
+    try:
+        with _decoding():
+            image = _open(data)
+            turned = _orientation(image) in (5, 6, 7, 8)
+    except BadSample:
+        return 1, 1
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 @contextmanager
 def _decoding() -> Iterator[None]:
     """Silence Pillow's advice on pictures that it then decodes; make whatever it raises a BadSample."""

@@ -1,7 +1,7 @@
 """Write pictures with captions as shards, as img2dataset does: NNNNN.tar, NNNNN.parquet and NNNNN_stats.json.
 
-What is packed is a folder of pictures with .txt files of the same stem, or a table of paths and captions. Every
-picture has a row in the parquet; those that cannot be trained on are named there and are not in the tar.
+What is packed is a folder of pictures with .txt files of the same stem, or a table of paths and captions.
+Every picture has a row in the parquet; what cannot be trained on is named there, and is not in the tar.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 from webdataset import TarWriter
 
-from memtrain.data.images import BadSample, decode_image
+from memtrain.data.images import BadSample, decode_image, picture_shape
 from memtrain.data.shards import IMAGE_EXTENSIONS
 
 OTHER_EXTENSIONS = ("bmp", "gif", "tif", "tiff")  # pictures that a shard cannot hold, unless re-encoded
@@ -93,7 +93,7 @@ def pack(
     """Write `source` as shards to the folder `out`; they appear there when all are whole.
 
     Args:
-        source: a folder (searched to its ends), or a .parquet, .jsonl or .csv whose paths are relative to itself.
+        source: a folder, searched to its ends, or a .parquet, .jsonl or .csv whose paths are relative to it.
         shard_size: rows of a shard, failures included.
         resolution: scale the short side down to this many px and re-encode as JPEG; None keeps the bytes.
         progress: wraps the rows and their number.
@@ -105,7 +105,7 @@ def pack(
     for name, value in (("--shard-size", shard_size), ("--resolution", resolution)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"{out} is there and is not an empty folder; delete it or choose another")
     out = out.absolute()  # "." has a name too
     found = open_source(source, caption_column, path_column)
@@ -133,7 +133,7 @@ def pack(
 def write_shard(
     stem: Path, rows: Sequence[Row], keys: Sequence[str], resolution: int | None, schema: pa.Schema
 ) -> list[tuple[str, str]]:
-    """Write the tar, the parquet and, last, the stats, whose names begin with `stem`. Returns (path, why) of failures."""
+    """Write tar, parquet and, last, stats, whose names begin with `stem`. Returns (path, why) of failures."""
     start, written = time.time(), []
     with open(f"{stem}.tar", "wb") as file, TarWriter(file, mtime=0) as tar:
         for row, key in zip(rows, keys, strict=True):
@@ -162,11 +162,11 @@ def write_shard(
 
 
 def encode(row: Row, key: str, resolution: int | None) -> tuple[dict[str, Any], tuple[str, bytes] | None]:
-    """The metadata of a row, and extension and bytes of its image; None where it has a status that is no success.
+    """The metadata of a row, and extension and bytes of its image; None where its status is no success.
 
     Sizes are those of the picture held upright.
     """
-    metadata = {name: None for name in COLUMNS.names} | {"caption": row.caption, "url": row.url, "key": key}
+    metadata = dict.fromkeys(COLUMNS.names) | {"caption": row.caption, "url": row.url, "key": key}
     metadata |= {name: value for name, value in row.extras.items() if name not in metadata}
     status = "failed_to_download"
     try:
@@ -200,7 +200,7 @@ def _read(row: Row) -> bytes:
 
 def _encode_image(data: bytes, extension: str, resolution: int | None):
     """Extension, bytes, (height, width) now and before. Raises BadSample where the picture is not whole."""
-    original = upright_size(data)
+    original = picture_shape(data)  # a square of 1 px where it cannot be decoded
     if resolution is None:
         if extension not in IMAGE_EXTENSIONS:
             raise BadSample(f"not a {', '.join(IMAGE_EXTENSIONS)} by its name; --resolution re-encodes it")
@@ -217,18 +217,6 @@ def _encode_image(data: bytes, extension: str, resolution: int | None):
     return "jpg", encoded.getvalue(), (height, width), original
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of a picture held upright, from its header. Raises BadSample."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's advice on pictures that it can open
-            image = Image.open(io.BytesIO(data))
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception as error:  # Pillow's plugins raise nearly anything on broken bytes
-        raise BadSample(f"image cannot be decoded ({type(error).__name__})") from error
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
 def _exif(data: bytes) -> str | None:
     """The EXIF tags as a json string, without those that are bytes; None where they cannot be read."""
     try:
@@ -237,13 +225,14 @@ def _exif(data: bytes) -> str | None:
             exif = Image.open(io.BytesIO(data)).getexif()
             tags = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
             named = {ExifTags.TAGS.get(tag, str(tag)): value for tag, value in tags.items()}
-            return json.dumps({name: str(value).strip() for name, value in named.items() if type(value) is not bytes})
+            texts = {name: str(value) for name, value in named.items() if not isinstance(value, bytes)}
+            return json.dumps(texts)
     except Exception:  # a damaged tag costs no picture
         return None
 
 
 def _cell(value: Any, kind: pa.DataType) -> Any:
-    """A value that fits its column of the parquet: json where the column mixes types, or text that UTF-8 cannot hold."""
+    """A value that fits its column of the parquet: json, where a column of text has other values."""
     if value is None:
         return None
     if pa.types.is_floating(kind):
@@ -254,7 +243,7 @@ def _cell(value: Any, kind: pa.DataType) -> Any:
 
 
 def _text(value: str) -> str:
-    """Without halves of surrogate pairs, from file names or json, which no file can hold."""
+    """Without halves of surrogate pairs, of file names or json, which UTF-8 cannot hold."""
     return value.encode("utf-8", errors="replace").decode()
 
 
@@ -274,6 +263,9 @@ def open_source(source: Path, caption_column: str, path_column: str) -> Source:
         if name not in columns.names:
             known = ", ".join(columns.names) or "none"
             raise ValueError(f"{source} has no column {name!r}; choose {option} from {known}")
+    repeated = [name for name, times in Counter(columns.names).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{source} has two columns {repeated[0]!r}; rename one")
     extras = pa.schema([c for c in columns if c.name not in {caption_column, path_column, *COLUMNS.names}])
     rows = (_row(source.parent, record, caption_column, path_column) for record in records())
     return Source(count, rows, extras)

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from memtrain.data.buckets import bucket_sizes, nearest_bucket
 from memtrain.data.columns import Clause, apply_filter, parse_filter, parse_json, read_columns
-from memtrain.data.images import BadSample, decode_image
+from memtrain.data.images import BadSample, decode_image, picture_shape
 from memtrain.data.index import IndexFile, key_of, open_indexes, open_remote_indexes
 from memtrain.data.remote import ShardCache, ShardMissing
 from memtrain.data.sources import Shard, find_sources
@@ -75,6 +76,7 @@ class ShardSamples:
     Args:
         shards: see `memtrain.data.sources.find_sources`.
         resolution: side of the decoded square, px.
+        max_aspect_ratio, bucket_multiple: see `memtrain.data.buckets`; 1 decodes squares alone.
         caption: `txt`, or a column of the json; of a list, one is drawn.
         where: a filter on the json's columns, see `memtrain.data.columns`.
         cache_dir: see `cache_folder`; holds indexes that do not lie beside their shard, filters and remote shards.
@@ -92,11 +94,15 @@ class ShardSamples:
         cache_dir: str | Path | None = None,
         cache_bytes: int = 100_000_000_000,
         missing_shards: str = "stop",
+        max_aspect_ratio: float = 1.0,
+        bucket_multiple: int = 64,
         workers: int = 1,
     ):
         if missing_shards not in ("stop", "skip"):
             raise ValueError(f"data.missing_shards must be stop or skip, got {missing_shards}")
-        self.resolution, self.caption, self.missing_shards = resolution, caption, missing_shards
+        self.resolution, self.caption, self.where = resolution, caption, where
+        self.missing_shards = missing_shards
+        self.sizes = bucket_sizes(resolution, max_aspect_ratio, bucket_multiple)  # (height, width), the square first
         clauses = parse_filter(where) if where else []
         self.cache_dir = cache_folder(cache_dir)
         self.remote = ShardCache(self.cache_dir / "shards", cache_bytes)
@@ -110,6 +116,7 @@ class ShardSamples:
         self._chosen: list[str] | None = None
         if clauses:
             self._apply_filter(clauses)
+        self._buckets: list[str] | None = self._assign_buckets(where) if len(self.sizes) > 1 else None
         if len(self) == 0:
             causes = Counter(why for _, why in self.skipped()).most_common(1)
             why = "no sample with an image and a caption in it" + (f" ({causes[0][0]})" if causes else "")
@@ -136,9 +143,7 @@ class ShardSamples:
         self._chosen, chosen = None, []
         numbers = range(len(self.shards))
         for number in track(numbers, "Filtering shards", disable=len(numbers) < 20):
-            index = self.indexes[number]
-            identity = f"{self.shards[number].url}\n{index.size} {index.mtime_ns}\n{text}"
-            stem = self.cache_dir / "where" / hashlib.sha256(identity.encode(errors="replace")).hexdigest()[:32]
+            stem = self.cache_dir / "where" / self._identity(number, text)
             if not stem.with_suffix(".json").exists():
                 shard = self._shard(number)
                 path = self.local_path(number)
@@ -155,6 +160,48 @@ class ShardSamples:
         self._open.clear()
         self._chosen = chosen
 
+    def _assign_buckets(self, where: str | None) -> list[str]:
+        """Files with each shard's buckets, from the columns width and height, else from the pictures' headers."""
+        (self.cache_dir / "buckets").mkdir(parents=True, exist_ok=True)
+        files = []
+        for number in track(range(len(self.shards)), "Sorting into buckets", disable=len(self.shards) < 20):
+            file = self.cache_dir / "buckets" / f"{self._identity(number, f'{where} {self.sizes}')}.npy"
+            if not file.exists():
+                shard, count = self._shard(number), int(self.counts[number])
+                keys = [key_of(shard.record(row)) for row in range(count)]
+                table = read_columns(
+                    self.local_path(number), keys, ("height", "width"), lambda row: _json_of(shard, shard.record(row))
+                )
+                shapes = list(zip(*(table[name].to_pylist() for name in ("height", "width")), strict=True))
+                shapes = [
+                    shape if all(isinstance(side, (int, float)) and side > 0 for side in shape)
+                    else picture_shape(shard.read(shard.record(row)["image"]))
+                    for row, shape in enumerate(shapes)
+                ]  # fmt: skip
+                heights, widths = np.array(shapes, dtype=np.float64).reshape(-1, 2).T
+                np.save(file, nearest_bucket(heights, widths, self.sizes))
+            files.append(str(file))
+        return files
+
+    def buckets(self, number: int) -> np.ndarray:
+        """Which of `sizes` each sample of a shard has. (counts[number],)"""
+        return np.load(self._buckets[number], mmap_mode="r")
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width of the decoded sample, px."""
+        number, row = self.locate(index)
+        return self.sizes[0 if self._buckets is None else self.buckets(number)[row]]
+
+    def _identity(self, number: int, of: str) -> str:
+        """Names what was derived from a shard in its present state."""
+        index = self.indexes[number]
+        said = f"{self.shards[number].url}\n{index.size} {index.mtime_ns}\n{of}"
+        return hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()[:32]
+
+    def described(self) -> dict[str, str | int | None]:
+        """What decides a sample's centre square and its caption, beside the shards themselves."""
+        return {"resolution": self.resolution, "crop": "center", "caption": self.caption, "where": self.where}
+
     def skipped(self) -> Iterator[tuple[str, str]]:
         """(name, why) of what no index can use, read from the index files."""
         for shard, index in zip(self.shards, self.indexes, strict=True):
@@ -170,7 +217,7 @@ class ShardSamples:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _locate(self, index: int) -> tuple[int, int]:
+    def locate(self, index: int) -> tuple[int, int]:
         """Shard, and row in it, of a position in the corpus."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -215,14 +262,17 @@ class ShardSamples:
 
     def key(self, index: int) -> str:
         """Shard path, relative to the shards' common folder, and `__key__`: who a sample is."""
-        number, row = self._locate(index)
+        number, row = self.locate(index)
         if self._chosen is not None:
             row = np.load(f"{self._chosen[number]}.npy", mmap_mode="r")[row]
         return f"{self.shards[number].name}/{key_of(self.indexes[number].records()[row])}"
 
-    def get(self, index: int, view: View = STRAIGHT) -> tuple[np.ndarray, str]:
-        """Image (3, R, R) uint8 and caption. Raises BadSample, and ShardMissing."""
-        number, row = self._locate(index)
+    def get(self, index: int, view: View = STRAIGHT, size: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
+        """Image (3, height, width) uint8 of this size, else of the square, and caption.
+
+        Raises BadSample, and ShardMissing.
+        """
+        number, row = self.locate(index)
         if number in self._lost:
             raise BadSample("shard is missing")
         try:
@@ -233,9 +283,7 @@ class ShardSamples:
             self._lost.add(number)
             raise BadSample("shard is missing") from None
         record = shard.record(row)
-        image = decode_image(
-            shard.read(record["image"]), self.resolution, self.resolution, crop=view.crop, flip=view.flip
-        )
+        image = decode_image(shard.read(record["image"]), *(size or self.sizes[0]), crop=view.crop, flip=view.flip)
         return image, self._caption(shard, record, view)
 
     def _caption(self, shard: _OpenShard, record: np.void, view: View) -> str:

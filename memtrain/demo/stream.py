@@ -16,7 +16,7 @@ _SHARD = 10_000  # samples
 class CompositeSamples:
     """The first `count` composites of a seed. See `memtrain.data.datamodule.Samples`."""
 
-    resolution = RESOLUTION
+    sizes = [(RESOLUTION, RESOLUTION)]  # noqa: RUF012
 
     def __init__(self, seed: int, count: int):
         self.composites, self.count = Composites(seed), count
@@ -33,7 +33,10 @@ class CompositeSamples:
     def key(self, index: int) -> str:
         return f"composites/{index:09d}"
 
-    def get(self, index: int, view: View) -> tuple[np.ndarray, str]:
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.sizes[0]
+
+    def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]:
         """Image (3, 64, 64) uint8 and caption, seen straight whatever the view."""
         composite = self.composites[index]
         return np.ascontiguousarray(composite.image.transpose(2, 0, 1)), composite.caption

@@ -17,11 +17,14 @@ class DiffusionModel(Protocol):
     def tokenize(self, captions: list[str]) -> Tensor:
         """(B, L) int64; longer captions are cut, shorter ones padded."""
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a square picture with sides of `resolution` px."""
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a picture of this size in px. Raises ValueError where it cannot be had."""
 
-    def encode_images(self, images: Tensor, posterior_noise: Tensor) -> Tensor:
-        """(B, 3, R, R) uint8 -> (B, C, H, W) scaled latents; noise 0 gives the posterior's mean."""
+    def encode_posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, height, width) uint8 -> mean and standard deviation of the latents, (B, C, H, W), unscaled."""
+
+    def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """(B, C, H, W) scaled latents; noise 0 gives the posterior's mean."""
 
     def encode_captions(self, input_ids: Tensor) -> Tensor:
         """(B, L) int64 -> (B, L, D) encoder_hidden_states."""
@@ -31,6 +34,9 @@ class DiffusionModel(Protocol):
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """(B, C, H, W) the network's prediction, in its own parameterisation."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """A hash of the weights of `vae` and `text_encoder`: what latents and embeddings depend on."""
 
     def trained_modules(self) -> Iterable[nn.Module]:
         """The modules whose weights are trained."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -122,12 +123,14 @@ class StableDiffusion(nn.Module):
         if not self.text_encoder_is_trained:
             self.text_encoder.to(dtype)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if resolution < multiple or resolution % multiple:
-            raise ValueError(f"data.resolution must be a multiple of {multiple} for this model, got {resolution}")
-        return self.vae.config.latent_channels, resolution // factor, resolution // factor
+        for name, side in (("data.resolution", height), ("data.bucket_multiple", width)):
+            if side < multiple or side % multiple:
+                name = "data.resolution" if height == width else name
+                raise ValueError(f"{name} must be a multiple of {multiple} for this model, got {side}")
+        return self.vae.config.latent_channels, height // factor, width // factor
 
     def tokenize(self, captions: list[str]) -> Tensor:
         return self.tokenizer(
@@ -139,11 +142,16 @@ class StableDiffusion(nn.Module):
         ).input_ids
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor, posterior_noise: Tensor) -> Tensor:
+    def encode_posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         pixel_values = (images.float() / 127.5 - 1).to(self.vae.dtype)
         posterior = self.vae.encode(pixel_values).latent_dist
-        latents = posterior.mean.float() + posterior.std.float() * posterior_noise
-        return latents * self.vae.config.scaling_factor
+        return posterior.mean.float(), posterior.std.float()
+
+    def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        return (mean + std * noise) * self.vae.config.scaling_factor
+
+    def fingerprint(self) -> dict[str, str]:
+        return {name: _hash_weights(getattr(self, name)) for name in ("vae", "text_encoder")}
 
     def encode_captions(self, input_ids: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder_is_trained):
@@ -186,3 +194,12 @@ class StableDiffusion(nn.Module):
             },
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _hash_weights(module: nn.Module) -> str:
+    """Of names, shapes and values in float32, so that it does not depend on the precision of the run."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

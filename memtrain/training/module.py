@@ -84,7 +84,7 @@ class DiffusionTraining(pl.LightningModule):
             raise ValueError(f"ema.decay must be in [0, 1), got {ema_decay:g}; 0 keeps no average")
         self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
         self.seed = seed
-        self.latent_shape = model.latent_shape(resolution)
+        self.latent_shape = model.latent_shape(resolution, resolution)
         self.caption_dropout, self.min_snr_gamma, self.noise_offset = caption_dropout, min_snr_gamma, noise_offset
         self.denominator, self.score_every = denominator, score_every
         self.reference_every, self.reference_batch = reference_every, reference_batch
@@ -113,6 +113,8 @@ class DiffusionTraining(pl.LightningModule):
             )
         self.model.prepare_frozen(FROZEN_DTYPES[self.trainer.precision])
         numel = self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2]
+        for size in self.trainer.datamodule.samples.sizes:
+            self.model.latent_shape(*size)  # raises where the model cannot have it
         self.exclusion.setup(self.trainer.datamodule.groups.num_samples, numel, self.num_timesteps)
         if self.ema_decay:
             self.ema = EMAModel(
@@ -131,15 +133,20 @@ class DiffusionTraining(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.trainer.datamodule.report(batch)
-        draws = self._draw(TRAIN, self.global_step, batch.place.tolist())
-        latents = self.model.encode_images(batch.images, draws.posterior_noise)
+        mean, std = batch.posterior.unbind(1) if batch.is_cached else self.model.encode_posterior(batch.images)
+        draws = self._draw(TRAIN, self.global_step, batch.place.tolist(), mean.shape[1:])
+        latents = self.model.sample_latents(mean, std, draws.posterior_noise)
         dropped = draws.uniform < self.caption_dropout
         captions = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
         says_something = torch.tensor([bool(caption) for caption in captions], device=self.device) & batch.valid
+        if batch.is_cached and not self.model.text_encoder_is_trained:
+            hidden = torch.where(says_something[:, None, None], batch.hidden, self.model.null_caption().float())
+        else:
+            hidden = self.encode_captions(captions)
 
         noise = draws.noise + self.noise_offset * draws.offset_noise
         score_now = self.score_every > 0 and self.global_step % self.score_every == 0
-        loss, score = self.predict_and_score(latents, noise, draws.timesteps, captions, score_now)
+        loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, score_now)
         weights = torch.ones_like(loss)
         if self.min_snr_gamma is not None:
             weights = losses.min_snr_weights(
@@ -158,18 +165,22 @@ class DiffusionTraining(pl.LightningModule):
         self._log_progress(observed, decision, batch.valid)
         return losses.masked_sum(loss, weights, decision.keep_mask)
 
-    def _draw(self, stream: int, step: int, places: list[int]) -> Draws:
-        return draw(self.seed, stream, step, places, self.latent_shape, self.num_timesteps).to(self.device)
+    def _draw(self, stream: int, step: int, places: list[int], latent_shape: tuple[int, int, int]) -> Draws:
+        return draw(self.seed, stream, step, places, latent_shape, self.num_timesteps).to(self.device)
+
+    def encode_captions(self, captions: list[str]) -> Tensor:
+        """(B, L, D) encoder_hidden_states."""
+        return self.model.encode_captions(self.model.tokenize(captions).to(self.device))
 
     def predict_and_score(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, captions: list[str], score: bool = True
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, hidden: Tensor, score: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Loss, with a graph, and text-conditional magnitude, without one; both (B,) float32.
 
-        The second forward shares x_t and t with the first and sees the empty caption.
+        `hidden` (B, L, D) are the encoded captions. The second forward shares x_t and t with the first and sees
+        the empty caption.
         """
         model = self.model
-        hidden = model.encode_captions(model.tokenize(captions).to(self.device))
         noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
         target = diffusion.prediction_target(
             latents, noise, timesteps, model.alphas_cumprod, model.prediction_type
@@ -261,11 +272,11 @@ class DiffusionTraining(pl.LightningModule):
         places = [self.trainer.global_rank * per_rank + row for row in range(per_rank)]
         turn = step // self.reference_every * per_rank * self.trainer.world_size
         rows = [(turn + place) % len(index) for place in places]
-        draws = self._draw(REFERENCE, step, places)
+        draws = self._draw(REFERENCE, step, places, self.latent_shape)
         captions = [captions[row] for row in rows]
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             loss, score = self.predict_and_score(
-                latents[rows].to(self.device), draws.noise, draws.timesteps, captions
+                latents[rows].to(self.device), draws.noise, draws.timesteps, self.encode_captions(captions)
             )
         self.reference_observed = Observations(
             sample_index=index[rows],
@@ -295,7 +306,8 @@ class DiffusionTraining(pl.LightningModule):
             images = batch.images[valid].to(self.device)
             if len(images) == 0:
                 continue
-            latents.append(self.model.encode_images(images, torch.zeros((), device=self.device)).cpu())
+            mean, std = self.model.encode_posterior(images)
+            latents.append(self.model.sample_latents(mean, std, torch.zeros_like(std)).cpu())
             index.append(batch.sample_index[valid])
             captions += [c for c, ok in zip(batch.captions, valid.tolist(), strict=True) if ok]
         if not index:

@@ -25,12 +25,10 @@ def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
 
 
 def textured(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
-    """A picture full of large and small features, unlike that of any other seed; `size` is (width, height)."""
+    """A picture of large and small features, unlike that of any other seed; `size` is (width, height)."""
     rng = np.random.default_rng(seed)
-    layers = [
-        np.asarray(Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC))
-        for n in (3, 6, 12, 24)
-    ]
+    grids = [Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)) for n in (3, 6, 12, 24)]
+    layers = [np.asarray(grid.resize(size, Image.Resampling.BICUBIC)) for grid in grids]
     return Image.fromarray(np.average(layers, axis=0, weights=(4, 3, 2, 1)).astype(np.uint8))
 
 
@@ -38,12 +36,19 @@ def flat(colour: tuple[int, int, int], size: tuple[int, int] = (96, 80)) -> Imag
     return Image.new("RGB", size, colour)
 
 
-def sample(key: str, image: bytes, caption: str | bytes | None = "a caption", ext: str = "jpg", json_bytes=None) -> Members:
+def sample(
+    key: str,
+    image: bytes,
+    caption: str | bytes | None = "a caption",
+    ext: str = "jpg",
+    json_bytes: bytes | None = None,
+) -> Members:
     """The members of one sample; no caption, no .txt."""
-    text = [] if caption is None else [(f"{key}.txt", caption.encode() if isinstance(caption, str) else caption)]
     metadata = {"key": key, "sha256": hashlib.sha256(image).hexdigest(), "exif": None}
-    about = json.dumps(metadata).encode() if json_bytes is None else json_bytes
-    return [(f"{key}.{ext}", image), (f"{key}.json", about), *text]
+    members = [(f"{key}.{ext}", image), (f"{key}.json", json_bytes or json.dumps(metadata).encode())]
+    if caption is not None:
+        members.append((f"{key}.txt", caption.encode() if isinstance(caption, str) else caption))
+    return members
 
 
 def write_tar(path: Path, members: Members) -> Path:
@@ -65,7 +70,8 @@ def cut(tar: Path, member: str, where: str) -> None:
     """Truncate a tar inside this member's `header` or `bytes`, or where it would begin (`before`)."""
     with tarfile.open(tar) as file:
         info = file.getmember(member)
-    place = {"before": info.offset, "header": info.offset + 300, "bytes": info.offset_data + info.size // 2}[where]
+    middle = info.offset_data + info.size // 2
+    place = {"before": info.offset, "header": info.offset + 300, "bytes": middle}[where]
     with tar.open("r+b") as file:
         file.truncate(place)
 
@@ -94,9 +100,9 @@ def turned(image: Image.Image, orientation: int = 6) -> bytes:
 
 @dataclass(frozen=True)
 class Planted:
-    """A fault: the sample's name (shard/key; of the shard where it is the shard's), kind, and a regex of the cause.
+    """A fault: name of the sample (shard/key) or of the shard, kind, and a regex of the cause.
 
-    `kind` as in memtrain.data.check.KINDS; `lost` where training does without it.
+    `kind` is of memtrain.data.check.KINDS; `lost` where training does without it.
     """
 
     name: str
@@ -142,6 +148,9 @@ def corpus_with_every_fault(folder: Path) -> FaultyCorpus:
         key = f"{number:09d}"
         return key, caption, sample(key, encode(new()), caption)
 
+    def with_json(key: str, data: bytes) -> tuple[str, str, Members]:
+        return key, "about its json", sample(key, encode(new()), "about its json", json_bytes=data)
+
     def fault(name: str, kind: str, cause: str, lost: bool = True) -> None:
         corpus.faults.append(Planted(name, kind, cause, lost))
 
@@ -155,10 +164,10 @@ def corpus_with_every_fault(folder: Path) -> FaultyCorpus:
             ("000000002", "", sample("000000002", encode(new()), b"")),
             (no_utf8, "caf\ufffd au lait", sample(no_utf8, encode(new()), "café au lait".encode("latin-1"))),
             (blank, "", sample(blank, encode(new()), b" \n")),
-            ("000000005", "nan", sample("000000005", encode(new()), "nan", json_bytes=b'{"similarity": NaN, "exif": null}')),
-            ("000000006", "null", sample("000000006", encode(new()), "null", json_bytes=b"{}")),
-            ("000000007", "broken", sample("000000007", encode(new()), "broken", json_bytes=b'{"caption": "bro')),
-            ("000000008", "none", [m for m in sample("000000008", encode(new()), "none") if "json" not in m[0]]),
+            with_json("000000005", b'{"similarity": NaN, "exif": null}'),
+            with_json("000000006", b"{}"),
+            with_json("000000007", b'{"caption": "bro'),
+            ("000000008", "no json", [("000000008.jpg", encode(new())), ("000000008.txt", b"no json")]),
             good(9),
         ],
         successes=10,
@@ -185,7 +194,7 @@ def corpus_with_every_fault(folder: Path) -> FaultyCorpus:
         (f"00001{n:04d}", mode, sample(f"00001{n:04d}", data, mode, extensions.get(mode, "jpg")))
         for n, (mode, data) in enumerate(modes.items())
     ]
-    dotted = ("a.b", "dotted", [(n.replace(".jpg", ".JPG"), d) for n, d in sample("a.b", encode(new()), "dotted")])
+    dotted = ("a.b", "dotted", sample("a.b", encode(new()), "dotted", "JPG"))
     shard("00001.tar", [*odd, dotted], successes=8)
 
     # images that are none
@@ -219,7 +228,8 @@ def corpus_with_every_fault(folder: Path) -> FaultyCorpus:
     shard("00003.tar", [first, again, copy, good(30003)], successes=4)
     fault("00003.tar/000030000", "duplicate_key", "twice")
     fault("00003.tar/000030002", "duplicate_within", "same image as .*000030000", lost=False)
-    shard("00004.tar", [good(0, "a key of another shard"), ("000040001", "far", sample("000040001", picture, "far"))], 2)
+    far = ("000040001", "a copy far off", sample("000040001", picture, "a copy far off"))
+    shard("00004.tar", [good(0, "a key of another shard"), far], successes=2)
     fault("00004.tar/000040001", "duplicate_across", r"same image as 00003\.tar/000030000", lost=False)
     fault("00004.tar/000000000", "key_across", r"00000\.tar", lost=False)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtrain.data.order import EpochOrder, GlobalBatchSampler, draw_groups
+from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler, draw_groups
 
 COUNTS = (13, 0, 20, 1, 16)  # 50 samples in unequal shards, one of them empty
 
@@ -123,3 +123,39 @@ def test_a_corpus_smaller_than_a_batch_is_named():
 def test_groups_that_leave_nothing_are_named():
     with pytest.raises(ValueError, match=r"canaries\.count=30 and reference\.count=20"):
         draw_groups(COUNTS, 0, 30, 20)
+
+
+# ---- aspect-ratio buckets
+
+
+def bucketed(seed=0, counts=COUNTS, repeats=5, mix_shards=2):
+    """Every third sample of a shard is in bucket 1, every seventh in bucket 2."""
+    groups = draw_groups(counts, seed, 3, 7)
+    buckets = [np.array([2 if i % 7 == 6 else i % 3 == 2 for i in range(count)], dtype=np.int16) for count in counts]
+    return BucketedOrder(counts, groups, repeats, seed, [1.0] * len(counts), mix_shards, buckets.__getitem__)
+
+
+def test_a_global_batch_holds_one_bucket_and_an_epoch_loses_less_than_a_batch_of_each():
+    o, size = bucketed(), 4
+    steps = o.batches_of_epoch(size)
+    seen = batches(o, size, steps=2 * steps)
+    assert all(len(set(o.bucket_of(np.array(batch)).tolist())) == 1 for batch in seen)
+    trained = Counter(set(range(50)) - set(o.groups.apart().tolist())) + Counter(o.groups.canary.tolist() * 5)
+    for epoch in (seen[:steps], seen[steps:]):
+        left = trained - Counter(row for batch in epoch for row in batch)
+        assert not Counter(row for batch in epoch for row in batch) - trained
+        assert all(number < size for number in Counter(o.bucket_of(np.array(list(left.elements()))).tolist()).values())
+    assert seen[:steps] != seen[steps:]
+
+
+@given(first=st.integers(0, 40))
+@settings(max_examples=20, deadline=None)
+def test_buckets_too_are_continued_at_any_step(first):
+    assert batches(bucketed(), 4, steps=41, first=first) == batches(bucketed(), 4, steps=41)[first:]
+    assert batches(bucketed(), 2, 1, 2, steps=20) == batches(bucketed(), 4, steps=20)
+
+
+def test_buckets_that_fill_no_batch_are_named():
+    o = bucketed(counts=(8, 4))
+    with pytest.raises(ValueError, match=r"no aspect-ratio bucket has a global batch of 18"):
+        next(o.global_batches(18, 0, print))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from memtrain.data import samples as samples_module
+from memtrain.data.buckets import bucket_sizes, nearest_bucket
 from memtrain.data.columns import parse_filter
-from memtrain.data.datamodule import from_shards
+from memtrain.data.datamodule import BatchDecoder, from_shards
 from memtrain.data.images import BadSample
 from memtrain.data.index import open_index, write_index
 from memtrain.data.remote import ShardMissing
@@ -231,3 +232,43 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
         data.check_bad(21, 200)
 
 
+
+
+# ---- aspect-ratio buckets
+
+
+def test_buckets_have_the_area_of_the_square():
+    sizes = bucket_sizes(512, 2.0, 64)
+    assert sizes[0] == (512, 512) and (384, 640) in sizes and (640, 384) in sizes
+    for height, width in sizes:
+        assert height % 64 == width % 64 == 0 and 0.75 * 512**2 <= height * width <= 512**2
+        assert max(height / width, width / height) <= 2
+    assert bucket_sizes(512, 1.0, 64) == [(512, 512)]
+    assert nearest_bucket(np.array([100, 100, 160]), np.array([100, 160, 100]), sizes).tolist() == [
+        0, sizes.index((384, 640)), sizes.index((640, 384)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_columns", [True, False])
+def test_a_sample_is_decoded_in_its_bucket(tmp_path, has_columns):
+    shapes = {"a": (64, 64), "b": (96, 48), "c": (48, 96), "d": (60, 64)}
+    members = []
+    for key, (width, height) in shapes.items():
+        row = {"width": width, "height": height} if has_columns else {}
+        members += [(f"{key}.jpg", picture(size=(width, height))), *with_json(key, row)[1:]]
+    write_tar(tmp_path / "x.tar", [*members, ("e.jpg", b"<html>"), ("e.txt", b"")])
+    data = from_shards(
+        str(tmp_path), 64, 1, 0, seed=0, canaries=0, repeats=1, reference=0, max_aspect_ratio=2.0, bucket_multiple=16
+    )
+    sizes = [data.samples.size_of(index) for index in range(5)]
+    assert sizes[0] == sizes[3] == sizes[4] == (64, 64)
+    assert sizes[1][1] > sizes[1][0] and sizes[2][0] > sizes[2][1]
+    decode = BatchDecoder(data.samples, data.groups, data.views)
+    assert decode([(0, 0, 1)]).images.shape == (1, 3, *sizes[1])
+    assert data.decode([0, 1, 2]).images.shape == (3, 3, 64, 64)  # canaries and reference set: squares
+
+
+def test_wrong_buckets_are_named(tmp_path):
+    for options in ({"max_aspect_ratio": 0.5}, {"max_aspect_ratio": 1.1}, {"bucket_multiple": 0}):
+        with pytest.raises(ValueError, match=r"data\.(max_aspect_ratio|bucket_multiple)"):
+            bucket_sizes(64, **{"max_aspect_ratio": 2.0, "multiple": options.pop("bucket_multiple", 64)} | options)

@@ -1,0 +1,53 @@
+"""`memtrain cache`: build data and model, encode what is missing."""
+
+from __future__ import annotations
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+
+def cache(cfg: DictConfig) -> None:
+    import torch
+
+    from memtrain.training.latent_cache import DTYPES, made_with, missing_shards
+
+    if cfg.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype}")
+    if cfg.processes < 1:
+        raise ValueError(f"processes must be >= 1, got {cfg.processes}")
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    samples, model = _samples(cfg), instantiate(cfg.model)
+    missing = missing_shards(samples, cfg.out, made_with(model, samples), cfg.data.flip > 0, cfg.overwrite)
+    print(f"{len(samples.shards)} shards, {len(missing)} to encode: {cfg.out}", flush=True)
+    if missing and cfg.processes == 1:
+        _encode(0, plain, missing)
+    elif missing:
+        torch.multiprocessing.spawn(_encode, args=(plain, missing), nprocs=cfg.processes)
+
+
+def _samples(cfg: DictConfig):
+    """The corpus; raises where it cannot be cached."""
+    data = instantiate(cfg.data, seed=0, canaries=0, repeats=1, reference=0, cache=cfg.out)
+    return data.samples
+
+
+def _encode(process: int, plain: dict, missing: list[int]) -> None:
+    """One process's share of the missing shards, on a GPU of its own where there are any."""
+    import torch
+
+    from memtrain.training.latent_cache import write_latents
+
+    cfg = OmegaConf.create(plain)
+    gpus = torch.cuda.device_count()
+    write_latents(
+        instantiate(cfg.model),
+        _samples(cfg),
+        missing[process :: cfg.processes],
+        cfg.out,
+        dtype=cfg.dtype,
+        flip=cfg.data.flip > 0,
+        batch_size=cfg.data.batch_size,
+        num_workers=cfg.data.num_workers,
+        device=torch.device(f"cuda:{process % gpus}" if gpus else "cpu"),
+        progress=process == 0,
+    )

@@ -1,0 +1,139 @@
+"""Latents and text embeddings of a corpus, computed once by `memtrain cache`, a file a shard.
+
+`00000.tar` gets `00000.tar.latents.safetensors`, beside it or in a folder of its own: the posterior's mean and
+standard deviation of each sample, the same of its mirror image where flips are wanted, the caption and its
+embedding. A header says what they were made with; a run that would compute anything else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from memtrain.data.images import BadSample
+from memtrain.data.samples import ShardSamples
+
+BESIDE = "beside"  # data.cache: the files lie beside the shards
+_OPEN_FILES = 32
+_SUFFIX = ".latents.safetensors"
+
+# What a cache must have in common with the run that reads it, and what a person would call it.
+MADE_WITH = {
+    "vae": "another VAE",
+    "text_encoder": "another text encoder",
+    "resolution": "data.resolution",
+    "crop": "data.crop",
+    "caption": "data.caption",
+    "where": "data.where",
+}
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """`posterior` (2, C, h, w) float32, mean and standard deviation, unscaled; `hidden` (L, D) float32."""
+
+    posterior: np.ndarray
+    hidden: np.ndarray
+    caption: str
+
+
+def cache_path(cache: str, shard_url: str, shard_name: str) -> Path:
+    """Where the latents of a shard lie: beside it, or in the folder `cache` under the name that its keys have."""
+    return Path(shard_url + _SUFFIX) if cache == BESIDE else Path(cache).expanduser() / (shard_name + _SUFFIX)
+
+
+def read_header(path: Path) -> dict:
+    """What the file was made with. Raises ValueError where it is missing or damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {})["memtrain"])
+    except FileNotFoundError:
+        raise ValueError(f"data.cache has no {path.name}; run `memtrain cache` with the same data: it goes on") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"data.cache: {path} cannot be read ({error}); delete it and run `memtrain cache`") from error
+
+
+def difference(found: Mapping, wanted: Mapping, ignored: tuple[str, ...] = ()) -> str | None:
+    """The first thing in which a header is unlike `wanted`, in words."""
+    for name, called in MADE_WITH.items():
+        if name not in ignored and found.get(name) != wanted.get(name):
+            if name in ("vae", "text_encoder"):
+                return called
+            return f"{called}={found.get(name)}, not {wanted.get(name)}"
+    return None
+
+
+class LatentCache:
+    """Reads what `memtrain cache` wrote for the samples of a corpus, in the loader's workers.
+
+    Args:
+        cache: `beside`, or a folder.
+        samples: the corpus, its filter included.
+        crop: `data.crop`; a random one cannot be cached.
+        flip: whether mirror images are wanted.
+    """
+
+    def __init__(self, cache: str, samples: ShardSamples, crop: str, flip: bool):
+        if crop != "center" or len(samples.sizes) > 1:
+            raise ValueError(
+                "data.cache holds centre squares; use data.crop=center and data.max_aspect_ratio=1, or data.cache=null"
+            )
+        if cache == BESIDE and any(shard.is_remote for shard in samples.shards):
+            raise ValueError("data.cache=beside needs shards on disk; name a folder")
+        self.samples, self.flip = samples, flip
+        self.paths = [str(cache_path(cache, shard.url, shard.name)) for shard in samples.shards]
+        self.made_with: dict | None = None
+        self._open: OrderedDict[int, safe_open] = OrderedDict()
+
+    def check(self, made_with: Mapping, ignored: tuple[str, ...] = ()) -> None:
+        """Raise ValueError where the cache was made with something else, naming it, or lacks a shard."""
+        self.made_with = {**made_with}
+        for path in self.paths:
+            if not Path(path).exists():
+                read_header(Path(path))
+        self._check_header(Path(self.paths[0]), 0, ignored)
+
+    def _check_header(self, path: Path, number: int, ignored: tuple[str, ...] = ()) -> None:
+        header = read_header(path)
+        unlike = difference(header, self.made_with, ignored)
+        if unlike is None and self.flip and not header["flip"]:
+            unlike = "data.flip=0: it has no mirror images"
+        if unlike is None and header["shard_size"] != self.samples.indexes[number].size:
+            unlike = "another state of its shard"
+        if unlike is not None:
+            raise ValueError(f"data.cache: {path.name} was made with {unlike}; run `memtrain cache` with overwrite=true")
+
+    def _file(self, number: int) -> safe_open:
+        if number not in self._open:
+            while len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)
+            self._check_header(Path(self.paths[number]), number, ignored=tuple(MADE_WITH))
+            self._open[number] = safe_open(self.paths[number], framework="numpy")
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a sample's posterior and of its embedding."""
+        file = self._file(int(self.samples.counts.argmax()))
+        return tuple(file.get_slice("posterior").get_shape()[1:]), tuple(file.get_slice("hidden").get_shape()[1:])
+
+    def get(self, index: int, flip: bool) -> CachedSample:
+        """Raises BadSample where the picture could not be decoded."""
+        number, row = self.samples.locate(index)
+        file = self._file(number)
+        if not file.get_slice("valid")[row : row + 1][0]:
+            raise BadSample("image cannot be decoded (said when it was cached)")
+        start, end = file.get_slice("caption_bounds")[row : row + 2]
+        caption = file.get_slice("captions")[int(start) : int(end)].tobytes().decode("utf-8")
+        posterior = file.get_slice("posterior_flipped" if flip else "posterior")[row : row + 1][0]
+        hidden = file.get_slice("hidden")[row : row + 1][0]
+        return CachedSample(posterior.astype(np.float32), hidden.astype(np.float32), caption)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}

@@ -1,0 +1,128 @@
+"""`memtrain cache`: encode a corpus once, so that training need not decode and encode it every epoch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from memtrain.data.datamodule import Batch, BatchDecoder
+from memtrain.data.latents import cache_path, difference, read_header
+from memtrain.data.order import Groups
+from memtrain.data.samples import ShardSamples
+from memtrain.models.base import DiffusionModel
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def made_with(model: DiffusionModel, samples: ShardSamples) -> dict:
+    """What decides the numbers in a cache; see `memtrain.data.latents.MADE_WITH`."""
+    return {**model.fingerprint(), **samples.described()}
+
+
+def missing_shards(samples: ShardSamples, out: str, header: dict, flip: bool, overwrite: bool) -> list[int]:
+    """The shards whose latents are still to be computed.
+
+    Raises:
+        ValueError: a file of another make is there, and `overwrite` does not say to replace it.
+    """
+    missing = []
+    for number, shard in enumerate(samples.shards):
+        path = cache_path(out, shard.url, shard.name)
+        if path.exists() and not overwrite:
+            found = read_header(path)
+            unlike = difference(found, header) or (
+                "another state of its shard" if found["shard_size"] != samples.indexes[number].size else None
+            )
+            unlike = unlike or ("no mirror images" if flip and not found["flip"] else None)
+            if unlike:
+                raise ValueError(f"{path} was made with {unlike}; use overwrite=true or another out=FOLDER")
+        else:
+            missing.append(number)
+    return missing
+
+
+def write_latents(
+    model: DiffusionModel,
+    samples: ShardSamples,
+    numbers: Iterable[int],
+    out: str,
+    *,
+    dtype: str,
+    flip: bool,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    progress: bool,
+) -> None:
+    """Encode these shards, a file each, written aside and renamed: what is there is whole."""
+    header = made_with(model, samples)
+    model.to(device)
+    numbers = list(numbers)
+    starts = samples.ends - samples.counts
+    for number in track(numbers, "Encoding shards", disable=not progress):
+        shard = samples.shards[number]
+        path = cache_path(out, shard.url, shard.name)
+        positions = range(starts[number], samples.ends[number])
+        loader = DataLoader(
+            _Rows(positions),
+            batch_size=batch_size,
+            collate_fn=BatchDecoder(samples, Groups(len(samples), np.zeros(0), np.zeros(0)), views=None),
+            num_workers=num_workers,
+        )
+        tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        said = {**header, "flip": flip, "shard_size": samples.indexes[number].size}
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, aside, metadata={"memtrain": json.dumps(said)})
+        os.replace(aside, path)
+
+
+@torch.no_grad()
+def _encode(
+    model: DiffusionModel, loader: Iterable[Batch], count: int, flip: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The tensors of one file; rows of pictures that cannot be decoded are zero and not valid."""
+    columns: dict[str, list[torch.Tensor]] = {}
+    captions: list[bytes] = []
+
+    def keep(name: str, rows: torch.Tensor) -> None:
+        columns.setdefault(name, []).append(rows.cpu())
+
+    for batch in loader:
+        images = batch.images.to(device)
+        keep("posterior", torch.stack(model.encode_posterior(images), dim=1).to(dtype))
+        if flip:
+            keep("posterior_flipped", torch.stack(model.encode_posterior(images.flip(-1)), dim=1).to(dtype))
+        keep("hidden", model.encode_captions(model.tokenize(batch.captions).to(device)).to(dtype))
+        keep("valid", batch.valid)
+        captions += [caption.encode("utf-8", "replace") for caption in batch.captions]
+    tensors = {name: torch.cat(rows).contiguous() for name, rows in columns.items()}
+    assert all(len(rows) == count for rows in tensors.values())
+    bounds = np.cumsum([0, *map(len, captions)])
+    tensors["caption_bounds"] = torch.from_numpy(bounds.astype(np.int64))
+    text = bytearray(b"".join(captions) + b"\0")  # safetensors refuses a slice that starts at the end
+    tensors["captions"] = torch.frombuffer(text, dtype=torch.uint8)
+    return tensors
+
+
+class _Rows:
+    """The loader's dataset: positions as rows of `BatchDecoder`."""
+
+    def __init__(self, positions: range):
+        self.positions = positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, row: int) -> tuple[int, int, int]:
+        return 0, row, self.positions[row]

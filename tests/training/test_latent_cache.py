@@ -1,0 +1,127 @@
+"""Training from cached latents is training from pictures."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from memtrain.data.datamodule import from_shards
+from memtrain.data.samples import ShardSamples
+from memtrain.training.latent_cache import made_with, missing_shards, write_latents
+from tests.conftest import build_module, fit, weights
+from tests.data.test_shards import picture, sample, write_tar
+from tests.training.test_module import Record
+
+
+def write(pipeline, corpus, out, flip=False, numbers=None, **options):
+    samples, model = ShardSamples(str(corpus), 64, **options), build_module(pipeline).model
+    numbers = range(len(samples.shards)) if numbers is None else numbers
+    write_latents(
+        model, samples, numbers, str(out), dtype="float32", flip=flip, batch_size=7, num_workers=0,
+        device=torch.device("cpu"), progress=False,
+    )  # fmt: skip
+    return samples, model
+
+
+def data(corpus, **options):
+    groups = dict(seed=7, canaries=3, repeats=4, reference=8)
+    return from_shards(str(corpus), 64, 4, 0, **(groups | options))
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5])
+def test_cached_training_equals_training_from_pictures(pipeline_folder, corpus, tmp_path, flip):
+    write(pipeline_folder, corpus, tmp_path, flip=flip > 0)
+    runs = []
+    for cache in (None, str(tmp_path)):
+        module, record = build_module(pipeline_folder), Record()
+        batches = data(corpus, flip=flip, cache=cache)
+        batches.check_cache(module.model.fingerprint, False)
+        fit(module, batches, tmp_path / "run", 6, callbacks=[record])
+        runs.append((weights(module), record))
+    (plain, plain_record), (cached, cached_record) = runs
+    assert plain_record.keys == cached_record.keys
+    torch.testing.assert_close(cached, plain, atol=1e-6, rtol=0)
+    for one, other in zip(plain_record.observed, cached_record.observed, strict=True):
+        torch.testing.assert_close(one.score, other.score, atol=1e-4, rtol=1e-4)
+        assert torch.equal(one.scored, other.scored)
+
+
+def test_a_text_encoder_that_is_trained_reads_the_captions(pipeline_folder, corpus, tmp_path):
+    write(pipeline_folder, corpus, tmp_path)
+    for cache in (None, str(tmp_path)):
+        module = build_module(pipeline_folder, model={"train_text_encoder": True})
+        batches = data(corpus, cache=cache)
+        batches.check_cache(module.model.fingerprint, True)
+        fit(module, batches, tmp_path / "run", 3)
+        plain = weights(module) if cache is None else plain
+    torch.testing.assert_close(weights(module), plain, atol=1e-6, rtol=0)
+
+
+def test_a_stopped_cache_goes_on_and_a_foreign_one_is_refused(pipelines, corpus, tmp_path):
+    samples, model = write(pipelines["epsilon"], corpus, tmp_path, numbers=[0, 2])
+    header = made_with(model, samples)
+    assert missing_shards(samples, str(tmp_path), header, False, False) == [1]
+    assert missing_shards(samples, str(tmp_path), header, False, True) == [0, 1, 2]
+    with pytest.raises(ValueError, match="no mirror images.*overwrite=true"):
+        missing_shards(samples, str(tmp_path), header, True, False)
+    with pytest.raises(ValueError, match=r"data\.cache has no 00001\.tar.*run `memtrain cache`"):
+        data(corpus, cache=str(tmp_path)).check_cache(model.fingerprint, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"resolution": 32}, "data.resolution=64, not 32"),
+        ({"caption": "glyph"}, "data.caption=txt, not glyph"),
+        ({"where": "size > 0"}, "data.where=None, not size > 0"),
+        ({"flip": 0.5}, "no mirror images"),
+        ({"vae": True}, "another VAE"),
+        ({"text_encoder": True}, "another text encoder"),
+    ],
+)
+def test_a_cache_made_otherwise_is_refused_by_name(pipeline_folder, corpus, tmp_path, options, says):
+    _, model = write(pipeline_folder, corpus, tmp_path)
+    for part in ("vae", "text_encoder"):
+        if options.pop(part, False):
+            next(getattr(model, part).parameters()).data.add_(1e-3)
+    resolution = options.pop("resolution", 64)
+    groups = dict(seed=7, canaries=3, repeats=4, reference=8)
+    batches = from_shards(str(corpus), resolution, 4, 0, cache=str(tmp_path), **groups, **options)
+    with pytest.raises(ValueError, match=says):
+        batches.check_cache(model.fingerprint, False)
+
+
+@pytest.mark.parametrize("options", [{"crop": "random"}, {"max_aspect_ratio": 2.0, "bucket_multiple": 16}])
+def test_what_cannot_be_cached_is_refused(corpus, tmp_path, options):
+    with pytest.raises(ValueError, match=r"data\.cache holds centre squares"):
+        data(corpus, cache=str(tmp_path), **options)
+
+
+def test_a_bad_sample_stays_bad_and_an_empty_shard_empty(pipeline_folder, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_tar(shards / "0.tar", [("a.jpg", picture())])  # no caption: no sample
+    write_tar(shards / "1.tar", sample("a", "good é") + sample("b", "bad", b"<html>") + sample("c", ""))
+    write(pipeline_folder, shards, "beside")
+    assert sorted(path.name for path in shards.glob("*.latents.safetensors")) == [
+        "0.tar.latents.safetensors",
+        "1.tar.latents.safetensors",
+    ]
+    module = build_module(pipeline_folder)
+    batches = from_shards(str(shards), 64, 3, 0, seed=0, canaries=0, repeats=1, reference=0, cache="beside")
+    batches.check_cache(module.model.fingerprint, False)
+    record = Record()
+    fit(module, batches, tmp_path / "run", 2, callbacks=[record])
+    for batch in record.window:
+        by_sample = dict(zip(batch.sample_index.tolist(), zip(batch.valid.tolist(), batch.captions), strict=True))
+        assert by_sample == {0: (True, "good é"), 1: (False, ""), 2: (True, "")}
+    assert module.samples_seen == 4 and list(batches.problems) == ["1.tar/b"]
+
+
+def test_a_file_holds_what_its_header_says(pipeline_folder, corpus, tmp_path):
+    samples, model = write(pipeline_folder, corpus, tmp_path)
+    with safe_open(tmp_path / "00000.tar.latents.safetensors", framework="numpy") as file:
+        assert file.get_tensor("posterior").shape == (16, 2, 4, 16, 16)
+        images = torch.from_numpy(np.stack([samples.get(row)[0] for row in range(16)]))
+        mean, std = model.encode_posterior(images)
+        torch.testing.assert_close(torch.from_numpy(file.get_tensor("posterior")), torch.stack([mean, std], 1))
