@@ -25,6 +25,7 @@ class Shards:
     mix_shards: int = MISSING
     max_bad_fraction: float = MISSING
     missing_shards: str = MISSING
+    repeats_from: str | None = MISSING
     cache: str | None = MISSING
     cache_dir: str | None = MISSING
     cache_bytes: int = MISSING

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -176,6 +178,7 @@ class DataModule(pl.LightningDataModule):
         crop, flip: see `Views`.
         max_bad_fraction: more than this share of rows that cannot be used stops the run.
         cache: latents and embeddings of the samples, where they were computed before.
+        repeated: positions of samples that the corpus itself repeats; they are the canaries, and none is planted.
     """
 
     def __init__(
@@ -193,6 +196,7 @@ class DataModule(pl.LightningDataModule):
         flip: float = 0.0,
         max_bad_fraction: float = 0.05,
         cache: LatentCache | None = None,
+        repeated: np.ndarray | None = None,
     ):
         super().__init__()
         for name, value, least in (
@@ -209,7 +213,9 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(f"data.max_bad_fraction is a share in [0, 1], got {max_bad_fraction:g}")
         self.samples, self.cache, self.batch_size, self.num_workers = samples, cache, batch_size, num_workers
         self.views, self.max_bad_fraction = Views(seed, crop, flip), max_bad_fraction
-        self.groups: Groups = draw_groups(samples.counts, seed, canaries, reference)
+        if repeated is not None:
+            canaries, repeats = 0, 1
+        self.groups: Groups = draw_groups(samples.counts, seed, canaries, reference, planted=repeated)
         weights = [1.0] * len(samples.counts) if weights is None else weights
         order = (samples.counts, self.groups, repeats, seed, weights, mix_shards)
         self.order = EpochOrder(*order) if len(samples.sizes) == 1 else BucketedOrder(*order, samples.buckets)
@@ -318,6 +324,7 @@ def from_shards(
     cache_bytes: int = 100_000_000_000,
     missing_shards: str = "stop",
     cache: str | None = None,
+    repeats_from: str | None = None,
     crop: str = "center",
     flip: float = 0.0,
     **rest: int | float,
@@ -340,8 +347,33 @@ def from_shards(
     weights = [shard.weight for shard in samples.shards]
     latents = LatentCache(cache, samples, crop, flip > 0) if cache else None
     return DataModule(
-        samples, batch_size, num_workers, weights=weights, crop=crop, flip=flip, cache=latents, **rest
+        samples,
+        batch_size,
+        num_workers,
+        weights=weights,
+        crop=crop,
+        flip=flip,
+        cache=latents,
+        repeated=most_repeated(repeats_from, samples, rest["canaries"]) if repeats_from else None,
+        **rest,
     )
+
+
+def most_repeated(path: str, samples: ShardSamples, count: int) -> np.ndarray:
+    """Positions of the samples of the `count` largest groups that `memtrain shards duplicates` found."""
+    try:
+        table = pq.read_table(path, columns=["group", "key"])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"data.repeats_from={path} cannot be read ({str(error).splitlines()[0]}); "
+            "give what `memtrain shards duplicates` wrote"
+        ) from error
+    if count < 1:
+        raise ValueError(f"data.repeats_from makes canaries of canaries.count groups, got {count}; raise it")
+    sizes = Counter(table["group"].to_pylist())
+    largest = {group for group, _ in sizes.most_common(count)}
+    keys = [row["key"] for row in table.to_pylist() if row["group"] in largest]
+    return samples.find(keys)
 
 
 class _Positions:

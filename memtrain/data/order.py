@@ -51,11 +51,14 @@ class Groups:
         return spread[self.of(spread) == TRAINED][:count]
 
 
-def draw_groups(counts: Sequence[int], seed: int, canaries: int, reference: int) -> Groups:
+def draw_groups(
+    counts: Sequence[int], seed: int, canaries: int, reference: int, planted: np.ndarray | None = None
+) -> Groups:
     """Draw canaries and reference set from up to 16 shards; the canaries do not depend on the reference set's size.
 
     Args:
         counts: samples of each shard, in the order of the corpus.
+        planted: positions of the canaries, where they are known; then only the reference set is drawn.
     """
     counts = np.asarray(counts, dtype=np.int64)
     total = int(counts.sum())
@@ -70,6 +73,9 @@ def draw_groups(counts: Sequence[int], seed: int, canaries: int, reference: int)
     homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
     pool = np.concatenate([np.arange(starts[s], starts[s] + counts[s]) for s in homes])
     permuted = _generator(seed, _REFERENCE).permutation(pool)
+    if planted is not None:
+        permuted = permuted[~np.isin(permuted, planted)]
+        return Groups(total, canary=planted, reference=permuted[len(permuted) - reference :])
     return Groups(total, canary=permuted[:canaries], reference=permuted[len(permuted) - reference :])
 
 

@@ -267,6 +267,29 @@ class ShardSamples:
             row = np.load(f"{self._chosen[number]}.npy", mmap_mode="r")[row]
         return f"{self.shards[number].name}/{key_of(self.indexes[number].records()[row])}"
 
+    def find(self, names: Sequence[str]) -> np.ndarray:
+        """Positions of the samples of these names (see `key`), in their order.
+
+        Raises:
+            ValueError: a name is not in the corpus.
+        """
+        starts = self.ends - self.counts
+        wanted: dict[str, int] = dict.fromkeys(names, -1)
+        homes = {name.rsplit(".tar/", 1)[0] + ".tar" for name in wanted}
+        for number, shard in enumerate(self.shards):
+            if shard.name in homes:
+                records = self.indexes[number].records()
+                rows = range(len(records)) if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
+                for row, record in enumerate(rows):
+                    name = f"{shard.name}/{key_of(records[record])}"
+                    if name in wanted:
+                        wanted[name] = int(starts[number]) + row
+        missing = [name for name, position in wanted.items() if position < 0]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(f"no sample {missing[0]}{more} in data.shards; was the list made from another corpus?")
+        return np.array([wanted[name] for name in names], dtype=np.int64)
+
     def get(self, index: int, view: View = STRAIGHT, size: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
         """Image (3, height, width) uint8 of this size, else of the square, and caption.
 

@@ -105,8 +105,13 @@ def _members(path: Path, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, 
     with path.open("rb") as file:  # tarfile ends without a word where a header is cut off or damaged
         file.seek(end)
         trailer = file.read(512)
-    if len(trailer) < 512 or trailer.strip(b"\0"):
-        skipped.append(("", f"shard ends without its end-of-archive mark, at byte {end}"))
+        if len(trailer) < 512 or trailer.strip(b"\0"):
+            skipped.append(("", f"shard ends without its end-of-archive mark, at byte {end}"))
+            return
+        while chunk := file.read(1 << 20):
+            if chunk.strip(b"\0"):
+                skipped.append(("", "shard goes on behind its end-of-archive mark (tars joined?); that is not read"))
+                return
 
 
 def index_shard(path: Path) -> ShardIndex:
