@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 
 def bench(argv: list[str]) -> None:
@@ -15,6 +17,11 @@ def bench(argv: list[str]) -> None:
     data.add_argument("--rounds", type=int, default=10, metavar="N", help="of all pictures (default 10)")
     data.add_argument("--json", action="store_true", help="print the figures as JSON")
     data.set_defaults(run=_data)
+    startup = commands.add_parser("startup", help="time and memory to the first batch of a corpus as large as LAION-400M")
+    startup.add_argument("--shards", type=int, default=41_400, metavar="N", help="(default 41,400)")
+    startup.add_argument("--samples", type=int, default=10_000, metavar="N", help="of each shard (default 10,000)")
+    startup.add_argument("--json", action="store_true", help="print the figures as JSON")
+    startup.set_defaults(run=_startup)
     args = parser.parse_args(argv)
     args.run(args)
 
@@ -35,3 +42,18 @@ def _data(args: argparse.Namespace) -> None:
     for name, rate in speed.images_per_second.items():
         ratio = f"{speed.speedup[name]:.1f}x as fast" if name in speed.speedup else ""
         print(f"{name:<17}{rate:>18.0f}{ratio:>14}")
+
+
+def _startup(args: argparse.Namespace) -> None:
+    from memtrain.data.bench import measure_start_up
+
+    with tempfile.TemporaryDirectory(prefix="memtrain-bench-") as folder:
+        found = measure_start_up(args.shards, args.samples, Path(folder))
+    if args.json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    print(
+        f"{found.shards:,} shards with index files, {found.samples:,} samples\n"
+        f"corpus open after {found.corpus_seconds:.1f} s, first batch after {found.first_batch_seconds:.1f} s\n"
+        f"{found.resident_bytes / 2**20:.0f} MiB resident beyond interpreter and libraries"
+    )

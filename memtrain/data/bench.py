@@ -1,19 +1,25 @@
-"""How fast pictures are decoded: memtrain's path against Pillow as it is commonly used, in one run."""
+"""How fast pictures are decoded, against Pillow as it is commonly used, and how soon the first batch is there."""
 
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 import torch
 from PIL import Image
+from webdataset import TarWriter
 
+from memtrain.data.datamodule import BatchDecoder, from_shards
 from memtrain.data.images import decode_image
+from memtrain.data.index import write_index
+from memtrain.data.order import GlobalBatchSampler
 
 HEIGHT, WIDTH, SIDE = 720, 640, 512  # px, of the JPEGs and of the square that is wanted
 
@@ -104,3 +110,49 @@ def _seconds(pipeline: Callable[[bytes, int, int], np.ndarray], pictures: list[b
     for data in pictures:
         pipeline(data, SIDE, SIDE)
     return time.process_time() - start
+
+
+@dataclass(frozen=True)
+class StartUp:
+    """`resident_bytes`: what the process holds more than before, when the first batch is there."""
+
+    shards: int
+    samples: int
+    corpus_seconds: float
+    first_batch_seconds: float
+    resident_bytes: int
+
+
+def measure_start_up(shards: int, samples_per_shard: int, folder: Path) -> StartUp:
+    """From nothing but shards and their index files to the first batch; the shards are links to a single one.
+
+    Args:
+        folder: an empty folder, for a shard of `samples_per_shard` small pictures and the links.
+
+    Raises:
+        ValueError: fewer than one shard or sample.
+    """
+    for name, value in (("--shards", shards), ("--samples", samples_per_shard)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    first = folder / "00000.tar"
+    picture = jpeg(photo(0, 64, 64))
+    with TarWriter(str(first), mtime=0) as tar:
+        for row in range(samples_per_shard):
+            tar.write({"__key__": f"{row:09d}", "jpg": picture, "txt": "a caption", "json": b"{}"})
+    write_index(first)
+    for number in range(1, shards):
+        for suffix in ("", ".index.npy", ".index.json"):
+            os.link(f"{first}{suffix}", folder / f"{number:05d}.tar{suffix}")
+    before, start = _resident_bytes(), time.perf_counter()
+    data = from_shards(str(folder), 64, 8, 0, seed=0, canaries=24, repeats=100, reference=min(500, samples_per_shard))
+    corpus = time.perf_counter() - start
+    sampler = GlobalBatchSampler(data.order, 8, 1, 0, 1, num_steps=1)
+    BatchDecoder(data.samples, data.groups, data.views)(next(iter(sampler)))
+    first_batch = time.perf_counter() - start
+    return StartUp(shards, data.groups.num_samples, corpus, first_batch, _resident_bytes() - before)
+
+
+def _resident_bytes() -> int:
+    """Of this process, as Linux counts it."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
