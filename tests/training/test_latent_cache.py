@@ -124,4 +124,5 @@ def test_a_file_holds_what_its_header_says(pipeline_folder, corpus, tmp_path):
         assert file.get_tensor("posterior").shape == (16, 2, 4, 16, 16)
         images = torch.from_numpy(np.stack([samples.get(row)[0] for row in range(16)]))
         mean, std = model.encode_posterior(images)
-        torch.testing.assert_close(torch.from_numpy(file.get_tensor("posterior")), torch.stack([mean, std], 1))
+        expected = torch.stack([mean, std], 1)  # another batch size: convolutions sum in another order
+        torch.testing.assert_close(torch.from_numpy(file.get_tensor("posterior")), expected, atol=2e-4, rtol=0)

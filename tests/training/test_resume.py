@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from memtrain.callbacks.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,10 +141,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(pipeline_folder, corpus, tmp
 
 
 def test_resuming_at_another_batch_size_goes_on_in_the_order(pipeline_folder, corpus, tmp_path):
-    from memtrain.callbacks.checkpoint import checkpoint
-
     data = build_data(corpus, 4)
     fit(build_module(pipeline_folder), data, tmp_path, 3, callbacks=[checkpoint(3, str(tmp_path))])
     smaller = build_data(corpus, 2)
-    fit(build_module(pipeline_folder), smaller, tmp_path, 5, ckpt_path=str(tmp_path / "last.ckpt"))
+    callbacks = [checkpoint(3, str(tmp_path))]
+    fit(build_module(pipeline_folder), smaller, tmp_path, 5, callbacks=callbacks, ckpt_path=str(tmp_path / "last.ckpt"))
     assert data.consumed() == 12 and smaller.consumed() == 16
