@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
-from memtrain.data.datamodule import BatchDecoder, from_shards
+from memtrain.data.batches import BatchDecoder
+from memtrain.data.datamodule import from_shards
 from memtrain.data.images import decode_image
 from memtrain.data.index import write_index
 from memtrain.data.order import GlobalBatchSampler

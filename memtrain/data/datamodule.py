@@ -5,162 +5,22 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from memtrain.core.diffusion import place_seed
-from memtrain.data.images import BadSample
-from memtrain.data.latents import CachedSample, LatentCache
+from memtrain.data.batches import Batch, BatchDecoder, CachedBatches, Samples, Views
+from memtrain.data.latents import LatentCache
 from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler, Groups, draw_groups
-from memtrain.data.samples import STRAIGHT, ShardSamples, View
+from memtrain.data.samples import ShardSamples
 
 log = logging.getLogger(__name__)
 
-_VIEW = 32  # stream of randomness, apart from those of core.diffusion and data.order
 _ENOUGH_ROWS = 200  # before that, a share of bad samples says little
-
-
-class Samples(Protocol):
-    """Anything with positions 0..N-1 that can be decoded."""
-
-    sizes: list[tuple[int, int]]  # (height, width) of the pictures, px; the usual one first
-    counts: Sequence[int]  # samples of each shard; a shard's positions follow one another
-
-    def key(self, index: int) -> str: ...
-
-    def size_of(self, index: int) -> tuple[int, int]: ...
-
-    def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]: ...
-
-    def prefetch(self, shards: Sequence[int]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Views:
-    """Which view of a sample a row of a global batch shows: a function of (seed, step, place)."""
-
-    seed: int
-    crop: str = "center"  # or random
-    flip: float = 0.0  # share of the rows that are mirrored left to right
-
-    def __post_init__(self):
-        if self.crop not in ("center", "random"):
-            raise ValueError(f"data.crop must be center or random, got {self.crop}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.flip is a share in [0, 1], got {self.flip:g}")
-
-    def view(self, step: int, place: int) -> View:
-        top, left, flip, caption = np.random.default_rng(place_seed(self.seed, _VIEW, step, place)).random(4)
-        crop = (top, left) if self.crop == "random" else STRAIGHT.crop
-        return View(crop, bool(flip < self.flip), caption)
-
-
-@dataclass
-class Batch:
-    """B rows of a global batch. A sample that could not be decoded keeps its row, with `valid` False."""
-
-    images: Tensor  # (B, 3, H, W) uint8; (B, 0) where the batch is cached
-    captions: list[str]
-    sample_index: Tensor  # (B,) int64, position in the corpus
-    group: Tensor  # (B,) int64
-    place: Tensor  # (B,) int64, place in the global batch
-    valid: Tensor  # (B,) bool
-    problems: list[tuple[str, str]]  # (sample key, why) of the rows that are not valid
-    posterior: Tensor | None = None  # (B, 2, C, h, w): mean and standard deviation, from the cache
-    hidden: Tensor | None = None  # (B, L, D): encoded captions, from the cache
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether latents and embeddings came from a cache; then there are no images."""
-        return self.posterior is not None
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-
-class BatchDecoder:
-    """Collates (step, place, position) rows into a Batch. Runs in the loader's workers.
-
-    Without views all are seen straight, and as squares.
-    """
-
-    def __init__(self, samples: Samples, groups: Groups, views: Views | None):
-        self.samples, self.groups, self.views = samples, groups, views
-
-    def __call__(self, rows: Sequence[tuple[int, int, int]]) -> Batch:
-        size = self.samples.sizes[0] if self.views is None else self.samples.size_of(rows[0][2])
-        images = np.zeros((len(rows), 3, *size), dtype=np.uint8)
-        captions, valid, problems = [], np.ones(len(rows), dtype=bool), []
-        for row, (step, place, index) in enumerate(rows):
-            view = STRAIGHT if self.views is None else self.views.view(step, place)
-            try:
-                images[row], caption = self.samples.get(index, view, size)
-            except BadSample as problem:
-                caption, valid[row] = "", False
-                problems.append((self.samples.key(index), str(problem)))
-            captions.append(caption)
-        _, place, index = np.array(rows, dtype=np.int64).T
-        return Batch(
-            images=torch.from_numpy(images),
-            captions=captions,
-            sample_index=torch.from_numpy(index.copy()),
-            group=torch.from_numpy(self.groups.of(index)),
-            place=torch.from_numpy(place.copy()),
-            valid=torch.from_numpy(valid),
-            problems=problems,
-        )
-
-
-class CachedBatches:
-    """Collates rows into a Batch from cached latents, as `BatchDecoder` does from pictures."""
-
-    def __init__(self, cache: LatentCache, groups: Groups, views: Views):
-        self.cache, self.groups, self.views = cache, groups, views
-
-    def __call__(self, rows: Sequence[tuple[int, int, int]]) -> Batch:
-        found: list[CachedSample | None] = []
-        problems = []
-        for step, place, index in rows:
-            try:
-                found.append(self.cache.get(index, self.views.view(step, place).flip))
-            except BadSample as problem:
-                found.append(None)
-                problems.append((self.cache.samples.key(index), str(problem)))
-        posterior, hidden = self.cache.shapes()
-        _, place, index = np.array(rows, dtype=np.int64).T
-        return Batch(
-            images=torch.zeros(len(rows), 0, dtype=torch.uint8),
-            captions=["" if sample is None else sample.caption for sample in found],
-            sample_index=torch.from_numpy(index.copy()),
-            group=torch.from_numpy(self.groups.of(index)),
-            place=torch.from_numpy(place.copy()),
-            valid=torch.tensor([sample is not None for sample in found]),
-            problems=problems,
-            posterior=torch.from_numpy(
-                np.stack([np.zeros(posterior, np.float32) if sample is None else sample.posterior for sample in found])
-            ),
-            hidden=torch.from_numpy(
-                np.stack([np.zeros(hidden, np.float32) if sample is None else sample.hidden for sample in found])
-            ),
-        )
 
 
 class DataModule(pl.LightningDataModule):

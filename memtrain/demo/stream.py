@@ -14,7 +14,7 @@ _SHARD = 10_000  # samples
 
 
 class CompositeSamples:
-    """The first `count` composites of a seed. See `memtrain.data.datamodule.Samples`."""
+    """The first `count` composites of a seed. See `memtrain.data.batches.Samples`."""
 
     sizes = [(RESOLUTION, RESOLUTION)]  # noqa: RUF012
 

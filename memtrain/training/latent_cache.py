@@ -13,7 +13,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from memtrain.data.datamodule import Batch, BatchDecoder
+from memtrain.data.batches import Batch, BatchDecoder
 from memtrain.data.latents import cache_path, difference, read_header
 from memtrain.data.order import Groups
 from memtrain.data.samples import ShardSamples

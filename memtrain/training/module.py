@@ -19,7 +19,7 @@ from memtrain.core.diffusion import REFERENCE, TRAIN, Draws, draw
 from memtrain.core.exclusion import REFERENCE as REFERENCE_GROUP
 from memtrain.core.exclusion import Decision, ExclusionRule, KeepAll, Observations
 from memtrain.core.scores import text_conditional_magnitude
-from memtrain.data.datamodule import Batch
+from memtrain.data.batches import Batch
 from memtrain.models.base import DiffusionModel
 from memtrain.training.optimizers import AdamW
 

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from memtrain.cli import schema
-from memtrain.core.exclusion import ExclusionRule
 from memtrain.cli.main import config_folder, main, one_line
+from memtrain.core.exclusion import ExclusionRule
 
 CONF = config_folder()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from memtrain.data import samples as samples_module
+from memtrain.data.batches import BatchDecoder
 from memtrain.data.buckets import bucket_sizes, nearest_bucket
 from memtrain.data.columns import parse_filter
-from memtrain.data.datamodule import BatchDecoder, from_shards
+from memtrain.data.datamodule import from_shards
 from memtrain.data.images import BadSample
 from memtrain.data.index import open_index, write_index
 from memtrain.data.remote import ShardMissing
