@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The README's table and pictures: the demo without exclusion, with the paper's rule at two thresholds, and with
-# evidence; same seed, same steps. About half an hour on two CPU cores. Arguments go to every run.
+# evidence; same seed, same steps. About 25 minutes on two CPU cores. Arguments go to every run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
