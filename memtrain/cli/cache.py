@@ -35,9 +35,12 @@ def _encode(process: int, plain: dict, missing: list[int]) -> None:
     """One process's share of the missing shards, on a GPU of its own where there are any."""
     import torch
 
+    from memtrain.cli.main import quiet
     from memtrain.training.latent_cache import write_latents
 
+    quiet()  # a process of its own has not been told
     cfg = OmegaConf.create(plain)
+    torch.set_num_threads(max(1, torch.get_num_threads() // cfg.processes))  # or the processes wait for one another
     gpus = torch.cuda.device_count()
     write_latents(
         instantiate(cfg.model),
