@@ -19,8 +19,10 @@ from memtrain.data.datamodule import from_shards
 from memtrain.demo.compose import write_corpus
 from memtrain.demo.make_base import untrained_pipeline
 from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.training.methods import Method
 from memtrain.training.module import DiffusionTraining
 from memtrain.training.optimizers import AdamW
+from memtrain.training.score_memory import Scoring
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +59,7 @@ def pipeline_folder(pipelines) -> Path:
     return pipelines["epsilon"]
 
 
-def build_module(pipeline: Path, exclusion=None, model: dict | None = None, **options) -> DiffusionTraining:
+def build_module(pipeline: Path, exclusion=None, model: dict | None = None, method=None, **options) -> DiffusionTraining:
     model_options = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
     defaults = dict(
         seed=7,
@@ -66,7 +68,7 @@ def build_module(pipeline: Path, exclusion=None, model: dict | None = None, **op
         min_snr_gamma=None,
         noise_offset=0.0,
         denominator="kept",
-        score_every=1,
+        scoring=Scoring(),
         reference_every=2,
         reference_batch=4,
         ema_decay=0.9,
@@ -76,6 +78,7 @@ def build_module(pipeline: Path, exclusion=None, model: dict | None = None, **op
         exclusion or KeepAll(),
         # a large eps: with 1e-8 Adam turns gradients that are rounding noise into steps of the full rate
         AdamW(1e-3, (0.9, 0.999), 0.01, 1e-3, "constant", 0, eight_bit=False),
+        method or Method(),
         **(defaults | options),
     )
 

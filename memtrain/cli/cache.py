@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 def cache(cfg: DictConfig) -> None:
     import torch
 
-    from memtrain.training.latent_cache import DTYPES, made_with, missing_shards
+    from memtrain.training.latent_cache import DTYPES, check_captions, made_with, missing_shards
 
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype}")
@@ -18,6 +18,7 @@ def cache(cfg: DictConfig) -> None:
     plain = OmegaConf.to_container(cfg, resolve=True)
     samples, model = _samples(cfg), instantiate(cfg.model)
     missing = missing_shards(samples, cfg.out, made_with(model, samples), cfg.data.flip > 0, cfg.overwrite)
+    check_captions(samples, missing)
     print(f"{len(samples.shards)} shards, {len(missing)} to encode: {cfg.out}", flush=True)
     if missing and cfg.processes == 1:
         _encode(0, plain, missing)

@@ -62,6 +62,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: no command {command!r}; memtrain --help lists them")
     try:
         COMMANDS[command](rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `memtrain … | head`: nobody listens any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("MEMTRAIN_TRACEBACK") == "1":
             raise

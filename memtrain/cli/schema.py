@@ -174,6 +174,7 @@ class Callbacks:
 class Canaries:
     count: int = MISSING
     repeats: int = MISSING
+    sacrificed: int = MISSING
 
 
 @dataclass
@@ -186,6 +187,8 @@ class Reference:
 @dataclass
 class Score:
     every: int = MISSING
+    every_visits: int = MISSING
+    timesteps: list[int] | None = MISSING
 
 
 @dataclass
@@ -212,6 +215,7 @@ class Train:
     data: Any = MISSING
     model: Any = MISSING
     exclusion: Any = MISSING
+    method: Any = MISSING
     optimizer: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING

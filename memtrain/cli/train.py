@@ -15,6 +15,7 @@ def train(cfg: DictConfig) -> None:
 
     from memtrain.training.checks import check_checkpoint, check_disk, check_reference
     from memtrain.training.module import DiffusionTraining
+    from memtrain.training.score_memory import Scoring
 
     for name in ("pytorch_lightning", "lightning_fabric"):  # they set their own level when imported
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -25,18 +26,24 @@ def train(cfg: DictConfig) -> None:
     check_checkpoint(cfg.ckpt_path)
     check_reference(exclusion, cfg.reference.count)
     datamodule = instantiate(
-        cfg.data, seed=cfg.seed, canaries=cfg.canaries.count, repeats=cfg.canaries.repeats, reference=cfg.reference.count
+        cfg.data,
+        seed=cfg.seed,
+        canaries=cfg.canaries.count,
+        repeats=cfg.canaries.repeats,
+        sacrificed=cfg.canaries.sacrificed,
+        reference=cfg.reference.count,
     )
     datamodule.check(cfg.trainer.accumulate_grad_batches, world_size=1)
     module = DiffusionTraining(
         instantiate(cfg.model),
         exclusion,
         optimizer,
+        instantiate(cfg.method),
         seed=cfg.seed,
         resolution=cfg.data.resolution,
         reference_every=cfg.reference.every,
         reference_batch=cfg.reference.batch_size,
-        score_every=cfg.score.every,
+        scoring=Scoring(**cfg.score),
         ema_decay=cfg.ema.decay,
         **cfg.loss,
     )

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 
-TRAINED, CANARY, REFERENCE = range(3)  # groups; a canary is trained on, a reference sample never is
-GROUP_NAMES = ("train", "canary", "reference")
+# Groups. Canaries are planted; a sacrificed one is never excluded, so that rules learn what memorized looks like;
+# a reference sample is never trained on.
+TRAINED, CANARY, REFERENCE, SACRIFICED = range(4)
+GROUP_NAMES = ("train", "canary", "reference", "sacrificed")
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,13 @@ class Observations:
 
     sample_index: Tensor  # (B,) int64, position of the sample in the corpus
     timesteps: Tensor  # (B,) int64
-    score: Tensor  # (B,) float32, text-conditional magnitude; 0 where nothing was scored
+    score: Tensor  # (B,) float32, text-conditional magnitude; 0 where it is not known
     loss: Tensor  # (B,) float32, unweighted
-    scored: Tensor  # (B,) bool, False for dropped or empty captions and unreadable samples: they say nothing
-    group: Tensor  # (B,) int64, TRAINED, CANARY or REFERENCE
+    group: Tensor  # (B,) int64, TRAINED, CANARY, REFERENCE or SACRIFICED
+    captioned: Tensor  # (B,) bool, False for dropped or empty captions and unreadable samples: they say nothing
+    scored: Tensor  # (B,) bool, the score was taken at this visit
+    known: Tensor  # (B,) bool, the score was taken at this visit or is remembered from an earlier one
+    score_timesteps: Tensor  # (B,) int64, where the score was taken; `timesteps`, unless it is remembered
 
     @staticmethod
     def concatenate(parts: list[Observations]) -> Observations:
@@ -46,14 +51,20 @@ class ExclusionRule(ABC):
     """Subclass this and name the class in the config (`exclusion._target_`) to have a rule of your own."""
 
     learns = False  # True: `update` is called after every step with the observations of all ranks
+    needs_score = True  # False: decides without scores, on every captioned row
     needs_reference = False  # True: useless without a reference set
+    start_step = 0  # before this optimizer step every sample is kept; rules learn from the first step on
 
     def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:  # noqa: B027
         """Called once, before the first step, with what the corpus and the model are like."""
 
     @abstractmethod
     def decide(self, observed: Observations) -> Decision:
-        """Decide on the rows of one micro-batch. Rows that are not `scored` are kept whatever is said here."""
+        """Decide on the rows of one micro-batch.
+
+        Kept whatever is said here: rows that are not `known` (where the rule needs no score: not `captioned`),
+        sacrificed canaries, and all rows before `start_step`.
+        """
 
     def update(self, observed: Observations) -> None:  # noqa: B027
         """Learn from one whole optimizer step, rows ordered by their place in the global batch."""
@@ -73,6 +84,8 @@ def _positive(name: str, value: float) -> float:
 
 class KeepAll(ExclusionRule):
     """`exclusion=none`: every sample is trained on."""
+
+    needs_score = False
 
     def decide(self, observed: Observations) -> Decision:
         return Decision(

@@ -39,6 +39,7 @@ class DataModule(pl.LightningDataModule):
         max_bad_fraction: more than this share of rows that cannot be used stops the run.
         cache: latents and embeddings of the samples, where they were computed before.
         repeated: positions of samples that the corpus itself repeats; they are the canaries, and none is planted.
+        sacrificed: so many of the canaries may not be excluded by any rule.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class DataModule(pl.LightningDataModule):
         max_bad_fraction: float = 0.05,
         cache: LatentCache | None = None,
         repeated: np.ndarray | None = None,
+        sacrificed: int = 0,
     ):
         super().__init__()
         for name, value, least in (
@@ -75,7 +77,7 @@ class DataModule(pl.LightningDataModule):
         self.views, self.max_bad_fraction = Views(seed, crop, flip), max_bad_fraction
         if repeated is not None:
             canaries, repeats = 0, 1
-        self.groups: Groups = draw_groups(samples.counts, seed, canaries, reference, planted=repeated)
+        self.groups: Groups = draw_groups(samples.counts, seed, canaries, reference, planted=repeated, sacrificed=sacrificed)
         weights = [1.0] * len(samples.counts) if weights is None else weights
         order = (samples.counts, self.groups, repeats, seed, weights, mix_shards)
         self.order = EpochOrder(*order) if len(samples.sizes) == 1 else BucketedOrder(*order, samples.buckets)

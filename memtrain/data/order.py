@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memtrain.core.diffusion import place_seed
-from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
+from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
 
 _CANARY, _REFERENCE, _SHARDS, _WINDOW, _CANARY_ORDER, _BATCHES = range(16, 22)  # streams apart from core.diffusion's
 _HOME_SHARDS = 16  # canaries and reference set come from so many shards, so that few must be fetched at the start
@@ -27,38 +27,51 @@ def _generator(seed: int, stream: int, number: int = 0, part: int = 0) -> np.ran
 
 @dataclass(frozen=True)
 class Groups:
-    """A partition of N samples, drawn by seed: `canary` and `reference` are positions, all others are trained on."""
+    """A partition of N samples, drawn by seed: positions of canaries and reference set; all others are trained on."""
 
     num_samples: int
     canary: np.ndarray
     reference: np.ndarray
+    sacrificed: np.ndarray  # canaries that no rule may exclude; `canary` holds the others
+
+    @property
+    def planted(self) -> np.ndarray:
+        """All canaries."""
+        return np.concatenate([self.sacrificed, self.canary])
 
     def of(self, positions: np.ndarray) -> np.ndarray:
-        """Group of each position, core.exclusion's TRAINED, CANARY or REFERENCE. int64"""
+        """Group of each position, core.exclusion's TRAINED, CANARY, REFERENCE or SACRIFICED. int64"""
         groups = np.full(len(positions), TRAINED, dtype=np.int64)
         groups[np.isin(positions, self.canary)] = CANARY
         groups[np.isin(positions, self.reference)] = REFERENCE
+        groups[np.isin(positions, self.sacrificed)] = SACRIFICED
         return groups
 
     def apart(self) -> np.ndarray:
         """Canaries and reference set, sorted."""
-        return np.sort(np.concatenate([self.canary, self.reference]))
+        return np.sort(np.concatenate([self.planted, self.reference]))
 
     def some_trained(self, count: int) -> np.ndarray:
         """At most `count` positions that are neither, evenly spread over the corpus."""
-        step = max(1, self.num_samples // (count + len(self.canary) + len(self.reference)))
+        step = max(1, self.num_samples // (count + len(self.apart())))
         spread = np.arange(0, self.num_samples, step)
         return spread[self.of(spread) == TRAINED][:count]
 
 
 def draw_groups(
-    counts: Sequence[int], seed: int, canaries: int, reference: int, planted: np.ndarray | None = None
+    counts: Sequence[int],
+    seed: int,
+    canaries: int,
+    reference: int,
+    planted: np.ndarray | None = None,
+    sacrificed: int = 0,
 ) -> Groups:
     """Draw canaries and reference set from up to 16 shards; the canaries do not depend on the reference set's size.
 
     Args:
         counts: samples of each shard, in the order of the corpus.
         planted: positions of the canaries, where they are known; then only the reference set is drawn.
+        sacrificed: so many of the canaries, the first ones.
     """
     counts = np.asarray(counts, dtype=np.int64)
     total = int(counts.sum())
@@ -73,10 +86,18 @@ def draw_groups(
     homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
     pool = np.concatenate([np.arange(starts[s], starts[s] + counts[s]) for s in homes])
     permuted = _generator(seed, _REFERENCE).permutation(pool)
-    if planted is not None:
+    if planted is None:
+        planted = permuted[:canaries]
+    else:
         permuted = permuted[~np.isin(permuted, planted)]
-        return Groups(total, canary=planted, reference=permuted[len(permuted) - reference :])
-    return Groups(total, canary=permuted[:canaries], reference=permuted[len(permuted) - reference :])
+    if not 0 <= sacrificed <= len(planted):
+        raise ValueError(f"canaries.sacrificed must be in [0, {len(planted)}], the number of canaries, got {sacrificed}")
+    return Groups(
+        total,
+        canary=planted[sacrificed:],
+        reference=permuted[len(permuted) - reference :],
+        sacrificed=planted[:sacrificed],
+    )
 
 
 @dataclass(frozen=True)
@@ -132,12 +153,12 @@ class EpochOrder:
         self.rows_of_visit = np.concatenate([self.trained.repeat(whole), fraction[fraction > 0]])
 
     def __len__(self) -> int:
-        return int(self.rows_of_visit.sum()) + len(self.groups.canary) * self.repeats
+        return int(self.rows_of_visit.sum()) + len(self.groups.planted) * self.repeats
 
     def windows(self, epoch: int) -> list[Window]:
         """What is seen together, in order. Canaries are spread over the windows in proportion to their sizes."""
         visits = _generator(self.seed, _SHARDS, epoch).permutation(len(self.visits))
-        planted = np.repeat(self.groups.canary, self.repeats)
+        planted = np.repeat(self.groups.planted, self.repeats)
         planted = _generator(self.seed, _CANARY_ORDER, epoch).permutation(planted)
         groups = [visits[i : i + self.mix_shards] for i in range(0, len(visits), self.mix_shards)] or [visits]
         seen = np.cumsum([self.rows_of_visit[group].sum() for group in groups])
@@ -213,7 +234,7 @@ class BucketedOrder(EpochOrder):
         apart = np.searchsorted(self.starts + self.counts, self.apart, side="right")
         for bucket, number in zip(self.bucket_of(self.apart).tolist(), apart.tolist(), strict=True):
             rows[bucket] -= int(weights[number])
-        for bucket in self.bucket_of(groups.canary).tolist():
+        for bucket in self.bucket_of(groups.planted).tolist():
             rows[bucket] += repeats
         self.rows_of_bucket = rows
 

@@ -309,13 +309,22 @@ class ShardSamples:
         image = decode_image(shard.read(record["image"]), *(size or self.sizes[0]), crop=view.crop, flip=view.flip)
         return image, self._caption(shard, record, view)
 
+    def captions(self, index: int) -> list[str]:
+        """All captions of a sample, of which `get` draws one."""
+        number, row = self.locate(index)
+        shard = self._shard(number)
+        return self._captions(shard, shard.record(row))
+
     def _caption(self, shard: _OpenShard, record: np.void, view: View) -> str:
+        texts = self._captions(shard, record)
+        return texts[int(view.caption * len(texts))] if texts else ""
+
+    def _captions(self, shard: _OpenShard, record: np.void) -> list[str]:
         if self.caption == "txt":
-            return shard.read(record["caption"]).decode("utf-8", errors="replace").strip()
+            return [shard.read(record["caption"]).decode("utf-8", errors="replace").strip()]
         found = parse_json(_json_of(shard, record)).get(self.caption)
         many = found if isinstance(found, list) else [found]
-        texts = [text.strip() for text in many if isinstance(text, str)]
-        return texts[int(view.caption * len(texts))] if texts else ""
+        return [text.strip() for text in many if isinstance(text, str)]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": OrderedDict()}  # descriptors stay where they are

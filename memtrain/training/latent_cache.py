@@ -51,6 +51,17 @@ def missing_shards(samples: ShardSamples, out: str, header: dict, flip: bool, ov
     return missing
 
 
+def check_captions(samples: ShardSamples, numbers: Iterable[int]) -> None:
+    """Raises ValueError where a shard's first sample has several captions: a cache holds one embedding a sample."""
+    starts = samples.ends - samples.counts
+    for number in numbers:
+        if samples.counts[number] and len(samples.captions(int(starts[number]))) > 1:
+            raise ValueError(
+                f"data.caption={samples.caption} is a list of captions in {samples.shards[number].name}, and a cache "
+                "holds one a sample; choose a column with one, or train without data.cache"
+            )
+
+
 def write_latents(
     model: DiffusionModel,
     samples: ShardSamples,
@@ -76,7 +87,7 @@ def write_latents(
         loader = DataLoader(
             _Rows(positions),
             batch_size=batch_size,
-            collate_fn=BatchDecoder(samples, Groups(len(samples), np.zeros(0), np.zeros(0)), views=None),
+            collate_fn=BatchDecoder(samples, Groups(len(samples), *[np.zeros(0, np.int64)] * 3), views=None),
             num_workers=num_workers,
         )
         tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)

@@ -9,19 +9,24 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from memtrain.core import diffusion, losses
-from memtrain.core.diffusion import REFERENCE, TRAIN, Draws, draw
+from memtrain.core.diffusion import METHOD, REFERENCE, TRAIN, Draws, draw, place_seed
 from memtrain.core.exclusion import REFERENCE as REFERENCE_GROUP
-from memtrain.core.exclusion import Decision, ExclusionRule, KeepAll, Observations
+from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.data.batches import Batch
 from memtrain.models.base import DiffusionModel
+from memtrain.training import ranks
+from memtrain.training.methods import Method
 from memtrain.training.optimizers import AdamW
+from memtrain.training.score_memory import ScoreMemory, Scoring
+from memtrain.training.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ class DiffusionTraining(pl.LightningModule):
     Args:
         model: the model family.
         exclusion: the rule that decides who is left out.
+        method: what is done to captions and embeddings.
         optimizer: optimizer and schedule of the trained weights.
         seed: of noise, timesteps and caption dropout; a row's draws depend on (seed, step, place) alone.
         resolution: side of the pictures, px.
@@ -42,7 +48,7 @@ class DiffusionTraining(pl.LightningModule):
         min_snr_gamma: gamma of the min-SNR weights; None weights every timestep alike.
         noise_offset: amplitude of offset noise, one value a channel (Guttenberg 2023); 0 for none.
         denominator: divide the summed loss by the `kept` samples of the optimizer step, or by `all`.
-        score_every: score every k-th step; 0 never (then only `exclusion=none` is possible).
+        scoring: which visits are scored.
         reference_every: score reference samples after every k-th step.
         reference_batch: how many of them, over all ranks.
         ema_decay: of the averaged weights, with warm-up; 0 keeps no average.
@@ -53,6 +59,7 @@ class DiffusionTraining(pl.LightningModule):
         model: DiffusionModel,
         exclusion: ExclusionRule,
         optimizer: AdamW,
+        method: Method,
         *,
         seed: int,
         resolution: int,
@@ -60,7 +67,7 @@ class DiffusionTraining(pl.LightningModule):
         min_snr_gamma: float | None,
         noise_offset: float,
         denominator: str,
-        score_every: int,
+        scoring: Scoring,
         reference_every: int,
         reference_batch: int,
         ema_decay: float,
@@ -72,21 +79,23 @@ class DiffusionTraining(pl.LightningModule):
             raise ValueError(f"loss.caption_dropout is a share in [0, 1], got {caption_dropout:g}")
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise ValueError(f"loss.min_snr_gamma must be > 0 or null, got {min_snr_gamma:g}")
-        if score_every < 0 or (score_every == 0 and not isinstance(exclusion, KeepAll)):
-            raise ValueError(
-                f"score.every must be >= 1, got {score_every}; 0 (never) is for exclusion=none alone"
-            )
+        if scoring.every == 0 and exclusion.needs_score:
+            raise ValueError("score.every=0 (never) is for rules that need no score, none and agc; set it to 1")
+        if scoring.timesteps is not None and scoring.timesteps[1] > len(model.alphas_cumprod):
+            raise ValueError(f"score.timesteps ends at {len(model.alphas_cumprod)} at most, got {scoring.timesteps[1]}")
         if reference_every < 1 or reference_batch < 1:
             raise ValueError(
                 f"reference.every and reference.batch_size must be >= 1, got {reference_every} and {reference_batch}"
             )
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema.decay must be in [0, 1), got {ema_decay:g}; 0 keeps no average")
-        self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
+        self.model, self.exclusion, self.optimizer_config, self.method = model, exclusion, optimizer, method
         self.seed = seed
         self.latent_shape = model.latent_shape(resolution, resolution)
         self.caption_dropout, self.min_snr_gamma, self.noise_offset = caption_dropout, min_snr_gamma, noise_offset
-        self.denominator, self.score_every = denominator, score_every
+        self.denominator, self.scoring = denominator, scoring
+        self.memory: ScoreMemory | None = None
+        self.scoring_time = Stopwatch()
         self.reference_every, self.reference_batch = reference_every, reference_batch
         self.ema_decay = ema_decay
         self.ema: EMAModel | None = None
@@ -115,7 +124,10 @@ class DiffusionTraining(pl.LightningModule):
         numel = self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2]
         for size in self.trainer.datamodule.samples.sizes:
             self.model.latent_shape(*size)  # raises where the model cannot have it
-        self.exclusion.setup(self.trainer.datamodule.groups.num_samples, numel, self.num_timesteps)
+        num_samples = self.trainer.datamodule.groups.num_samples
+        self.exclusion.setup(num_samples, numel, self.num_timesteps)
+        if self.scoring.remembers:
+            self.memory = ScoreMemory(num_samples, self.scoring)
         if self.ema_decay:
             self.ema = EMAModel(
                 self.trained_parameters(), decay=self.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
@@ -136,34 +148,56 @@ class DiffusionTraining(pl.LightningModule):
         mean, std = batch.posterior.unbind(1) if batch.is_cached else self.model.encode_posterior(batch.images)
         draws = self._draw(TRAIN, self.global_step, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
+        generators = [
+            np.random.default_rng(place_seed(self.seed, METHOD, self.global_step, place)) for place in batch.place.tolist()
+        ]
+        captions = self.method.captions(batch.captions, generators, self.model)
         dropped = draws.uniform < self.caption_dropout
-        captions = ["" if drop else c for c, drop in zip(batch.captions, dropped.tolist(), strict=True)]
-        says_something = torch.tensor([bool(caption) for caption in captions], device=self.device) & batch.valid
-        if batch.is_cached and not self.model.text_encoder_is_trained:
-            hidden = torch.where(says_something[:, None, None], batch.hidden, self.model.null_caption().float())
+        captions = ["" if drop else c for c, drop in zip(captions, dropped.tolist(), strict=True)]
+        captioned = torch.tensor([bool(caption) for caption in captions], device=self.device) & batch.valid
+        if batch.is_cached and not self.model.text_encoder_is_trained and not self.method.rewrites:
+            hidden = torch.where(captioned[:, None, None], batch.hidden, self.model.null_caption().float())
         else:
             hidden = self.encode_captions(captions)
+        hidden = self.method.embeddings(hidden, generators)
 
         noise = draws.noise + self.noise_offset * draws.offset_noise
-        score_now = self.score_every > 0 and self.global_step % self.score_every == 0
-        loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, score_now)
+        due = self._due(batch.sample_index, draws.timesteps)
+        loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, due)
         weights = torch.ones_like(loss)
         if self.min_snr_gamma is not None:
             weights = losses.min_snr_weights(
                 draws.timesteps, self.model.alphas_cumprod, self.min_snr_gamma, self.model.prediction_type
             )
+        scored = captioned if due is None else captioned & due.to(self.device)
+        known, score_timesteps = scored, draws.timesteps
+        if self.memory:
+            last, last_timesteps = self.memory.recall(batch.sample_index)
+            remembered = captioned & ~scored & ~last.isnan()
+            known = scored | remembered
+            score = torch.where(remembered, last, score)
+            score_timesteps = torch.where(remembered, last_timesteps, score_timesteps)
         observed = Observations(
             sample_index=batch.sample_index,
             timesteps=draws.timesteps,
-            score=torch.where(says_something, score, 0.0),
+            score=torch.where(known, score, 0.0),
             loss=loss.detach(),
-            scored=says_something & score_now,
             group=batch.group,
+            captioned=captioned,
+            scored=scored,
+            known=known,
+            score_timesteps=score_timesteps,
         )
-        decision = self._decide(observed, batch.valid)
-        self._window.append((observed, decision.keep_mask, batch.valid))
+        decision = self._decide(observed, batch.valid, self.global_step)
+        self._window.append((observed, decision, batch.valid))
         self._log_progress(observed, decision, batch.valid)
         return losses.masked_sum(loss, weights, decision.keep_mask)
+
+    def _due(self, sample_index: Tensor, timesteps: Tensor) -> Tensor | None:
+        """Which rows are scored now: (B,) bool on the CPU; None for all of them, without a look at the data."""
+        if self.scoring.every == 0 or self.global_step % self.scoring.every:
+            return torch.zeros(len(timesteps), dtype=torch.bool)
+        return self.memory.due(sample_index, timesteps) if self.memory else None
 
     def _draw(self, stream: int, step: int, places: list[int], latent_shape: tuple[int, int, int]) -> Draws:
         return draw(self.seed, stream, step, places, latent_shape, self.num_timesteps).to(self.device)
@@ -173,12 +207,12 @@ class DiffusionTraining(pl.LightningModule):
         return self.model.encode_captions(self.model.tokenize(captions).to(self.device))
 
     def predict_and_score(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, hidden: Tensor, score: bool = True
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, hidden: Tensor, due: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss, with a graph, and text-conditional magnitude, without one; both (B,) float32.
 
         `hidden` (B, L, D) are the encoded captions. The second forward shares x_t and t with the first and sees
-        the empty caption.
+        the empty caption. `due` (B,) bool, on the CPU: only these rows have one, the others' score is 0.
         """
         model = self.model
         noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
@@ -187,21 +221,33 @@ class DiffusionTraining(pl.LightningModule):
         )
         prediction = model.predict(noisy, timesteps, hidden)
         loss = losses.denoising_loss(prediction, target)
-        if not score:
-            return loss, torch.zeros_like(loss).detach()
-        with torch.no_grad():
-            null = model.null_caption().expand(len(noisy), -1, -1)
-            null_prediction = model.predict(noisy, timesteps, null)
-            cond, uncond = (
-                diffusion.to_noise(p.float(), noisy, timesteps, model.alphas_cumprod, model.prediction_type)
-                for p in (prediction.detach(), null_prediction)
-            )
-            return loss, text_conditional_magnitude(cond, uncond)
+        with torch.no_grad(), self.scoring_time.running(noisy.device):
+            if due is None:
+                return loss, self._score(noisy, timesteps, prediction)
+            score = torch.zeros_like(loss)
+            rows = _padded(due.nonzero()[:, 0], len(noisy)).to(noisy.device)
+            if len(rows):  # a UNet cannot have a batch of none
+                score[rows] = self._score(noisy[rows], timesteps[rows], prediction[rows])
+            return loss, score
 
-    def _decide(self, observed: Observations, valid: Tensor) -> Decision:
+    def _score(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor) -> Tensor:
+        """Text-conditional magnitude of B rows, given the prediction with their captions. (B,)"""
+        model = self.model
+        null_prediction = model.predict(noisy, timesteps, model.null_caption().expand(len(noisy), -1, -1))
+        cond, uncond = (
+            diffusion.to_noise(p.float(), noisy, timesteps, model.alphas_cumprod, model.prediction_type)
+            for p in (prediction.detach(), null_prediction)
+        )
+        return text_conditional_magnitude(cond, uncond)
+
+    def _decide(self, observed: Observations, valid: Tensor, step: int) -> Decision:
         """The rule's decision; what says nothing is kept, what cannot be decoded is not trained on."""
         decision = self.exclusion.decide(observed)
-        return Decision((decision.keep_mask | ~observed.scored) & valid, decision.threshold)
+        decidable = observed.known if self.exclusion.needs_score else observed.captioned
+        free = ~decidable | (observed.group == SACRIFICED)
+        if step < self.exclusion.start_step:
+            free = torch.ones_like(free)
+        return Decision((decision.keep_mask | free) & valid, decision.threshold)
 
     def _log_progress(self, observed: Observations, decision: Decision, valid: Tensor) -> None:
         rows = valid.sum().clamp(min=1)
@@ -219,7 +265,7 @@ class DiffusionTraining(pl.LightningModule):
     # ---- one optimizer step: all ranks, all micro-batches
 
     def _start_window(self) -> None:
-        self._window: list[tuple[Observations, Tensor, Tensor]] = []
+        self._window: list[tuple[Observations, Decision, Tensor]] = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the summed gradient by the samples of the whole optimizer step (METHOD: "the right denominator").
@@ -228,9 +274,9 @@ class DiffusionTraining(pl.LightningModule):
         ranks; both are undone here. Runs before clipping, and after fp16 gradients are unscaled.
         """
         counts = torch.stack(
-            [sum(keep.sum() for _, keep, _ in self._window), sum(valid.sum() for _, _, valid in self._window)]
+            [sum(d.keep_mask.sum() for _, d, _ in self._window), sum(valid.sum() for _, _, valid in self._window)]
         ).float()
-        kept, rows = self._all_reduce(counts).tolist()
+        kept, rows = ranks.all_reduce(self.trainer, counts).tolist()
         self.samples_seen += round(rows)
         self.samples_bad += self.trainer.datamodule.global_batch_size - round(rows)
         self.trainer.datamodule.check_bad(self.samples_bad, self.samples_bad + self.samples_seen)
@@ -254,18 +300,23 @@ class DiffusionTraining(pl.LightningModule):
         if self.ema and not self.last_update_skipped:
             self.ema.step(self.trained_parameters())
         self.step_observed = Observations.concatenate([observed for observed, _, _ in self._window])
-        self.step_kept = torch.cat([keep for _, keep, _ in self._window])
+        self.step_kept = torch.cat([decision.keep_mask for _, decision, _ in self._window])
+        self.step_threshold = torch.cat([decision.threshold for _, decision, _ in self._window])
         self._start_window()
         self._observe_reference()
-        if self.exclusion.learns:
-            self.exclusion.update(self._gather_step())
+        if self.exclusion.learns or self.memory:
+            trained, reference = self._gather_step()
+            if self.memory:
+                self.memory.update(trained)
+            if self.exclusion.learns:
+                self.exclusion.update(Observations.concatenate([trained, *reference]))
 
     def _observe_reference(self) -> None:
         """Score the next reference samples, with the weights as they are now; they are never trained on."""
-        self.reference_observed, self.reference_kept = None, None
+        self.reference_observed, self.reference_kept, self.reference_threshold = None, None, None
         step = self.global_step
         held_out = self.trainer.datamodule.groups.reference
-        if self.score_every == 0 or len(held_out) == 0 or step % self.reference_every:
+        if self.scoring.every == 0 or len(held_out) == 0 or step % self.reference_every:
             return
         latents, index, captions = self.reference_set()
         per_rank = -(-self.reference_batch // self.trainer.world_size)
@@ -278,17 +329,20 @@ class DiffusionTraining(pl.LightningModule):
             loss, score = self.predict_and_score(
                 latents[rows].to(self.device), draws.noise, draws.timesteps, self.encode_captions(captions)
             )
+        captioned = torch.tensor([bool(caption) for caption in captions], device=self.device)
         self.reference_observed = Observations(
             sample_index=index[rows],
             timesteps=draws.timesteps,
             score=score,
             loss=loss,
-            scored=torch.tensor([bool(caption) for caption in captions], device=self.device),
             group=torch.full_like(index[rows], REFERENCE_GROUP),
+            captioned=captioned,
+            scored=captioned,
+            known=captioned,
+            score_timesteps=draws.timesteps,
         )
-        self.reference_kept = self._decide(
-            self.reference_observed, torch.ones_like(self.reference_observed.scored)
-        ).keep_mask
+        decision = self._decide(self.reference_observed, torch.ones_like(captioned), step)
+        self.reference_kept, self.reference_threshold = decision.keep_mask, decision.threshold
 
     def reference_set(self) -> tuple[Tensor, Tensor, list[str]]:
         """Latents (R, C, H, W) on the CPU, positions (R,) on the device, captions. Encoded once: the VAE is frozen."""
@@ -314,29 +368,11 @@ class DiffusionTraining(pl.LightningModule):
             return torch.zeros(0, *self.latent_shape), torch.zeros(0, dtype=torch.long, device=self.device), []
         return torch.cat(latents), torch.cat(index).to(self.device), captions
 
-    def _gather_step(self) -> Observations:
-        """The observations of all ranks, ordered by place in the global batch, the reference set's behind."""
-        micro_batches = self.trainer.accumulate_grad_batches
-        parts = [self._gather(self.step_observed, micro_batches)]
-        if self.reference_observed is not None:
-            parts.append(self._gather(self.reference_observed, 1))
-        return Observations.concatenate(parts)
-
-    def _gather(self, observed: Observations, micro_batches: int) -> Observations:
-        if self.trainer.world_size == 1:
-            return observed
-        columns = [getattr(observed, name) for name in observed.__dataclass_fields__]
-        packed = torch.stack([column.double() for column in columns])  # one collective; float64 holds all exactly
-        gathered = [torch.empty_like(packed) for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather(gathered, packed)
-        ordered = torch.stack(gathered, 1).unflatten(2, (micro_batches, -1)).transpose(1, 2).flatten(1)
-        return Observations(*(row.to(column.dtype) for row, column in zip(ordered, columns, strict=True)))
-
-    def _all_reduce(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
+    def _gather_step(self) -> tuple[Observations, list[Observations]]:
+        """The observations of all ranks: the trained rows by place in the global batch, and the reference set's."""
+        trained = ranks.gather(self.trainer, self.step_observed, self.trainer.accumulate_grad_batches)
+        reference = [] if self.reference_observed is None else [ranks.gather(self.trainer, self.reference_observed, 1)]
+        return trained, reference
 
     # ---- averaged weights, checkpoints
 
@@ -359,6 +395,7 @@ class DiffusionTraining(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["memtrain"] = {
             "exclusion": self.exclusion.state_dict(),
+            "scores": self.memory.state_dict() if self.memory else None,
             "updates_skipped": self.updates_skipped,
             "samples_seen": self.samples_seen,
             "samples_bad": self.samples_bad,
@@ -373,7 +410,16 @@ class DiffusionTraining(pl.LightningModule):
             raise ValueError(f"ckpt_path is not a checkpoint of this model: it lacks {lacking}")
         state = checkpoint["memtrain"]
         self.exclusion.load_state_dict(state["exclusion"])
+        if self.memory and state["scores"]:
+            self.memory.load_state_dict(state["scores"])
         for name in ("updates_skipped", "samples_seen", "samples_bad"):
             setattr(self, name, state[name])
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
+
+
+def _padded(rows: Tensor, batch_size: int) -> Tensor:
+    """Row numbers, some said twice, so that their count is one of five shapes: a compiled model sees no more."""
+    quarter = -(-batch_size // 4)
+    count = -(-len(rows) // quarter) * quarter
+    return rows if len(rows) == 0 else torch.cat([rows, rows[:1].expand(count - len(rows))])

@@ -133,6 +133,16 @@ def test_wrong_things_end_in_one_line(capsys, corpus, pipeline_folder, tmp_path,
     assert not (tmp_path / "runs").exists()  # before any work is done
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(corpus):
+    check = subprocess.Popen(
+        [sys.executable, "-m", "memtrain.cli.main", "shards", "check", str(corpus), "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    check.stdout.close()
+    assert check.wait(timeout=120) == 1 and check.stderr.read() == b""
+    check.stderr.close()
+
+
 def test_no_command_of_that_name():
     with pytest.raises(SystemExit, match="no command 'trian'"):
         main(["trian"])

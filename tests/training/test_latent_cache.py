@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from memtrain.data.datamodule import from_shards
 from memtrain.data.samples import ShardSamples
-from memtrain.training.latent_cache import made_with, missing_shards, write_latents
+from memtrain.training.latent_cache import check_captions, made_with, missing_shards, write_latents
 from tests.conftest import build_module, fit, weights
 from tests.data.test_shards import picture, sample, write_tar
 from tests.training.test_module import Record
@@ -127,3 +127,12 @@ def test_a_file_holds_what_its_header_says(pipeline_folder, corpus, tmp_path):
         mean, std = model.encode_posterior(images)
         expected = torch.stack([mean, std], 1)  # another batch size: convolutions sum in another order
         torch.testing.assert_close(torch.from_numpy(file.get_tensor("posterior")), expected, atol=2e-4, rtol=0)
+
+
+def test_a_list_of_captions_is_refused(tmp_path):
+    metadata = b'{"one": "fox", "many": ["fox", "a fox"], "single": ["fox"]}'
+    write_tar(tmp_path / "00000.tar", [("0.jpg", picture()), ("0.txt", b"fox"), ("0.json", metadata)])
+    for column in ("txt", "one", "single"):
+        check_captions(ShardSamples(str(tmp_path), 64, column), [0])
+    with pytest.raises(ValueError, match="data.caption=many is a list of captions in 00000.tar"):
+        check_captions(ShardSamples(str(tmp_path), 64, "many"), [0])

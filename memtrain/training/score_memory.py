@@ -1,0 +1,94 @@
+"""The last score of every sample, so that not every visit has to be scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memtrain.core.exclusion import Observations
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which visits are scored; the others act on the sample's last score.
+
+    Args:
+        every: score at every k-th optimizer step; 0 never, for rules that need no score.
+        every_visits: score a sample at every k-th of its visits, 1 to 255.
+        timesteps: score only where lo <= t < hi; None: everywhere.
+    """
+
+    every: int = 1
+    every_visits: int = 1
+    timesteps: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise ValueError(f"score.every must be >= 0, got {self.every}; 0 is never")
+        if not 1 <= self.every_visits <= 255:
+            raise ValueError(f"score.every_visits must be in 1 to 255, got {self.every_visits}")
+        if self.timesteps is not None and not (
+            len(self.timesteps) == 2 and 0 <= self.timesteps[0] < self.timesteps[1]
+        ):
+            raise ValueError(f"score.timesteps must be [lo, hi] with 0 <= lo < hi, got {list(self.timesteps)}")
+
+    @property
+    def remembers(self) -> bool:
+        return self.every > 1 or self.every_visits > 1 or self.timesteps is not None
+
+
+class ScoreMemory:
+    """Which visits are due to be scored, and what a sample scored last.
+
+    7 bytes a sample: score (float32), the timestep it was taken at (int16), visits to wait (uint8). The first
+    visit that is scored differs from sample to sample, so that every batch holds as many.
+
+    Args:
+        num_samples: positions in the corpus.
+        scoring: which visits are scored.
+    """
+
+    def __init__(self, num_samples: int, scoring: Scoring):
+        self.every_visits, self.timesteps = scoring.every_visits, scoring.timesteps
+        self.score = torch.full((num_samples,), torch.nan)
+        self.score_timestep = torch.zeros(num_samples, dtype=torch.int16)
+        self.wait = (torch.arange(num_samples) % scoring.every_visits).to(torch.uint8)
+
+    def due(self, sample_index: Tensor, timesteps: Tensor) -> Tensor:
+        """Which of B visits are scored. (B,) bool, on the CPU"""
+        due = self.wait[sample_index.cpu()] == 0
+        if self.timesteps is None:
+            return due
+        low, high = self.timesteps
+        timesteps = timesteps.cpu()
+        return due & (timesteps >= low) & (timesteps < high)
+
+    def recall(self, sample_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Last score, NaN where there is none, and its timestep. (B,) float32, (B,) int64, on their device"""
+        index = sample_index.cpu()
+        return self.score[index].to(sample_index.device), self.score_timestep[index].long().to(sample_index.device)
+
+    def update(self, observed: Observations) -> None:
+        """Note the visits of one optimizer step, all ranks, in the order of the global batch; the last one counts."""
+        captioned, scored = observed.captioned.cpu(), observed.scored.cpu()
+        index = observed.sample_index.cpu()
+        visited = index[captioned].unique()
+        self.wait[visited] -= (self.wait[visited] > 0).to(torch.uint8)
+        sample, place = index[scored].unique(return_inverse=True)
+        last = torch.zeros(len(sample), dtype=torch.long).scatter_reduce_(0, place, torch.arange(len(place)), "amax")
+        self.score[sample] = observed.score.cpu()[scored][last]
+        self.score_timestep[sample] = observed.timesteps.cpu()[scored][last].to(torch.int16)
+        self.wait[sample] = self.every_visits - 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"score": self.score, "score_timestep": self.score_timestep, "wait": self.wait}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if len(state["score"]) != len(self.score):
+            raise ValueError(
+                f"the checkpoint remembers scores of {len(state['score'])} samples, this corpus has "
+                f"{len(self.score)}; resume on the shards that the run was started with"
+            )
+        self.score, self.score_timestep, self.wait = (state[k].clone() for k in ("score", "score_timestep", "wait"))
