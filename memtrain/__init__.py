@@ -1,6 +1,22 @@
 """memtrain: fine-tune text-to-image diffusion models without memorizing their training data."""
 
+import importlib
+
 from memtrain.core.scores import text_conditional_magnitude
 
 __version__ = "0.1.0"
-__all__ = ["text_conditional_magnitude"]
+__all__ = ["detect", "explain", "mitigate", "read_ledger", "text_conditional_magnitude"]
+
+_ROOMS = {
+    "detect": "memtrain.audit.detect",
+    "explain": "memtrain.audit.explain",
+    "mitigate": "memtrain.audit.mitigate",
+    "read_ledger": "memtrain.data.ledger",
+}
+
+
+def __getattr__(name: str):
+    """Import what needs diffusers or pyarrow when it is asked for."""
+    if name in _ROOMS:
+        return getattr(importlib.import_module(_ROOMS[name]), name)
+    raise AttributeError(f"module 'memtrain' has no attribute {name!r}")

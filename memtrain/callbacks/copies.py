@@ -1,4 +1,4 @@
-"""At the end of a run: do generations copy their training sample?"""
+"""Do generations copy their training sample, and since when?"""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from memtrain.callbacks.generation import decode, generate
-from memtrain.callbacks.logging import from_all_ranks, log_metrics, log_picture, share_of_rank
-from memtrain.core.diffusion import GENERATION, place_seed
-from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE
+from memtrain.callbacks.generation import Compared, compare, decode
+from memtrain.callbacks.logging import log_metrics, log_picture
+from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
+from memtrain.data.samples import as_text
 from memtrain.report.pictures import draw_samples
+
+MEMORIZED = 0.5  # of a canary's generations are copies
 
 
 class Copies(pl.Callback):
@@ -24,11 +26,16 @@ class Copies(pl.Callback):
     of elements; scaled latents have unit variance). Reference images were never trained on, so their rate
     tells how often the cut is met by chance.
 
-    Logs `copy_rate/<group>` and writes `samples.png`: some canaries' images beside four generations each.
+    Logs `copy_rate/<group>`, `copy_rmse/<group>` and `memorized_canaries`, the share of the canaries looked
+    at so far of which at least half of the generations were copies at some look. At the end it writes
+    `samples.png`: some canaries' images beside four generations each.
 
     Args:
-        generations: of each canary; reference captions get half as many, at least one.
-        reference: so many reference captions.
+        every: optimizer steps between two looks at some canaries; 0 looks at the end alone.
+        watched: so many canaries at each look.
+        watched_generations: of each of them.
+        generations: of each canary at the end; reference captions get half as many, at least one.
+        reference: so many reference captions, at the end.
         num_steps, guidance_scale: of the stock pipeline's DDIM sampler.
         max_rmse: the cut.
         batch_size: generations at a time.
@@ -37,6 +44,9 @@ class Copies(pl.Callback):
 
     def __init__(
         self,
+        every: int,
+        watched: int,
+        watched_generations: int,
         generations: int,
         reference: int,
         num_steps: int,
@@ -45,68 +55,119 @@ class Copies(pl.Callback):
         batch_size: int,
         shown: int,
     ):
-        if generations < 1 or num_steps < 1 or batch_size < 1:
-            raise ValueError("callbacks.copies: generations, num_steps and batch_size must be >= 1")
+        for name, value, least in (
+            ("every", every, 0),
+            ("watched", watched, 1),
+            ("watched_generations", watched_generations, 1),
+            ("generations", generations, 1),
+            ("num_steps", num_steps, 1),
+            ("batch_size", batch_size, 1),
+        ):
+            if value < least:
+                raise ValueError(f"callbacks.copies.{name} must be >= {least}, got {value}")
         if not max_rmse > 0:
             raise ValueError(f"callbacks.copies.max_rmse must be > 0, got {max_rmse:g}")
+        self.every, self.watched, self.watched_generations = every, watched, watched_generations
         self.generations, self.reference = generations, reference
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.max_rmse, self.batch_size, self.shown = max_rmse, batch_size, shown
+        # here: position of each canary looked at -> first look at which it was memorized, None: not yet
+        self.memorized: dict[int, int | None] = {}
+        self._watched: list[tuple[int, tuple[Tensor, Tensor, list[str]]]] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.last_step:
+            return  # in the middle of an accumulation window
+        self.last_step = step = trainer.global_step
+        if self.every and step % self.every == 0 and step != trainer.max_steps:
+            self._watch(trainer, pl_module)
+
+    @torch.no_grad()
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._watched is None:
+            groups, sacrificed = trainer.datamodule.groups, len(trainer.datamodule.groups.sacrificed)
+            planted = groups.planted
+            chosen = np.arange(len(planted))[:: max(1, -(-len(planted) // self.watched))]
+            self._watched = [
+                (SACRIFICED, pl_module.encode_samples(planted[chosen[chosen < sacrificed]])),
+                (CANARY, pl_module.encode_samples(planted[chosen[chosen >= sacrificed]])),
+            ]
+        with pl_module.averaged_weights():
+            for number, samples in self._watched:
+                self._look(trainer, pl_module, number, samples, self.watched_generations)
 
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups = trainer.datamodule.groups
-        pictures = min(4, self.generations)
+        fewer = max(1, self.generations // 2)
         with pl_module.averaged_weights():
             for number, positions, generations in (
+                (SACRIFICED, groups.sacrificed, self.generations),
                 (CANARY, groups.canary, self.generations),
-                (REFERENCE, groups.reference[: self.reference], max(1, self.generations // 2)),
+                (REFERENCE, groups.reference[: self.reference], fewer),
             ):
-                latents, index, captions = pl_module.encode_samples(positions)
-                if not captions:
-                    continue
-                wanted = [(n, g) for n in range(len(captions)) for g in range(generations)]
-                found = self._generate(trainer, pl_module, share_of_rank(trainer, wanted), latents, index, captions)
-                found = from_all_ranks(trainer, found)
-                rmse = [distance for _, distance, _ in found]
-                log_metrics(
-                    trainer,
-                    {
-                        f"copy_rate/{GROUP_NAMES[number]}": float(np.mean(np.array(rmse) <= self.max_rmse)),
-                        f"copy_rmse/{GROUP_NAMES[number]}": float(np.median(rmse)),
-                    },
-                )
-                if number == CANARY and trainer.is_global_zero:
-                    generated = {place: (image, distance) for place, distance, image in found}
-                    self._draw(trainer, pl_module, latents, captions, generated, pictures)
+                samples = pl_module.encode_samples(positions)
+                shown = self.shown if number == CANARY else 0
+                found = self._look(trainer, pl_module, number, samples, generations, shown)
+                if number == CANARY and found and trainer.is_global_zero:
+                    self._draw(trainer, pl_module, samples, found)
 
-    def _generate(self, trainer, pl_module, wanted, latents: Tensor, index: Tensor, captions: list[str]) -> list:
-        """[((sample, generation), RMSE, latents or None)] of this rank's share."""
-        found, pipeline = [], pl_module.model.pipeline()
-        for first in range(0, len(wanted), self.batch_size):
-            part = wanted[first : first + self.batch_size]
-            generated = generate(
-                trainer,
-                pipeline,
-                [captions[n] for n, _ in part],
-                [place_seed(pl_module.seed, GENERATION, int(index[n]), g) for n, g in part],
-                pl_module.latent_shape,
-                self.num_steps,
-                self.guidance_scale,
-            )
-            rmse = (generated - latents[[n for n, _ in part]]).square().flatten(1).mean(dim=1).sqrt()  # (B,)
-            for place, distance, image in zip(part, rmse.tolist(), generated, strict=True):
-                found.append((place, distance, image if place[0] < self.shown else None))
+    def _look(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        number: int,
+        samples: tuple[Tensor, Tensor, list[str]],
+        generations: int,
+        shown: int = 0,
+    ) -> list[Compared]:
+        """Generate for one group, log what came out, note who is memorized by now."""
+        _, index, captions = samples
+        if not captions:
+            return []
+        options = (self.num_steps, self.guidance_scale, self.batch_size, shown)
+        found = compare(trainer, pl_module, samples, generations, *options)
+        copied = np.zeros((len(captions), generations), dtype=bool)
+        for one in found:
+            copied[one.sample, one.generation] = one.rmse <= self.max_rmse
+        name = GROUP_NAMES[number]
+        metrics = {
+            f"copy_rate/{name}": float(copied.mean()),
+            f"copy_rmse/{name}": float(np.median([one.rmse for one in found])),
+        }
+        if number != REFERENCE:
+            for position, share in zip(index.tolist(), copied.mean(axis=1), strict=True):
+                if self.memorized.get(position) is None:
+                    self.memorized[position] = trainer.global_step if share >= MEMORIZED else None
+            reached = [step is not None for step in self.memorized.values()]
+            metrics["memorized_canaries"] = float(np.mean(reached))
+        log_metrics(trainer, metrics)
         return found
 
-    def _draw(self, trainer, pl_module, latents, captions, generated, pictures: int) -> None:
-        batch = trainer.datamodule.decode(trainer.datamodule.groups.canary[: self.shown])
-        originals = batch.images[batch.valid].permute(0, 2, 3, 1).numpy()
+    def memorized_at(self, trainer: pl.Trainer) -> dict[str, int | None]:
+        """Key of each canary looked at -> the step of the first look at which it was memorized."""
+        key = trainer.datamodule.samples.key
+        return {as_text(key(position)): step for position, step in sorted(self.memorized.items())}
+
+    def _draw(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]
+    ) -> None:
+        _, index, captions = samples
+        originals = trainer.datamodule.decode(index[: self.shown].tolist()).images.permute(0, 2, 3, 1).numpy()
         rows = []
         for number, original in enumerate(originals):
-            places = [(number, generation) for generation in range(pictures)]
-            images = decode(pl_module.model, torch.stack([generated[place][0] for place in places]))
-            rows.append((captions[number], original, images, [generated[place][1] for place in places]))
+            of = sorted((one for one in found if one.sample == number), key=lambda one: one.generation)[:4]
+            images = decode(pl_module.model, torch.stack([one.latents for one in of]))
+            rows.append((captions[number], original, images, [one.rmse for one in of]))
         path = Path(trainer.default_root_dir) / "samples.png"
         draw_samples(path, rows, self.max_rmse)
         log_picture(trainer, "samples", path)
+
+    def state_dict(self) -> dict:
+        return {"memorized": self.memorized}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.memorized = dict(state_dict["memorized"])

@@ -1,4 +1,4 @@
-"""Curves of the live score and of exclusion, by group."""
+"""Curves of the live score, of exclusion and of speed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import time
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
-from memtrain.callbacks.logging import log_metrics
-from memtrain.core.exclusion import GROUP_NAMES, Observations
-from memtrain.core.statistics import timestep_bin
+from memtrain.callbacks.live_statistics import CAPTIONED, EXCLUDED, LiveStatistics
+from memtrain.callbacks.logging import log_histograms, log_metrics
+from memtrain.core.exclusion import Observations
+from memtrain.training import ranks
 
-ALL, HIGH_NOISE = range(2)  # two pools of timesteps
-COUNT, SCORED, SCORE, EXCLUDED, LOSS = range(5)
+_HELD = 16  # steps whose observations are kept as they are, to be added up in one go
 
 
 class MemorizationCurves(pl.Callback):
-    """Every `every` steps: mean score, excluded share and loss of canaries, training and reference samples.
+    """Every `every` steps, over the rows of all ranks since the last point: what `LiveStatistics` says.
 
-    Sums live on the device and are reduced over ranks only when they are logged.
+    Also samples/s and `scoring_share`, the share of the time that the second forward took. Both leave out
+    what comes between a point and the next step, validation for one; so this is the first of the callbacks.
 
     Args:
         every: optimizer steps between two points.
@@ -29,71 +31,100 @@ class MemorizationCurves(pl.Callback):
     def __init__(self, every: int, high_noise: float):
         if every < 1:
             raise ValueError(f"callbacks.curves.every must be >= 1, got {every}")
+        if not 0 <= high_noise < 1:
+            raise ValueError(
+                f"callbacks.curves.high_noise is a share of the schedule in [0, 1), got {high_noise:g}"
+            )
         self.every, self.high_noise = every, high_noise
-        self.total = torch.zeros(5, 2, len(GROUP_NAMES), dtype=torch.float64)  # over the whole run, all ranks
-        self.recent: torch.Tensor | None = None
-        self.samples_at_log, self.seconds_at_log = 0, 0.0
+        self.total: Tensor | None = None  # sums over the whole run, all ranks: see LiveStatistics
+        self.late: Tensor | None = None  # over its second half
+        self.seconds, self.seconds_scoring = 0.0, 0.0  # of the whole run; the latter is the mean of the ranks
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.recent = torch.zeros(5, 2, len(GROUP_NAMES), dtype=torch.float32, device=pl_module.device)
-        self.samples_at_log, self.seconds_at_log = pl_module.samples_seen, time.perf_counter()
-        self.last_step = trainer.global_step
+        self.recent = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
+        if self.total is None:
+            self.total, self.late = (self.recent.sums.double().cpu() for _ in range(2))
+        self.held: list[tuple[Observations, Tensor, Tensor]] = []
+        self.last_step = self.step_at_log = trainer.global_step
+        self.clock_runs = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if not self.clock_runs:
+            self.clock_runs = True
+            pl_module.scoring_time.take()
+            self.samples_at_log, self.began = pl_module.samples_seen, time.perf_counter()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.last_step:
             return  # in the middle of an accumulation window
         self.last_step = trainer.global_step
-        self._add(pl_module, pl_module.step_observed, pl_module.step_kept)
+        self.held.append((pl_module.step_observed, pl_module.step_kept, pl_module.step_threshold))
         if pl_module.reference_observed is not None:
-            self._add(pl_module, pl_module.reference_observed, pl_module.reference_kept)
+            self.held.append(
+                (pl_module.reference_observed, pl_module.reference_kept, pl_module.reference_threshold)
+            )
+        if len(self.held) >= _HELD:
+            self._add()
         if trainer.global_step % self.every == 0:
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step % self.every:
+        if trainer.global_step > self.step_at_log:
             self._log(trainer, pl_module)
 
-    def _add(self, pl_module: pl.LightningModule, observed: Observations, kept: torch.Tensor) -> None:
-        noisy = timestep_bin(observed.timesteps, pl_module.num_timesteps, 1000) >= self.high_noise * 1000
-        scored = observed.scored.float()
-        rows = torch.stack(
-            [torch.ones_like(scored), scored, observed.score * scored, (~kept).float(), observed.loss]
-        )
-        self.recent[:, ALL].index_add_(1, observed.group, rows)
-        self.recent[:, HIGH_NOISE].index_add_(1, observed.group, rows * noisy)
+    def _add(self) -> None:
+        observed, kept, threshold = zip(*self.held, strict=True)
+        self.recent.add(Observations.concatenate(list(observed)), torch.cat(kept), torch.cat(threshold))
+        self.held = []
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        sums = self.recent.clone()
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        sums = sums.double().cpu()
-        self.recent.zero_()
-        self.total += sums
-        metrics = {"samples_seen": float(pl_module.samples_seen)}
-        for number, name in enumerate(GROUP_NAMES):
-            count, scored, score, excluded, loss = sums[:, ALL, number].tolist()
-            if count:
-                metrics |= {f"excluded/{name}": excluded / count, f"loss/{name}": loss / count}
-            if scored:
-                metrics[f"score/{name}"] = score / scored
-            if sums[SCORED, HIGH_NOISE, number]:
-                metrics[f"score_high_noise/{name}"] = (
-                    sums[SCORE, HIGH_NOISE, number] / sums[SCORED, HIGH_NOISE, number]
-                ).item()
-        seconds = time.perf_counter()
-        metrics["samples_per_second"] = (pl_module.samples_seen - self.samples_at_log) / (seconds - self.seconds_at_log)
-        metrics["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-        metrics["updates_skipped"] = float(pl_module.updates_skipped)
-        self.samples_at_log, self.seconds_at_log = pl_module.samples_seen, seconds
+        if self.held:
+            self._add()
+        self.recent.flat[-1] = pl_module.scoring_time.take() / trainer.world_size
+        flat = ranks.all_reduce(trainer, self.recent.flat.clone()).double().cpu()
+        self.recent.flat.zero_()
+        seconds, scoring = time.perf_counter() - self.began, flat[-1].item()
+        point = LiveStatistics(pl_module.num_timesteps, self.high_noise, flat=flat)
+        self.total += point.sums
+        if self.step_at_log >= trainer.max_steps / 2:
+            self.late += point.sums
+        self.seconds, self.seconds_scoring = self.seconds + seconds, self.seconds_scoring + scoring
+        metrics = point.metrics() | {
+            "samples_per_second": (pl_module.samples_seen - self.samples_at_log) / seconds,
+            "scoring_share": scoring / seconds,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "updates_skipped": float(pl_module.updates_skipped),
+        }
         log_metrics(trainer, metrics)
+        log_histograms(trainer, point.score_histograms())
+        self.step_at_log, self.clock_runs = trainer.global_step, False
 
     def excluded_fraction(self, group: int) -> float:
-        """Share of a group's visits over the run at which it was (reference: would have been) excluded."""
-        count = self.total[COUNT, ALL, group].item()
-        return self.total[EXCLUDED, ALL, group].item() / count if count else float("nan")
+        """Share of a group's captioned visits at which it was (reference: would have been) excluded."""
+        return _share(self.total[:, :, group].sum((1, 2)))
+
+    def excluded_by_timestep(self, group: int) -> list[float]:
+        """The same for each timestep bin, over the run's second half, when rules are warm."""
+        return [_share(sums) for sums in self.late[:, :, group].sum(1).unbind(1)]
+
+    @property
+    def scoring_share(self) -> float:
+        """Share of the run's time that the second forward took."""
+        return self.seconds_scoring / self.seconds if self.seconds else float("nan")
 
     def state_dict(self) -> dict:
-        return {"total": self.total}
+        return {
+            "total": self.total,
+            "late": self.late,
+            "seconds": self.seconds,
+            "seconds_scoring": self.seconds_scoring,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.total = state_dict["total"]
+        self.total, self.late = state_dict["total"].clone(), state_dict["late"].clone()
+        self.seconds, self.seconds_scoring = state_dict["seconds"], state_dict["seconds_scoring"]
+
+
+def _share(sums: Tensor) -> float:
+    captioned = sums[CAPTIONED].item()
+    return sums[EXCLUDED].item() / captioned if captioned else float("nan")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytorch_lightning as pl
@@ -10,7 +11,19 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from memtrain.callbacks.logging import from_all_ranks, share_of_rank
+from memtrain.core.diffusion import GENERATION, place_seed
 from memtrain.models.base import DiffusionModel
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A generation held against the training sample that its caption belongs to."""
+
+    sample: int  # row of the samples
+    generation: int
+    rmse: float  # of the latents
+    latents: Tensor | None  # (C, H, W), where they were asked for
 
 
 @torch.no_grad()
@@ -41,5 +54,47 @@ def generate(
 @torch.no_grad()
 def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     """(B, C, H, W) scaled latents -> (B, R, R, 3) uint8."""
-    pixels = model.vae.decode((latents / model.vae.config.scaling_factor).to(model.vae.device, model.vae.dtype)).sample
+    pixels = model.vae.decode(
+        (latents / model.vae.config.scaling_factor).to(model.vae.device, model.vae.dtype)
+    ).sample
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def compare(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    samples: tuple[Tensor, Tensor, list[str]],
+    generations: int,
+    num_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    shown: int = 0,
+) -> list[Compared]:
+    """Generate from the captions, the work shared by the ranks, and measure the distance to the samples.
+
+    A generation's start noise depends on (seed, sample, generation) alone.
+
+    Args:
+        samples: latents (N, C, H, W), positions (N,) and captions, as `encode_samples` gives them.
+        generations: of each sample.
+        shown: of the first so many samples the generated latents are returned.
+    """
+    latents, index, captions = samples
+    pipeline, positions = pl_module.model.pipeline(), index.tolist()
+    wanted = share_of_rank(trainer, [(n, g) for n in range(len(captions)) for g in range(generations)])
+    found = []
+    for first in range(0, len(wanted), batch_size):
+        part = wanted[first : first + batch_size]
+        generated = generate(
+            trainer,
+            pipeline,
+            [captions[n] for n, _ in part],
+            [place_seed(pl_module.seed, GENERATION, positions[n], g) for n, g in part],
+            pl_module.latent_shape,
+            num_steps,
+            guidance_scale,
+        )
+        rmse = (generated - latents[[n for n, _ in part]]).square().flatten(1).mean(dim=1).sqrt()  # (B,)
+        for (n, g), distance, image in zip(part, rmse.tolist(), generated, strict=True):
+            found.append(Compared(n, g, distance, image.clone() if n < shown else None))
+    return from_all_ranks(trainer, found)

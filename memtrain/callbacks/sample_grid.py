@@ -29,8 +29,14 @@ class SampleGrid(pl.Callback):
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.drawn_at = -1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last_step = trainer.global_step
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if self.every and trainer.global_step % self.every == 0 and trainer.global_step != self.drawn_at:
+        if trainer.global_step == self.last_step:
+            return  # in the middle of an accumulation window
+        self.last_step = trainer.global_step
+        if self.every and trainer.global_step % self.every == 0:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -49,7 +55,11 @@ class SampleGrid(pl.Callback):
                 trainer,
                 pl_module.model.pipeline(),
                 [prompt for prompt in prompts for _ in range(self.columns)],
-                [place_seed(pl_module.seed, GENERATION, 0, column) for _ in prompts for column in range(self.columns)],
+                [
+                    place_seed(pl_module.seed, GENERATION, 0, column)
+                    for _ in prompts
+                    for column in range(self.columns)
+                ],
                 pl_module.latent_shape,
                 self.num_steps,
                 self.guidance_scale,

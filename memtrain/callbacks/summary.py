@@ -11,10 +11,13 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.table import Table
 
+from memtrain.callbacks.copies import Copies
 from memtrain.callbacks.curves import MemorizationCurves
 from memtrain.callbacks.logging import log_picture
-from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, TRAINED
+from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.report.curves import draw_curves
+
+GROUPS_COPIED = ("canary", "reference", "sacrificed")
 
 
 class Summary(pl.Callback):
@@ -46,7 +49,10 @@ class Summary(pl.Callback):
             return None if value is None else _or_none(value.item())
 
         curves = next((c for c in trainer.callbacks if isinstance(c, MemorizationCurves)), None)
-        seconds = max(self.trained_until - self.started, 1e-9)  # validation included, what follows the last step not
+        copies = next((c for c in trainer.callbacks if isinstance(c, Copies)), None)
+        seconds = max(
+            self.trained_until - self.started, 1e-9
+        )  # validation included, what follows the last step not
         return {
             "steps": trainer.global_step,
             "samples_seen": pl_module.samples_seen,
@@ -58,13 +64,18 @@ class Summary(pl.Callback):
                     "mean": figure(f"val_score/{GROUP_NAMES[group]}"),
                     "mean_at_high_noise": figure(f"val_score_high_noise/{GROUP_NAMES[group]}"),
                     "excluded_fraction": _or_none(curves.excluded_fraction(group)) if curves else None,
+                    "excluded_by_timestep_second_half": (
+                        [_or_none(share) for share in curves.excluded_by_timestep(group)] if curves else None
+                    ),
                 }
-                for group in (CANARY, TRAINED, REFERENCE)
+                for group in (CANARY, TRAINED, REFERENCE, SACRIFICED)
             },
             "auc_canary_vs_reference": figure("auc_canary_vs_reference"),
             "tpr_at_1pct_fpr": figure("tpr_at_1pct_fpr"),
-            "copy_rate": {name: figure(f"copy_rate/{name}") for name in ("canary", "reference")},
-            "copy_rmse": {name: figure(f"copy_rmse/{name}") for name in ("canary", "reference")},
+            "copy_rate": {name: figure(f"copy_rate/{name}") for name in GROUPS_COPIED},
+            "copy_rmse": {name: figure(f"copy_rmse/{name}") for name in GROUPS_COPIED},
+            "memorized_at": copies.memorized_at(trainer) if copies else None,
+            "scoring_share": _or_none(curves.scoring_share) if curves else None,
             "bad_samples": trainer.datamodule.problems_by_cause(),
         }
 
@@ -77,7 +88,9 @@ def print_summary(summary: dict, folder: Path) -> None:
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    table = Table(title=f"{summary['steps']} steps, {summary['samples_seen']} samples seen", title_justify="left")
+    table = Table(
+        title=f"{summary['steps']} steps, {summary['samples_seen']} samples seen", title_justify="left"
+    )
     table.add_column("")
     for group in ("canary", "train", "reference"):
         table.add_column(group, justify="right")
@@ -86,7 +99,9 @@ def print_summary(summary: dict, folder: Path) -> None:
     table.add_row("score, high noise", *(show(s["mean_at_high_noise"], ".3f") for s in scores))
     table.add_row("excluded (reference: would be)", *(show(s["excluded_fraction"], ".1%") for s in scores))
     copies = summary["copy_rate"]
-    table.add_row("generations that are copies", show(copies["canary"], ".1%"), "", show(copies["reference"], ".1%"))
+    table.add_row(
+        "generations that are copies", show(copies["canary"], ".1%"), "", show(copies["reference"], ".1%")
+    )
     console = Console()
     console.print(table)
     console.print(
@@ -97,8 +112,9 @@ def print_summary(summary: dict, folder: Path) -> None:
     for name, what in (
         ("curves.png", "curves"),
         ("samples.png", "samples"),
+        ("memorized.png", "memorized"),
         ("summary.json", "summary"),
         ("export", "pipeline"),
     ):
         if (folder / name).exists():
-            print(f"{what:9}{folder / name}")
+            print(f"{what:10}{folder / name}")

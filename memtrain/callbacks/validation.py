@@ -10,14 +10,14 @@ from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, log_metrics, share_of_rank
 from memtrain.core.diffusion import HELD_OUT, draw
-from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, TRAINED
+from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.statistics import auc, tpr_at_fpr
 
 log = logging.getLogger(__name__)
 
 
 class Validation(pl.Callback):
-    """Every `every` steps and at the end, with the averaged weights: what the model does to three groups.
+    """Every `every` steps and at the end, with the averaged weights: what the model does to each group.
 
     Each sample is noised to `timesteps_per_sample` timesteps, evenly spread over the schedule; noise depends on
     (seed, sample, timestep) alone, so two runs of one seed are compared on the same draws.
@@ -33,7 +33,9 @@ class Validation(pl.Callback):
         batch_size: rows of a forward pass.
     """
 
-    def __init__(self, every: int, samples: int, timesteps_per_sample: int, high_noise: float, batch_size: int):
+    def __init__(
+        self, every: int, samples: int, timesteps_per_sample: int, high_noise: float, batch_size: int
+    ):
         if every < 1 or samples < 1 or timesteps_per_sample < 1:
             raise ValueError("callbacks.validation: every, samples and timesteps_per_sample must be >= 1")
         self.every, self.samples, self.timesteps_per_sample = every, samples, timesteps_per_sample
@@ -42,11 +44,15 @@ class Validation(pl.Callback):
         self._groups: list[tuple[int, Tensor, Tensor, list[str]]] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last_step = trainer.global_step
         if trainer.global_step == 0:
             self._validate(trainer, pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step != self.validated_at:
+        if trainer.global_step == self.last_step:
+            return  # in the middle of an accumulation window
+        self.last_step = trainer.global_step
+        if trainer.global_step % self.every == 0:
             self._validate(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,8 +62,12 @@ class Validation(pl.Callback):
     def _load(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups = trainer.datamodule.groups
         self._groups = []
-        trained = groups.some_trained(self.samples)
-        for number, positions in ((TRAINED, trained), (CANARY, groups.canary), (REFERENCE, groups.reference)):
+        for number, positions in (
+            (TRAINED, groups.some_trained(self.samples)),
+            (CANARY, groups.canary),
+            (SACRIFICED, groups.sacrificed),
+            (REFERENCE, groups.reference),
+        ):
             spread = positions[:: max(1, len(positions) // self.samples)][: self.samples]
             self._groups.append((number, *pl_module.encode_samples(spread)))
 
@@ -99,7 +109,14 @@ class Validation(pl.Callback):
             part = rows[first : first + self.batch_size]
             noise = torch.cat(
                 [
-                    draw(pl_module.seed, HELD_OUT, i, [int(index[n])], latents.shape[1:], pl_module.num_timesteps).noise
+                    draw(
+                        pl_module.seed,
+                        HELD_OUT,
+                        i,
+                        [int(index[n])],
+                        latents.shape[1:],
+                        pl_module.num_timesteps,
+                    ).noise
                     for n, i in part
                 ]
             )

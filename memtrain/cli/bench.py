@@ -22,6 +22,12 @@ def bench(argv: list[str]) -> None:
     startup.add_argument("--samples", type=int, default=10_000, metavar="N", help="of each shard (default 10,000)")
     startup.add_argument("--json", action="store_true", help="print the figures as JSON")
     startup.set_defaults(run=_startup)
+    score = commands.add_parser("score", help="a training step without scores and with them")
+    score.add_argument("--models", nargs="+", default=["demo", "sd"], metavar="NAME", help="demo, sd (both)")
+    score.add_argument("--rounds", type=int, default=4, metavar="N", help="of four steps of each (default 4)")
+    score.add_argument("--batch-size", type=int, metavar="N", help="(default 32 for demo, 4 for sd)")
+    score.add_argument("--json", action="store_true", help="print the figures as JSON")
+    score.set_defaults(run=_score)
     args = parser.parse_args(argv)
     args.run(args)
 
@@ -57,3 +63,22 @@ def _startup(args: argparse.Namespace) -> None:
         f"corpus open after {found.corpus_seconds:.1f} s, first batch after {found.first_batch_seconds:.1f} s\n"
         f"{found.resident_bytes / 2**20:.0f} MiB resident beyond interpreter and libraries"
     )
+
+
+def _score(args: argparse.Namespace) -> None:
+    from memtrain.training.bench import BASELINE, measure_scoring
+
+    found = [measure_scoring(model, args.rounds, args.batch_size) for model in args.models]
+    if args.json:
+        print(json.dumps([asdict(cost) for cost in found], indent=2))
+        return
+    for cost in found:
+        print(
+            f"{cost.model}: {cost.parameters / 1e6:.1f} M trained weights, "
+            f"latents {'x'.join(map(str, cost.latents))}, batch {cost.batch_size}, {cost.clock}\n"
+            f"{cost.rounds} rounds of {cost.steps} steps of each in turn, medians\n\n"
+            f"{'':<17}{'s/step':>10}{'against ' + BASELINE:>16}"
+        )
+        for name, seconds in cost.step_seconds.items():
+            print(f"{name:<17}{seconds:>10.3f}{cost.ratio[name]:>15.3f}x")
+        print()

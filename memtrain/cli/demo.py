@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from omegaconf import DictConfig
 
 
@@ -13,3 +15,10 @@ def demo(cfg: DictConfig) -> None:
         f"{'wrote' if report.written else 'kept'} {report.num_samples} samples in {report.num_shards} shards, "
         f"{report.num_bytes / 1e6:.0f} MB: {report.folder}"
     )
+
+
+def spelled(arguments: list[str]) -> list[str]:
+    """`memtrain demo OUT` is `memtrain demo out=OUT`."""
+    if arguments and not re.match(r"-|\w+=", arguments[0]):
+        return [f"out={arguments[0]}", *arguments[1:]]
+    return arguments

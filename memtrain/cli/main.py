@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import importlib
 import logging
 import os
 import re
@@ -17,11 +18,17 @@ HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing 
 
 Usage: memtrain COMMAND [key=value …]
 
-  train   fine-tune, score every sample at every step, leave the memorized out of the loss
-  shards  check, index, pack shards, find duplicates in them: memtrain shards check PATH
-  cache   encode a corpus once: latents and text embeddings beside its shards
-  bench   measure: memtrain bench data
-  demo    write the demo corpus: memtrain demo OUT
+  train     fine-tune, score every sample at every step, leave the memorized out of the loss
+  report    one page about one or several runs: memtrain report RUN
+  ledger    who was scored, excluded, looks memorized: memtrain ledger suspects RUN --out list.parquet
+  detect    which prompts a finished model has memorized
+  explain   which words of a prompt trigger it
+  mitigate  generate without it
+  evaluate  copies, alignment and quality of one or several models
+  shards    check, index, pack shards, find duplicates in them: memtrain shards check PATH
+  cache     encode a corpus once: latents and text embeddings beside its shards
+  bench     measure: memtrain bench data
+  demo      write the demo corpus: memtrain demo OUT
 
   memtrain COMMAND --help        keys, groups and examples
   memtrain COMMAND --cfg job     print the composed config
@@ -61,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if command not in COMMANDS:
         sys.exit(f"error: no command {command!r}; memtrain --help lists them")
     try:
-        COMMANDS[command](rest)
+        COMMANDS[command](command, rest)
         sys.stdout.flush()
     except BrokenPipeError:  # `memtrain … | head`: nobody listens any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,41 +83,22 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _train(overrides: list[str]) -> None:
-    from memtrain.cli.train import train
-
-    _run(train, "train", overrides)
-
-
-def _demo(arguments: list[str]) -> None:
-    from memtrain.cli.demo import demo
-
-    if arguments and not re.match(r"-|\w+=", arguments[0]):
-        arguments = [f"out={arguments[0]}", *arguments[1:]]
-    _run(demo, "demo", arguments)
+def _with_hydra(command: str, arguments: list[str]) -> None:
+    """memtrain.cli.COMMAND has a function of that name, for the composed config, and may spell arguments for Hydra."""
+    module = importlib.import_module(f"memtrain.cli.{command}")
+    spelled = getattr(module, "spelled", list)  # what a person types that is not key=value yet
+    _run(getattr(module, command), command, spelled(arguments))
 
 
-def _shards(arguments: list[str]) -> None:
-    from memtrain.cli.shards import shards
-
+def _plain(command: str, arguments: list[str]) -> None:
     quiet()
-    shards(arguments)
+    getattr(importlib.import_module(f"memtrain.cli.{command}"), command)(arguments)
 
 
-def _bench(arguments: list[str]) -> None:
-    from memtrain.cli.bench import bench
-
-    quiet()
-    bench(arguments)
-
-
-def _cache(overrides: list[str]) -> None:
-    from memtrain.cli.cache import cache
-
-    _run(cache, "cache", overrides)
-
-
-COMMANDS = {"train": _train, "cache": _cache, "shards": _shards, "bench": _bench, "demo": _demo}
+COMMANDS = {
+    **dict.fromkeys(("train", "detect", "explain", "mitigate", "evaluate", "cache", "demo"), _with_hydra),
+    **dict.fromkeys(("report", "ledger", "shards", "bench"), _plain),
+}
 
 
 def quiet() -> None:

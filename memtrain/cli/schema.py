@@ -27,6 +27,7 @@ class Shards:
     missing_shards: str = MISSING
     repeats_from: str | None = MISSING
     cache: str | None = MISSING
+    exclude_keys: str | None = MISSING
     cache_dir: str | None = MISSING
     cache_bytes: int = MISSING
 
@@ -121,8 +122,30 @@ class SampleGrid:
 
 
 @dataclass
+class CanaryList:
+    _target_: str = "memtrain.callbacks.canaries.CanaryList"
+    reference: int = MISSING
+
+
+@dataclass
+class MemorizedTable:
+    _target_: str = "memtrain.callbacks.memorized_table.MemorizedTable"
+    every: int = MISSING
+    samples: int = MISSING
+    generations: int = MISSING
+    high_noise: float = MISSING
+    num_steps: int = MISSING
+    guidance_scale: float = MISSING
+    max_rmse: float = MISSING
+    batch_size: int = MISSING
+
+
+@dataclass
 class Copies:
     _target_: str = "memtrain.callbacks.copies.Copies"
+    every: int = MISSING
+    watched: int = MISSING
+    watched_generations: int = MISSING
     generations: int = MISSING
     reference: int = MISSING
     num_steps: int = MISSING
@@ -151,6 +174,11 @@ class Summary:
 
 
 @dataclass
+class Report:
+    _target_: str = "memtrain.callbacks.report.Report"
+
+
+@dataclass
 class Progress:
     _target_: str = "memtrain.callbacks.progress.Progress"
     refresh_rate: int = MISSING
@@ -160,13 +188,16 @@ class Progress:
 class Callbacks:
     """In the order in which they run: what is measured, then what is made of it."""
 
-    validation: Validation | None = field(default_factory=Validation)
     curves: Curves | None = field(default_factory=Curves)
+    canaries: CanaryList | None = field(default_factory=CanaryList)
+    validation: Validation | None = field(default_factory=Validation)
     sample_grid: SampleGrid | None = field(default_factory=SampleGrid)
     copies: Copies | None = field(default_factory=Copies)
+    memorized_table: MemorizedTable | None = field(default_factory=MemorizedTable)
     checkpoint: Checkpoint | None = field(default_factory=Checkpoint)
     export: Export | None = field(default_factory=Export)
     summary: Summary | None = field(default_factory=Summary)
+    report: Report | None = field(default_factory=Report)
     progress: Progress | None = field(default_factory=Progress)
 
 
@@ -219,6 +250,7 @@ class Train:
     optimizer: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
+    ledger: Any = MISSING
     callbacks: Any = MISSING
     canaries: Canaries = field(default_factory=Canaries)
     reference: Reference = field(default_factory=Reference)

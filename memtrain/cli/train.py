@@ -22,7 +22,8 @@ def train(cfg: DictConfig) -> None:
     pl.seed_everything(cfg.seed, verbose=False)
     exclusion = instantiate(cfg.exclusion)
     optimizer = instantiate(cfg.optimizer)
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback is not None]
+    # the ledger first: the report reads it
+    callbacks = [instantiate(c) for c in (cfg.ledger, *cfg.callbacks.values()) if c is not None]
     check_checkpoint(cfg.ckpt_path)
     check_reference(exclusion, cfg.reference.count)
     datamodule = instantiate(

@@ -76,10 +76,40 @@ class ExclusionRule(ABC):
         """Restore what `state_dict` gave."""
 
 
-def _positive(name: str, value: float) -> float:
-    if not value > 0:  # not `value <= 0`: NaN must not pass
-        raise ValueError(f"{name} must be > 0, got {value:g}; use exclusion=none to keep every sample")
+# ---- what the config or a checkpoint says; the comparisons are such that NaN does not pass
+
+
+def positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"exclusion.{name} must be > 0, got {value:g}; use exclusion=none to keep every sample")
     return float(value)
+
+
+def open_share(name: str, value: float, remedy: str) -> float:
+    if not 0 < value < 1:
+        raise ValueError(f"exclusion.{name} must be in (0, 1), got {value:g}; {remedy}")
+    return float(value)
+
+
+def at_least(least: int, **named: int) -> None:
+    for name, value in named.items():
+        if not value >= least:
+            raise ValueError(f"exclusion.{name} must be >= {least}, got {value}")
+
+
+def restored(state: dict[str, Tensor], **own: Tensor) -> list[Tensor]:
+    """Copies of a checkpoint's tensors, each as large as the rule's own."""
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            found = f"{name} of shape {tuple(state[name].shape)}" if name in state else f"no {name}"
+            raise ValueError(
+                f"the checkpoint's exclusion rule has {found}, this one's is {tuple(tensor.shape)}; resume with the "
+                "exclusion and the shards that the run was started with"
+            )
+    return [state[name].clone() for name in own]
+
+
+# ---- rules that hold every score against one threshold
 
 
 class KeepAll(ExclusionRule):
@@ -96,8 +126,9 @@ class KeepAll(ExclusionRule):
 class FixedThreshold(ExclusionRule):
     """`exclusion=fixed`: left out where d >= threshold, the raw norm (Wen et al. 2024, section 4.3)."""
 
-    def __init__(self, threshold: float):
-        self.threshold = _positive("exclusion.threshold", threshold)
+    def __init__(self, threshold: float, start_step: int = 0):
+        at_least(0, start_step=start_step)
+        self.threshold, self.start_step = positive("threshold", threshold), start_step
 
     def decide(self, observed: Observations) -> Decision:
         return Decision(
@@ -111,8 +142,9 @@ class NormalizedThreshold(ExclusionRule):
     Carries over between resolutions: d grows with sqrt(n).
     """
 
-    def __init__(self, threshold: float):
-        self.threshold = _positive("exclusion.threshold", threshold)
+    def __init__(self, threshold: float, start_step: int = 0):
+        at_least(0, start_step=start_step)
+        self.threshold, self.start_step = positive("threshold", threshold), start_step
 
     def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:
         self.root_n = math.sqrt(latent_numel)
@@ -147,7 +179,7 @@ class Evidence(ExclusionRule):
     def __init__(
         self, enter: float, leave: float, memory: float, min_timestep: float, num_bins: int, half_life: int, warmup: int
     ):
-        self.enter = _positive("exclusion.enter", enter)
+        self.enter = positive("enter", enter)
         if not leave <= enter:
             raise ValueError(f"exclusion.leave must be <= exclusion.enter ({enter:g}), got {leave:g}")
         if not 0 <= memory < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,62 @@ def tpr_at_fpr(positive: Tensor, negative: Tensor, max_fpr: float = 0.01) -> flo
     allowed = int(max_fpr * len(negative) + 1e-9)  # negatives that may lie at or above the threshold
     bar = negative.sort(descending=True).values[allowed] if allowed < len(negative) else -torch.inf
     return (positive > bar).double().mean().item()
+
+
+def threshold_at_fpr(negative: Tensor, max_fpr: float = 0.01) -> float:
+    """The lowest threshold whose false-positive rate does not exceed `max_fpr`: positive is at or above it.
+
+    It is the value next above the highest negative that may not pass, so at it the true-positive rate is
+    `tpr_at_fpr`. `nan` when there is no negative.
+    """
+    if len(negative) == 0:
+        return float("nan")
+    allowed = int(max_fpr * len(negative) + 1e-9)  # negatives that may lie at or above the threshold
+    if allowed >= len(negative):
+        return float("-inf")
+    bar = negative.sort(descending=True).values[allowed]
+    return torch.nextafter(bar, torch.full_like(bar, torch.inf)).item()
+
+
+def best_accuracy(positive: Tensor, negative: Tensor) -> float:
+    """The largest share of right answers among all thresholds; positive is at or above the threshold.
+
+    With groups of unequal size it is at least the larger group's share. `nan` when a group is empty.
+    """
+    if len(positive) == 0 or len(negative) == 0:
+        return float("nan")
+    thresholds = torch.cat([positive, negative, positive.new_tensor([torch.inf])])
+    right = len(positive) - torch.searchsorted(positive.sort().values, thresholds, right=False)
+    right = right + torch.searchsorted(negative.sort().values, thresholds, right=False)
+    return (right.max() / (len(positive) + len(negative))).item()
+
+
+def bootstrap_interval(
+    statistic: Callable[[Tensor, Tensor], float],
+    positive: Tensor,
+    negative: Tensor,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of `statistic(positive, negative)`, both groups drawn anew (Efron 1979).
+
+    `nan` when a group is empty. The same seed gives the same interval.
+    """
+    if len(positive) == 0 or len(negative) == 0:
+        return float("nan"), float("nan")
+    generator = torch.Generator().manual_seed(seed)
+    draws = [
+        [
+            group[torch.randint(len(group), (len(group),), generator=generator)]
+            for group in (positive, negative)
+        ]
+        for _ in range(samples)
+    ]
+    values = torch.tensor([statistic(*drawn) for drawn in draws], dtype=torch.float64)
+    tail = (1 - level) / 2
+    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
 
 
 class BinnedMoments:

@@ -1,4 +1,4 @@
-"""Columns of a sample's json, and filters on them.
+"""Columns of a sample's json, filters on them, and lists of samples.
 
 A filter is what a person would write: `punsafe < 0.1 and similarity > 0.3`, `NSFW == "UNLIKELY"`,
 `width >= 512 and not LANGUAGE in ["xx", "yy"]`. It is parsed, never evaluated as code.
@@ -138,6 +138,27 @@ def read_columns(shard: Path, keys: Sequence[str], columns: Sequence[str], read_
         return table
     rows = [parse_json(read_json(row)) for row in range(len(keys))]
     return pa.table({name: _array([row.get(name) for row in rows]) for name in columns})
+
+
+def read_keys(path: str | Path) -> frozenset[str]:
+    """The sample keys (shard path and `__key__`) in a list: a parquet's column `key`, or the lines of a .txt.
+
+    Raises:
+        ValueError: the list cannot be read, or has no such column.
+    """
+    try:
+        if Path(path).suffix == ".txt":
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            return frozenset(line.strip() for line in lines if line.strip())
+        if "key" not in pq.read_schema(path).names:
+            raise ValueError("it has no column key")
+        keys = pq.read_table(path, columns=["key"])["key"]
+        return frozenset(str(key) for key in keys.to_pylist() if key is not None)
+    except (OSError, ValueError) as error:  # pyarrow's are ValueErrors too
+        raise ValueError(
+            f"data.exclude_keys={path} cannot be read ({str(error).splitlines()[0]}); "
+            "give what `memtrain ledger suspects` wrote, or a .txt with a key a line"
+        ) from error
 
 
 def parse_json(data: bytes | None) -> dict:

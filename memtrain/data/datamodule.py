@@ -189,6 +189,7 @@ def from_shards(
     repeats_from: str | None = None,
     crop: str = "center",
     flip: float = 0.0,
+    exclude_keys: str | None = None,
     **rest: int | float,
 ) -> DataModule:
     """`data=shards`. `rest`: what `DataModule` takes."""
@@ -205,6 +206,7 @@ def from_shards(
         max_aspect_ratio,
         bucket_multiple,
         workers=max(1, num_workers),
+        exclude_keys=exclude_keys,
     )
     weights = [shard.weight for shard in samples.shards]
     latents = LatentCache(cache, samples, crop, flip > 0) if cache else None

@@ -17,7 +17,7 @@ import numpy as np
 from rich.progress import track
 
 from memtrain.data.buckets import bucket_sizes, nearest_bucket
-from memtrain.data.columns import Clause, apply_filter, parse_filter, parse_json, read_columns
+from memtrain.data.columns import Clause, apply_filter, parse_filter, parse_json, read_columns, read_keys
 from memtrain.data.images import BadSample, decode_image, picture_shape
 from memtrain.data.index import IndexFile, key_of, open_indexes, open_remote_indexes
 from memtrain.data.remote import ShardCache, ShardMissing
@@ -83,6 +83,7 @@ class ShardSamples:
         cache_bytes: how much of it remote shards may take.
         missing_shards: `stop` the run where a shard cannot be had, or `skip` its samples.
         workers: processes that write missing indexes.
+        exclude_keys: a list of samples that are left out, see `memtrain.data.columns.read_keys`.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class ShardSamples:
         max_aspect_ratio: float = 1.0,
         bucket_multiple: int = 64,
         workers: int = 1,
+        exclude_keys: str | Path | None = None,
     ):
         if missing_shards not in ("stop", "skip"):
             raise ValueError(f"data.missing_shards must be stop or skip, got {missing_shards}")
@@ -104,10 +106,12 @@ class ShardSamples:
         self.missing_shards = missing_shards
         self.sizes = bucket_sizes(resolution, max_aspect_ratio, bucket_multiple)  # (height, width), the square first
         clauses = parse_filter(where) if where else []
+        listed = read_keys(exclude_keys) if exclude_keys else frozenset()
         self.cache_dir = cache_folder(cache_dir)
         self.remote = ShardCache(self.cache_dir / "shards", cache_bytes)
         self.shards: list[Shard] = find_sources(shards)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._keys: dict[int, np.ndarray] = {}  # of one shard
         self._lost: set[int] = set()  # shards that could not be opened, where that is no reason to stop
         self.indexes = self._open_indexes(workers)
         self.counts = np.array([index.samples for index in self.indexes], dtype=np.int64)
@@ -117,7 +121,12 @@ class ShardSamples:
         if clauses:
             self._apply_filter(clauses)
         self._buckets: list[str] | None = self._assign_buckets(where) if len(self.sizes) > 1 else None
+        self._excluded: dict[int, np.ndarray] = {}  # shard -> rows of it that a list leaves out, sorted
+        if listed:
+            self._exclude(listed, exclude_keys)
         if len(self) == 0:
+            if self._excluded:
+                raise ValueError(f"data.exclude_keys={exclude_keys} leaves no sample to train on; shorten it")
             causes = Counter(why for _, why in self.skipped()).most_common(1)
             why = "no sample with an image and a caption in it" + (f" ({causes[0][0]})" if causes else "")
             raise ValueError(f"data.where={where} drops every sample" if self.dropped else f"data.shards={shards}: {why}")
@@ -160,6 +169,34 @@ class ShardSamples:
         self._open.clear()
         self._chosen = chosen
 
+    def _exclude(self, listed: frozenset[str], path: str | Path) -> None:
+        """Leave these samples out. Rows keep their numbers, so what was cached of a shard stays true."""
+        homes = {_home(name) for name in listed}
+        unknown = set(listed)
+        numbers = [number for number, shard in enumerate(self.shards) if shard.name in homes]
+        for number in track(numbers, "Excluding samples", disable=len(numbers) < 20):
+            keys = self.indexes[number].records()["key"].tolist()
+            shard = self.shards[number].name
+            names = [as_text(f"{shard}/{key.decode('utf-8', 'surrogateescape')}") for key in keys]
+            unknown.difference_update(names)
+            is_listed = np.array([name in listed for name in names], dtype=bool)
+            if self._chosen is not None:
+                is_listed = is_listed[np.load(f"{self._chosen[number]}.npy")]
+            self._excluded[number] = np.flatnonzero(is_listed)
+            self.counts[number] -= len(self._excluded[number])
+        self.ends = self.counts.cumsum()
+        if len(unknown) == len(listed):
+            raise ValueError(
+                f"data.exclude_keys={path}: none of its {len(listed)} keys, such as {min(unknown)}, is in "
+                "data.shards; was the list made from another corpus?"
+            )
+        log.info("data.exclude_keys drops %d samples: %s", sum(map(len, self._excluded.values())), path)
+        if unknown:
+            log.warning(
+                "data.exclude_keys: %d of its %d keys are not in data.shards, such as %s",
+                len(unknown), len(listed), min(unknown),
+            )  # fmt: skip
+
     def _assign_buckets(self, where: str | None) -> list[str]:
         """Files with each shard's buckets, from the columns width and height, else from the pictures' headers."""
         (self.cache_dir / "buckets").mkdir(parents=True, exist_ok=True)
@@ -185,12 +222,13 @@ class ShardSamples:
 
     def buckets(self, number: int) -> np.ndarray:
         """Which of `sizes` each sample of a shard has. (counts[number],)"""
-        return np.load(self._buckets[number], mmap_mode="r")
+        buckets = np.load(self._buckets[number], mmap_mode="r")
+        return np.delete(buckets, self._excluded[number]) if number in self._excluded else buckets
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Height and width of the decoded sample, px."""
         number, row = self.locate(index)
-        return self.sizes[0 if self._buckets is None else self.buckets(number)[row]]
+        return self.sizes[0 if self._buckets is None else np.load(self._buckets[number], mmap_mode="r")[row]]
 
     def _identity(self, number: int, of: str) -> str:
         """Names what was derived from a shard in its present state."""
@@ -218,11 +256,15 @@ class ShardSamples:
         return int(self.ends[-1])
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Shard, and row in it, of a position in the corpus."""
+        """Shard, and row among those of it that the filter chose, of a position in the corpus."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self.ends, index, side="right"))
-        return shard, int(index - (self.ends[shard] - self.counts[shard]))
+        row = int(index - (self.ends[shard] - self.counts[shard]))
+        if shard in self._excluded:
+            excluded = self._excluded[shard]  # row i of them has excluded[i] - i that stay before it
+            row += int(np.searchsorted(excluded - np.arange(len(excluded)), row, side="right"))
+        return shard, row
 
     def local_path(self, number: int) -> Path:
         """Where a shard lies on disk; fetched first where it is remote."""
@@ -263,9 +305,11 @@ class ShardSamples:
     def key(self, index: int) -> str:
         """Shard path, relative to the shards' common folder, and `__key__`: who a sample is."""
         number, row = self.locate(index)
-        if self._chosen is not None:
-            row = np.load(f"{self._chosen[number]}.npy", mmap_mode="r")[row]
-        return f"{self.shards[number].name}/{key_of(self.indexes[number].records()[row])}"
+        if number not in self._keys:  # the last shard's stay, for those who ask shard by shard
+            records = self.indexes[number].records()
+            chosen = slice(None) if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
+            self._keys = {number: records["key"][chosen]}
+        return f"{self.shards[number].name}/{self._keys[number][row].decode('utf-8', 'surrogateescape')}"
 
     def find(self, names: Sequence[str]) -> np.ndarray:
         """Positions of the samples of these names (see `key`), in their order.
@@ -275,12 +319,13 @@ class ShardSamples:
         """
         starts = self.ends - self.counts
         wanted: dict[str, int] = dict.fromkeys(names, -1)
-        homes = {name.rsplit(".tar/", 1)[0] + ".tar" for name in wanted}
+        homes = {_home(name) for name in wanted}
         for number, shard in enumerate(self.shards):
             if shard.name in homes:
                 records = self.indexes[number].records()
-                rows = range(len(records)) if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
-                for row, record in enumerate(rows):
+                chosen = None if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
+                rows = np.arange(len(records)) if chosen is None else chosen
+                for row, record in enumerate(np.delete(rows, self._excluded.get(number, []))):
                     name = f"{shard.name}/{key_of(records[record])}"
                     if name in wanted:
                         wanted[name] = int(starts[number]) + row
@@ -327,7 +372,17 @@ class ShardSamples:
         return [text.strip() for text in many if isinstance(text, str)]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # descriptors stay where they are
+        return {**self.__dict__, "_open": OrderedDict(), "_keys": {}}  # descriptors stay where they are
+
+
+def _home(name: str) -> str:
+    """The shard of a sample of this name."""
+    return name.rsplit(".tar/", 1)[0] + ".tar"
+
+
+def as_text(name: str) -> str:
+    """A sample's key as a table can hold it: bytes that are not UTF-8 are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _json_of(shard: _OpenShard, record: np.void) -> bytes | None:

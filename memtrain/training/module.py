@@ -159,7 +159,7 @@ class DiffusionTraining(pl.LightningModule):
             hidden = torch.where(captioned[:, None, None], batch.hidden, self.model.null_caption().float())
         else:
             hidden = self.encode_captions(captions)
-        hidden = self.method.embeddings(hidden, generators)
+        hidden = self.method.embeddings(hidden, captioned, generators)
 
         noise = draws.noise + self.noise_offset * draws.offset_noise
         due = self._due(batch.sample_index, draws.timesteps)

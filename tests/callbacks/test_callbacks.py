@@ -1,3 +1,4 @@
+import csv
 import math
 
 import numpy as np
@@ -5,13 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
+from memtrain.callbacks.canaries import CanaryList
 from memtrain.callbacks.copies import Copies
 from memtrain.callbacks.curves import MemorizationCurves
+from memtrain.callbacks.memorized_table import MemorizedTable, VisitedSamples
 from memtrain.callbacks.validation import Validation
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, FixedThreshold
 from memtrain.report.curves import draw_curves, read_metrics
 from memtrain.report.pictures import draw_samples
 from memtrain.report.table import put_between_marks
+from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
 from tests.training.test_module import Record
 
@@ -19,6 +23,18 @@ from tests.training.test_module import Record
 def validation(**options) -> Validation:
     defaults = dict(every=2, samples=6, timesteps_per_sample=4, high_noise=0.5, batch_size=5)
     return Validation(**(defaults | options))
+
+
+def copies(**options) -> Copies:
+    defaults = dict(every=0, watched=16, watched_generations=1, generations=2, reference=2, num_steps=2,
+                    guidance_scale=2.0, max_rmse=0.5, batch_size=3, shown=2)  # fmt: skip
+    return Copies(**(defaults | options))
+
+
+def table(**options) -> MemorizedTable:
+    defaults = dict(every=0, samples=4, generations=2, high_noise=0.3, num_steps=2, guidance_scale=2.0, max_rmse=0.5,
+                    batch_size=8)  # fmt: skip
+    return MemorizedTable(**(defaults | options))
 
 
 def pixels(path) -> np.ndarray:
@@ -34,15 +50,27 @@ def test_curves_are_the_means_of_what_was_observed(pipeline_folder, corpus, tmp_
     scored = torch.cat([o.scored for o in record.observed])
     group = torch.cat([o.group for o in record.observed])
     noisy = torch.cat([o.timesteps for o in record.observed]) >= 500
-    kept = torch.cat(record.kept)
+    kept, captioned = torch.cat(record.kept), torch.cat([o.captioned for o in record.observed])
+    assert not captioned.all()
     for number in (TRAINED, CANARY):
-        assert curves.excluded_fraction(number) == pytest.approx((~kept)[group == number].double().mean().item())
+        of = (group == number) & captioned
+        assert curves.excluded_fraction(number) == pytest.approx((~kept)[of].double().mean().item())
     last = slice(len(score) // 2, None)  # the second point holds steps 4 to 6
     mine = (group == TRAINED)[last] & scored[last]
     found = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert found["score/train"] == pytest.approx(score[last][mine].mean().item(), rel=1e-5)
-    assert found["score_high_noise/train"] == pytest.approx(score[last][mine & noisy[last]].mean().item(), rel=1e-5)
+    assert found["score_high_noise/train"] == pytest.approx(
+        score[last][mine & noisy[last]].mean().item(), rel=1e-5
+    )
     assert found["samples_seen"] == 48 and curves.excluded_fraction(REFERENCE) >= 0
+    assert 0 < found["scoring_share"] < 1 and found["samples_per_second"] > 0
+    loss = torch.cat([o.loss for o in record.observed])[last]
+    assert found["loss/all"] == pytest.approx(loss.mean().item(), rel=1e-5)
+    assert found["loss/kept"] == pytest.approx(loss[kept[last]].mean().item(), rel=1e-5)
+    assert found["loss/excluded"] == pytest.approx(loss[~kept[last]].mean().item(), rel=1e-5)
+    in_bin = mine & (torch.cat([o.timesteps for o in record.observed])[last] // 100 == 3)
+    assert found["score_by_timestep/train/t300"] == pytest.approx(score[last][in_bin].mean().item(), rel=1e-5)
+    assert {v for k, v in found.items() if k.startswith("threshold_by_timestep")} == {0.5}
 
 
 def test_curves_of_a_resumed_run_remember_the_first_part(pipeline_folder, corpus, tmp_path):
@@ -51,18 +79,25 @@ def test_curves_of_a_resumed_run_remember_the_first_part(pipeline_folder, corpus
     again = MemorizationCurves(every=2, high_noise=0.5)
     again.load_state_dict(curves.state_dict())
     assert torch.equal(again.total, curves.total) and again.total.sum() > 0
+    half = curves.late[:, :, TRAINED].sum()  # steps 3 and 4
+    fit(build_module(pipeline_folder), build_data(corpus), tmp_path, 2, callbacks=[again])
+    assert again.total.sum() > curves.total.sum() and 0 < half < curves.total[:, :, TRAINED].sum()
 
 
 def test_validation_is_a_function_of_the_weights_alone(pipeline_folder, corpus, tmp_path):
     """Other batch sizes, other steps before it: the same figures where the weights did not change."""
     figures = []
     for batch_size, steps in ((5, 2), (32, 3)):
-        module = build_module(pipeline_folder, score_every=0)
+        module = build_module(pipeline_folder, scoring=Scoring(every=0))
         module.optimizer_config = module.optimizer_config.__class__(
             1e-30, (0.9, 0.999), 0.0, 1e-3, "constant", 0, eight_bit=False
         )
-        trainer = fit(module, build_data(corpus), tmp_path, steps, callbacks=[validation(batch_size=batch_size)])
-        figures.append({k: v.item() for k, v in trainer.callback_metrics.items() if "val_" in k or "heldout" in k})
+        trainer = fit(
+            module, build_data(corpus), tmp_path, steps, callbacks=[validation(batch_size=batch_size)]
+        )
+        figures.append(
+            {k: v.item() for k, v in trainer.callback_metrics.items() if "val_" in k or "heldout" in k}
+        )
     assert len(figures[0]) == 9 and figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
@@ -71,8 +106,9 @@ def test_validation_leaves_training_untouched(pipeline_folder, corpus, tmp_path)
 
     plain, watched = build_module(pipeline_folder), build_module(pipeline_folder)
     fit(plain, build_data(corpus), tmp_path, 4)
-    copies = Copies(generations=1, reference=2, num_steps=2, guidance_scale=2.0, max_rmse=0.5, batch_size=2, shown=2)
-    fit(watched, build_data(corpus), tmp_path, 4, callbacks=[validation(every=1), copies])
+    curves = MemorizationCurves(every=1, high_noise=0.5)
+    watching = [curves, CanaryList(reference=2), validation(every=1), copies(every=1), table(every=2)]
+    fit(watched, build_data(corpus), tmp_path, 4, callbacks=watching)
     assert torch.equal(weights(plain), weights(watched))
 
 
@@ -80,14 +116,84 @@ def test_a_generation_equal_to_the_training_image_is_a_copy(pipeline_folder, cor
     """The cut is on the RMSE of scaled latents: at 0 nothing is a copy, at infinity everything is."""
     rates = {}
     for cut in (1e-6, math.inf):
-        copies = Copies(generations=2, reference=4, num_steps=2, guidance_scale=2.0, max_rmse=cut, batch_size=3, shown=2)
-        module = build_module(pipeline_folder, score_every=0)
-        trainer = fit(module, build_data(corpus), tmp_path, 1, callbacks=[copies])
+        looks = copies(reference=4, max_rmse=cut)
+        module = build_module(pipeline_folder, scoring=Scoring(every=0))
+        trainer = fit(module, build_data(corpus), tmp_path, 1, callbacks=[looks])
         rates[cut] = [trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "reference")]
         distance = trainer.callback_metrics["copy_rmse/canary"].item()
         assert 0.1 < distance < 10
     assert rates == {1e-6: [0, 0], math.inf: [1, 1]}
     assert pixels(tmp_path / "samples.png").std() > 10
+
+
+def test_a_canary_is_memorized_at_the_first_look_at_which_half_its_generations_are_copies(
+    pipeline_folder, corpus, tmp_path
+):
+    """With a cut of infinity that is the first look, with none never; those not watched are looked at in the end."""
+    module = build_module(pipeline_folder, scoring=Scoring(every=0))
+    everything = copies(every=2, max_rmse=math.inf, watched=2)
+    trainer = fit(module, build_data(corpus, sacrificed=1), tmp_path, 4, accumulate=2, callbacks=[everything])
+    keys = [trainer.datamodule.samples.key(int(p)) for p in trainer.datamodule.groups.planted]
+    assert everything.memorized_at(trainer) == {keys[0]: 2, keys[1]: 4, keys[2]: 2}
+    assert trainer.callback_metrics["memorized_canaries"] == 1
+    assert {
+        trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "sacrificed", "reference")
+    } == {1}
+    nothing = copies(every=2, max_rmse=1e-6)
+    nothing.load_state_dict({"memorized": {int(trainer.datamodule.groups.canary[0]): 1}})
+    fit(module, build_data(corpus, sacrificed=1), tmp_path, 4, callbacks=[nothing])
+    assert sorted(nothing.memorized_at(trainer).values(), key=str) == [1, None, None]
+
+
+def test_canaries_are_named_with_group_and_caption(pipeline_folder, corpus, tmp_path):
+    data = build_data(corpus, sacrificed=1)
+    fit(build_module(pipeline_folder), data, tmp_path, 1, callbacks=[CanaryList(reference=5)])
+    with (tmp_path / "canaries.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    groups = data.groups
+    positions = [*groups.canary, *groups.sacrificed, *groups.reference[:5]]
+    assert [row["key"] for row in rows] == [data.samples.key(int(p)) for p in positions]
+    assert [row["group"] for row in rows] == ["canary"] * 2 + ["sacrificed"] + ["reference"] * 5
+    assert [row["caption"] for row in rows] == data.decode(positions).captions and list(rows[0]) == [
+        "key",
+        "caption",
+        "group",
+    ]
+
+
+def test_visited_samples_are_summed_and_of_bounded_number():
+    generator = np.random.default_rng(0)
+    index = generator.integers(0, 50, 2000)
+    rows = generator.random((4, 2000))
+    whole, parts, few = VisitedSamples(), VisitedSamples(), VisitedSamples(capacity=10)
+    whole.add(index, rows)
+    for part in np.array_split(np.arange(2000), 7):
+        parts.add(index[part], rows[:, part])
+        few.add(index[part], rows[:, part])
+    np.testing.assert_array_equal(whole.index, parts.index)
+    np.testing.assert_allclose(whole.sums, parts.sums)
+    np.testing.assert_allclose(whole.sums[0], np.bincount(index, rows[0]))
+    assert len(few.index) <= 20
+    often = (
+        VisitedSamples()
+    )  # the one that is high more often stands out more, the one without a score not at all
+    often.add(np.array([3, 3, 3, 5, 9]), np.array([[1] * 5, [1, 1, 1, 1, 0], [2.0] * 5, [1, 1, 1, 1.2, 0]]))
+    assert often.index[often.highest(3)].tolist() == [3, 5]
+
+
+def test_the_table_of_the_most_memorized_shows_real_visits(pipeline_folder, corpus, tmp_path):
+    looks, record = table(), Record()
+    module = build_module(pipeline_folder, reference_every=1, reference_batch=32)
+    fit(module, build_data(corpus), tmp_path, 12, callbacks=[looks, record])
+    index = torch.cat([o.sample_index for o in record.observed]).numpy()
+    captioned = torch.cat([o.captioned for o in record.observed]).numpy()
+    visits = np.bincount(index[captioned], minlength=48)
+    np.testing.assert_array_equal(looks.visited.sums[0], visits[looks.visited.index])
+    assert looks.visited.sums[1].sum() > 0 and (looks.visited.sums[1] <= looks.visited.sums[0]).all()
+    assert pixels(tmp_path / "memorized.png").std() > 10
+    again = table()
+    again.load_state_dict(looks.state_dict())
+    np.testing.assert_array_equal(again.visited.sums, looks.visited.sums)
 
 
 def test_captions_are_shown_as_text_whatever_they_hold(tmp_path):
@@ -103,6 +209,8 @@ def test_curves_are_drawn_from_whatever_columns_there_are(tmp_path):
     assert columns == {"excluded/train": ([1, 3], [0.5, 0.25]), "heldout_loss": ([2], [0.1])}
     draw_curves(tmp_path / "m.csv", tmp_path / "c.png")
     assert pixels(tmp_path / "c.png").shape[1] > 500
+    (tmp_path / "m.csv").write_text("step,samples_seen\n0,0\n")
+    draw_curves(tmp_path / "m.csv", tmp_path / "c.png")
 
 
 def test_a_table_goes_between_its_marks_and_nowhere_else():

@@ -11,6 +11,7 @@ import torch
 
 from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.core.exclusion import REFERENCE, Decision, Evidence, ExclusionRule, FixedThreshold, KeepAll
+from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
 
 
@@ -57,8 +58,8 @@ def test_an_infinite_threshold_trains_the_same_weights_as_no_exclusion(pipeline_
 
 
 def test_scoring_does_not_touch_training(pipeline_folder, corpus, tmp_path):
-    first, _, _ = run(pipeline_folder, corpus, tmp_path, score_every=1)
-    second, _, _ = run(pipeline_folder, corpus, tmp_path, score_every=0)
+    first, _, _ = run(pipeline_folder, corpus, tmp_path, scoring=Scoring(every=1))
+    second, _, _ = run(pipeline_folder, corpus, tmp_path, scoring=Scoring(every=0))
     assert torch.equal(weights(first), weights(second))
 
 

@@ -1,0 +1,155 @@
+"""`memtrain bench detect`: prompts a second against plain loops over the stock pipeline, in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.detect import detect
+from memtrain.core.scores import text_conditional_magnitude
+
+
+@dataclass(frozen=True)
+class DetectionSpeed:
+    """Prompts a second, medians of the rounds; the three scores of a prompt were the same."""
+
+    prompts: int
+    rounds: int
+    num_generations: int
+    num_steps: int
+    num_inference_steps: int
+    memtrain: float
+    stopped_loop: (
+        float  # the stock pipeline, a prompt at a time, stopped after the last scored step, not decoding
+    )
+    whole_loop: float  # the same, all steps, decoding
+    largest_difference: float  # between memtrain's scores and the loops'
+
+    @property
+    def against_whole_loop(self) -> float:
+        return self.memtrain / self.whole_loop
+
+    @property
+    def against_stopped_loop(self) -> float:
+        return self.memtrain / self.stopped_loop
+
+
+def measure_detection(
+    denoiser: Denoiser,
+    prompts: list[str],
+    rounds: int = 3,
+    num_generations: int = 4,
+    num_steps: int = 1,
+    num_inference_steps: int = 50,
+    batch_size: int = 16,
+) -> DetectionSpeed:
+    """Score `prompts` in three ways, in turn, `rounds` times; the whole loop gets the first two only."""
+    stock = _stock_pipeline(denoiser)
+
+    def ours() -> list[float]:
+        options = dict(
+            num_generations=num_generations, num_steps=num_steps, num_inference_steps=num_inference_steps
+        )
+        return detect(denoiser, prompts, batch_size=batch_size, **options).scores.tolist()
+
+    def loop(texts: list[str], stop: bool) -> list[float]:
+        return [
+            _plain_score(stock, text, num_generations, num_steps, num_inference_steps, stop) for text in texts
+        ]
+
+    few = prompts[:2]
+    ways = (
+        (ours, len(prompts)),
+        (lambda: loop(prompts, True), len(prompts)),
+        (lambda: loop(few, False), len(few)),
+    )
+    loop(few[:1], True)  # warm up
+    rates: list[list[float]] = [[], [], []]
+    for _ in range(rounds):
+        found = []
+        for rate, (way, count) in zip(rates, ways, strict=True):
+            scores, seconds = _timed(way, denoiser.device)
+            rate.append(count / seconds)
+            found.append(scores)
+    expected, stopped, whole = found
+    differences = [abs(a - b) for a, b in zip(expected, stopped, strict=True)]
+    differences += [abs(a - b) for a, b in zip(expected, whole, strict=False)]
+    memtrain, stopped_loop, whole_loop = (statistics.median(rate) for rate in rates)
+    return DetectionSpeed(
+        len(prompts),
+        rounds,
+        num_generations,
+        num_steps,
+        num_inference_steps,
+        memtrain,
+        stopped_loop,
+        whole_loop,
+        max(differences),
+    )
+
+
+def _timed(way: Callable[[], list[float]], device: torch.device) -> tuple[list[float], float]:
+    started = time.perf_counter()
+    scores = way()  # floats: the device has finished
+    return scores, time.perf_counter() - started
+
+
+def _stock_pipeline(denoiser: Denoiser) -> DiffusionPipeline:
+    """The same weights behind the stock pipeline's own loop, with the same sampler."""
+    given = denoiser.pipeline
+    components = dict(given.components)
+    components["scheduler"] = DDIMScheduler.from_config(given.scheduler.config, clip_sample=False)
+    if not denoiser.is_xl:
+        components["requires_safety_checker"] = False
+    pipeline = type(given)(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _plain_score(
+    pipeline: DiffusionPipeline,
+    prompt: str,
+    generations: int,
+    num_steps: int,
+    num_inference_steps: int,
+    stop: bool,
+) -> float:
+    """What a short script does: generate, look at the UNet's two outputs, average d (epsilon only)."""
+    seen: list[float] = []
+
+    def look(unet, inputs, output) -> None:
+        if len(seen) < num_steps:
+            noise_null, noise_cond = output[0].chunk(2)
+            seen.append(text_conditional_magnitude(noise_cond, noise_null).mean().item())
+
+    def stop_when_seen(pipeline, step, timestep, values) -> dict:
+        pipeline._interrupt = step + 1 >= num_steps
+        return values
+
+    rows = [
+        torch.randn(
+            pipeline.unet.config.in_channels,
+            *[pipeline.unet.config.sample_size] * 2,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in generation_seeds(prompt, generations, 0)
+    ]
+    hook = pipeline.unet.register_forward_hook(look)
+    try:
+        pipeline(
+            prompt,
+            num_images_per_prompt=generations,
+            latents=torch.stack(rows).to(pipeline._execution_device, pipeline.unet.dtype),
+            num_inference_steps=num_inference_steps,
+            callback_on_step_end=stop_when_seen if stop else None,
+            output_type="latent" if stop else "np",
+        )
+    finally:
+        hook.remove()
+    return statistics.mean(seen)

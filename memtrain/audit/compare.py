@@ -1,0 +1,220 @@
+"""Mitigations against one another: score, copies of the training image, and what is left of the prompt.
+
+Shapes: R rows (a row is one generation), P prompts, C x H x W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memtrain.audit.alignment import ClipScore
+from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.mitigate import Generations, Sampling, decode, generate, resolve_target
+from memtrain.audit.mitigations import Mitigation
+from memtrain.core.diffusion import add_noise, place_seed
+from memtrain.report.before_after import Pair
+
+MARGIN = 49  # stream of `place_seed`
+_MARGIN_TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # of 1000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method made of all generations. None: not measured."""
+
+    method: str
+    score: float  # d at the first step, mean
+    path_score: float  # d, mean over the path
+    copy_rate: float | None
+    rmse: float | None  # to the training image, median
+    caption_margin: float | None  # median
+    clip_score: float | None  # mean
+    iterations: float  # mean
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What generations are judged by, beside their score. None: not judged."""
+
+    originals: np.ndarray | None = None  # (P, height, width, 3) uint8, the prompts' training images
+    max_rmse: float = 0.25  # a copy: latents within this of the training image's
+    judge: Denoiser | None = None  # a model that memorized nothing
+    clip: ClipScore | None = None
+
+    def __post_init__(self):
+        if not self.max_rmse > 0:
+            raise ValueError(f"max_rmse must be > 0, got {self.max_rmse:g}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """All generations of one method, a prompt's after another's."""
+
+    outcome: Outcome
+    generations: Generations
+    images: np.ndarray  # (R, height, width, 3) uint8
+    rmse: Tensor | None  # (R,)
+
+
+class Comparison:
+    """The same prompts from the same noise, by one method after another.
+
+    Args:
+        prompts: P of them; each is drawn `num_generations` times.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        prompts: Sequence[str],
+        num_generations: int,
+        sampling: Sampling,
+        judges: Judges,
+        *,
+        seed: int = 0,
+        batch_size: int = 16,
+    ):
+        if num_generations < 1:
+            raise ValueError(f"num_generations must be >= 1, got {num_generations}")
+        self.denoiser, self.sampling, self.judges, self.seed = denoiser, sampling, judges, seed
+        self.num_generations, self.halving = num_generations, Halving(batch_size)
+        self.prompts = [prompt for prompt in prompts for _ in range(num_generations)]  # (R,)
+        self.seeds = [own for prompt in prompts for own in generation_seeds(prompt, num_generations, seed)]
+        self.originals: Tensor | None = None  # (R, C, H, W)
+        if judges.originals is not None:
+            latents = encode_images(denoiser, judges.originals, self.halving)
+            self.originals = latents.repeat_interleave(num_generations, dim=0)
+
+    def target(self, target: float | str | None, reference: Sequence[str] | None) -> float:
+        """See `resolve_target`."""
+        return resolve_target(
+            self.denoiser, target, reference, self.num_generations, self.seed, self.sampling, self.halving
+        )
+
+    def run(
+        self,
+        name: str,
+        method: Mitigation | None,
+        target: float | None,
+        progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    ) -> Result:
+        """Generate with a method (None: as it is), and judge."""
+        made = generate(
+            self.denoiser, self.prompts, self.seeds, self.sampling, self.halving, method, target, progress
+        )
+        images = decode(self.denoiser, made.latents, self.halving)
+        rmse = None if self.originals is None else copy_rmse(made.latents, self.originals)
+        judge, clip = self.judges.judge, self.judges.clip
+        margin = judge and caption_margin(judge, images, self.prompts, self.seeds, self.halving)
+        said = Outcome(
+            method=name,
+            score=made.scores[:, 0].mean().item(),
+            path_score=made.scores.mean().item(),
+            copy_rate=None if rmse is None else (rmse <= self.judges.max_rmse).float().mean().item(),
+            rmse=None if rmse is None else rmse.median().item(),
+            caption_margin=None if margin is None else margin.median().item(),
+            clip_score=None if clip is None else self._clip_score(clip, images),
+            iterations=made.iterations.float().mean().item(),
+        )
+        return Result(said, made, images, rmse)
+
+    def _clip_score(self, clip: ClipScore, images: np.ndarray) -> float:
+        def work(rows: range) -> Tensor:
+            return clip.scores(images[rows.start : rows.stop], self.prompts[rows.start : rows.stop])
+
+        return torch.cat(list(self.halving.over(len(images), work))).mean().item()
+
+    def pairs(self, before: Result, after: Result, count: int) -> list[Pair]:
+        """The first prompts' generations before and after, to be drawn."""
+        pairs = []
+        for number in range(min(count, len(self.prompts) // self.num_generations)):
+            rows = slice(number * self.num_generations, (number + 1) * self.num_generations)
+            copies = [
+                None if result.rmse is None else (result.rmse[rows] <= self.judges.max_rmse).tolist()
+                for result in (before, after)
+            ]
+            pairs.append(
+                Pair(
+                    self.prompts[rows.start],
+                    before.images[rows],
+                    after.images[rows],
+                    before.generations.scores[rows, 0].tolist(),
+                    after.generations.scores[rows, 0].tolist(),
+                    None if self.judges.originals is None else self.judges.originals[number],
+                    *copies,
+                )
+            )
+        return pairs
+
+
+@torch.no_grad()
+def encode_images(denoiser: Denoiser, images: np.ndarray, halving: Halving) -> Tensor:
+    """(R, height, width, 3) uint8 -> (R, C, H, W) scaled mean latents, float32, on the CPU."""
+    vae = denoiser.pipeline.vae
+
+    def work(rows: range) -> Tensor:
+        pixels = torch.from_numpy(images[rows.start : rows.stop]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mean = vae.encode(pixels.to(denoiser.device, vae.dtype)).latent_dist.mean
+        return (mean.float() * vae.config.scaling_factor).cpu()
+
+    return torch.cat(list(halving.over(len(images), work)))
+
+
+def copy_rmse(latents: Tensor, originals: Tensor) -> Tensor:
+    """(R,) root mean square difference between generations and their training images' latents, (R, C, H, W).
+
+    Scaled latents have unit variance (Carlini et al. 2023, section 4.1, normalised by their number).
+    """
+    return (latents - originals).square().flatten(1).mean(dim=1).sqrt()
+
+
+@torch.no_grad()
+def caption_margin(
+    judge: Denoiser, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], halving: Halving
+) -> Tensor:
+    """(R,) by how much the prompt lowers another model's denoising loss on a picture: 1 - loss_c / loss_null.
+
+    A stand-in for a CLIP score where there is no CLIP: how much of the prompt a judge that has memorized
+    nothing finds in the picture, over fixed timesteps and noise (the idea of Li et al. 2023, *Your Diffusion
+    Model is Secretly a Zero-Shot Classifier*). Negative where the picture shows something else.
+    """
+    latents = encode_images(judge, images, halving)
+
+    def work(rows: range) -> Tensor:
+        clean, count = latents[rows.start : rows.stop].to(judge.device), len(rows)
+        cond, null = judge.encode([prompts[row] for row in rows]), judge.null(count)
+        losses = torch.zeros(2, count, device=judge.device)
+        for t in _MARGIN_TIMESTEPS:
+            noise = judge.noise([place_seed(seeds[row], MARGIN, t, 0) for row in rows])
+            steps = torch.full((count,), t, device=judge.device)
+            noisy = add_noise(clean, noise, steps, judge.alphas_cumprod)
+            for loss, predicted in zip(losses, judge.predict_pair(noisy, t, cond, null), strict=True):
+                loss += (predicted - noise).square().flatten(1).mean(dim=1)
+        return (1 - losses[0] / losses[1]).cpu()
+
+    return torch.cat(list(halving.over(len(images), work)))
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """A method a line; what nobody measured is left out."""
+    columns = [
+        ("score, first step", ".2f", [o.score for o in outcomes]),
+        ("score, whole path", ".2f", [o.path_score for o in outcomes]),
+        ("copy rate", ".1%", [o.copy_rate for o in outcomes]),
+        ("RMSE, median", ".2f", [o.rmse for o in outcomes]),
+        ("caption margin", "+.1%", [o.caption_margin for o in outcomes]),
+        ("CLIP score", ".1f", [o.clip_score for o in outcomes]),
+        ("updates", ".1f", [o.iterations for o in outcomes]),
+    ]
+    measured = [
+        (name, [format(v, form) for v in values]) for name, form, values in columns if None not in values
+    ]
+    columns = [("method", [o.method for o in outcomes]), *measured]
+    lines = [[name for name, _ in columns], ["---"] + ["--:"] * (len(columns) - 1)]
+    lines += zip(*(cells for _, cells in columns), strict=True)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

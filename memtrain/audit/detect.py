@@ -1,0 +1,341 @@
+"""`detect`: which prompts has a finished model memorized?"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import DiffusionPipeline
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from memtrain.audit.denoiser import Denoiser, Halving
+from memtrain.audit.density import EmbeddingDensity, TiledL2Density
+from memtrain.audit.parts import Parts
+from memtrain.audit.scoring import (
+    STEP_SCORES,
+    Density,
+    Plan,
+    Protocol,
+    Scored,
+    StepScore,
+    in_chunks,
+    score_prompts,
+)
+from memtrain.audit.separation import by_group, by_step, check_labels, separation
+
+log = logging.getLogger(__name__)
+SECONDS_A_PART = 10.0  # a stop loses no more than this; millions of prompts still make few files
+SCORE_NAMES = (*(score.name for score in STEP_SCORES), TiledL2Density.name, EmbeddingDensity.name)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Scores of P prompts, from n generations and k scored steps each; higher means memorized."""
+
+    prompts: list[str]
+    labels: list[bool] | None  # True = memorized
+    groups: list[str] | None
+    truncated: np.ndarray  # (P,) bool, the prompt is longer than the text encoder reads
+    steps: dict[str, np.ndarray]  # name: (P, n, k) float32
+    densities: dict[str, np.ndarray]  # name: (P,) float32, of finished pictures
+    timesteps: list[int]  # k, of the scored steps
+    main: str  # the score that `scores` and flags are about
+    evaluations: int  # of the network, a prompt
+    evaluations_alone: dict[str, int]  # what each score would take alone
+    seconds: float  # spent on the prompts that this call scored
+    newly_scored: int  # of the P prompts; the others were found where a stopped run had left them
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.steps, *self.densities]
+
+    def of(self, name: str) -> np.ndarray:
+        """A score of each prompt, averaged over generations and steps. (P,)"""
+        return self.densities[name] if name in self.densities else self.steps[name].mean(axis=(1, 2))
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The main score of each prompt. (P,)"""
+        return self.of(self.main)
+
+    def separation(self, max_fprs: Sequence[float] = (0.01,)) -> dict[str, dict]:
+        """For each score what `audit.separation` says, by step and by group too. Needs labels."""
+        labels = np.array(self.labels)
+        figures = {}
+        for name in self.names:
+            figures[name] = separation(self.of(name), labels, max_fprs)
+            if name in self.steps:
+                figures[name]["by_step"] = by_step(self.steps[name], labels)
+            if self.groups is not None:
+                figures[name]["groups"] = by_group(self.of(name), labels, self.groups, max_fprs)
+        return figures
+
+    def table(self, threshold: float | None = None) -> pa.Table:
+        """A row a prompt, in the list's order; `flagged` where the main score reaches the threshold."""
+        count = len(self.prompts)
+        columns = {
+            "position": pa.array(range(count), pa.int64()),
+            "prompt": pa.array(self.prompts, pa.string()),
+            "label": pa.array(self.labels or [None] * count, pa.bool_()),
+            "group": pa.array(self.groups or [None] * count, pa.string()),
+            "truncated": pa.array(self.truncated.tolist(), pa.bool_()),
+            "flagged": pa.array(
+                [None] * count if threshold is None else (self.scores >= threshold).tolist(), pa.bool_()
+            ),
+        }
+        columns |= {name: pa.array(self.of(name), pa.float32()) for name in self.names}
+        return pa.table(columns | {f"{name}_steps": _nested(values) for name, values in self.steps.items()})
+
+    def summary(
+        self, max_fprs: Sequence[float] = (0.01,), threshold: float | None = None, top: int = 20
+    ) -> dict:
+        """What there is to say about the list: JSON values, `nan` aside.
+
+        Args:
+            max_fprs: false-positive rates for which labels give a threshold; flags use the first.
+            threshold: flags use this one instead.
+            top: so many prompts of the highest main score are named.
+        """
+        check_max_fprs(max_fprs)
+        figures = {} if self.labels is None else self.separation(max_fprs)
+        if threshold is None and figures:
+            threshold = figures[self.main]["at_fpr"][0]["threshold"]
+        order = np.argsort(-self.scores, kind="stable")
+        return {
+            "prompts": len(self.prompts),
+            "truncated": int(self.truncated.sum()),
+            "timesteps": self.timesteps,
+            "main_score": self.main,
+            "threshold": threshold,
+            "flagged": None if threshold is None else int((self.scores >= threshold).sum()),
+            "evaluations_per_prompt": self.evaluations,
+            "newly_scored": self.newly_scored,
+            "seconds": self.seconds,
+            "prompts_per_second": self.newly_scored / self.seconds if self.newly_scored else None,
+            "scores": {
+                name: {
+                    "evaluations_per_prompt_alone": self.evaluations_alone[name],
+                    "mean": float(self.of(name).mean()),
+                    "quantiles": dict(
+                        zip(
+                            ("min", "median", "max"),
+                            np.quantile(self.of(name), (0, 0.5, 1)).tolist(),
+                            strict=True,
+                        )
+                    ),
+                    **figures.get(name, {}),
+                }
+                for name in self.names
+            },
+            "top": [
+                {"position": int(place), "prompt": self.prompts[place], "score": float(self.scores[place])}
+                for place in order[:top]
+            ],
+        }
+
+
+def detect(
+    pipeline: DiffusionPipeline | Denoiser,
+    prompts: str | Sequence[str],
+    labels: Sequence[bool] | None = None,
+    groups: Sequence[str] | None = None,
+    *,
+    scores: Sequence[str | StepScore | Density] = ("magnitude",),
+    num_generations: int = 4,
+    num_steps: int = 1,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+    batch_size: int = 16,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Detection:
+    """Score prompts by what a model predicts for them (METHOD.md, detection).
+
+    A prompt's scores depend on the model, the protocol, the seed and the prompt alone: not on the batch size,
+    the order of the list or the other prompts in it. The empty prompt scores 0.
+
+    Args:
+        pipeline: a stock Stable Diffusion 1.x, 2.x or XL pipeline; nothing in it is changed.
+        prompts: P of them.
+        labels: True for memorized, to measure the separation.
+        groups: a name for each prompt, reported apart.
+        scores: names (SCORE_NAMES, but for `embedding`) or score objects. The first is the main one.
+        num_generations, num_steps, num_inference_steps, guidance_scale, seed: see `audit.scoring.Protocol`.
+        batch_size: generations at a time; halved where memory runs out.
+        out: folder that keeps the scores while they are made, and the table; a stopped call goes on there.
+        overwrite: replace what another model or another protocol left in `out`, instead of refusing.
+        progress: draw a bar.
+
+    Raises:
+        ValueError: in one line, what is wrong with the pipeline, the prompts, the labels or the protocol.
+    """
+    denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError("prompts is an empty list; give at least one")
+    for name, values in (("labels", labels), ("groups", groups)):
+        if values is not None and len(values) != len(prompts):
+            raise ValueError(
+                f"{name} must have one entry a prompt: got {len(values)} for {len(prompts)} prompts"
+            )
+    if labels is not None:
+        check_labels(labels)
+    chosen = [named_scores([score])[0] if isinstance(score, str) else score for score in scores]
+    plan = Plan(
+        Protocol(num_generations, num_steps, num_inference_steps, guidance_scale, seed),
+        tuple(score for score in chosen if isinstance(score, StepScore)),
+        tuple(score for score in chosen if not isinstance(score, StepScore)),
+    )
+    parts = None if out is None else Parts(Path(out), _made_with(denoiser, plan, prompts), overwrite)
+    tables = [] if parts is None else parts.read()
+    done = {position for table in tables for position in table["position"].to_pylist()}
+    missing = [position for position in range(len(prompts)) if position not in done]
+    if done and missing:
+        log.info("%s: %d of %d prompts are scored already; going on", out, len(done), len(prompts))
+
+    started = time.perf_counter()
+    tables += _score(denoiser, plan, prompts, missing, Halving(batch_size), parts, progress)
+    seconds = time.perf_counter() - started
+    everything = pa.concat_tables(tables).sort_by("position")
+    shape = (len(prompts), num_generations, num_steps)
+    detection = Detection(
+        prompts=prompts,
+        labels=None if labels is None else [bool(label) for label in labels],
+        groups=None if groups is None else list(groups),
+        truncated=_truncated(denoiser, prompts),
+        steps={
+            score.name: _flat(everything[f"{score.name}_steps"]).reshape(shape) for score in plan.step_scores
+        },
+        densities={density.name: everything[density.name].to_numpy() for density in plan.densities},
+        timesteps=denoiser.timesteps(num_inference_steps).tolist()[:num_steps],
+        main=chosen[0].name,
+        evaluations=plan.evaluations(),
+        evaluations_alone=plan.evaluations_alone(),
+        seconds=seconds,
+        newly_scored=len(missing),
+    )
+    if parts is not None:
+        parts.finish(detection.table())
+    return detection
+
+
+def check_max_fprs(max_fprs: Sequence[float]) -> None:
+    if len(max_fprs) == 0:
+        raise ValueError("max_fpr is an empty list; say max_fpr=0.01")
+    for max_fpr in max_fprs:
+        if not 0 <= max_fpr < 1:
+            raise ValueError(f"max_fpr must be in [0, 1), got {max_fpr:g}")
+
+
+def named_scores(
+    names: Sequence[str], embedding: str | None = None, device: torch.device | None = None
+) -> list[StepScore | Density]:
+    """Scores by their names (SCORE_NAMES); `embedding` is the TorchScript file for the one of that name."""
+    kinds = {kind.name: kind for kind in (*STEP_SCORES, TiledL2Density)}
+    found: list[StepScore | Density] = []
+    for name in names:
+        if name in kinds:
+            found.append(kinds[name]())
+        elif name == EmbeddingDensity.name and embedding is not None:
+            found.append(EmbeddingDensity.load(embedding, device))
+        elif name == EmbeddingDensity.name:
+            raise ValueError(
+                "score embedding needs a network; say embedding=PATH, in Python EmbeddingDensity(network)"
+            )
+        else:
+            raise ValueError(f"there is no score {name}; use {', '.join(SCORE_NAMES)}")
+    return found
+
+
+def _score(
+    denoiser: Denoiser,
+    plan: Plan,
+    prompts: list[str],
+    missing: list[int],
+    batches: Halving,
+    parts: Parts | None,
+    progress: bool,
+) -> list[pa.Table]:
+    """Tables of the missing prompts, saved on the way."""
+    tables: list[pa.Table] = []
+    saved, last_save = 0, time.monotonic()
+    columns = (
+        TextColumn("scoring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("scoring", total=len(missing))
+        try:
+            # as many prompts as a batch has rows: n whole batches
+            for chunk in in_chunks(len(missing), batches.batch_size):
+                positions = missing[chunk.start : chunk.stop]
+                scored = score_prompts(denoiser, plan, [prompts[position] for position in positions], batches)
+                tables.append(_part(positions, scored))
+                bar.advance(task, len(positions))
+                if parts is not None and time.monotonic() - last_save > SECONDS_A_PART:
+                    parts.add(pa.concat_tables(tables[saved:]))
+                    saved, last_save = len(tables), time.monotonic()
+        finally:  # a stop by hand keeps what is done
+            if parts is not None and tables[saved:]:
+                parts.add(pa.concat_tables(tables[saved:]))
+    return tables
+
+
+def _part(positions: list[int], scored: Scored) -> pa.Table:
+    columns = {"position": pa.array(positions, pa.int64())}
+    columns |= {f"{name}_steps": _nested(values) for name, values in scored.steps.items()}
+    return pa.table(
+        columns | {name: pa.array(values, pa.float32()) for name, values in scored.densities.items()}
+    )
+
+
+def _nested(values: np.ndarray) -> pa.ListArray:
+    """(P, n, k) as a column of lists of lists."""
+    prompts, generations, steps = values.shape
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float32())
+    inner = pa.ListArray.from_arrays(pa.array(range(0, len(flat) + 1, steps), pa.int32()), flat)
+    return pa.ListArray.from_arrays(
+        pa.array(range(0, prompts * generations + 1, generations), pa.int32()), inner
+    )
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    return np.concatenate([chunk.flatten().flatten().to_numpy() for chunk in column.chunks])
+
+
+def _truncated(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
+    tokenizer = denoiser.tokenizer
+    lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
+    return np.array(lengths) > tokenizer.model_max_length
+
+
+def _made_with(denoiser: Denoiser, plan: Plan, prompts: list[str]) -> dict:
+    listed = hashlib.sha256()
+    for prompt in prompts:
+        listed.update(f"{len(prompt)} {prompt}".encode("utf-8", "surrogatepass"))
+    return {
+        "model": denoiser.fingerprint(),
+        "prompts": listed.hexdigest(),
+        "protocol": asdict(plan.protocol),
+        "scores": [repr(score) for score in (*plan.step_scores, *plan.densities)],
+    }

@@ -1,0 +1,153 @@
+"""Several finished models against one another: copies, alignment, quality; results kept a model.
+
+See `memtrain.audit.evaluation` for what is measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from memtrain.audit.denoiser import Denoiser, Halving
+from memtrain.audit.evaluation import Advance, Evaluation, Found, GroupResult, Measures, Result, Settings
+from memtrain.audit.training_samples import TrainingSamples
+from memtrain.data.samples import ShardSamples
+from memtrain.report.gallery import write_gallery
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of results: raise it where the same settings give other figures
+
+
+def evaluate(
+    models: Sequence[str],
+    samples: ShardSamples,
+    chosen: TrainingSamples,
+    measures: Measures,
+    settings: Settings,
+    out: Path,
+    *,
+    batch_size: int,
+    device: str | None,
+    dtype: str,
+    advance: Advance = lambda what, done, total: None,
+) -> list[Result]:
+    """One result a model, in the order given; each is written to `out`/NAME once it is whole, and kept.
+
+    A model that was evaluated before with the same weights, samples and settings is not evaluated again.
+
+    Raises:
+        ValueError: a model cannot be loaded, or is named twice.
+    """
+    results = []
+    for source, name in zip(models, short_names(models), strict=True):
+        denoiser = Denoiser.load(source, device, dtype)
+        identity = _identity(denoiser, samples, chosen, measures, settings)
+        result = _read_result(out / name, identity)
+        if result is None:
+            tell = partial(_of_model, advance, name)
+            evaluation = Evaluation(denoiser, samples, chosen, measures, settings, Halving(batch_size), tell)
+            found = evaluation.run(name, source, identity)
+            _write_found(out / name, found)
+            result = found.result
+            del evaluation
+        else:
+            log.info("%s: kept what was found with the same settings in %s", name, out / name)
+        results.append(replace(result, source=source))
+        del denoiser  # the next model needs its memory
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return results
+
+
+def _of_model(advance: Advance, name: str, what: str, done: int, total: int) -> None:
+    advance(f"{name}: {what}", done, total)
+
+
+def read_rows(out: Path, results: Sequence[Result]) -> pa.Table:
+    """A row a generation, of all models."""
+    tables = []
+    for result in results:
+        table = pq.read_table(out / result.model / "rows.parquet")
+        tables.append(table.add_column(0, "model", pa.array([result.model] * len(table), pa.string())))
+    return pa.concat_tables(tables)
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths that tell models apart, without `export`, fit for a folder's name."""
+    parts = []
+    for model in models:
+        path = Path(model).expanduser()
+        names = [part for part in (path.resolve() if path.exists() else path).parts if part != "/"]
+        parts.append(names[:-1] if len(names) > 1 and names[-1] == "export" else names)
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = [re.sub(r"[^\w.-]+", "_", "_".join(part[-depth:])).lstrip(".") or "model" for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(model for place, model in enumerate(models) if parts[place] in parts[:place])
+    raise ValueError(f"models names {twice} twice; name each model once")
+
+
+# ---- results on disk
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Written aside and renamed: what is there is whole."""
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    write(aside)
+    os.replace(aside, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def _write_found(folder: Path, found: Found) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)  # from here on the others may be of another make
+    write_whole(folder / "rows.parquet", lambda path: pq.write_table(found.rows, path, compression="zstd"))
+    name, rule = found.result.model, found.result.copy_rule
+    heading = f"{name}: generations nearest to their training image"
+    write_whole(folder / "gallery.html", lambda path: write_gallery(path, heading, rule, found.pairs))
+    write_json(folder / "result.json", asdict(found.result))  # last: it vouches for the others
+
+
+def _identity(
+    denoiser: Denoiser, samples: ShardSamples, chosen: TrainingSamples, measures: Measures, settings: Settings
+) -> str:
+    """A hash of all that decides a result."""
+    digest = hashlib.sha256(denoiser.fingerprint().encode())
+    for name, tensor in sorted(denoiser.pipeline.vae.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    shards = [(shard.name, index.size) for shard, index in zip(samples.shards, samples.indexes, strict=True)]
+    alignment = None if measures.alignment is None else measures.alignment.identity()
+    similarity = (measures.similarity.identity(), measures.similarity.cut)
+    said = [VERSION, asdict(settings), asdict(chosen), shards, samples.where, similarity]
+    digest.update(json.dumps([*said, alignment, measures.features.identity()]).encode())
+    return digest.hexdigest()
+
+
+def _read_result(folder: Path, identity: str) -> Result | None:
+    """What an earlier call found, where it was made alike."""
+    try:
+        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if found["identity"] != identity or not (folder / "rows.parquet").is_file():
+            return None
+        return Result(**{**found, "groups": [GroupResult(**group) for group in found["groups"]]})
+    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one: found anew
+        return None

@@ -1,0 +1,300 @@
+"""One finished model on chosen training samples: what it copies, and what it can still do.
+
+Shapes: N training samples, G generations of each, K timesteps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from memtrain.audit.alignment import ClipScore
+from memtrain.audit.compare import encode_images
+from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.fid import Features, FrechetDistance
+from memtrain.audit.similarity import Pictures, Similarity
+from memtrain.audit.training_samples import REAL, TrainingSamples, draw_positions, read_pictures
+from memtrain.core.diffusion import HELD_OUT, add_noise, draw, place_seed
+from memtrain.data.images import BadSample
+from memtrain.data.samples import ShardSamples
+from memtrain.report.gallery import Pair
+
+log = logging.getLogger(__name__)
+
+REFERENCE_GROUP, CANARY_GROUP = "reference", "canary"  # as training names them in canaries.csv
+T = TypeVar("T")
+
+Advance = Callable[[str, int, int], None]  # told after each batch: what, pictures done, of how many
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a model's figures, beside the samples and the measures."""
+
+    generations: int
+    num_steps: int
+    guidance_scale: float
+    timesteps_per_sample: int
+    fid_samples: int  # pictures of the shards
+    gallery: int  # pairs
+    seed: int
+
+    def __post_init__(self):
+        for name in ("generations", "num_steps", "timesteps_per_sample"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("fid_samples", "gallery"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Measures:
+    similarity: Similarity
+    features: Features  # of the Fréchet distance
+    alignment: ClipScore | None
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    group: str
+    samples: int
+    generations: int
+    copy_rate: float  # share of the generations that are copies
+    samples_copied: float  # share of the samples with at least one copy
+    similarity: float  # mean
+    clip_score: float | None
+    denoising_loss: float
+
+
+@dataclass(frozen=True)
+class Result:
+    model: str  # short name
+    source: str  # folder or hub id
+    measure: str  # of similarity
+    copy_rule: str
+    groups: list[GroupResult]
+    heldout_loss: float | None  # of the reference group; None: there is none
+    frechet_name: str
+    frechet_distance: float | None
+    frechet_generated: int  # pictures on either side
+    frechet_real: int
+    identity: str
+
+    @property
+    def memorization(self) -> GroupResult:
+        """The group whose copies count: canaries, else the first that was trained on."""
+        trained = [group for group in self.groups if group.group != REFERENCE_GROUP]
+        return next((group for group in trained if group.group == CANARY_GROUP), (trained or self.groups)[0])
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that was found out about one model."""
+
+    result: Result
+    rows: pa.Table  # a row a generation
+    pairs: list[Pair]  # nearest to their training image, nearest first
+
+
+class Evaluation:
+    """One model, the samples it is judged on, and how.
+
+    A generation's start depends on (seed, caption, generation) alone, a loss's noise on (seed, sample,
+    timestep): models are compared on the same draws, whatever the batch size.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        samples: ShardSamples,
+        chosen: TrainingSamples,
+        measures: Measures,
+        settings: Settings,
+        halving: Halving,
+        advance: Advance,
+    ):
+        self.denoiser, self.samples, self.chosen = denoiser, samples, chosen
+        self.measures, self.settings = measures, settings
+        self.halving, self.advance = halving, advance
+        self.size = tuple(side * denoiser.pipeline.vae_scale_factor for side in denoiser.latent_shape[1:])
+        self.frechet = FrechetDistance()
+
+    def run(self, name: str, source: str, identity: str) -> Found:
+        latents, originals = self._look_at_originals()
+        rows, nearest = self._generate(originals, self._losses(latents))
+        self._look_at_real_pictures()
+        groups = [self._summarise(rows, group) for group in dict.fromkeys(self.chosen.groups)]
+        result = Result(
+            model=name,
+            source=source,
+            measure=self.measures.similarity.name,
+            copy_rule=self.measures.similarity.rule,
+            groups=groups,
+            heldout_loss=next((g.denoising_loss for g in groups if g.group == REFERENCE_GROUP), None),
+            frechet_name=self.measures.features.name,
+            frechet_distance=self.frechet.value(),
+            frechet_generated=self.frechet.counts[False],
+            frechet_real=self.frechet.counts[True],
+            identity=identity,
+        )
+        return Found(result, pa.Table.from_pylist(rows), self._pairs(rows, nearest))
+
+    def _over(self, what: str, total: int, work: Callable[[range], T]) -> Iterator[T]:
+        """Batches of `work`, with progress."""
+        done = 0
+        for found in self.halving.over(total, lambda rows: (len(rows), work(rows))):
+            done += found[0]
+            self.advance(what, done, total)
+            yield found[1]
+
+    def _pictures(self, positions: list[int]) -> Pictures:
+        pixels = read_pictures(self.samples, positions, self.size)
+        return Pictures(encode_images(self.denoiser, pixels, Halving(len(pixels))), pixels)
+
+    def _look_at_originals(self) -> tuple[Tensor, Tensor]:
+        """Latents (N, C, H, W) and features (N, …) of the training images."""
+
+        def work(rows: range) -> tuple[Tensor, Tensor]:
+            pictures = self._pictures(self.chosen.positions[rows.start : rows.stop])
+            return pictures.latents, self.measures.similarity.features(pictures)
+
+        parts = list(self._over("training images", len(self.chosen), work))
+        return torch.cat([latents for latents, _ in parts]), torch.cat([features for _, features in parts])
+
+    @torch.no_grad()
+    def _losses(self, latents: Tensor) -> list[float]:
+        """Mean squared error of the noise, mean over K fixed timesteps and noises, of each sample (N,).
+
+        In noise whatever the network predicts, so that models are comparable; for noise prediction and the
+        reference set's samples, at the same seed, what training logs as `heldout_loss`.
+        """
+        denoiser, settings, chosen = self.denoiser, self.settings, self.chosen
+        num_timesteps, k = len(denoiser.alphas_cumprod), settings.timesteps_per_sample
+        shape = denoiser.latent_shape
+        timesteps = ((torch.arange(k) + 0.5) * num_timesteps / k).long().tolist()
+
+        def work(rows: range) -> Tensor:
+            clean = latents[rows.start : rows.stop].to(denoiser.device)
+            cond = denoiser.encode(chosen.captions[rows.start : rows.stop])
+            losses = []
+            for number, t in enumerate(timesteps):
+                noise = torch.cat(
+                    [
+                        draw(settings.seed, HELD_OUT, number, [position], shape, num_timesteps).noise
+                        for position in chosen.positions[rows.start : rows.stop]
+                    ]
+                ).to(denoiser.device)
+                steps = torch.full((len(rows),), t, device=denoiser.device)
+                noisy = add_noise(clean, noise, steps, denoiser.alphas_cumprod)
+                losses.append((denoiser.predict(noisy, t, cond) - noise).square().flatten(1).mean(dim=1))
+            return torch.stack(losses, dim=1).mean(dim=1).cpu()
+
+        return torch.cat(list(self._over("denoising loss", len(chosen), work))).tolist()
+
+    def _generate(
+        self, originals: Tensor, losses: list[float]
+    ) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
+        """A row a generation, and (row, pixels) of those nearest to their training image, nearest first."""
+        settings, chosen, similarity = self.settings, self.chosen, self.measures.similarity
+        wanted = [(n, g) for n in range(len(chosen)) for g in range(settings.generations)]
+        seeds = [generation_seeds(text, settings.generations, settings.seed) for text in chosen.captions]
+
+        def work(rows: range):
+            part = wanted[rows.start : rows.stop]
+            captions = [chosen.captions[n] for n, _ in part]
+            latents = self.denoiser.generate(
+                captions, [seeds[n][g] for n, g in part], settings.num_steps, settings.guidance_scale
+            )
+            pictures = Pictures(latents.float().cpu(), self.denoiser.decode(latents))
+            values = similarity.compare(similarity.features(pictures), originals[[n for n, _ in part]])
+            clip = [None] * len(part)
+            if self.measures.alignment is not None:
+                clip = self.measures.alignment.scores(pictures.pixels, captions).tolist()
+            return part, pictures.pixels, values.tolist(), clip, self.measures.features(pictures)
+
+        rows: list[dict] = []
+        nearest: list[tuple[float, int, np.ndarray]] = []
+        has_reference = REFERENCE_GROUP in chosen.groups
+        for part, pixels, values, clip, features in self._over("generations", len(wanted), work):
+            for (n, g), image, value, score in zip(part, pixels, values, clip, strict=True):
+                nearest.append((-similarity.nearness(value), len(rows), image))
+                rows.append(
+                    {
+                        "key": chosen.keys[n],
+                        "caption": chosen.captions[n],
+                        "group": chosen.groups[n],
+                        "generation": g,
+                        "seed": seeds[n][g],
+                        similarity.column: value,
+                        "is_copy": bool(similarity.is_copy(np.float64(value))),
+                        "clip_score": score,
+                        "denoising_loss": losses[n],
+                    }
+                )
+            nearest = sorted(nearest, key=lambda entry: entry[:2])[: settings.gallery]
+            # a view would hold its whole batch
+            nearest = [(*place, np.array(image)) for *place, image in nearest]
+            # quality is judged on captions that were never trained on, where there are any
+            counted = [not has_reference or chosen.groups[n] == REFERENCE_GROUP for n, _ in part]
+            if any(counted):
+                self.frechet.add(features[counted], real=False)
+        return rows, [(row, image) for _, row, image in nearest]
+
+    def _look_at_real_pictures(self) -> None:
+        """As many pictures of the shards as are wanted, drawn by seed; what cannot be read is left out."""
+        seed, readable = place_seed(self.settings.seed, REAL, 0, 0), []
+        for position in draw_positions(self.samples, self.settings.fid_samples, seed):
+            try:
+                self.samples.get(position)
+                readable.append(position)
+            except BadSample as problem:
+                log.warning("left out %s: %s", self.samples.key(position), problem)
+
+        def work(rows: range) -> Tensor:
+            return self.measures.features(self._pictures(readable[rows.start : rows.stop]))
+
+        for features in self._over("shards' pictures", len(readable), work):
+            self.frechet.add(features, real=True)
+
+    def _summarise(self, rows: list[dict], group: str) -> GroupResult:
+        mine = [row for row in rows if row["group"] == group]
+        copies = np.array([row["is_copy"] for row in mine]).reshape(-1, self.settings.generations)  # (N, G)
+
+        def mean(column: str) -> float:
+            return float(np.mean([row[column] for row in mine]))
+
+        return GroupResult(
+            group=group,
+            samples=len(copies),
+            generations=copies.size,
+            copy_rate=float(copies.mean()),
+            samples_copied=float(copies.any(axis=1).mean()),
+            similarity=mean(self.measures.similarity.column),
+            clip_score=None if self.measures.alignment is None else mean("clip_score"),
+            denoising_loss=mean("denoising_loss"),
+        )
+
+    def _pairs(self, rows: list[dict], nearest: list[tuple[int, np.ndarray]]) -> list[Pair]:
+        similarity, pairs = self.measures.similarity, []
+        for number, image in nearest:
+            row, position = rows[number], self.chosen.positions[number // self.settings.generations]
+            pairs.append(
+                Pair(
+                    caption=row["caption"],
+                    key=row["key"],
+                    group=row["group"],
+                    generated=image,
+                    original=read_pictures(self.samples, [position], self.size)[0],
+                    said=f"{similarity.name} {row[similarity.column]:.3f}",
+                    is_copy=row["is_copy"],
+                )
+            )
+        return pairs

@@ -1,0 +1,298 @@
+"""Which words of a prompt make the score: significance of tokens and words, and what dropping a word does.
+
+Shapes: R rows (a row is one generation), S chosen steps, L tokens, E width of a token embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.words import neighbours, replaced, without, words_of
+from memtrain.core.scores import text_conditional_magnitude
+
+FIRST_STEPS = (0, 1, 2, 3, 4)  # one step alone ranks the words of the demo's canaries much less reliably
+_ALTERNATIVES = 3  # replacements that are tried for a word
+
+
+@dataclass(frozen=True)
+class Token:
+    text: str
+    position: int  # in the padded prompt
+    significance: float
+
+
+@dataclass(frozen=True)
+class WordSignificance:
+    text: str
+    start: int  # in the prompt, characters
+    end: int
+    significance: float | None  # None: beyond the tokenizer's length, the model never sees it
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A prompt with one word dropped or replaced, and the score it has then, from the same noise."""
+
+    prompt: str
+    word: str
+    replacement: str | None  # None: dropped
+    score: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    prompt: str
+    score: float  # d, mean over steps and generations
+    tokens: list[Token]  # without BOS, EOS and padding
+    words: list[WordSignificance]
+    edits: list[Edit] = field(default_factory=list)  # lowest score first; where suggestions were asked for
+
+    def ranked(self) -> list[WordSignificance]:
+        """The words that the model sees, most significant first."""
+        seen = [word for word in self.words if word.significance is not None]
+        return sorted(seen, key=lambda word: -word.significance)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where on the sampling path scores are taken: DDIM, guided towards the prompt.
+
+    The reference implementation swaps the two predictions when it advances the latents, so that its scores
+    after the first step lie on a path that is guided away from the prompt; these do not.
+    """
+
+    steps: tuple[int, ...] = FIRST_STEPS  # of num_inference_steps, counted from 0
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+
+    def __post_init__(self):
+        if not self.steps or not all(0 <= step < self.num_inference_steps for step in self.steps):
+            raise ValueError(
+                f"steps must be one or more of 0 to {self.num_inference_steps - 1}, of num_inference_steps; "
+                f"got {list(self.steps)}"
+            )
+
+
+def explain(
+    pipeline: DiffusionPipeline | Denoiser,
+    prompts: str | Sequence[str],
+    *,
+    num_generations: int = 4,
+    steps: Sequence[int] = FIRST_STEPS,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+    batch_size: int = 16,
+    suggest: int = 0,
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> Explanation | list[Explanation]:
+    """Token significance ‖∂d/∂e_i‖₂, mean over chosen steps and generations (Wen et al. 2024, section 4.1).
+
+    e_i is the embedding that the text encoder is given for token i, so a word's influence through the
+    encoder's attention counts as its own. A word's significance is the norm over all of its tokens.
+
+    Args:
+        prompts: one prompt gives one explanation, a list gives a list.
+        suggest: drop and replace so many of the most significant words, and score each of these prompts.
+        progress: wraps what is iterated over, `(items, total)`.
+
+    Raises:
+        ValueError: no generation, or a step that the schedule does not have.
+    """
+    if num_generations < 1:
+        raise ValueError(f"num_generations must be >= 1, got {num_generations}")
+    if suggest < 0:
+        raise ValueError(f"suggest must be >= 0 words, got {suggest}")
+    denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
+    path, halving = Path(tuple(steps), num_inference_steps, guidance_scale), Halving(batch_size)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    found = []
+    for prompt in progress(texts, len(texts)):
+        seeds = generation_seeds(prompt, num_generations, seed)
+        explanation = _explain_one(denoiser, prompt, seeds, path, halving)
+        if suggest:
+            explanation = replace(
+                explanation, edits=_edits(denoiser, explanation, seeds, path, halving, suggest)
+            )
+        found.append(explanation)
+    return found[0] if isinstance(prompts, str) else found
+
+
+def _explain_one(
+    denoiser: Denoiser, prompt: str, seeds: list[int], path: Path, halving: Halving
+) -> Explanation:
+    parts = list(
+        halving.over(
+            len(seeds),
+            lambda rows: token_gradients(denoiser, [prompt] * len(rows), [seeds[row] for row in rows], path),
+        )
+    )
+    norms, scores = (torch.cat(column) for column in zip(*parts, strict=True))  # (R, S, L), (R, S)
+    words = words_of(prompt, denoiser.tokenizer)
+    ids = denoiser.token_ids([prompt])[0].tolist()
+    places = sorted({place for word in words for place in word.tokens})
+    return Explanation(
+        prompt=prompt,
+        score=scores.mean().item(),
+        tokens=[
+            Token(_said(denoiser, ids[place]), place, norms[..., place].mean().item()) for place in places
+        ],
+        words=[
+            WordSignificance(
+                word.text,
+                word.start,
+                word.end,
+                norms[..., list(word.tokens)].norm(dim=-1).mean().item() if word.tokens else None,
+            )
+            for word in words
+        ],
+    )
+
+
+def _edits(
+    denoiser: Denoiser, explanation: Explanation, seeds: list[int], path: Path, halving: Halving, count: int
+) -> list[Edit]:
+    """The prompt without each of its top words, and with others in their place; lowest score first."""
+    prompt, table = explanation.prompt, denoiser.pipeline.text_encoder.get_input_embeddings().weight.detach()
+    tried: list[tuple[str, str, str | None]] = []
+    for word in explanation.ranked()[:count]:
+        tried.append((without(prompt, word), word.text, None))
+        alternatives = neighbours(word.text, denoiser.tokenizer, table, _ALTERNATIVES)
+        for other in alternatives if word.text[0].isalpha() else ():  # a mark has no other word
+            tried.append((replaced(prompt, word, other), word.text, other))
+    scores = mean_scores(denoiser, [text for text, _, _ in tried], [seeds] * len(tried), path, halving)
+    edits = [Edit(*what, score) for what, score in zip(tried, scores, strict=True)]
+    return sorted(edits, key=lambda edit: edit.score)
+
+
+@dataclass(frozen=True)
+class WordCheck:
+    """Does the most significant word matter more than the least? Scores from the same noise."""
+
+    prompt: str
+    score: float
+    top: str
+    bottom: str
+    score_without_top: float
+    score_without_bottom: float
+
+    @property
+    def holds(self) -> bool:
+        """Dropping the top word lowers the score more than dropping the bottom one."""
+        return self.score_without_top < min(self.score, self.score_without_bottom)
+
+
+def check_words(
+    pipeline: DiffusionPipeline | Denoiser,
+    explanations: Sequence[Explanation],
+    *,
+    num_generations: int = 4,
+    steps: Sequence[int] = FIRST_STEPS,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[WordCheck]:
+    """Drop each prompt's top word, then its bottom word. Prompts of fewer than two words are left out.
+
+    The noise is drawn from `seed`; another than the explanations' asks whether the ranking holds there too.
+    """
+    denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
+    path, halving = Path(tuple(steps), num_inference_steps, guidance_scale), Halving(batch_size)
+    usable = [found for found in explanations if len(found.ranked()) > 1]
+    ends = [(found.ranked()[0], found.ranked()[-1]) for found in usable]
+    texts = [
+        text
+        for found, (top, bottom) in zip(usable, ends, strict=True)
+        for text in (found.prompt, without(found.prompt, top), without(found.prompt, bottom))
+    ]
+    seeds = [generation_seeds(found.prompt, num_generations, seed) for found in usable for _ in range(3)]
+    scores = mean_scores(denoiser, texts, seeds, path, halving)
+    return [
+        WordCheck(found.prompt, whole, top.text, bottom.text, without_top, without_bottom)
+        for found, (top, bottom), whole, without_top, without_bottom in zip(
+            usable, ends, scores[::3], scores[1::3], scores[2::3], strict=True
+        )
+    ]
+
+
+def _said(denoiser: Denoiser, token: int) -> str:
+    """A token's own spelling, also where it is but a piece of a character."""
+    text = denoiser.tokenizer.decode([token]).strip()
+    return text if text and "�" not in text else denoiser.tokenizer.convert_ids_to_tokens(token)
+
+
+def token_gradients(
+    denoiser: Denoiser, prompts: list[str], seeds: list[int], path: Path
+) -> tuple[Tensor, Tensor]:
+    """‖∂d/∂e_i‖₂ (R, S, L) and d (R, S), on the CPU; how the path itself depends on e is not followed."""
+    cond, null, latents = denoiser.encode(prompts), denoiser.null(len(prompts)), denoiser.noise(seeds)
+    norms, scores = [], []
+    timesteps = denoiser.timesteps(path.num_inference_steps).tolist()
+    with frozen(denoiser):
+        for number, t in enumerate(timesteps[: max(path.steps) + 1]):
+            chosen = number in path.steps
+            embeds = denoiser.token_embeds(prompts).float().requires_grad_(chosen)
+            with torch.set_grad_enabled(chosen):
+                told = denoiser.encode_embeds(embeds, prompts) if chosen else cond
+                noise_cond, noise_null = denoiser.predict_pair(latents, t, told, null)
+                if chosen:
+                    score = text_conditional_magnitude(noise_cond, noise_null)  # (R,)
+                    (gradient,) = torch.autograd.grad(score.sum(), embeds)  # (R, L, E); rows do not mix
+                    norms.append(gradient.norm(dim=2).cpu())
+                    scores.append(score.detach().cpu())
+            latents = denoiser.step(
+                latents,
+                t,
+                noise_cond.detach(),
+                noise_null.detach(),
+                path.guidance_scale,
+                path.num_inference_steps,
+            )
+    return torch.stack(norms, dim=1), torch.stack(scores, dim=1)
+
+
+@torch.no_grad()
+def mean_scores(
+    denoiser: Denoiser, prompts: Sequence[str], seeds: Sequence[Sequence[int]], path: Path, halving: Halving
+) -> list[float]:
+    """d of each prompt, mean over the chosen steps and over generations from its seeds."""
+    rows = [(prompt, seed) for prompt, own in zip(prompts, seeds, strict=True) for seed in own]
+    if not rows:
+        return []
+
+    def work(chosen: range) -> Tensor:
+        part = [rows[row] for row in chosen]
+        cond, null = denoiser.encode([prompt for prompt, _ in part]), denoiser.null(len(part))
+        latents, scores = denoiser.noise([seed for _, seed in part]), []
+        timesteps = denoiser.timesteps(path.num_inference_steps).tolist()
+        for number, t in enumerate(timesteps[: max(path.steps) + 1]):
+            pair = denoiser.predict_pair(latents, t, cond, null)
+            if number in path.steps:
+                scores.append(text_conditional_magnitude(*pair).cpu())
+            latents = denoiser.step(latents, t, *pair, path.guidance_scale, path.num_inference_steps)
+        return torch.stack(scores, dim=1).mean(dim=1)  # (rows,)
+
+    scores = torch.cat(list(halving.over(len(rows), work)))
+    return [part.mean().item() for part in scores.split([len(own) for own in seeds])]
+
+
+@contextmanager
+def frozen(denoiser: Denoiser) -> Iterator[None]:
+    """No gradient for weights meanwhile: autograd then keeps far fewer activations."""
+    modules = [part for part in denoiser.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trained:
+            weight.requires_grad_(True)

@@ -1,0 +1,247 @@
+"""Generate a prompt with and without a mitigation, from the same noise.
+
+Shapes: R rows (a row is one generation), S denoising steps, L tokens, D width of the text embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.explain import Path, mean_scores
+from memtrain.audit.mitigations import Embedding, Mitigation, Start
+from memtrain.core.scores import text_conditional_magnitude
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How generations are drawn: DDIM from a seed each."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+
+    def __post_init__(self):
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be >= 1, got {self.num_inference_steps}")
+
+
+@dataclass(frozen=True)
+class Generations:
+    """R generations, on the CPU: what they started from and what became of it."""
+
+    prompts: list[str]  # as the text encoder was given them
+    prompt_embeds: Tensor  # (R, L, D) in the pipeline's dtype: what the stock pipeline takes under this name
+    pooled_prompt_embeds: Tensor | None  # (R, P), SDXL only
+    start: Tensor  # (R, C, H, W) x_T: the stock pipeline's `latents`
+    latents: Tensor  # (R, C, H, W) scaled, of the finished pictures
+    scores: Tensor  # (R, S) d at each step of the path
+    iterations: Tensor  # (R,) updates of an optimisation
+    guided_from: Tensor  # (R,) first step with guidance; S where there was none
+
+    @staticmethod
+    def cat(parts: Sequence[Generations]) -> Generations:
+        def joined(values: list):
+            if isinstance(values[0], list):
+                return [value for part in values for value in part]
+            return None if values[0] is None else torch.cat(values)
+
+        return Generations(*(joined([getattr(part, f.name) for part in parts]) for f in fields(Generations)))
+
+    def rows(self, chosen: range) -> Generations:
+        values = (getattr(self, f.name) for f in fields(self))
+        return Generations(
+            *(None if value is None else value[chosen.start : chosen.stop] for value in values)
+        )
+
+
+@dataclass(frozen=True)
+class Mitigated:
+    """One prompt before and after. Pass `after.prompt_embeds` and `after.start` (as `latents`) to the stock
+    pipeline with a DDIM scheduler, and it draws the pictures of `images_after`."""
+
+    prompt: str
+    seeds: list[int]
+    target: float | None
+    before: Generations
+    after: Generations
+    images_before: np.ndarray  # (R, height, width, 3) uint8
+    images_after: np.ndarray
+
+    @property
+    def scores_before(self) -> Tensor:
+        """(R,) d at the first step."""
+        return self.before.scores[:, 0]
+
+    @property
+    def scores_after(self) -> Tensor:
+        """(R,) d at the first step, after the last update."""
+        return self.after.scores[:, 0]
+
+    @property
+    def iterations(self) -> Tensor:
+        return self.after.iterations
+
+    @property
+    def prompt_embeds(self) -> Tensor:
+        return self.after.prompt_embeds
+
+
+def mitigate(
+    pipeline: DiffusionPipeline | Denoiser,
+    prompt: str,
+    target: float | str | None = None,
+    *,
+    method: Mitigation | None = None,
+    reference: Sequence[str] | None = None,
+    num_generations: int = 4,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Mitigated:
+    """Draw a prompt's pictures as they are and with a mitigation, from the same noise.
+
+    Args:
+        target: for methods that descend a score: d at the first step, per generation; or `"q0.9"`, that
+            quantile of the scores of the `reference` prompts.
+        method: of `memtrain.audit.mitigations`; None is `Embedding()`.
+
+    Raises:
+        ValueError: a target is needed and missing, or no number, or a quantile without reference.
+    """
+    denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
+    method, sampling, halving = (
+        method or Embedding(),
+        Sampling(num_inference_steps, guidance_scale),
+        Halving(batch_size),
+    )
+    if num_generations < 1:
+        raise ValueError(f"num_generations must be >= 1, got {num_generations}")
+    if method.needs_target:
+        target = resolve_target(denoiser, target, reference, num_generations, seed, sampling, halving)
+    seeds = generation_seeds(prompt, num_generations, seed)
+    prompts = [prompt] * num_generations
+    before = generate(denoiser, prompts, seeds, sampling, halving)
+    after = generate(denoiser, prompts, seeds, sampling, halving, method, target)
+    return Mitigated(
+        prompt=prompt,
+        seeds=seeds,
+        target=target if method.needs_target else None,
+        before=before,
+        after=after,
+        images_before=decode(denoiser, before.latents, halving),
+        images_after=decode(denoiser, after.latents, halving),
+    )
+
+
+def resolve_target(
+    denoiser: Denoiser,
+    target: float | str | None,
+    reference: Sequence[str] | None,
+    num_generations: int,
+    seed: int,
+    sampling: Sampling,
+    halving: Halving,
+) -> float:
+    """The target as a score. A quantile is taken over generations, of d at the first step."""
+    if target is None:
+        raise ValueError(
+            "this method needs target=, a score of the first step; or target=q0.9 reference=FILE"
+        )
+    quantile = re.fullmatch(r"q(0?\.\d+|[01])", target) if isinstance(target, str) else None
+    if quantile is None:
+        try:
+            value = float(target)
+        except ValueError:
+            value = float("nan")
+        if not value >= 0:  # not `value < 0`: NaN must not pass
+            raise ValueError(
+                f"target must be a score >= 0, or q0 to q1 for a quantile of reference prompts, got {target}"
+            )
+        return value
+    if not reference:
+        raise ValueError(
+            f"target={target} is a quantile of reference prompts and there are none; say reference=FILE"
+        )
+    rows = [(text, [own]) for text in reference for own in generation_seeds(text, num_generations, seed)]
+    path = Path((0,), sampling.num_inference_steps, sampling.guidance_scale)
+    scores = mean_scores(denoiser, [text for text, _ in rows], [own for _, own in rows], path, halving)
+    return float(np.quantile(scores, float(quantile[1])))
+
+
+def generate(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    halving: Halving,
+    method: Mitigation | None = None,
+    target: float | None = None,
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> Generations:
+    """One generation a prompt and seed, with a mitigation or as it is."""
+    first = int(denoiser.timesteps(sampling.num_inference_steps)[0])
+
+    def work(rows: range) -> Generations:
+        own = [seeds[row] for row in rows]
+        start = Start.of(denoiser, [prompts[row] for row in rows], own)
+        if method is not None:
+            start = method.apply(
+                denoiser, start, first, target, [np.random.default_rng(seed) for seed in own]
+            )
+        return follow(denoiser, start, sampling, holds_guidance=method is not None and method.holds_guidance)
+
+    return Generations.cat(
+        list(progress(halving.over(len(prompts), work), -(-len(prompts) // halving.batch_size)))
+    )
+
+
+@torch.no_grad()
+def follow(denoiser: Denoiser, start: Start, sampling: Sampling, holds_guidance: bool) -> Generations:
+    """From x_T to the picture, noting d at each step.
+
+    With `holds_guidance` a row follows the unconditional prediction until d has risen for the first time
+    after it fell, and the guided one from that step on.
+    """
+    steps, rows = sampling.num_inference_steps, len(start.prompts)
+    null, latents, scores = denoiser.null(rows), start.latents, []
+    guided_from = torch.full((rows,), steps if holds_guidance else 0, device=latents.device)
+    for number, t in enumerate(denoiser.timesteps(steps).tolist()):
+        noise_cond, noise_null = denoiser.predict_pair(latents, t, start.cond, null)
+        scores.append(text_conditional_magnitude(noise_cond, noise_null))
+        if number >= 2:
+            is_past_minimum = (scores[-3] > scores[-2]) & (scores[-2] < scores[-1])
+            guided_from = torch.where(is_past_minimum, guided_from.clamp(max=number), guided_from)
+        held = (guided_from > number).reshape(-1, 1, 1, 1)
+        followed = torch.where(held, noise_null, noise_cond)
+        latents = denoiser.step(latents, t, followed, noise_null, sampling.guidance_scale, steps)
+    pooled = start.cond.pooled
+    return Generations(
+        prompts=start.prompts,
+        prompt_embeds=start.cond.hidden.cpu(),
+        pooled_prompt_embeds=None if pooled is None else pooled.cpu(),
+        start=start.latents.cpu(),
+        latents=latents.cpu(),
+        scores=torch.stack(scores, dim=1).cpu(),
+        iterations=start.iterations,
+        guided_from=guided_from.cpu(),
+    )
+
+
+def decode(denoiser: Denoiser, latents: Tensor, halving: Halving) -> np.ndarray:
+    """(R, C, H, W) scaled latents -> (R, height, width, 3) uint8."""
+    return np.concatenate(
+        list(
+            halving.over(
+                len(latents),
+                lambda rows: denoiser.decode(latents[rows.start : rows.stop].to(denoiser.device)),
+            )
+        )
+    )

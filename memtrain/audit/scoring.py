@@ -1,0 +1,269 @@
+"""Scores of many generations in one pass: what can share a forward does, and the path stops early.
+
+Shapes: B rows (generations), k scored steps, P prompts, n generations of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol as Interface
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memtrain.audit.attention import CrossAttention, cross_attention, end_positions
+from memtrain.audit.denoiser import Conditioning, Denoiser, Halving, generation_seeds
+from memtrain.core import scores as equations
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How generations are made and which of their steps are scored (METHOD.md, detection)."""
+
+    num_generations: int = 4
+    num_steps: int = 1  # scored, from the first on
+    num_inference_steps: int = 50  # of the DDIM schedule
+    guidance_scale: float = 7.5
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("num_generations", "num_steps", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.num_steps > self.num_inference_steps:
+            raise ValueError(
+                f"num_steps must be <= num_inference_steps ({self.num_inference_steps}), got {self.num_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One scored step of B rows."""
+
+    latents: Tensor  # (B, C, H, W) x_t
+    t: int
+    cond: Conditioning
+    null: Conditioning
+    noise_cond: Tensor  # (B, C, H, W)
+    noise_null: Tensor
+    attention: CrossAttention | None  # where a score reads it
+
+
+class StepScore:
+    """A score of each generation at each scored step. Subclass it; higher means memorized."""
+
+    name: str
+    extra_evaluations = 0  # of the network, a generation and scored step, beyond the shared pair
+    reads_attention = False  # at the scored steps
+    to_the_end = False  # needs the last step of the schedule
+
+    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+        """(B,), of what one step shows."""
+        raise NotImplementedError
+
+    def at_end(self, differences: list[Tensor], end_map: Tensor) -> list[Tensor]:
+        """(B,) of each scored step, of its eps_cond - eps_null and the last step's end map (B, H, W)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Magnitude(StepScore):
+    """Text-conditional magnitude (Wen et al., ICLR 2024)."""
+
+    name = "magnitude"
+
+    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+        return equations.text_conditional_magnitude(step.noise_cond, step.noise_null)
+
+
+@dataclass(frozen=True)
+class Anisotropy(StepScore):
+    """d at the step, and the alignment that a second pair shows at the same x_t and a low t.
+
+    `low_place` counts from the schedule's end; 3 as in the authors' code (Asthana & Belagiannis, ICLR 2026).
+    """
+
+    gamma: tuple[float, float] = (1.0, 2.0)
+    low_place: int = 3
+    name = "anisotropy"
+    extra_evaluations = 2
+
+    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+        timesteps = denoiser.scheduler.timesteps.tolist()  # of the schedule that is being followed
+        low = timesteps[-min(self.low_place, len(timesteps))]
+        pair = denoiser.predict_pair(step.latents, low, step.cond, step.null)
+        magnitude = equations.text_conditional_magnitude(step.noise_cond, step.noise_null)
+        return equations.anisotropy(magnitude, *pair, self.gamma)
+
+
+@dataclass(frozen=True)
+class AttentionEntropy(StepScore):
+    """Entropy of the cross-attention over tokens, all layers (Ren et al., ECCV 2024)."""
+
+    name = "attention_entropy"
+    reads_attention = True
+
+    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+        return equations.cross_attention_entropy(step.attention.token_means())
+
+
+@dataclass(frozen=True)
+class BrightEnding(StepScore):
+    """d weighted by the attention of the last step to the end-of-text token (Chen et al., ICLR 2025)."""
+
+    name = "bright_ending"
+    to_the_end = True
+
+    def at_end(self, differences: list[Tensor], end_map: Tensor) -> list[Tensor]:
+        return [equations.bright_ending(difference, end_map) for difference in differences]
+
+
+@dataclass(frozen=True)
+class Sharpness(StepScore):
+    """Curvature along the guidance, by a finite difference of size `delta` (Jeon et al., ICML 2025)."""
+
+    delta: float = 0.1
+    name = "sharpness"
+    extra_evaluations = 2
+
+    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+        sigma = (1 - denoiser.alphas_cumprod[step.t]).sqrt()
+        difference = (step.noise_null - step.noise_cond) / sigma  # of scores: s = -eps / sigma
+        moved = step.latents + self.delta * difference
+        noise_cond, noise_null = denoiser.predict_pair(moved, step.t, step.cond, step.null)
+        return equations.sharpness(difference, (noise_null - noise_cond) / sigma)
+
+
+STEP_SCORES: tuple[type[StepScore], ...] = (Magnitude, Anisotropy, AttentionEntropy, BrightEnding, Sharpness)
+
+
+class Density(Interface):
+    """A score of a prompt's n finished pictures."""
+
+    name: str
+
+    def of_prompt(self, images: np.ndarray) -> float:
+        """(n, H, W, 3) uint8."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which scores are taken, by which protocol."""
+
+    protocol: Protocol
+    step_scores: tuple[StepScore, ...]
+    densities: tuple[Density, ...] = ()
+
+    def __post_init__(self):
+        names = self.names
+        if not names:
+            raise ValueError("scores is an empty list; say scores=[magnitude]")
+        if len(set(names)) < len(names):
+            raise ValueError(f"scores names one twice: {', '.join(names)}")
+        if self.densities and self.protocol.num_generations < 2:
+            raise ValueError(
+                f"{self.densities[0].name} compares generations: num_generations must be >= 2, got 1"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return [score.name for score in (*self.step_scores, *self.densities)]
+
+    @property
+    def steps_run(self) -> int:
+        to_the_end = self.densities or any(score.to_the_end for score in self.step_scores)
+        return self.protocol.num_inference_steps if to_the_end else self.protocol.num_steps
+
+    def evaluations(self) -> int:
+        """Rows that the network predicts for a prompt, all scores together."""
+        extra = sum(score.extra_evaluations for score in self.step_scores)
+        return self.protocol.num_generations * (2 * self.steps_run + extra * self.protocol.num_steps)
+
+    def evaluations_alone(self) -> dict[str, int]:
+        """The same for each score, were it the only one."""
+        alone = [Plan(self.protocol, (score,)) for score in self.step_scores]
+        alone += [Plan(self.protocol, (), (density,)) for density in self.densities]
+        return {plan.names[0]: plan.evaluations() for plan in alone}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of P prompts."""
+
+    steps: dict[str, np.ndarray]  # (P, n, k) float32
+    densities: dict[str, np.ndarray]  # (P,) float32
+
+
+@torch.no_grad()
+def follow(
+    denoiser: Denoiser, plan: Plan, cond: Conditioning, end_places: Tensor, seeds: list[int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """B generations along their paths, each from its seed, as far as the plan needs.
+
+    Returns:
+        Each step score, (B, k), and the latents (B, C, H, W), finished ones where densities are asked for.
+    """
+    protocol = plan.protocol
+    latents, null = denoiser.noise(seeds), denoiser.null(len(cond))
+    timesteps = denoiser.timesteps(protocol.num_inference_steps).tolist()[: plan.steps_run]
+    ending = [score for score in plan.step_scores if score.to_the_end]
+    stepwise = [score for score in plan.step_scores if not score.to_the_end]
+    read = any(score.reads_attention for score in stepwise)
+    values: dict[str, list[Tensor]] = {score.name: [] for score in plan.step_scores}
+    differences: list[Tensor] = []
+    for place, t in enumerate(timesteps):
+        scored, last = place < protocol.num_steps, place == len(timesteps) - 1
+        attention = None
+        if (scored and read) or (last and ending):
+            with cross_attention(denoiser.pipeline.unet, end_places) as attention:
+                pair = denoiser.predict_pair(latents, t, cond, null)
+        else:
+            pair = denoiser.predict_pair(latents, t, cond, null)
+        if scored:
+            step = Step(latents, t, cond, null, *pair, attention)
+            for score in stepwise:
+                values[score.name].append(score.at(denoiser, step))
+            if ending:
+                differences.append(pair[0] - pair[1])
+        if not last or plan.densities:
+            latents = denoiser.step(latents, t, *pair, protocol.guidance_scale, protocol.num_inference_steps)
+    for score in ending:
+        values[score.name] = score.at_end(differences, attention.end_map(*latents.shape[-2:]))
+    return {name: torch.stack(columns, dim=1) for name, columns in values.items()}, latents
+
+
+def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batches: Halving) -> Scored:
+    """Scores of P prompts; `batches` says how many generations are followed at a time."""
+    n = plan.protocol.num_generations
+    seeds = [seed for prompt in prompts for seed in generation_seeds(prompt, n, plan.protocol.seed)]
+
+    def work(rows: range) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        first = rows.start // n
+        texts = list(prompts[first : (rows.stop - 1) // n + 1])
+        places = torch.tensor([row // n - first for row in rows], device=denoiser.device)
+        ends = end_positions(denoiser.token_ids(texts), denoiser.tokenizer.eos_token_id).to(denoiser.device)
+        cond = denoiser.encode(texts).index(places)
+        found, latents = follow(denoiser, plan, cond, ends[places], seeds[rows.start : rows.stop])
+        images = denoiser.decode(latents) if plan.densities else None
+        return {name: value.cpu().numpy() for name, value in found.items()}, images
+
+    parts = list(batches.over(len(seeds), work))
+    shape = (len(prompts), n, plan.protocol.num_steps)
+    steps = {
+        score.name: np.concatenate([found[score.name] for found, _ in parts]).reshape(shape)
+        for score in plan.step_scores
+    }
+    densities: dict[str, np.ndarray] = {}
+    if plan.densities:
+        images = np.concatenate([pictures for _, pictures in parts])
+        images = images.reshape(len(prompts), n, *images.shape[1:])
+        for density in plan.densities:
+            densities[density.name] = np.array([density.of_prompt(own) for own in images], dtype=np.float32)
+    return Scored(steps, densities)
+
+
+def in_chunks(total: int, size: int) -> Iterator[range]:
+    """Consecutive ranges of at most `size` that cover range(total)."""
+    return (range(first, min(first + size, total)) for first in range(0, total, size))

@@ -1,0 +1,175 @@
+"""How near a generation comes to its training image: SSCD where its file is given, else a named stand-in.
+
+Shapes: B pictures, D features of a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from memtrain.audit.compare import copy_rmse
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESIZES = ("small_288", "skew_320")  # SSCD's own names
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """B pictures, generated or read."""
+
+    latents: Tensor  # (B, C, H, W) scaled, float32, on the CPU
+    pixels: np.ndarray  # (B, height, width, 3) uint8
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+class Similarity(ABC):
+    """A measure of how much one picture is another. Deterministic, row by row."""
+
+    name: str  # as it is shown
+    column: str  # of the rows
+    cut: float  # at which a generation counts as a copy
+    is_distance: bool  # True: less is nearer
+
+    @abstractmethod
+    def features(self, pictures: Pictures) -> Tensor:
+        """What is compared, (B, …) float32 on the CPU."""
+
+    @abstractmethod
+    def compare(self, features: Tensor, others: Tensor) -> Tensor:
+        """(B,) of each pair of rows."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Tells measures that give other values apart."""
+
+    def is_copy(self, values: np.ndarray) -> np.ndarray:
+        return values <= self.cut if self.is_distance else values > self.cut
+
+    def nearness(self, value: float) -> float:
+        """Larger is nearer, to sort by."""
+        return -value if self.is_distance else value
+
+    @property
+    def rule(self) -> str:
+        """The cut in words."""
+        return f"{self.name} {'≤' if self.is_distance else '>'} {self.cut:g}"
+
+
+class LatentRmse(Similarity):
+    """The stand-in that needs no weights but the model's: RMSE of scaled latents, see `compare.copy_rmse`.
+
+    It knows neither shifts nor flips, and models with different VAEs have different scales.
+    """
+
+    name, column, is_distance = "RMSE of latents", "latent_rmse", True
+
+    def __init__(self, cut: float | None = None):
+        self.cut = 0.25 if cut is None else cut
+        if not self.cut > 0:
+            raise ValueError(f"cut must be > 0 for an RMSE, got {self.cut:g}")
+
+    def features(self, pictures: Pictures) -> Tensor:
+        return pictures.latents
+
+    def compare(self, features: Tensor, others: Tensor) -> Tensor:
+        return copy_rmse(features, others)
+
+    def identity(self) -> str:
+        return self.column
+
+
+class Sscd(Similarity):
+    """Cosine of SSCD descriptors (Pizzi et al. 2022), from the TorchScript file that its authors publish.
+
+    Args:
+        path: of that file.
+        device: where it computes.
+        resize: `small_288` (short side 288 px) or `skew_320` (320 x 320 px), the two that its authors advise.
+        cut: above it a generation is a copy; 0.5 in Somepalli et al. 2023, 0.7 in Wen et al. 2024.
+    """
+
+    name, column, is_distance = "SSCD", "sscd", False
+
+    def __init__(self, path: str, device: torch.device, resize: str = "small_288", cut: float | None = None):
+        self.cut = 0.5 if cut is None else cut
+        if not -1 < self.cut < 1:
+            raise ValueError(f"cut must lie between -1 and 1 for SSCD, got {self.cut:g}")
+        if resize not in RESIZES:
+            raise ValueError(f"sscd_resize must be one of {', '.join(RESIZES)}, got {resize}")
+        self.path, self.device, self.resize = path, device, resize
+        self.network = load_torchscript("sscd", path, device)
+        features = run_torchscript("sscd", path, self.network, torch.zeros(1, 3, 288, 288, device=device))
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 1:
+            raise ValueError(f"sscd={path} does not give (B, D) descriptors; name SSCD's own file")
+
+    @torch.no_grad()
+    def features(self, pictures: Pictures) -> Tensor:
+        pixels = sscd_pixels(pictures.pixels, self.resize).to(self.device)
+        return normalize(self.network(pixels).float(), dim=1).cpu()
+
+    def compare(self, features: Tensor, others: Tensor) -> Tensor:
+        return (features * others).sum(dim=1)
+
+    def identity(self) -> str:
+        return f"{self.column} {self.resize} {file_hash(self.path)}"
+
+
+def sscd_pixels(pixels: np.ndarray, resize: str) -> Tensor:
+    """(B, height, width, 3) uint8 -> (B, 3, h, w) float32 as SSCD's authors prepare pictures.
+
+    What torchvision's Resize, ToTensor and Normalize make of Pillow images: bilinear, antialiased.
+    """
+    height, width = pixels.shape[1:3]
+    size = (320, 320)
+    if resize == "small_288":
+        short = min(height, width)
+        size = (int(288 * height / short), int(288 * width / short))
+    bilinear = Image.Resampling.BILINEAR
+    resized = [np.asarray(Image.fromarray(image).resize(size[::-1], bilinear)) for image in pixels]
+    values = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(side).reshape(1, 3, 1, 1) for side in (IMAGENET_MEAN, IMAGENET_STD))
+    return (values - mean) / std
+
+
+# ---- TorchScript files, of SSCD and of feature extractors
+
+
+def load_torchscript(key: str, path: str, device: torch.device) -> torch.jit.ScriptModule:
+    """Raises ValueError in one line where there is no such file, or another thing in it."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{key}={path}: no such file; name a TorchScript file")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated", DeprecationWarning)
+            return torch.jit.load(str(file), map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{key}={path} is no TorchScript file; a checkpoint of weights alone will not do"
+        ) from error
+
+
+def run_torchscript(key: str, path: str, network: torch.jit.ScriptModule, pixels: Tensor, **options):
+    """What it makes of a trial. Raises ValueError in one line where it takes something else."""
+    try:
+        with torch.no_grad():
+            return network(pixels, **options)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{key}={path} cannot be run on a batch of pictures: {reason}") from error
+
+
+def file_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

@@ -1,0 +1,151 @@
+"""The training samples that a model is judged on: of a file with a column `key`, or drawn."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memtrain.core.diffusion import place_seed
+from memtrain.data.images import BadSample
+from memtrain.data.order import draw_groups
+from memtrain.data.samples import ShardSamples
+
+log = logging.getLogger(__name__)
+
+CHOSEN, REAL = 50, 51  # streams of `place_seed`, apart from all others
+DRAWN = "drawn"  # group of what no file names
+GROUP = "group"  # column that is looked for, but need not be there
+
+
+@dataclass(frozen=True)
+class TrainingSamples:
+    """N samples of the corpus, each with a readable picture and a caption."""
+
+    positions: list[int]
+    keys: list[str]
+    captions: list[str]
+    groups: list[str]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+def choose(samples: ShardSamples, file: str | None, group: str, count: int, seed: int) -> TrainingSamples:
+    """`count` samples drawn by seed; of a file, the first `count` of each group.
+
+    Args:
+        file: `.csv` (comma) or `.parquet` with a column `key`, as `memtrain train` writes canaries.csv, and
+            where it has them `caption`, else the shards' own, and a column of groups.
+        group: name of that column.
+
+    Raises:
+        ValueError: in one line: no such file, no column `key`, a key not in the corpus, nothing usable.
+    """
+    if count < 1:
+        raise ValueError(f"samples.count must be >= 1, got {count}")
+    if file is None:
+        positions = draw_positions(samples, count, place_seed(seed, CHOSEN, 0, 0))
+        rows = [{"key": samples.key(position), "group": DRAWN} for position in positions]
+    else:
+        rows = _first_of_each_group(_read(file, group), count)
+        positions = samples.find([row["key"] for row in rows]).tolist()
+    return _usable(samples, positions, rows)
+
+
+def draw_positions(samples: ShardSamples, count: int, seed: int) -> list[int]:
+    """Positions without repetition, from few shards where there are many; all of a small corpus."""
+    if count >= len(samples):
+        return list(range(len(samples)))
+    return draw_groups(samples.counts, seed, count, 0).canary.tolist()
+
+
+def read_pictures(samples: ShardSamples, positions: list[int], size: tuple[int, int]) -> np.ndarray:
+    """(B, height, width, 3) uint8, the middle of each picture at this size in px. Raises BadSample."""
+    return np.stack([samples.get(position, size=size)[0] for position in positions]).transpose(0, 2, 3, 1)
+
+
+def _usable(samples: ShardSamples, positions: list[int], rows: list[dict]) -> TrainingSamples:
+    kept, problems = [], Counter()
+    for position, row in zip(positions, rows, strict=True):
+        try:
+            own = samples.get(position)[1]
+        except BadSample as problem:
+            log.warning("left out %s: %s", row["key"], problem)
+            problems[str(problem)] += 1
+            continue
+        caption = row.get("caption") or own
+        if not caption:
+            log.warning("left out %s: empty caption", row["key"])
+            problems["empty caption"] += 1
+            continue
+        shown = row["key"].encode("utf-8", "replace").decode()  # a file's name may hold any bytes
+        kept.append((position, shown, caption, row["group"]))
+    if not kept:
+        causes = ", ".join(f"{number} {why}" for why, number in problems.most_common(3))
+        raise ValueError(
+            f"none of the {len(rows)} chosen samples can be used ({causes}); choose others with samples=FILE"
+        )
+    return TrainingSamples(*(list(column) for column in zip(*kept, strict=True)))
+
+
+def _first_of_each_group(rows: list[dict], count: int) -> list[dict]:
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        seen[row["group"]] += 1
+        if seen[row["group"]] <= count:
+            kept.append(row)
+    return kept
+
+
+def _read(file: str, group: str) -> list[dict]:
+    """Rows with `key` and `group`, and `caption` where there is one."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"samples={file}: no such file; name a csv or parquet with a column key, or leave it out"
+        )
+    if path.suffix.lower() == ".parquet":
+        names, rows = _read_parquet(path, group)
+    elif path.suffix.lower() == ".csv":
+        names, rows = _read_csv(path)
+    else:
+        raise ValueError(f"samples={file} must end in .csv or .parquet")
+    found = ", ".join(repr(name) for name in names[:12]) or "nothing"
+    if "key" not in names:
+        raise ValueError(f"samples={file} has no column key (SHARD.tar/KEY), but {found}")
+    if group not in names and group != GROUP:
+        raise ValueError(f"samples.group={group}: {file} has no such column, but {found}")
+    if not rows:
+        raise ValueError(f"samples={file} is empty; it needs at least one sample")
+    read = []
+    for row in rows:
+        name, caption = row.get(group), str(row.get("caption") or "").strip()
+        shown = "samples" if name in (None, "") else str(name)
+        read.append({"key": str(row["key"]), "caption": caption, "group": shown})
+    return read
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            return list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"samples={path} is no csv in UTF-8: {error}") from error
+
+
+def _read_parquet(path: Path, group: str) -> tuple[list[str], list[dict]]:
+    try:
+        names = pq.read_schema(path).names
+        wanted = [name for name in dict.fromkeys(("key", "caption", group)) if name in names]
+        return names, pq.read_table(path, columns=wanted).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"samples={path} is no parquet file: {str(error).splitlines()[0]}") from error

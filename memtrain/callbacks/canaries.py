@@ -1,0 +1,51 @@
+"""Who the canaries are: `canaries.csv`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
+from memtrain.data.samples import as_text
+
+_AT_ONCE = 32
+
+
+class CanaryList(pl.Callback):
+    """At the start of a run writes `canaries.csv`: who all canaries and some reference samples are.
+
+    Args:
+        reference: at most so many of the reference set.
+    """
+
+    def __init__(self, reference: int):
+        if reference < 0:
+            raise ValueError(f"callbacks.canaries.reference must be >= 0, got {reference}")
+        self.reference = reference
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule
+        groups = data.groups
+        rows = [
+            (as_text(data.samples.key(int(position))), as_text(caption), GROUP_NAMES[number])
+            for number, positions in (
+                (CANARY, groups.canary),
+                (SACRIFICED, groups.sacrificed),
+                (REFERENCE, groups.reference[: self.reference]),
+            )
+            for first in range(0, len(positions), _AT_ONCE)
+            for position, caption in zip(
+                positions[first : first + _AT_ONCE],
+                data.decode(positions[first : first + _AT_ONCE]).captions,
+                strict=True,
+            )
+        ]
+        path = Path(trainer.default_root_dir) / "canaries.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("key", "caption", "group"))
+            writer.writerows(rows)

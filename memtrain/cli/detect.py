@@ -1,0 +1,89 @@
+"""`memtrain detect`: load model and prompts, score, write table, summary and plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+
+def detect(cfg: DictConfig) -> None:
+    from memtrain.audit import detect as audit
+    from memtrain.audit.denoiser import Denoiser
+    from memtrain.report.detection import show_summary, write_detection
+
+    prompts = _prompts(cfg)
+    max_fprs = list(cfg.max_fpr) if isinstance(cfg.max_fpr, ListConfig) else [cfg.max_fpr]
+    audit.check_max_fprs(max_fprs)
+    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype)
+    out = Path(cfg.out).expanduser()
+    detection = audit.detect(
+        denoiser,
+        prompts.texts,
+        prompts.labels,
+        prompts.groups,
+        scores=audit.named_scores(list(cfg.scores), cfg.embedding, denoiser.device),
+        num_generations=cfg.num_generations,
+        num_steps=cfg.num_steps,
+        num_inference_steps=cfg.num_inference_steps,
+        guidance_scale=cfg.guidance_scale,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        out=out,
+        overwrite=cfg.overwrite,
+        progress=True,
+    )
+    about = {
+        "model": str(cfg.model.pretrained),
+        "source": prompts.source,
+        "device": str(denoiser.device),
+        "dtype": cfg.dtype,
+    }
+    summary = about | detection.summary(max_fprs, cfg.threshold, cfg.top)
+    write_detection(out, detection, summary)
+    print(show_summary(summary))
+    print(
+        f"\n{out}: scores.parquet, summary.json, steps.png, distributions.png"
+        + (", roc.png" if prompts.labels else "")
+    )
+
+
+def _prompts(cfg: DictConfig):
+    """One file, or two that are the labels."""
+    from memtrain.audit.prompts import read_prompts, together
+
+    two = cfg.memorized, cfg.other
+    if cfg.prompts is not None and two == (None, None):
+        return read_prompts(cfg.prompts, cfg.column, cfg.label, cfg.group)
+    if cfg.prompts is None and None not in two:
+        if cfg.label is not None:
+            raise ValueError("prompts.label and memorized=… other=… both give labels; leave one out")
+        return together(*(read_prompts(path, cfg.column, None, cfg.group) for path in two))
+    raise ValueError("say prompts=FILE, or memorized=FILE other=FILE")
+
+
+# what a person types: the key of the config; a group of that name, or a value, bars the plain spelling
+_PATHS = {
+    "model": "model.pretrained",
+    **{name: name for name in ("prompts", "memorized", "other", "embedding", "out")},
+}
+_COLUMNS = {
+    **{f"prompts.{name}": name for name in ("column", "label", "group")},
+    "label": "label",
+    "group": "group",
+}
+
+
+def spelled(arguments: list[str]) -> list[str]:
+    """`model=PATH prompts=FILE prompts.column=NAME` as Hydra takes it, paths and names quoted."""
+    return [_spelled(argument) for argument in arguments]
+
+
+def _spelled(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    known = _PATHS | _COLUMNS
+    if key not in known or not equals:
+        return argument
+    if value != "null" and not value.startswith(("'", '"')):
+        value = "'" + value.replace("'", r"\'") + "'"
+    return f"{known[key]}={value}"

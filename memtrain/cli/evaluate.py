@@ -1,0 +1,206 @@
+"""`memtrain evaluate`: choose samples and measures, evaluate each model, print a table, write the results."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from memtrain.audit.evaluation import Measures, Result
+
+# What the command line says for short. `model` and `data` are groups of conf/ in other commands.
+_SHORT = {"model": "models", "data": "data.shards", "samples": "samples.file"}
+_CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
+
+
+def spelled(arguments: list[str]) -> list[str]:
+    """`model=A data=SHARDS samples=FILE` as Hydra takes it: the values of keys, quoted."""
+    keys = [argument.partition("=")[0] for argument in arguments]
+    if "model" in keys and "models" in keys:
+        raise ValueError("say model=PATH, or models=[A,B,…] for several, not both")
+    return [_spelled(argument) for argument in arguments]
+
+
+def _spelled(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if key not in _SHORT or not equals or value == "null":
+        return argument
+    if not value.startswith(("[", "{", "'", '"')):
+        value = "'" + value.replace("'", r"\'") + "'"
+    return f"{_SHORT[key]}={value}"
+
+
+def evaluate(cfg: DictConfig) -> None:
+    import torch
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from memtrain.audit import evaluate as room
+    from memtrain.audit.evaluation import Settings
+    from memtrain.audit.training_samples import choose
+    from memtrain.data.samples import ShardSamples
+
+    models = _models(cfg)
+    if OmegaConf.is_missing(cfg.data, "shards"):
+        raise ValueError("data is missing; name the shards that the model was trained on: data=FOLDER")
+    settings = Settings(
+        generations=cfg.generations,
+        num_steps=cfg.num_steps,
+        guidance_scale=cfg.guidance_scale,
+        timesteps_per_sample=cfg.timesteps_per_sample,
+        fid_samples=cfg.fid_samples,
+        gallery=cfg.gallery,
+        seed=cfg.seed,
+    )
+    room.short_names(models)  # here: a model that is named twice costs nothing yet
+    measures = _measures(cfg, torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    shards = OmegaConf.to_container(cfg.data, resolve=True)["shards"]
+    samples = ShardSamples(shards, _CHECKED_SIDE, cfg.data.caption, cfg.data.where, cfg.data.cache_dir)
+    chosen = choose(samples, cfg.samples.file, cfg.samples.group, cfg.samples.count, cfg.seed)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    out = Path(cfg.out)
+    with Progress(*columns, transient=True) as progress:
+        results = room.evaluate(
+            models,
+            samples,
+            chosen,
+            measures,
+            settings,
+            out,
+            batch_size=cfg.batch_size,
+            device=cfg.device,
+            dtype=cfg.dtype,
+            advance=_bars(progress),
+        )
+    _write(out, results)
+    _print(results, out)
+
+
+def _models(cfg: DictConfig) -> list[str]:
+    models = OmegaConf.to_container(cfg, resolve=True).get("models")
+    models = [models] if isinstance(models, str) else models
+    if not isinstance(models, list) or not models or not all(isinstance(model, str) for model in models):
+        raise ValueError(
+            "no model; name one with model=PATH, or several with models=[A,B,…]: folders or hub ids"
+        )
+    return models
+
+
+def _measures(cfg: DictConfig, device) -> Measures:
+    from memtrain.audit.alignment import ClipScore
+    from memtrain.audit.evaluation import Measures
+    from memtrain.audit.fid import LatentGrid, ScriptFeatures
+    from memtrain.audit.similarity import LatentRmse, Sscd
+
+    return Measures(
+        similarity=Sscd(cfg.sscd, device, cfg.sscd_resize, cfg.cut) if cfg.sscd else LatentRmse(cfg.cut),
+        features=ScriptFeatures(cfg.fid, device) if cfg.fid else LatentGrid(),
+        alignment=ClipScore(cfg.clip, device) if cfg.clip else None,
+    )
+
+
+def _bars(progress) -> Callable[[str, int, int], None]:
+    """A bar for each thing that is done, shown while it is done."""
+    tasks: dict[str, int] = {}
+
+    def advance(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            for task in tasks.values():
+                progress.update(task, visible=False)
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done)
+
+    return advance
+
+
+def _write(out: Path, results: list[Result]) -> None:
+    """The rows of all models, the table, and the plane."""
+    import pyarrow.parquet as pq
+
+    from memtrain.audit.evaluate import read_rows, write_json, write_whole
+    from memtrain.report.plane import Point, draw_plane
+
+    rows = read_rows(out, results)
+    write_whole(out / "rows.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
+    write_json(out / "evaluation.json", [asdict(result) for result in results])
+    write_whole(out / "evaluation.csv", lambda path: _write_csv(path, results))
+    has_reference = results[0].heldout_loss is not None
+    points = []
+    for result in results:
+        quality = result.heldout_loss if has_reference else result.memorization.denoising_loss
+        points.append(Point(result.model, result.memorization.copy_rate, quality))
+    shown = f"copies, {results[0].memorization.group} ({results[0].copy_rule})"
+    loss = "held-out loss" if has_reference else "denoising loss of these samples (no group reference)"
+    write_whole(out / "plane.png", lambda path: draw_plane(path, points, shown, loss))
+
+
+def _write_csv(path: Path, results: list[Result]) -> None:
+    """A line a model and group; what is said of the model stands in each of its lines."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = None
+        for result in results:
+            of_model = {name: value for name, value in asdict(result).items() if name != "groups"}
+            for group in result.groups:
+                line = {**of_model, **asdict(group)}
+                writer = writer or csv.DictWriter(stream, list(line))
+                if stream.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(line)
+
+
+def _print(results: list[Result], out: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    first = results[0]
+    has_clip = any(group.clip_score is not None for group in first.groups)
+    table = Table(title=f"A copy: {escape(first.copy_rule)}", title_justify="left")
+    for number, name in enumerate(
+        ("model", "group", "samples", "copies", "samples copied", first.measure)
+        + (("CLIP score",) if has_clip else ())
+        + ("loss", first.frechet_name.split()[0])  # FID, or Fréchet
+    ):
+        table.add_column(escape(name), justify="left" if number < 2 else "right", no_wrap=number == 1)
+    for result in results:
+        for number, group in enumerate(result.groups):
+            cells = [
+                escape(result.model) if number == 0 else "",
+                escape(group.group),
+                f"{group.samples}",
+                f"{group.copy_rate:.1%}",
+                f"{group.samples_copied:.1%}",
+                f"{group.similarity:.3f}",
+            ]
+            if has_clip:
+                cells.append(f"{group.clip_score:.2f}")
+            cells.append(f"{group.denoising_loss:.4f}")
+            shown = result.frechet_distance if number == 0 else None
+            cells.append("" if shown is None else f"{shown:.3f}")
+            table.add_row(*cells, end_section=number == len(result.groups) - 1)
+    console = Console()
+    console.print(table)
+    for line in (
+        "Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss.",
+        f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} pictures "
+        "of the shards; comparable between the models of one table alone.",
+        f"{out}: evaluation.json, evaluation.csv, rows.parquet, plane.png, MODEL/gallery.html",
+    ):
+        console.print(escape(line))

@@ -1,0 +1,135 @@
+"""`memtrain mitigate`: load model and prompts, generate with and without, write what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig
+
+from memtrain.cli.explain import labelled, progress_bar, prompt_texts, spelled
+
+__all__ = ["mitigate", "spelled"]
+
+
+def mitigate(cfg: DictConfig) -> None:
+    import torch
+
+    from memtrain.audit.compare import Comparison, Judges, markdown
+    from memtrain.audit.denoiser import Denoiser
+    from memtrain.audit.mitigate import Sampling
+
+    methods = _methods(cfg)
+    texts, keys, reference = _prompts(cfg)
+    sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
+    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype)
+    judges = Judges(
+        originals=None if keys is None else _originals(cfg, denoiser, keys),
+        max_rmse=cfg.max_rmse,
+        judge=Denoiser.load(cfg.judge, cfg.device) if cfg.judge else None,
+        clip=_clip(cfg, torch.device(denoiser.device)),
+    )
+    comparison = Comparison(
+        denoiser, texts, cfg.num_generations, sampling, judges, seed=cfg.seed, batch_size=cfg.batch_size
+    )
+    target = (
+        comparison.target(cfg.target, reference) if any(m.needs_target for m in methods.values()) else None
+    )
+    out = Path(cfg.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    before = comparison.run("none", None, None, progress_bar)
+    results = [before]
+    for name, method in methods.items():
+        after = comparison.run(name, method, target, progress_bar)
+        _write(out, comparison, before, after, cfg.shown)
+        results.append(after)
+    table = markdown([result.outcome for result in results])
+    written = {
+        "model": cfg.model.pretrained,
+        "prompts": texts,
+        "seeds": comparison.seeds,
+        "target": target,
+        "num_generations": cfg.num_generations,
+        **asdict(sampling),
+        "methods": [
+            {
+                **asdict(result.outcome),
+                "scores": result.generations.scores[:, 0].tolist(),
+                "prompts_given": result.generations.prompts,
+                "iterations_of_each": result.generations.iterations.tolist(),
+                "guided_from": result.generations.guided_from.tolist(),
+                "rmse_of_each": None if result.rmse is None else result.rmse.tolist(),
+            }
+            for result in results
+        ],
+    }
+    (out / "mitigate.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+    (out / "table.md").write_text(f"{table}\n", encoding="utf-8")
+    target_said = "" if target is None else f", target {target:.3f}"
+    print(f"{len(texts)} prompts, {cfg.num_generations} generations each{target_said}\n\n{table}")
+    print(f"\n{out}: mitigate.json, table.md, METHOD.png, METHOD.safetensors")
+
+
+def _methods(cfg: DictConfig) -> dict[str, Any]:
+    known = [name for name in cfg.method if name != "names"]
+    names = list(cfg.method.names) if isinstance(cfg.method.names, ListConfig) else [cfg.method.names]
+    names = known if names == ["all"] else names
+    for name in names:
+        if name not in known:
+            raise ValueError(f"method must be one of {', '.join(known)}, or all, got {name}")
+    return {name: instantiate(cfg.method[name]) for name in names}
+
+
+def _prompts(cfg: DictConfig) -> tuple[list[str], list[str] | None, list[str] | None]:
+    """Prompts to mitigate, the names of their training images, and the reference prompts."""
+    from memtrain.audit.prompts import read_prompts
+
+    texts, keys, reference = prompt_texts(cfg), None, None
+    if cfg.data.shards is not None:
+        if cfg.prompts is None:
+            raise ValueError(
+                "data= needs prompts=FILE with a column key that names each prompt's training image"
+            )
+        named = read_prompts(cfg.prompts, cfg.column, cfg.label, "key")
+        memorized = named.labels or [True] * len(named)
+        keys = [key for key, wanted in zip(named.groups, memorized, strict=True) if wanted]
+    if cfg.reference is not None:
+        reference = read_prompts(cfg.reference, cfg.column).texts
+    elif cfg.label is not None:
+        labels = read_prompts(cfg.prompts, cfg.column, cfg.label)
+        reference = labelled(labels, memorized=False) if False in labels.labels else None
+    return texts, keys, reference
+
+
+def _originals(cfg: DictConfig, denoiser, keys: Sequence[str]):
+    from omegaconf import OmegaConf
+
+    from memtrain.audit.training_samples import read_pictures
+    from memtrain.data.samples import ShardSamples
+
+    size = tuple(side * denoiser.pipeline.vae_scale_factor for side in denoiser.latent_shape[1:])
+    samples = ShardSamples(OmegaConf.to_container(cfg.data, resolve=True)["shards"], min(size))
+    return read_pictures(samples, samples.find(keys).tolist(), size)
+
+
+def _clip(cfg: DictConfig, device):
+    from memtrain.audit.alignment import ClipScore
+
+    return ClipScore(cfg.clip, device) if cfg.clip else None
+
+
+def _write(out: Path, comparison, before, after, shown: int) -> None:
+    from safetensors.torch import save_file
+
+    from memtrain.report.before_after import draw_before_after
+
+    name, made = after.outcome.method, after.generations
+    tensors = {"prompt_embeds": made.prompt_embeds, "latents": made.start}
+    if made.pooled_prompt_embeds is not None:
+        tensors["pooled_prompt_embeds"] = made.pooled_prompt_embeds
+    save_file({key: value.contiguous() for key, value in tensors.items()}, out / f"{name}.safetensors")
+    draw_before_after(out / f"{name}.png", comparison.pairs(before, after, shown), name)

@@ -1,0 +1,230 @@
+"""The ledger: what happened to every scored sample at every step, as Parquet parts that each rank writes.
+
+`ledger/rank0-000001.parquet`: step, key, group, timestep, score, loss, threshold, kept. A part appears under
+its name when it is whole. Parts are closed when a checkpoint is made, so that what precedes the checkpoint is
+on disk; rows at or past the step that a run begins at are of one that was broken off later, and are removed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from memtrain.core.exclusion import GROUP_NAMES
+from memtrain.data.samples import as_text
+
+log = logging.getLogger(__name__)
+
+FOLDER = "ledger"  # in the run's folder
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),  # optimizer step, from 0
+        ("key", pa.string()),  # sample key: shard path and __key__
+        ("group", pa.string()),  # train, canary, sacrificed or reference
+        ("timestep", pa.int16()),  # of this visit
+        ("score", pa.float32()),  # text-conditional magnitude; null where it was not taken at this visit
+        ("loss", pa.float32()),
+        ("threshold", pa.float32()),  # what the sample was held against, in the rule's own unit
+        ("kept", pa.bool_()),  # trained on (reference: would have been)
+    ]
+)
+_ABOUT = b"memtrain"  # key of the schema's metadata
+_STREAM = 48  # of randomness, apart from those of core.diffusion, data.order and data.batches
+_PART_ROWS = 500_000  # a part is closed at so many, checkpoint or not
+_PART_NAME = re.compile(r"rank(\d+)-(\d+)\.parquet")
+
+
+@dataclass(frozen=True)
+class About:
+    """What is true of a whole ledger, kept in each part."""
+
+    num_timesteps: int  # of the schedule
+    sample: float  # share of the rows that was written
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N visits of samples."""
+
+    step: np.ndarray  # (N,) int64
+    sample_index: np.ndarray  # (N,) int64, position in the corpus
+    group: np.ndarray  # (N,) int8
+    timestep: np.ndarray  # (N,) int16
+    score: np.ndarray  # (N,) float32
+    scored: np.ndarray  # (N,) bool, the score was taken at this visit
+    loss: np.ndarray  # (N,) float32
+    threshold: np.ndarray  # (N,) float32
+    kept: np.ndarray  # (N,) bool
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def where(self, mask: np.ndarray) -> Rows:
+        return Rows(*(getattr(self, field.name)[mask] for field in fields(Rows)))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rows]) -> Rows:
+        return Rows(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Rows))
+        )
+
+
+def drawn(seed: int, step: np.ndarray, sample_index: np.ndarray, share: float) -> np.ndarray:
+    """Which rows a ledger of a share of them holds: a function of (seed, step, sample). (N,) bool"""
+    state = np.full(len(step), seed & (2**64 - 1), dtype=np.uint64)
+    for part in (
+        np.full(len(step), _STREAM),
+        step,
+        sample_index,
+    ):  # here: core.diffusion.place_seed, N at a time
+        state = state + np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return (state >> np.uint64(1)) * 2.0**-63 < share
+
+
+class LedgerWriter:
+    """Writes the parts of one rank.
+
+    Args:
+        folder: the ledger's, there already.
+        rank: of this process.
+        key: position in the corpus -> sample key.
+        about: kept in each part.
+    """
+
+    def __init__(self, folder: Path, rank: int, key: Callable[[int], str], about: About):
+        self.folder, self.rank, self.key = folder, rank, key
+        self.schema = SCHEMA.with_metadata({_ABOUT: json.dumps(about.__dict__).encode()})
+        self.number = max((number for number, of, _ in _parts(folder) if of == rank), default=0)
+        self.buffer: list[Rows] = []
+
+    def add(self, rows: Rows) -> None:
+        self.buffer.append(rows)
+        if sum(map(len, self.buffer)) >= _PART_ROWS:
+            self.close_part()
+
+    def close_part(self) -> None:
+        """Put what was added since the last part on disk."""
+        rows = Rows.concatenate(self.buffer) if self.buffer else ()
+        self.buffer = []
+        if len(rows):
+            self.number += 1
+            _write(self._table(rows), self.folder / f"rank{self.rank}-{self.number:06d}.parquet")
+
+    def _table(self, rows: Rows) -> pa.Table:
+        samples, which = np.unique(rows.sample_index, return_inverse=True)  # sorted: shard after shard
+        keys = pa.array([as_text(self.key(int(index))) for index in samples], pa.string())
+        columns = [
+            rows.step,
+            keys.take(pa.array(which)),
+            pa.array(GROUP_NAMES).take(pa.array(rows.group)),
+            rows.timestep,
+            pa.array(rows.score, mask=~rows.scored),
+            rows.loss,
+            rows.threshold,
+            rows.kept,
+        ]
+        return pa.table(columns, schema=self.schema)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """As small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
+    aside = path.with_name(f".{path.name}")
+    pq.write_table(
+        table,
+        aside,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=["step", "group", "timestep", "threshold"],
+        column_encoding={"score": "BYTE_STREAM_SPLIT", "loss": "BYTE_STREAM_SPLIT"},
+    )
+    os.replace(aside, path)
+
+
+def _parts(folder: Path) -> list[tuple[int, int, Path]]:
+    """(number, rank, file) of each part, in order."""
+    found = [(_PART_NAME.fullmatch(path.name), path) for path in folder.glob("rank*.parquet")]
+    return sorted((int(match[2]), int(match[1]), path) for match, path in found if match)
+
+
+def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
+    """Make the ledger hold what happened before `step` alone. One process does this for all ranks.
+
+    Args:
+        folder: the ledger's.
+        step: that the run begins at.
+        earlier: where that of the run that made the checkpoint may lie; the first that is there is taken.
+    """
+    source = next((path for path in earlier if _parts(path)), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for aside in folder.glob(".rank*.parquet"):
+        aside.unlink()
+    if source.resolve() != folder.resolve():
+        for _, _, path in _parts(folder):  # of another past
+            path.unlink()
+        for _, _, path in _parts(source):
+            _link(path, folder / path.name)
+    removed = sum(_cut(path, step) for _, _, path in _parts(folder))
+    if removed:
+        log.info("ledger: removed %d rows at or past step %d, where this run begins", removed, step)
+    if step and not _parts(folder):
+        log.warning(
+            "the ledger begins at step %d: that of the run that made the checkpoint is not there", step
+        )
+
+
+def _link(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)  # parts are replaced, never changed
+    except OSError:  # another file system
+        shutil.copyfile(path, aside := to.with_name(f".{to.name}"))
+        os.replace(aside, to)
+
+
+def _cut(path: Path, step: int) -> int:
+    """Remove a part's rows at or past `step`; returns how many."""
+    if pc.max(pq.read_table(path, columns=["step"])["step"]).as_py() < step:
+        return 0
+    table = pq.read_table(path)
+    before = table.filter(pc.field("step") < step)
+    if len(before):
+        _write(before, path)
+    else:
+        path.unlink()
+    return len(table) - len(before)
+
+
+def read_ledger(run: str | Path) -> pyarrow.dataset.Dataset:
+    """The ledger of a run: a row for each sample of each step that was scored or decided on, see `SCHEMA`.
+
+    `.to_table()` reads it into memory, `.to_batches()` piece by piece; DuckDB and Polars take it as it is.
+    Of a run that goes on it holds what its checkpoints hold.
+
+    Raises:
+        ValueError: the run has none.
+    """
+    parts = [str(path) for _, _, path in _parts(Path(run) / FOLDER)]
+    if not parts:
+        raise ValueError(
+            f"{run} has no ledger; name a run's folder (written at the first checkpoint, unless ledger=off)"
+        )
+    return pyarrow.dataset.dataset(parts, format="parquet", schema=pq.read_schema(parts[0]))
+
+
+def read_about(run: str | Path) -> About:
+    """What is true of all rows of a run's ledger. Raises ValueError where there is none."""
+    return About(**json.loads(read_ledger(run).schema.metadata[_ABOUT]))

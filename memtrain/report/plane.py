@@ -1,0 +1,57 @@
+"""`plane.png`: memorization against quality, one point a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from memtrain.report.pictures import INK, MUTED
+
+_COLOURS = ("#c0392b", "#2c7fb8", "#2e8b57", "#8e5ea2", "#d68910", "#17a2a2", "#6b7280", "#1f2430")
+
+
+@dataclass(frozen=True)
+class Point:
+    model: str
+    memorization: float
+    quality: float
+
+
+def draw_plane(path: Path, points: Sequence[Point], memorization: str, quality: str) -> None:
+    """Less is better on both axes, so that the best corner is the lower left one.
+
+    Args:
+        memorization, quality: what the axes show. The first is a share.
+    """
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    for number, point in enumerate(points):
+        colour = _COLOURS[number % len(_COLOURS)]
+        axis.plot(
+            point.quality, point.memorization, "o", color=colour, markersize=9, label=_text(point.model)
+        )
+        axis.annotate(
+            _text(point.model),
+            (point.quality, point.memorization),
+            xytext=(8, 6),
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+        )
+    axis.set_ylim(-0.04, max(0.1, *(1.15 * point.memorization for point in points)))
+    axis.margins(x=0.25)
+    axis.set_ylabel(_text(memorization))
+    axis.set_xlabel(_text(quality))
+    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.annotate("better", (0.015, 0.02), xycoords="axes fraction", fontsize=9, color=MUTED)
+    figure.savefig(path, format="png")
+
+
+def _text(said: str) -> str:
+    """For matplotlib, to which a dollar begins a formula."""
+    return said.replace("$", r"\$")

@@ -1,0 +1,169 @@
+"""What is scored is what the stock pipeline predicts."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from memtrain.audit.attention import cross_attention, end_positions
+from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from tests.audit.conftest import PROMPTS
+
+
+def seeds_of(prompts: list[str]) -> list[int]:
+    return [generation_seeds(prompt, 1, 0)[0] for prompt in prompts]
+
+
+def stock_predictions(pipeline, prompts, latents, num_inference_steps, guidance_scale):
+    """Pairs (null, cond) that the UNet gives inside the stock pipeline, and the latents it ends with."""
+    seen = []
+    hook = pipeline.unet.register_forward_hook(lambda module, inputs, output: seen.append(output[0].chunk(2)))
+    end = pipeline(
+        prompts,
+        latents=latents,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).images
+    hook.remove()
+    return seen, end
+
+
+@pytest.mark.parametrize("guidance_scale", [1.5, 7.5])
+def test_predictions_and_path_are_the_stock_pipelines(denoiser, stock, guidance_scale):
+    latents = denoiser.noise(seeds_of(PROMPTS))
+    expected, end = stock_predictions(stock, PROMPTS, latents, 4, guidance_scale)
+    cond, null = denoiser.encode(PROMPTS), denoiser.null(len(PROMPTS))
+    for t, (stock_null, stock_cond) in zip(denoiser.timesteps(4).tolist(), expected, strict=True):
+        with torch.no_grad():
+            noise_cond, noise_null = denoiser.predict_pair(latents, t, cond, null)
+        torch.testing.assert_close(noise_cond, stock_cond, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(noise_null, stock_null, atol=1e-4, rtol=1e-4)
+        latents = denoiser.step(latents, t, noise_cond, noise_null, guidance_scale, 4)
+    torch.testing.assert_close(latents, end, atol=1e-4, rtol=1e-4)
+    assert torch.equal(latents, denoiser.generate(PROMPTS, seeds_of(PROMPTS), 4, guidance_scale))
+
+
+def test_sdxl_predictions_are_the_stock_pipelines(xl_pipeline):
+    xl = Denoiser.of(xl_pipeline)
+    xl_pipeline.set_progress_bar_config(disable=True)
+    latents = xl.noise(seeds_of(PROMPTS))
+    expected, end = stock_predictions(xl_pipeline, PROMPTS, latents, 2, 5.0)
+    with torch.no_grad():
+        pair = xl.predict_pair(latents, int(xl.timesteps(2)[0]), xl.encode(PROMPTS), xl.null(3))
+    torch.testing.assert_close(pair[0], expected[0][1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pair[1], expected[0][0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(xl.generate(PROMPTS, seeds_of(PROMPTS), 2, 5.0), end, atol=1e-4, rtol=1e-4)
+    assert xl.decode(end).shape == (3, 32, 32, 3)
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_token_embeddings_give_what_tokens_give_with_a_gradient(denoiser, xl_pipeline, family):
+    own = denoiser if family == "sd" else Denoiser.of(xl_pipeline)
+    embeds = own.token_embeds(PROMPTS).requires_grad_()
+    encoded, expected = own.encode_embeds(embeds, PROMPTS), own.encode(PROMPTS)
+    torch.testing.assert_close(encoded.hidden, expected.hidden)
+    total = encoded.hidden.square().sum()
+    if family == "xl":
+        torch.testing.assert_close(encoded.pooled, expected.pooled)
+        total = total + encoded.pooled.square().sum()
+    (gradient,) = torch.autograd.grad(total, embeds)
+    assert gradient.abs().sum() > 0
+    assert not own.pipeline.text_encoder.get_input_embeddings()._forward_hooks
+    with pytest.raises(ValueError, match="B = 3 prompts"):
+        own.encode_embeds(embeds[:2], PROMPTS)
+
+
+def test_attention_is_read_without_a_trace(denoiser):
+    unet = denoiser.pipeline.unet
+    before, processors = copy.copy(unet.__dict__), dict(unet.attn_processors)
+    latents, cond, null = denoiser.noise([1, 2]), denoiser.encode(PROMPTS[:2]), denoiser.null(2)
+    ends = end_positions(denoiser.token_ids(PROMPTS[:2]), denoiser.tokenizer.eos_token_id)
+    with torch.no_grad():
+        plain = denoiser.predict_pair(latents, 500, cond, null)
+        with cross_attention(unet, ends) as seen:
+            watched = denoiser.predict_pair(latents, 500, cond, null)
+    assert torch.equal(plain[0], watched[0]) and torch.equal(plain[1], watched[1])
+    torch.testing.assert_close(seen.token_means().sum(dim=1), torch.ones(2))  # probabilities
+    end_map = seen.end_map(16, 16)
+    assert end_map.shape == (2, 16, 16) and (end_map > 0).all() and (end_map < 1).all()
+    assert unet.__dict__.keys() == before.keys() and dict(unet.attn_processors) == processors
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+def test_end_of_text_is_the_first_one(denoiser):
+    ids = denoiser.token_ids(["fox", "", "fox " * 99])
+    places = end_positions(ids, denoiser.tokenizer.eos_token_id)
+    assert places.tolist() == [len(denoiser.tokenizer("fox").input_ids) - 1, 1, ids.shape[1] - 1]
+
+
+def test_hooks_are_gone_after_an_error(denoiser):
+    with (
+        pytest.raises(RuntimeError, match="stopped"),
+        cross_attention(denoiser.pipeline.unet, torch.tensor([1])),
+    ):
+        raise RuntimeError("stopped")
+    assert not any(module._forward_hooks for module in denoiser.pipeline.unet.modules())
+
+
+def test_noise_of_a_row_does_not_depend_on_its_batch(denoiser):
+    assert torch.equal(denoiser.noise([5, 6, 7])[1], denoiser.noise([6])[0])
+    assert generation_seeds("fox", 4, 0)[:2] == generation_seeds("fox", 2, 0)
+    assert set(generation_seeds("fox", 4, 0)).isdisjoint(generation_seeds("cat", 4, 0))
+
+
+def test_fingerprint_tells_weights_apart(denoiser, xl_pipeline):
+    changed = copy.deepcopy(denoiser.pipeline)
+    assert Denoiser.of(changed).fingerprint() == denoiser.fingerprint()
+    with torch.no_grad():
+        next(changed.unet.parameters()).view(-1)[0] += 1e-3
+    assert Denoiser.of(changed).fingerprint() != denoiser.fingerprint()
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(caplog):
+    sizes = []
+
+    def work(rows: range) -> list[int]:
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(rows))
+        return list(rows)
+
+    batches = Halving(8)
+    with caplog.at_level(logging.WARNING):
+        found = [row for part in batches.over(9, work) for row in part]
+    assert found == list(range(9)) and max(sizes) == 2 and batches.batch_size == 2
+    assert "out of memory with 8 rows at a time; going on with 4" in caplog.text
+    with pytest.raises(RuntimeError, match="something else"):
+        list(batches.over(4, lambda rows: (_ for _ in ()).throw(RuntimeError("something else"))))
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        Halving(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: folder.joinpath("model_index.json").unlink(), "has no model_index.json"),
+        (lambda folder: folder.joinpath("unet").rename(folder / "other"), "has no unet/"),
+        (
+            lambda folder: folder.joinpath("model_index.json").write_text('{"_class_name": "Flux"}'),
+            "is a Flux",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_model_is_one_line(pipeline_folder, tmp_path, change, message):
+    import shutil
+
+    folder = shutil.copytree(pipeline_folder, tmp_path / "model")
+    change(folder)
+    with pytest.raises(ValueError, match=f"model=.*{message}.*; model takes a Stable Diffusion") as raised:
+        Denoiser.load(str(folder))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model=/nowhere/model: no such folder"):
+        Denoiser.load("/nowhere/model")
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got int8"):
+        Denoiser.load("/nowhere/model", dtype="int8")

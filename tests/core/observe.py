@@ -1,0 +1,27 @@
+"""Observations made by hand."""
+
+import torch
+
+from memtrain.core.exclusion import TRAINED, Observations
+
+
+def observe(score, timesteps=900, index=None, group=TRAINED, scored=True, loss=1.0, captioned=True) -> Observations:
+    """Scores of fresh visits; a number stands for all of them."""
+    score = torch.as_tensor(score, dtype=torch.float32)
+    n = len(score)
+
+    def column(value, dtype):
+        return torch.as_tensor(value, dtype=dtype).expand(n).clone()
+
+    timesteps, scored = column(timesteps, torch.long), column(scored, torch.bool)
+    return Observations(
+        sample_index=torch.arange(n) if index is None else torch.as_tensor(index),
+        timesteps=timesteps,
+        score=score,
+        loss=column(loss, torch.float32),
+        group=column(group, torch.long),
+        captioned=column(captioned, torch.bool),
+        scored=scored,
+        known=scored,
+        score_timesteps=timesteps,
+    )
