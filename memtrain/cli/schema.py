@@ -8,6 +8,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from memtrain.cli.schema_audit import Detect, Evaluate, Explain, Mitigate
+
 
 @dataclass
 class Shards:
@@ -284,6 +286,10 @@ def register() -> None:
         ("schema", "train", Train),
         ("schema", "cache", Cache),
         ("schema", "demo", Demo),
+        ("schema", "detect", Detect),
+        ("schema", "explain", Explain),
+        ("schema", "mitigate", Mitigate),
+        ("schema", "evaluate", Evaluate),
         ("schema/data", "shards", Shards),
         ("schema/data", "composites", Composites),
         ("schema/model", "stable_diffusion", StableDiffusion),

@@ -11,7 +11,16 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, Observations, at_least, open_share, restored
+from memtrain.core.exclusion import (
+    REFERENCE,
+    Decision,
+    ExclusionRule,
+    Observations,
+    at_least,
+    log_score,
+    open_share,
+    restored,
+)
 from memtrain.core.quantiles import RunningQuantiles, histogram_quantile
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 from memtrain.core.trend import Trend
@@ -20,11 +29,6 @@ LOG_RANGE = {"low": -12.0, "high": 12.0, "width": 0.005}  # of log d: a bucket i
 LEVEL_DEGREE = 4  # of log d over t
 SPREAD_PRIOR = 30  # scores that a bin's own must outweigh
 Z_RANGE = {"low": -12.0, "high": 12.0, "width": 0.01}  # of log d in standard deviations
-
-
-def log_score(score: Tensor) -> Tensor:
-    """log d, finite where d is 0. float64, on the CPU"""
-    return score.cpu().double().clamp(min=1e-12).log()
 
 
 def check_half_life(half_life: int, tail: float, name: str) -> None:

@@ -76,6 +76,11 @@ class ExclusionRule(ABC):
         """Restore what `state_dict` gave."""
 
 
+def log_score(score: Tensor) -> Tensor:
+    """log d, finite where d is 0. float64, on the CPU"""
+    return score.cpu().double().clamp(min=1e-12).log()
+
+
 # ---- what the config or a checkpoint says; the comparisons are such that NaN does not pass
 
 

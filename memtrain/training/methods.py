@@ -33,7 +33,7 @@ class Method:
         return captions
 
     def embeddings(self, hidden: Tensor, captioned: Tensor, generators: list[np.random.Generator]) -> Tensor:
-        """(B, L, D) encoder_hidden_states to train with; rows that are not `captioned` (B,) stay as they are."""
+        """(B, L, D) encoder_hidden_states to train with. Rows that are not `captioned` (B,) stay the same."""
         return hidden
 
 

@@ -190,8 +190,9 @@ from tests.conftest import build_data, build_module, weights
 module = build_module({pipeline!r}, method=RandomTokensAdded(0.5, 2), reference_batch=4)
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"), max_steps=3,
-    max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    use_distributed_sampler=False, gradient_clip_val=1.0, default_root_dir={out!r})
+    max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0,
+    default_root_dir={out!r})
 trainer.fit(module, datamodule=build_data({corpus!r}, 2))
 if trainer.is_global_zero:
     torch.save(weights(module), {out!r} + "/two.pt")

@@ -236,8 +236,9 @@ from tests.conftest import build_data, build_module, weights
 module = build_module({pipeline!r}, FixedThreshold(1.0), scoring=Scoring(every_visits=2))
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"), max_steps=8,
-    max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0, default_root_dir={out!r})
+    max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    gradient_clip_val=1.0, default_root_dir={out!r})
 trainer.fit(module, datamodule=build_data({corpus!r}, 2))
 found = dict(weights=weights(module), memory=module.memory.state_dict())
 torch.save(found, {out!r} + f"/{{trainer.global_rank}}.pt")

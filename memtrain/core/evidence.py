@@ -1,0 +1,240 @@
+"""Rules that gather evidence against a sample over its visits, and leave it out at every timestep while it is high."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from memtrain.core.exclusion import (
+    REFERENCE,
+    SACRIFICED,
+    Decision,
+    ExclusionRule,
+    Observations,
+    at_least,
+    log_score,
+    open_share,
+    positive,
+    restored,
+)
+from memtrain.core.statistics import BinnedMoments, timestep_bin
+
+
+class Evidence(ExclusionRule):
+    """What the two rules share: 5 bytes a sample, and who enters and leaves.
+
+    A sample enters exclusion when its evidence reaches `enter` and leaves when it falls below `leave`. Every
+    scored visit changes it: `memory` times what it was, plus what the visit shows.
+
+    Args:
+        memory: share of the evidence that outlives a visit, in [0, 1]; 0 acts on single draws.
+        num_bins: timestep bins over the whole schedule.
+        half_life: reference scores of a bin after which an older one counts half.
+        warmup: reference scores that a bin needs before its visits count.
+        start_step: before this optimizer step every sample is kept.
+    """
+
+    learns = True
+    needs_reference = True
+    floor = -math.inf  # evidence rests here, however much speaks for a sample
+
+    def __init__(
+        self, enter: float, leave: float, memory: float, num_bins: int, half_life: int, warmup: int, start_step: int
+    ):
+        if not 0 <= memory <= 1:
+            raise ValueError(f"exclusion.memory must be in [0, 1], got {memory:g}; 0 acts on single draws")
+        at_least(1, num_bins=num_bins, half_life=half_life, warmup=warmup)
+        at_least(0, start_step=start_step)
+        self.enter, self.leave, self.memory = enter, leave, memory
+        self.num_bins, self.warmup, self.start_step = num_bins, warmup, start_step
+        self.reference = BinnedMoments(num_bins, half_life)
+
+    def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+        self.evidence = torch.zeros(num_samples)
+        self.excluded = torch.zeros(num_samples, dtype=torch.bool)
+
+    @abstractmethod
+    def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
+        """What each visit adds to its sample's evidence, and whether it counts. (B,), (B,) bool, on the CPU"""
+
+    def bins(self, observed: Observations) -> Tensor:
+        return timestep_bin(observed.timesteps.cpu(), self.num_timesteps, self.num_bins)
+
+    def counts(self, observed: Observations) -> Tensor:
+        """Visits that were scored, in bins whose reference is known. (B,) bool"""
+        return observed.scored.cpu() & (self.reference.count[self.bins(observed)] >= self.warmup)
+
+    def decide(self, observed: Observations) -> Decision:
+        shown, counts = self.shows(observed)
+        index = observed.sample_index.cpu()
+        evidence = torch.where(counts, self.memory * self.evidence[index] + shown, self.evidence[index])
+        threshold = torch.where(self.excluded[index], self.leave, self.enter)
+        device = observed.score.device
+        return Decision(keep_mask=(evidence < threshold).to(device), threshold=threshold.to(device))
+
+    def update(self, observed: Observations) -> None:
+        shown, counts = self.shows(observed)
+        index, place = observed.sample_index.cpu()[counts].unique(return_inverse=True)
+        visits = torch.zeros(len(index)).index_add_(0, place, torch.ones(len(place)))
+        total = torch.zeros(len(index)).index_add_(0, place, shown[counts])
+        # the mean of several visits in one step, as often as there were visits: their order does not matter
+        gained = sum_of_powers(self.memory, visits) * total / visits
+        evidence = self.memory**visits * self.evidence[index] + gained
+        self.excluded[index] = evidence >= torch.where(self.excluded[index], self.leave, self.enter)
+        self.evidence[index] = evidence.clamp(min=self.floor)
+        self.learn(observed)
+
+    @abstractmethod
+    def learn(self, observed: Observations) -> None:
+        """Follow what the groups score, once the evidence is updated."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"evidence": self.evidence, "excluded": self.excluded, "reference": self.reference.sums}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if "evidence" in state and len(state["evidence"]) != len(self.evidence):
+            raise ValueError(
+                f"the checkpoint's exclusion rule knows {len(state['evidence'])} samples, this corpus has "
+                f"{len(self.evidence)}; resume on the shards that the run was started with"
+            )
+        self.evidence, self.excluded, self.reference.sums = restored(
+            state, evidence=self.evidence, excluded=self.excluded, reference=self.reference.sums
+        )
+
+
+def sum_of_powers(base: float, count: Tensor) -> Tensor:
+    """1 + base + ... + base^(count - 1)"""
+    return count if base == 1 else (1 - base**count) / (1 - base)
+
+
+class LikelihoodEvidence(Evidence):
+    """`exclusion=evidence`: a sequential test (Wald 1945) of memorized against never trained.
+
+    The statistic of a visit is x = log(d / sqrt(loss)): how far the caption moves the prediction, compared with
+    what stays unexplained. Where a sample is memorized d rises at high noise and falls in the middle, while the
+    loss falls at every t; x rises at every t, early, and differs less from picture to picture than the loss does.
+    In each timestep bin x is taken as normal, with the reference set's mean and deviation for a sample that is
+    not memorized, and a mean of its own for one that is, learnt from the sacrificed canaries. A visit adds the
+    logarithm of the likelihood ratio of the two, either sign of the difference being used.
+
+    Evidence enters at log((1 - miss) / fpr) and leaves below log(miss / (1 - fpr)), where it also rests, so
+    that a sample which was ordinary for long does not take longer to enter. The two rates hold for one test on
+    independent visits; visits of one picture are not, hence the `memory` below 1 and the clipped visits.
+
+    Until sacrificed canaries were seen, and without any, a memorized sample's mean is taken to lie `shift`
+    deviations above the reference set's: evidence is then a sum of z-scores.
+
+    Args:
+        false_positive_rate, miss_rate: of the test, in (0, 1), together below 1.
+        clip: a visit changes the evidence by no more, so that one draw does not decide.
+        shift: of a memorized sample's mean, in the reference set's deviations, before one is learnt.
+        shift_weight: how many sacrificed canaries' visits to a bin it takes to outweigh `shift`.
+        canary_half_life: visits of sacrificed canaries to a bin after which an older one counts half.
+    """
+
+    def __init__(
+        self,
+        false_positive_rate: float,
+        miss_rate: float,
+        memory: float,
+        clip: float,
+        shift: float,
+        shift_weight: float,
+        num_bins: int,
+        half_life: int,
+        canary_half_life: int,
+        warmup: int,
+        start_step: int = 0,
+    ):
+        fpr = open_share("false_positive_rate", false_positive_rate, "0.05 is usual")
+        miss = open_share("miss_rate", miss_rate, "0.1 is usual")
+        if not fpr + miss < 1:
+            raise ValueError(
+                f"exclusion.false_positive_rate + exclusion.miss_rate must be < 1, got {fpr:g} + {miss:g}; "
+                "a coin does as well"
+            )
+        enter, leave = math.log((1 - miss) / fpr), math.log(miss / (1 - fpr))
+        super().__init__(enter, leave, memory, num_bins, half_life, warmup, start_step)
+        at_least(1, canary_half_life=canary_half_life)
+        self.floor = leave
+        self.clip, self.shift = positive("clip", clip), positive("shift", shift)
+        self.shift_weight = positive("shift_weight", shift_weight)
+        self.memorized = BinnedMoments(num_bins, canary_half_life)
+
+    def statistic(self, observed: Observations) -> Tensor:
+        """x = log(d / sqrt(loss)). (B,) float64, on the CPU"""
+        return log_score(observed.score) - log_score(observed.loss) / 2
+
+    def expected_shift(self) -> Tensor:
+        """Of a memorized sample's mean against the reference set's, in its deviations. (num_bins,)"""
+        learnt = (self.memorized.mean - self.reference.mean) / self.reference.std
+        weight = self.memorized.count / (self.memorized.count + self.shift_weight)
+        return weight * learnt + (1 - weight) * self.shift
+
+    def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
+        bins = self.bins(observed)
+        z = (self.statistic(observed) - self.reference.mean[bins]) / self.reference.std[bins]
+        shift = self.expected_shift()[bins]
+        ratio = shift * (z - shift / 2)  # log of N(z; shift, 1) / N(z; 0, 1)
+        return ratio.clamp(-self.clip, self.clip).float(), self.counts(observed)
+
+    def learn(self, observed: Observations) -> None:
+        bins, x, group = self.bins(observed), self.statistic(observed), observed.group.cpu()
+        for moments, of in ((self.reference, REFERENCE), (self.memorized, SACRIFICED)):
+            learned = observed.scored.cpu() & (group == of)
+            moments.update(x[learned], bins[learned])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | {"memorized": self.memorized.sums}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        (self.memorized.sums,) = restored(state, memorized=self.memorized.sums)
+
+
+class ZScoreEvidence(Evidence):
+    """`exclusion=z_scores`: evidence is the moving average of a sample's z-scores at high noise; no canary is needed.
+
+    One draw of d says little, and only at high noise does a memorized sample stand above the others
+    (METHOD.md, the trial). So each visit at t >= `min_timestep` gives a z-score, of log d, against what the
+    never-trained reference set scores in the same timestep bin.
+
+    Args:
+        enter, leave: bounds on the evidence, in standard deviations of the reference set; leave <= enter.
+        memory: weight of the past in a sample's moving average, in [0, 1); 0 acts on single draws.
+        min_timestep: visits at lower timesteps are not counted, as a share of the schedule in [0, 1).
+    """
+
+    def __init__(
+        self,
+        enter: float,
+        leave: float,
+        memory: float,
+        min_timestep: float,
+        num_bins: int,
+        half_life: int,
+        warmup: int,
+        start_step: int = 0,
+    ):
+        super().__init__(positive("enter", enter), leave, memory, num_bins, half_life, warmup, start_step)
+        if not leave <= enter:
+            raise ValueError(f"exclusion.leave must be <= exclusion.enter ({enter:g}), got {leave:g}")
+        if not memory < 1:
+            raise ValueError(f"exclusion.memory must be in [0, 1), got {memory:g}; 0 acts on single draws")
+        if not 0 <= min_timestep < 1:
+            raise ValueError(f"exclusion.min_timestep is a share of the schedule in [0, 1), got {min_timestep:g}")
+        self.min_timestep = min_timestep
+
+    def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
+        bins = self.bins(observed)
+        z = (log_score(observed.score) - self.reference.mean[bins]) / self.reference.std[bins]
+        high_noise = observed.timesteps.cpu() >= self.min_timestep * self.num_timesteps
+        return (1 - self.memory) * z.float(), self.counts(observed) & high_noise
+
+    def learn(self, observed: Observations) -> None:
+        learned = observed.scored.cpu() & (observed.group.cpu() == REFERENCE)
+        self.reference.update(log_score(observed.score)[learned], self.bins(observed)[learned])
