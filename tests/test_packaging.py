@@ -71,6 +71,7 @@ def test_the_wheel_holds_code_conf_and_demo(wheel):
         *REPO.glob("memtrain/**/*.py"),
         *REPO.glob("memtrain/demo/pipeline/**/*"),
         REPO / "memtrain/demo/glyphs.zip",
+        *REPO.glob("memtrain/report/assets/*"),
     ]
     expected = {str(path.relative_to(REPO)) for path in sources if path.is_file()}
     expected |= {"memtrain/" + str(path.relative_to(REPO)) for path in REPO.glob("conf/**/*.yaml")}
