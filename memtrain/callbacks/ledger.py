@@ -18,7 +18,7 @@ class Ledger(pl.Callback):
     """Each rank's rows into `ledger/`, on disk whenever a checkpoint is made.
 
     A row is written where the rule could decide: for rules that need scores, of captioned samples with a
-    score, taken now or remembered; for others, of captioned samples. Callbacks that read the ledger come later.
+    score, taken now or remembered; for others, of captioned samples. Comes before what reads the ledger.
 
     Args:
         sample: share of the rows that is written, drawn by (seed, step, sample).

@@ -166,19 +166,27 @@ def _write_csv(path: Path, results: list[Result]) -> None:
 
 
 def _print(results: list[Result], out: Path) -> None:
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     first = results[0]
     has_clip = any(group.clip_score is not None for group in first.groups)
-    table = Table(title=f"A copy: {escape(first.copy_rule)}", title_justify="left")
-    for number, name in enumerate(
-        ("model", "group", "samples", "copies", "samples copied", first.measure)
-        + (("CLIP score",) if has_clip else ())
-        + ("loss", first.frechet_name.split()[0])  # FID, or Fréchet
-    ):
-        table.add_column(escape(name), justify="left" if number < 2 else "right", no_wrap=number == 1)
+    table = Table(
+        title=f"A copy: {escape(first.copy_rule)}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    models, groups = [result.model for result in results], [group.group for group in first.groups]
+    for name, cells in (("model", models), ("group", groups)):
+        table.add_column(name, overflow="fold", min_width=min(16, max(map(len, cells))))
+    figures = ("samples", "copies", "samples copied", first.measure)
+    figures += (
+        *(("CLIP score",) if has_clip else ()),
+        "loss",
+        first.frechet_name.split()[0],
+    )  # FID, or Fréchet
+    for name in figures:
+        table.add_column(name, justify="right")
     for result in results:
         for number, group in enumerate(result.groups):
             cells = [

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from memtrain.cli.shards import _Parser, shown
+from memtrain.cli.shards import Parser, shown
 
 
 def ledger(argv: list[str]) -> None:
@@ -23,7 +23,7 @@ def ledger(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("memtrain ledger", description="Say from a run's ledger which samples look memorized.")
+    parser = Parser("memtrain ledger", description="Say from a run's ledger which samples look memorized.")
     tasks = parser.add_subparsers(metavar="suspects | show", required=True)
 
     def task(run: Callable, name: str, summary: str) -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from memtrain.cli.shards import _Parser
+from memtrain.cli.shards import Parser
 
 
 def report(argv: list[str]) -> None:
@@ -13,7 +13,7 @@ def report(argv: list[str]) -> None:
     Raises:
         ValueError: what the user can mend.
     """
-    parser = _Parser(
+    parser = Parser(
         "memtrain report",
         description="One self-contained page about a run, finished or going on; several runs are compared.",
     )

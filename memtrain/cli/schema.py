@@ -57,10 +57,59 @@ class StableDiffusion:
 class Threshold:
     _target_: str = MISSING
     threshold: float = MISSING
+    start_step: int = MISSING
+
+
+@dataclass
+class Quantile:
+    _target_: str = MISSING
+    quantile: float = MISSING
+    num_bins: int = MISSING
+    half_life: int = MISSING
+    warmup: int = MISSING
+    start_step: int = MISSING
+
+
+@dataclass
+class Calibrated:
+    _target_: str = MISSING
+    false_positive_rate: float = MISSING
+    num_bins: int = MISSING
+    level_half_life: int = MISSING
+    half_life: int = MISSING
+    pooling: int = MISSING
+    warmup: int = MISSING
+    start_step: int = MISSING
+
+
+@dataclass
+class Agc:
+    _target_: str = MISSING
+    ratio: float = MISSING
+    num_bins: int = MISSING
+    half_life: int = MISSING
+    warmup: int = MISSING
+    start_step: int = MISSING
 
 
 @dataclass
 class Evidence:
+    _target_: str = MISSING
+    false_positive_rate: float = MISSING
+    miss_rate: float = MISSING
+    memory: float = MISSING
+    clip: float = MISSING
+    shift: float = MISSING
+    shift_weight: float = MISSING
+    num_bins: int = MISSING
+    half_life: int = MISSING
+    canary_half_life: int = MISSING
+    warmup: int = MISSING
+    start_step: int = MISSING
+
+
+@dataclass
+class ZScores:
     _target_: str = MISSING
     enter: float = MISSING
     leave: float = MISSING
@@ -69,6 +118,27 @@ class Evidence:
     num_bins: int = MISSING
     half_life: int = MISSING
     warmup: int = MISSING
+    start_step: int = MISSING
+
+
+@dataclass
+class CaptionRewriting:
+    _target_: str = MISSING
+    probability: float = MISSING
+    count: int = MISSING
+
+
+@dataclass
+class EmbeddingNoise:
+    _target_: str = MISSING
+    std: float = MISSING
+
+
+@dataclass
+class Ledger:
+    _target_: str = MISSING
+    sample: float = MISSING
+    seed: int = MISSING
 
 
 @dataclass
@@ -294,7 +364,14 @@ def register() -> None:
         ("schema/data", "composites", Composites),
         ("schema/model", "stable_diffusion", StableDiffusion),
         ("schema/exclusion", "threshold", Threshold),
+        ("schema/exclusion", "quantile", Quantile),
+        ("schema/exclusion", "calibrated", Calibrated),
+        ("schema/exclusion", "agc", Agc),
         ("schema/exclusion", "evidence", Evidence),
+        ("schema/exclusion", "z_scores", ZScores),
+        ("schema/method", "rewriting", CaptionRewriting),
+        ("schema/method", "noise", EmbeddingNoise),
+        ("schema/ledger", "ledger", Ledger),
         ("schema/optimizer", "adamw", AdamW),
         ("schema", "trainer", Trainer),
         ("schema", "callbacks", Callbacks),

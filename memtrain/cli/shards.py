@@ -30,7 +30,7 @@ HEADINGS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; {self.prog} --help says more")
 
@@ -46,7 +46,7 @@ def shards(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("memtrain shards", description="Check, index, write and deduplicate LAION-style shards.")
+    parser = Parser("memtrain shards", description="Check, index, write and deduplicate LAION-style shards.")
     tasks = parser.add_subparsers(metavar="check | index | pack | duplicates", required=True)
 
     def task(run: Callable, name: str, summary: str) -> argparse.ArgumentParser:

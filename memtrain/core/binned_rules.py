@@ -27,7 +27,7 @@ from memtrain.core.trend import Trend
 
 LOG_RANGE = {"low": -12.0, "high": 12.0, "width": 0.005}  # of log d: a bucket is half a percent of d
 LEVEL_DEGREE = 4  # of log d over t
-SPREAD_PRIOR = 30  # scores that a bin's own must outweigh
+SPREAD_PRIOR = 100  # scores that a bin's own must outweigh
 Z_RANGE = {"low": -12.0, "high": 12.0, "width": 0.01}  # of log d in standard deviations
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from memtrain.core.statistics import BinnedMoments, timestep_bin
 
 # Groups. Canaries are planted; a sacrificed one is never excluded, so that rules learn what memorized looks like;
 # a reference sample is never trained on.
@@ -159,94 +158,3 @@ class NormalizedThreshold(ExclusionRule):
             keep_mask=observed.score / self.root_n < self.threshold,
             threshold=torch.full_like(observed.score, self.threshold),
         )
-
-
-class Evidence(ExclusionRule):
-    """`exclusion=evidence`: a sample is left out, at every timestep, while the evidence against it is high.
-
-    One draw of d says little, and only at high noise does a memorized sample stand above the others
-    (METHOD.md, the trial). So each visit at t >= `min_timestep` gives a z-score, of log d, against what the
-    never-trained reference set scores in the same timestep bin; a sample's evidence is the exponential
-    moving average of its z-scores. It enters exclusion at `enter` and leaves below `leave`.
-
-    Args:
-        enter, leave: bounds on the evidence, in standard deviations of the reference set; leave <= enter.
-        memory: weight of the past in a sample's moving average, in [0, 1); 0 acts on single draws.
-        min_timestep: visits at lower timesteps are not counted, as a share of the schedule in [0, 1).
-        num_bins: timestep bins over the whole schedule.
-        half_life: reference observations of a bin after which an older one counts half.
-        warmup: reference observations that a bin needs before its visits count.
-    """
-
-    learns = True
-    needs_reference = True
-
-    def __init__(
-        self, enter: float, leave: float, memory: float, min_timestep: float, num_bins: int, half_life: int, warmup: int
-    ):
-        self.enter = positive("enter", enter)
-        if not leave <= enter:
-            raise ValueError(f"exclusion.leave must be <= exclusion.enter ({enter:g}), got {leave:g}")
-        if not 0 <= memory < 1:
-            raise ValueError(f"exclusion.memory must be in [0, 1), got {memory:g}; 0 acts on single draws")
-        if not 0 <= min_timestep < 1:
-            raise ValueError(f"exclusion.min_timestep is a share of the schedule in [0, 1), got {min_timestep:g}")
-        for name, value in (("num_bins", num_bins), ("half_life", half_life), ("warmup", warmup)):
-            if value < 1:
-                raise ValueError(f"exclusion.{name} must be >= 1, got {value}")
-        self.leave, self.memory, self.min_timestep = leave, memory, min_timestep
-        self.num_bins, self.warmup = num_bins, warmup
-        self.reference = BinnedMoments(num_bins, half_life)
-
-    def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:
-        self.num_timesteps = num_timesteps
-        self.evidence = torch.zeros(num_samples)  # 4 bytes a sample
-        self.excluded = torch.zeros(num_samples, dtype=torch.bool)
-
-    def z_score(self, observed: Observations) -> tuple[Tensor, Tensor]:
-        """How far log d lies above the reference set's, in its standard deviations, and whether that counts.
-
-        Returns (B,) float32 and (B,) bool, on the CPU.
-        """
-        timesteps, score = observed.timesteps.cpu(), observed.score.cpu()
-        bins = timestep_bin(timesteps, self.num_timesteps, self.num_bins)
-        z = (score.clamp(min=1e-12).log().double() - self.reference.mean[bins]) / self.reference.std[bins]
-        counts = observed.scored.cpu() & (timesteps >= self.min_timestep * self.num_timesteps)
-        return z.float(), counts & (self.reference.count[bins] >= self.warmup)
-
-    def decide(self, observed: Observations) -> Decision:
-        z, counts = self.z_score(observed)
-        index = observed.sample_index.cpu()
-        evidence = self.evidence[index]
-        evidence = torch.where(counts, self.memory * evidence + (1 - self.memory) * z, evidence)
-        threshold = torch.where(self.excluded[index], self.leave, self.enter)
-        device = observed.score.device
-        return Decision(keep_mask=(evidence < threshold).to(device), threshold=threshold.to(device))
-
-    def update(self, observed: Observations) -> None:
-        z, counts = self.z_score(observed)
-        is_reference = observed.group.cpu() == REFERENCE
-        index, visited = observed.sample_index.cpu()[counts].unique(return_inverse=True)
-        z = z[counts]
-        visits = torch.zeros(len(index)).index_add_(0, visited, torch.ones_like(z))
-        mean_z = torch.zeros(len(index)).index_add_(0, visited, z) / visits
-        past = self.memory**visits  # several visits in one step weigh as much as in several steps
-        self.evidence[index] = past * self.evidence[index] + (1 - past) * mean_z
-        bound = torch.where(self.excluded[index], self.leave, self.enter)
-        self.excluded[index] = self.evidence[index] >= bound
-
-        learned = is_reference & observed.scored.cpu()
-        bins = timestep_bin(observed.timesteps.cpu()[learned], self.num_timesteps, self.num_bins)
-        self.reference.update(observed.score.cpu()[learned].clamp(min=1e-12).log(), bins)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"evidence": self.evidence, "excluded": self.excluded, "reference": self.reference.sums}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if len(state["evidence"]) != len(self.evidence):
-            raise ValueError(
-                f"the checkpoint's exclusion rule knows {len(state['evidence'])} samples, this corpus has "
-                f"{len(self.evidence)}; resume on the shards that the run was started with"
-            )
-        self.evidence, self.excluded = state["evidence"].clone(), state["excluded"].clone()
-        self.reference.sums = state["reference"].clone()

@@ -105,6 +105,7 @@ class StableDiffusion(nn.Module):
         self.vae.to(memory_format=torch.channels_last)  # encoding takes half the time on a CPU
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
+        self.compiled = compile
         if compile:
             self.unet.compile()
         self.train()

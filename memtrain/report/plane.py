@@ -42,7 +42,9 @@ def draw_plane(path: Path, points: Sequence[Point], memorization: str, quality: 
             color=INK,
         )
     axis.set_ylim(-0.04, max(0.1, *(1.15 * point.memorization for point in points)))
-    axis.margins(x=0.25)
+    least, most = min(point.quality for point in points), max(point.quality for point in points)
+    beyond = max((most - least) / 3, 0.05 * abs(most))  # a difference of a percent must not look like a gulf
+    axis.set_xlim(least - beyond, most + beyond)
     axis.set_ylabel(_text(memorization))
     axis.set_xlabel(_text(quality))
     axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")

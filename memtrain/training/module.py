@@ -163,6 +163,8 @@ class DiffusionTraining(pl.LightningModule):
 
         noise = draws.noise + self.noise_offset * draws.offset_noise
         due = self._due(batch.sample_index, draws.timesteps)
+        if due is not None:
+            due &= torch.tensor([bool(caption) for caption in captions])
         loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, due)
         weights = torch.ones_like(loss)
         if self.min_snr_gamma is not None:
@@ -225,7 +227,8 @@ class DiffusionTraining(pl.LightningModule):
             if due is None:
                 return loss, self._score(noisy, timesteps, prediction)
             score = torch.zeros_like(loss)
-            rows = _padded(due.nonzero()[:, 0], len(noisy)).to(noisy.device)
+            rows = due.nonzero()[:, 0]
+            rows = (_padded(rows, len(noisy)) if model.compiled else rows).to(noisy.device)
             if len(rows):  # a UNet cannot have a batch of none
                 score[rows] = self._score(noisy[rows], timesteps[rows], prediction[rows])
             return loss, score

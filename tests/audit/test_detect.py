@@ -327,6 +327,8 @@ def test_both_spellings_of_columns():
 
 
 def test_the_benchmark_compares_equal_scores(denoiser):
-    speed = measure_detection(denoiser, PROMPTS, rounds=1, num_generations=2, num_steps=2, num_inference_steps=4)
+    speed = measure_detection(
+        denoiser, PROMPTS, rounds=1, num_generations=2, num_steps=2, num_inference_steps=4
+    )
     assert speed.largest_difference < 1e-4
-    assert speed.against_whole_loop > 1 and speed.memtrain > 0
+    assert min(speed.memtrain, speed.stopped_loop, speed.whole_loop) > 0

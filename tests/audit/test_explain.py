@@ -16,11 +16,6 @@ PROMPT = "fox on a red background"
 FEW = dict(num_inference_steps=4, steps=(0, 1))
 
 
-@pytest.fixture(scope="module")
-def denoiser(pipeline_folder) -> Denoiser:
-    return Denoiser.load(str(pipeline_folder), device="cpu")
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_token_significance_equals_a_finite_difference(pipelines, prediction_type):
     """Along the gradient's own direction, d changes by the gradient's norm."""
@@ -181,3 +176,9 @@ def test_command_without_a_prompt_says_so(pipeline_folder, capsys):
     with pytest.raises(SystemExit):
         main(["explain", f"model={pipeline_folder}"])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_both_text_encoders_of_xl_are_heard(xl_pipeline):
+    explanation = explain(xl_pipeline, PROMPT, num_generations=2, **FEW)
+    assert [word.text for word in explanation.words] == PROMPT.split()
+    assert all(word.significance > 0 for word in explanation.words)

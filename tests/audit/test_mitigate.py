@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from memtrain.audit.compare import Comparison, Judges, caption_margin, copy_rmse, encode_images
-from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.denoiser import Halving, generation_seeds
 from memtrain.audit.mitigate import Sampling, follow, generate, mitigate, resolve_target
 from memtrain.audit.mitigations import (
     Embedding,
@@ -24,11 +24,6 @@ from memtrain.data.samples import ShardSamples
 
 PROMPT = "fox on a red background"
 FEW = dict(num_generations=2, num_inference_steps=4)
-
-
-@pytest.fixture(scope="module")
-def denoiser(pipeline_folder) -> Denoiser:
-    return Denoiser.load(str(pipeline_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +239,10 @@ def test_command_errors_are_one_line(pipeline_folder, tmp_path, capsys, argument
         main(["mitigate", f"model={pipeline_folder}", f"out={tmp_path / 'out'}", *arguments])
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_xl_keeps_its_pooled_embedding(xl_pipeline):
+    found = mitigate(xl_pipeline, PROMPT, 0.0, method=Embedding(iterations=2), **FEW)
+    assert (found.scores_after < found.scores_before).all()
+    assert torch.equal(found.after.pooled_prompt_embeds, found.before.pooled_prompt_embeds)
+    assert found.prompt_embeds.shape == found.before.prompt_embeds.shape

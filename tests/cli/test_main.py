@@ -82,7 +82,7 @@ def test_every_experiment_composes_and_says_what_it_costs(experiment):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("rule", ["none", "fixed", "normalized", "evidence"])
+@pytest.mark.parametrize("rule", sorted(path.stem for path in (config_folder() / "exclusion").glob("*.yaml")))
 def test_every_rule_goes_with_every_experiment(experiment, rule):
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -40,7 +40,7 @@ class World:
     def draw(self, count: int, step: int, group: int):
         timesteps = torch.randint(0, 1000, (count,), generator=self.generator)
         t = timesteps / 1000
-        mean = 1.4 - 0.3 * t - t**4 + self.drift * math.sin(step / 150 + 3 * t)
+        mean = 1.4 - 0.3 * t - t**4 + self.drift * torch.sin(step / 150 + 3 * t)
         deviation = 0.3 + 0.07 * torch.sin(6 * t)
         noise = torch.randn(count, generator=self.generator)
         return observe((mean + deviation * noise).exp(), timesteps, torch.zeros(count).long(), group)
@@ -48,20 +48,23 @@ class World:
 
 @pytest.mark.parametrize("drift", [0.0, 0.2])
 def test_calibrated_leaves_out_the_rate_asked_for_in_every_bin(drift):
-    """16 reference scores every 4th step over 900 steps, as in the demo."""
-    world, rule = World(0, drift), calibrated()
-    left_out, seen = torch.zeros(BINS), torch.zeros(BINS)
-    for step in range(900):
-        if step % 4 == 0:
+    """16 reference scores every 4th step over 900 steps, as in the demo: 360 a bin. Four such runs."""
+    rates = []
+    for seed in range(4):
+        world, rule = World(seed, drift), calibrated()
+        left_out, seen = torch.zeros(BINS), torch.zeros(BINS)
+        for step in range(0, 900, 4):
             rule.update(world.draw(16, step, REFERENCE))
-        if step >= 200:
-            fresh = world.draw(400, step, TRAINED)
-            bins = fresh.timesteps * BINS // 1000
-            seen += torch.bincount(bins, minlength=BINS)
-            left_out += torch.bincount(bins[~rule.decide(fresh).keep_mask], minlength=BINS)
-    rate = left_out / seen
-    assert rate.min() > 0.005 and rate.max() < 0.02, rate
-    assert 0.007 < left_out.sum() / seen.sum() < 0.014
+            if step >= 200:
+                fresh = world.draw(1000, step, TRAINED)
+                bins = fresh.timesteps * BINS // 1000
+                seen += torch.bincount(bins, minlength=BINS)
+                left_out += torch.bincount(bins[~rule.decide(fresh).keep_mask], minlength=BINS)
+        rates.append(left_out / seen)
+    rates = torch.stack(rates)
+    assert rates.min() > 0.0025 and rates.max() < 0.025  # one bin of one run: its tail rests on 3 of its scores
+    assert rates.mean(0).min() > 0.006 and rates.mean(0).max() < 0.015
+    assert 0.0085 < rates.mean() < 0.0125
 
 
 def test_calibrated_learns_from_scored_reference_samples_alone():

@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 
 from memtrain.callbacks.checkpoint import checkpoint
-from memtrain.core.exclusion import REFERENCE, Decision, Evidence, ExclusionRule, FixedThreshold, KeepAll
+from memtrain.core.evidence import ZScoreEvidence
+from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, FixedThreshold, KeepAll
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
 
@@ -34,8 +35,8 @@ def run(pipeline, corpus, path, steps=4, batch_size=4, accumulate=1, exclusion=N
     return module, record, before
 
 
-def quick_evidence() -> Evidence:
-    return Evidence(enter=0.3, leave=0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2)
+def quick_evidence() -> ZScoreEvidence:
+    return ZScoreEvidence(enter=0.3, leave=0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2)
 
 
 class KeepOddPlaces(ExclusionRule):

@@ -1,0 +1,127 @@
+"""All rules that learn, in training: on two ranks as on one, with remembered scores, from the first step on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from memtrain.core.binned_rules import Agc, Calibrated, Quantile
+from memtrain.core.evidence import LikelihoodEvidence, ZScoreEvidence
+from memtrain.core.exclusion import Decision, ExclusionRule, Observations
+from memtrain.training.score_memory import Scoring
+from tests.conftest import build_data, build_module, fit
+
+
+def quick_rules() -> dict[str, ExclusionRule]:
+    """Warm after a few steps, and with thresholds in the midst of the scores."""
+    return {
+        "quantile": Quantile(0.5, num_bins=2, half_life=50, warmup=4),
+        "calibrated": Calibrated(
+            0.4, num_bins=2, level_half_life=20, half_life=50, pooling=20, warmup=4, start_step=2
+        ),
+        "agc": Agc(1.02, num_bins=2, half_life=50, warmup=4),
+        "evidence": LikelihoodEvidence(
+            0.4, 0.4, memory=0.95, clip=3.0, shift=1.0, shift_weight=5, num_bins=1, half_life=50, canary_half_life=50,
+            warmup=2,
+        ),
+        "z_scores": ZScoreEvidence(0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2),
+    }  # fmt: skip
+
+
+class Panel(ExclusionRule):
+    """Lets all rules watch one run, of which the first is in force, and notes what each would do."""
+
+    learns = True
+
+    def __init__(self):
+        self.rules, self.rows = quick_rules(), []
+
+    def setup(self, num_samples, latent_numel, num_timesteps):
+        for rule in self.rules.values():
+            rule.setup(num_samples, latent_numel, num_timesteps)
+
+    def decide(self, observed: Observations) -> Decision:
+        decisions = [rule.decide(observed) for rule in self.rules.values()]
+        said = [c.double() for d in decisions for c in (d.keep_mask, d.threshold)]
+        self.rows.append(torch.stack([observed.timesteps.double(), observed.sample_index.double(), *said], 1))
+        return decisions[0]
+
+    def update(self, observed):
+        for rule in self.rules.values():
+            rule.update(observed)
+
+    def said(self) -> torch.Tensor:
+        """A row for each visit: timestep, sample, and keep and threshold of each rule."""
+        return torch.cat(self.rows)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {f"{n}.{k}": v for n, rule in self.rules.items() for k, v in rule.state_dict().items()}
+
+
+def ordered(rows: torch.Tensor) -> torch.Tensor:
+    return rows[(rows[:, 0] * 1e6 + rows[:, 1]).argsort()]
+
+
+TWO_RANKS = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from tests.conftest import build_data, build_module
+from tests.training.test_rules import Panel
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import DDPStrategy
+panel = Panel()
+module = build_module({pipeline!r}, panel, reference_batch=4)
+trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
+    max_steps=12, max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0,
+    default_root_dir={out!r})
+trainer.fit(module, datamodule=build_data({corpus!r}, 2, sacrificed=1))
+torch.save(dict(said=panel.said(), state=panel.state()), {out!r} + f"/rank{{trainer.global_rank}}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_decide_as_one(pipeline_folder, corpus, tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    script = tmp_path / "two_ranks.py"
+    script.write_text(
+        TWO_RANKS.format(root=root, pipeline=str(pipeline_folder), out=str(tmp_path), corpus=str(corpus))
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=300)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, value in ranks[0]["state"].items():
+        assert torch.equal(value, ranks[1]["state"][name]), name
+
+    panel = Panel()
+    module = build_module(pipeline_folder, panel, reference_batch=4)
+    fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 12)
+    for name, value in panel.state().items():
+        torch.testing.assert_close(ranks[0]["state"][name], value, atol=1e-3, rtol=1e-3, msg=name)
+    # rank 0 and 1 and the one process decide on the reference set too: 4 rows on one process, 2 on each rank
+    one, two = ordered(panel.said()), ordered(torch.cat([rank["said"] for rank in ranks]))
+    assert torch.equal(one[:, :2], two[:, :2])
+    for number, name in enumerate(panel.rules):
+        keep, threshold = one[:, 2 + 2 * number], one[:, 3 + 2 * number]
+        assert torch.equal(keep, two[:, 2 + 2 * number]), name
+        torch.testing.assert_close(threshold, two[:, 3 + 2 * number], rtol=1e-3, atol=1e-5, msg=name)
+        assert 0 < keep.mean() < 1, name  # it left out some, and not all
+
+
+@pytest.mark.parametrize("name", ["quantile", "calibrated", "agc", "evidence"])
+def test_a_rule_is_in_force_from_its_start_step_on(pipeline_folder, corpus, tmp_path, name):
+    rule = quick_rules()[name]
+    rule.start_step = 6
+    scoring = Scoring(every=0) if name == "agc" else Scoring(every_visits=2)
+    module = build_module(pipeline_folder, rule, scoring=scoring, reference_batch=4, reference_every=1)
+    kept = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            kept.append(pl_module.step_kept)
+
+    fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 16, callbacks=[Keep()])
+    assert torch.cat(kept[:6]).all() and not torch.cat(kept[6:]).all()
