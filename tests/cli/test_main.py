@@ -185,7 +185,7 @@ def test_a_run_leaves_everything_that_is_promised(capsys, corpus, pipeline_folde
         assert summary["score"][group]["mean"] > 0
         assert 0 <= summary["score"][group]["excluded_fraction"] <= 1
     assert 0 <= summary["auc_canary_vs_reference"] <= 1 and 0 <= summary["tpr_at_1pct_fpr"] <= 1
-    assert set(summary["copy_rate"]) == {"canary", "reference"}
+    assert set(summary["copy_rate"]) == {"canary", "reference", "sacrificed"}
     out = capsys.readouterr().out
     assert "held-out loss" in out and str(run / "samples.png") in out and str(run / "export") in out
 
