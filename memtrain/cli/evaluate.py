@@ -205,10 +205,14 @@ def _print(results: list[Result], out: Path) -> None:
             table.add_row(*cells, end_section=number == len(result.groups) - 1)
     console = Console()
     console.print(table)
-    for line in (
-        "Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss.",
-        f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} pictures "
-        "of the shards; comparable between the models of one table alone.",
-        f"{out}: evaluation.json, evaluation.csv, rows.parquet, plane.png, MODEL/gallery.html",
-    ):
+    notes = [
+        "Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."
+    ]
+    if first.frechet_distance is not None:
+        notes.append(
+            f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} pictures "
+            "of the shards; comparable between the models of one table alone."
+        )
+    notes.append(f"{out}: evaluation.json, evaluation.csv, rows.parquet, plane.png, MODEL/gallery.html")
+    for line in notes:
         console.print(escape(line))

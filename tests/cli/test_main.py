@@ -174,7 +174,7 @@ def test_a_run_leaves_everything_that_is_promised(capsys, corpus, pipeline_folde
     argv = [("logger=[csv,wandb,tensorboard]" if arg == "logger=csv" else arg) for arg in argv]
     main([*argv, "exclusion.warmup=1"])
     run = tmp_path / "runs" / "demo" / "one"
-    for name in ("config.yaml", "metrics.csv", "curves.png", "samples.png", "checkpoints/last.ckpt", "run.log", "canaries.csv", "report.html", "memorized.png"):
+    for name in ("config.yaml", "metrics.csv", "curves.png", "samples.png", "checkpoints/last.ckpt", "run.log", "canaries.csv", "report.html"):
         assert (run / name).stat().st_size > 0 or name == "run.log", name
     assert list((run / "grids").glob("*.png")) and list((run / "tensorboard").glob("events*"))
     assert list((run / "wandb").glob("offline-run-*"))
