@@ -210,8 +210,8 @@ def _print(results: list[Result], out: Path) -> None:
     ]
     if first.frechet_distance is not None:
         notes.append(
-            f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} pictures "
-            "of the shards; comparable between the models of one table alone."
+            f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} "
+            "pictures of the shards; comparable between the models of one table alone."
         )
     notes.append(f"{out}: evaluation.json, evaluation.csv, rows.parquet, plane.png, MODEL/gallery.html")
     for line in notes:

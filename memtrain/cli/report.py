@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from memtrain.cli.shards import Parser
@@ -21,11 +22,20 @@ def report(argv: list[str]) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="report.html: in the folder of one run, here for several"
     )
+    parser.add_argument(
+        "--duplicates", type=Path, metavar="FILE", help="of `memtrain shards duplicates`: says how often a sample is there"
+    )
     arguments = parser.parse_args(argv)
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
     if not out.parent.is_dir():
         raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first")
+    from memtrain.data.duplicates import read_groups
     from memtrain.report.page import write_report
 
-    write_report(arguments.runs, out)
+    copies: dict[str, int] = {}
+    if arguments.duplicates:
+        groups = read_groups(arguments.duplicates, "--duplicates")
+        sizes = Counter(groups["group"].to_pylist())
+        copies = {row["key"]: sizes[row["group"]] for row in groups.to_pylist()}
+    write_report(arguments.runs, out, copies)
     print(out)

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
 from memtrain.data.batches import Batch, BatchDecoder, CachedBatches, Samples, Views
+from memtrain.data.duplicates import read_groups
 from memtrain.data.latents import LatentCache
 from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler, Groups, draw_groups
 from memtrain.data.samples import ShardSamples
@@ -225,15 +224,9 @@ def from_shards(
 
 def most_repeated(path: str, samples: ShardSamples, count: int) -> np.ndarray:
     """Positions of the samples of the `count` largest groups that `memtrain shards duplicates` found."""
-    try:
-        table = pq.read_table(path, columns=["group", "key"])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"data.repeats_from={path} cannot be read ({str(error).splitlines()[0]}); "
-            "give what `memtrain shards duplicates` wrote"
-        ) from error
     if count < 1:
         raise ValueError(f"data.repeats_from makes canaries of canaries.count groups, got {count}; raise it")
+    table = read_groups(path, "data.repeats_from")
     sizes = Counter(table["group"].to_pylist())
     largest = {group for group, _ in sizes.most_common(count)}
     keys = [row["key"] for row in table.to_pylist() if row["group"] in largest]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pdqhash
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from memtrain.data.check import (
     LocalShard,
@@ -237,3 +239,17 @@ def _read_again(
                 keys[row] = f"{shards[number].name}/{found.key}"
                 captions[row] = read_extent(file, found.caption).decode("utf-8", errors="replace").strip()
     return keys, captions
+
+
+def read_groups(path: str | Path, name: str) -> pa.Table:
+    """Columns group and key of what `find_duplicates` found, a row a sample, as `memtrain shards duplicates` wrote it.
+
+    Raises:
+        ValueError: it is no such file; `name` is what the user called it.
+    """
+    try:
+        return pq.read_table(path, columns=["group", "key"])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{name}={path} cannot be read ({str(error).splitlines()[0]}); give what `memtrain shards duplicates` wrote"
+        ) from error

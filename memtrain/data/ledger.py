@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
     ]
 )
 _ABOUT = b"memtrain"  # key of the schema's metadata
-_STREAM = 48  # of randomness, apart from those of core.diffusion, data.order and data.batches
+_STREAM = 40  # of randomness, apart from those of core.diffusion, data.order, data.batches and audit (48 on)
 _PART_ROWS = 500_000  # a part is closed at so many, checkpoint or not
 _PART_NAME = re.compile(r"rank(\d+)-(\d+)\.parquet")
 

@@ -6,9 +6,10 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -24,6 +25,7 @@ from memtrain.report.run import Run, read_run, settings
 from memtrain.report.thumbnails import picture_of, samples_by_key
 from memtrain.report.verdict import PLANTED, Sentence, baseline_of, verdict
 
+EMPTY: Mapping[str, int] = MappingProxyType({})
 ASSETS = Path(__file__).with_name("assets")
 _ORDINARY, _CANARIES = 18, 12  # so many cards of the most memorized samples of a run
 _TAGS = {
@@ -70,24 +72,27 @@ class Section:
     settings: dict[str, str]
 
 
-def write_report(folders: Sequence[Path], path: Path) -> None:
+def write_report(folders: Sequence[Path], path: Path, copies: Mapping[str, int] = EMPTY) -> None:
     """Write the page about these runs' folders.
+
+    Args:
+        copies: how often the corpus holds a sample, by key, for those that it holds more than once.
 
     Raises:
         ValueError: a folder is no run.
     """
-    page = render([read_run(folder) for folder in folders])
+    page = render([read_run(folder) for folder in folders], copies)
     aside = path.with_name(f".{path.name}.tmp")
     # names of files may hold bytes that are no UTF-8; they are shown as \udc80
     aside.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
     os.replace(aside, path)
 
 
-def render(runs: list[Run]) -> str:
+def render(runs: list[Run], copies: Mapping[str, int] = EMPTY) -> str:
     """The page as text; all that comes from data is escaped."""
     baseline = baseline_of(runs)
     sections = [
-        _section(run, number, baseline, pictures=len(runs) <= _PICTURED_RUNS)
+        _section(run, number, baseline, copies, pictures=len(runs) <= _PICTURED_RUNS)
         for number, run in enumerate(runs)
     ]
     figures = figures_of(runs)
@@ -139,7 +144,7 @@ def _strict_json(value: Any, **options: Any) -> str:
     return json.dumps(value, allow_nan=False, ensure_ascii=True, separators=(",", ":"), **options)
 
 
-def _section(run: Run, number: int, baseline: Run | None, pictures: bool) -> Section:
+def _section(run: Run, number: int, baseline: Run | None, copies: Mapping[str, int], pictures: bool) -> Section:
     remarks = list(run.remarks)
     memorized, excluded = _chosen(run)
     images: dict[str, tuple[str, str]] = {}
@@ -152,8 +157,8 @@ def _section(run: Run, number: int, baseline: Run | None, pictures: bool) -> Sec
         run_colour(number),
         verdict(run, baseline),
         remarks,
-        [_card(run, row, images) for row in memorized],
-        [_card(run, row, images) for row in excluded],
+        [_card(run, row, images, copies) for row in memorized],
+        [_card(run, row, images, copies) for row in excluded],
         _pictures(run) if pictures else [],
         settings(run.config),
     )
@@ -192,7 +197,7 @@ def _chosen(run: Run) -> tuple[list[dict], list[dict]]:
     return table.take(places).to_pylist(), view.excluded
 
 
-def _card(run: Run, row: dict, images: dict[str, tuple[str, str]]) -> Card:
+def _card(run: Run, row: dict, images: dict[str, tuple[str, str]], copies: Mapping[str, int]) -> Card:
     key, view = row["key"], run.ledger
     image, caption = images.get(key, (None, None))
     if caption is None and key in run.canaries:
@@ -204,6 +209,8 @@ def _card(run: Run, row: dict, images: dict[str, tuple[str, str]]) -> Card:
         numbers = [evidence, f"score {row['mean_score']:.2f}", *numbers]
     if run.memorized_at.get(key) is not None:
         numbers.append(f"copied since step {run.memorized_at[key]}")
+    if key in copies:
+        numbers.append(f"{copies[key]} times in the corpus")
     told = view.judged is not None and view.judged.has_reference
     memorized = told and row.get("p_value", 1) <= view.false_positive_rate
     return Card(key, row["group"], image, caption, " · ".join(numbers), memorized)

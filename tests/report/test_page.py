@@ -12,13 +12,15 @@ import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from memtrain.callbacks.ledger import Ledger
 from memtrain.callbacks.report import Report
 from memtrain.cli.main import main
 from memtrain.core.exclusion import GROUP_NAMES
-from memtrain.data.ledger import FOLDER, About, LedgerWriter, Rows
+from memtrain.data.ledger import FOLDER, About, LedgerWriter, Rows, read_ledger
 from memtrain.report.comparison import differences, table
 from memtrain.report.figures import figures_of, plane
 from memtrain.report.page import ASSETS, write_report
@@ -295,6 +297,13 @@ def test_the_command(run, tmp_path, capsys):
             main(["report", *arguments])
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert re.search(says, line)
+
+
+def test_repeated_samples_are_said_to_be(run, tmp_path):
+    keys = read_ledger(run).to_table(columns=["key"])["key"].unique().to_pylist()
+    pq.write_table(pa.table({"group": [7] * len(keys), "key": keys}), tmp_path / "groups.parquet")
+    main(["report", str(run), "--out", str(tmp_path / "page.html"), "--duplicates", str(tmp_path / "groups.parquet")])
+    assert f"{len(keys)} times in the corpus" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_what_is_vendored_is_what_is_said():

@@ -91,7 +91,7 @@ def test_two_ranks_decide_as_one(pipeline_folder, corpus, tmp_path):
         TWO_RANKS.format(root=root, pipeline=str(pipeline_folder), out=str(tmp_path), corpus=str(corpus))
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=300)
+    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=600)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for name, value in ranks[0]["state"].items():
         assert torch.equal(value, ranks[1]["state"][name]), name
@@ -101,7 +101,6 @@ def test_two_ranks_decide_as_one(pipeline_folder, corpus, tmp_path):
     fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 12)
     for name, value in panel.state().items():
         torch.testing.assert_close(ranks[0]["state"][name], value, atol=1e-3, rtol=1e-3, msg=name)
-    # rank 0 and 1 and the one process decide on the reference set too: 4 rows on one process, 2 on each rank
     one, two = ordered(panel.said()), ordered(torch.cat([rank["said"] for rank in ranks]))
     assert torch.equal(one[:, :2], two[:, :2])
     for number, name in enumerate(panel.rules):
