@@ -28,6 +28,11 @@ def bench(argv: list[str]) -> None:
     score.add_argument("--batch-size", type=int, metavar="N", help="(default 32 for demo, 4 for sd)")
     score.add_argument("--json", action="store_true", help="print the figures as JSON")
     score.set_defaults(run=_score)
+    detection = commands.add_parser("detect", help="prompts a second, against loops over the stock pipeline")
+    detection.add_argument("--prompts", type=int, default=32, metavar="N", help="(default 32)")
+    detection.add_argument("--rounds", type=int, default=3, metavar="N", help="(default 3)")
+    detection.add_argument("--json", action="store_true", help="print the figures as JSON")
+    detection.set_defaults(run=_detect)
     args = parser.parse_args(argv)
     args.run(args)
 
@@ -82,3 +87,25 @@ def _score(args: argparse.Namespace) -> None:
         for name, seconds in cost.step_seconds.items():
             print(f"{name:<17}{seconds:>10.3f}{cost.ratio[name]:>15.3f}x")
         print()
+
+
+def _detect(args: argparse.Namespace) -> None:
+    from memtrain.audit.bench import measure_detection
+    from memtrain.audit.denoiser import Denoiser
+    from memtrain.cli.main import demo_pipeline
+    from memtrain.demo.make_base import all_captions
+
+    speed = measure_detection(Denoiser.load(demo_pipeline()), all_captions()[: args.prompts], args.rounds)
+    if args.json:
+        ratios = {
+            "against_whole_loop": speed.against_whole_loop,
+            "against_stopped_loop": speed.against_stopped_loop,
+        }
+        print(json.dumps(asdict(speed) | ratios, indent=2))
+        return
+    print(
+        f"{speed.prompts} prompts, n = {speed.num_generations}, {speed.num_steps} step, "
+        f"medians of {speed.rounds} rounds\n"
+        f"memtrain {speed.memtrain:.2f} prompts/s: {speed.against_whole_loop:.0f}x a loop of all "
+        f"{speed.num_inference_steps} steps with decoding, {speed.against_stopped_loop:.2f}x the loop stopped there"
+    )
