@@ -72,8 +72,8 @@ class BinnedThreshold(ExclusionRule):
 class Quantile(BinnedThreshold):
     """`exclusion=quantile`: left out above a running quantile of what trained samples score in the same bin.
 
-    MemControl (WACV 2025) takes the batch's 90 % quantile, which at batch size 1 is the sample itself; a running
-    one does not depend on how the batch is cut.
+    MemControl (WACV 2025) takes the batch's 90 % quantile, which at batch size 1 is the sample itself; a
+    running one does not depend on how the batch is cut.
 
     Args:
         quantile: share of the trained samples' scores that lie below the threshold, in (0, 1).
@@ -103,13 +103,13 @@ class Quantile(BinnedThreshold):
 
 
 class Calibrated(BinnedThreshold):
-    """`exclusion=calibrated`: left out above what never-trained samples score at about the same t, but for a share.
+    """`exclusion=calibrated`: left out above what never-trained samples score at the same t, but for a share.
 
-    The reference set gives few scores a bin, and they drift with the model. So log d is made a z-score, in three
-    parts of which the quickest rests on all scores: a level that is smooth in t and forgets quickly, each bin's
-    offset and deviation from it, which forget slowly, and the quantile of the z-scores: of the bin's own, to
-    which those of all bins are added with a weight of at most `pooling` scores. A score is judged by what was
-    known before it, so the z-scores hold the error of level and deviation too.
+    The reference set gives few scores a bin, and they drift with the model. So log d is made a z-score, in
+    three parts, the quickest resting on all scores: a level that is smooth in t and forgets quickly, each
+    bin's offset and deviation from it, which forget slowly, and the quantile of the z-scores: of the bin's
+    own, to which those of all bins are added with a weight of at most `pooling` scores. A score is judged by
+    what was known before it, so the z-scores hold the error of level and deviation too.
 
     Args:
         false_positive_rate: share of never-trained samples' scores above the threshold, in (0, 1).
@@ -154,7 +154,8 @@ class Calibrated(BinnedThreshold):
         count, total, squares = self.residuals.sums
         shared = squares.sum() / count.sum().clamp(min=1e-12)
         offset = total / (count + SPREAD_PRIOR)
-        deviation = ((squares + SPREAD_PRIOR * shared) / (count + SPREAD_PRIOR) - offset.square()).clamp(min=1e-12).sqrt()
+        variance = (squares + SPREAD_PRIOR * shared) / (count + SPREAD_PRIOR) - offset.square()
+        deviation = variance.clamp(min=1e-12).sqrt()
         bins = self.bins(timesteps)
         return self.level.at(timesteps / self.num_timesteps) + offset[bins], deviation[bins]
 
@@ -209,7 +210,8 @@ class Agc(BinnedThreshold):
 
     def threshold_at(self, timesteps: Tensor) -> Tensor:
         """In the unit of the loss; 0 where it is not known yet."""
-        return torch.where(self.losses.count >= self.warmup, self.losses.mean / self.ratio, 0.0)[self.bins(timesteps)]
+        known = self.losses.count >= self.warmup
+        return torch.where(known, self.losses.mean / self.ratio, 0.0)[self.bins(timesteps)]
 
     def decide(self, observed: Observations) -> Decision:
         threshold = self.threshold_at(observed.timesteps.cpu()).float().to(observed.loss.device)

@@ -1,4 +1,4 @@
-"""Rules that gather evidence against a sample over its visits, and leave it out at every timestep while it is high."""
+"""Rules that gather evidence over a sample's visits, and leave it out at every timestep while it is high."""
 
 from __future__ import annotations
 
@@ -42,7 +42,14 @@ class Evidence(ExclusionRule):
     floor = -math.inf  # evidence rests here, however much speaks for a sample
 
     def __init__(
-        self, enter: float, leave: float, memory: float, num_bins: int, half_life: int, warmup: int, start_step: int
+        self,
+        enter: float,
+        leave: float,
+        memory: float,
+        num_bins: int,
+        half_life: int,
+        warmup: int,
+        start_step: int,
     ):
         if not 0 <= memory <= 1:
             raise ValueError(f"exclusion.memory must be in [0, 1], got {memory:g}; 0 acts on single draws")
@@ -59,7 +66,7 @@ class Evidence(ExclusionRule):
 
     @abstractmethod
     def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
-        """What each visit adds to its sample's evidence, and whether it counts. (B,), (B,) bool, on the CPU"""
+        """What each visit adds to its sample's evidence; whether it counts. (B,), (B,) bool, on the CPU"""
 
     def bins(self, observed: Observations) -> Tensor:
         return timestep_bin(observed.timesteps.cpu(), self.num_timesteps, self.num_bins)
@@ -114,16 +121,17 @@ def sum_of_powers(base: float, count: Tensor) -> Tensor:
 class LikelihoodEvidence(Evidence):
     """`exclusion=evidence`: a sequential test (Wald 1945) of memorized against never trained.
 
-    The statistic of a visit is x = log(d / sqrt(loss)): how far the caption moves the prediction, compared with
-    what stays unexplained. Where a sample is memorized d rises at high noise and falls in the middle, while the
-    loss falls at every t; x rises at every t, early, and differs less from picture to picture than the loss does.
-    In each timestep bin x is taken as normal, with the reference set's mean and deviation for a sample that is
-    not memorized, and a mean of its own for one that is, learnt from the sacrificed canaries. A visit adds the
-    logarithm of the likelihood ratio of the two, either sign of the difference being used.
+    The statistic of a visit is x = log(d / sqrt(loss)): how far the caption moves the prediction, compared
+    with what stays unexplained. Where a sample is memorized d rises at high noise and falls in the middle,
+    while the loss falls at every t; x rises at every t, early, and differs less from picture to picture than
+    the loss does. In each timestep bin x is taken as normal, with the reference set's mean and deviation for
+    a sample that is not memorized, and a mean of its own for one that is, learnt from the sacrificed
+    canaries. A visit adds the logarithm of the likelihood ratio of the two, either sign of the difference
+    being used.
 
     Evidence enters at log((1 - miss) / fpr) and leaves below log(miss / (1 - fpr)), where it also rests, so
-    that a sample which was ordinary for long does not take longer to enter. The two rates hold for one test on
-    independent visits; visits of one picture are not, hence the `memory` below 1 and the clipped visits.
+    that a sample which was ordinary for long does not take longer to enter. The two rates hold for one test
+    on independent visits; visits of one picture are not, hence the `memory` below 1 and the clipped visits.
 
     Until sacrificed canaries were seen, and without any, a memorized sample's mean is taken to lie `shift`
     deviations above the reference set's: evidence is then a sum of z-scores.
@@ -197,11 +205,11 @@ class LikelihoodEvidence(Evidence):
 
 
 class ZScoreEvidence(Evidence):
-    """`exclusion=z_scores`: evidence is the moving average of a sample's z-scores at high noise; no canary is needed.
+    """`exclusion=z_scores`: evidence is the moving average of a sample's z-scores at high noise.
 
     One draw of d says little, and only at high noise does a memorized sample stand above the others
     (METHOD.md, the trial). So each visit at t >= `min_timestep` gives a z-score, of log d, against what the
-    never-trained reference set scores in the same timestep bin.
+    never-trained reference set scores in the same timestep bin. No canary is needed.
 
     Args:
         enter, leave: bounds on the evidence, in standard deviations of the reference set; leave <= enter.
@@ -226,7 +234,9 @@ class ZScoreEvidence(Evidence):
         if not memory < 1:
             raise ValueError(f"exclusion.memory must be in [0, 1), got {memory:g}; 0 acts on single draws")
         if not 0 <= min_timestep < 1:
-            raise ValueError(f"exclusion.min_timestep is a share of the schedule in [0, 1), got {min_timestep:g}")
+            raise ValueError(
+                f"exclusion.min_timestep is a share of the schedule in [0, 1), got {min_timestep:g}"
+            )
         self.min_timestep = min_timestep
 
     def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:

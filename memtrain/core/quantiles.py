@@ -13,9 +13,9 @@ class RunningQuantiles:
 
     A histogram of equal buckets for each bin: of log d it is DDSketch (Masson et al. 2019), whose error is
     relative in d. A quantile is the upper edge of the bucket that holds the exact one of the weighted values,
-    so at most `width` above it, whatever their distribution, as long as it lies in [low, high]; values outside
-    count at the border. The histograms of two parts add up to the histogram of the whole. An observation's
-    weight halves after `half_life` further observations in its bin.
+    so at most `width` above it, whatever their distribution, as long as it lies in [low, high]; values
+    outside count at the border. The histograms of two parts add up to the histogram of the whole. An
+    observation's weight halves after `half_life` further observations in its bin.
 
     Args:
         num_bins: timestep bins.

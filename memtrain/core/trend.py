@@ -1,4 +1,4 @@
-"""A smooth running level of a score over the timestep, for few observations of a model that is being trained."""
+"""A smooth running level of a score over the timestep, for few observations of a changing model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _RIDGE = 1e-3  # in observations; keeps the fit defined before there are as many
 class Trend:
     """A polynomial of the timestep, fitted by least squares with exponential forgetting.
 
-    A bin's own mean rests on its own few observations; the level of log d is smooth in t, so that a handful of
-    coefficients, fitted to all observations, follow it with a third of the noise.
+    A bin's own mean rests on its own few observations; the level of log d is smooth in t, so that a handful
+    of coefficients, fitted to all observations, follow it with a third of the noise.
 
     Args:
         degree: of the polynomial, in the Chebyshev basis.
@@ -21,7 +21,9 @@ class Trend:
 
     def __init__(self, degree: int, half_life: float):
         self.degree, self.decay = degree, 0.5 ** (1 / half_life)
-        self.sums = torch.zeros(degree + 2, degree + 2, dtype=torch.float64)  # of (1, ..., T_degree, value), squared
+        self.sums = torch.zeros(
+            degree + 2, degree + 2, dtype=torch.float64
+        )  # of (1, ..., T_degree, value), squared
 
     def _basis(self, position: Tensor) -> Tensor:
         """Chebyshev polynomials at positions in [0, 1). (B,) -> (B, degree + 1)"""

@@ -15,7 +15,9 @@ def quantile(**options) -> Quantile:
 
 
 def calibrated(**options) -> Calibrated:
-    defaults = dict(false_positive_rate=0.01, num_bins=BINS, level_half_life=250, half_life=1000, pooling=1000)
+    defaults = dict(
+        false_positive_rate=0.01, num_bins=BINS, level_half_life=250, half_life=1000, pooling=1000
+    )
     return ready(Calibrated(**(defaults | dict(warmup=50) | options)))
 
 
@@ -32,7 +34,7 @@ RULES = (quantile, calibrated, agc)
 
 
 class World:
-    """Scores whose logarithm is normal; its mean falls over t and drifts with the step, its deviation varies."""
+    """Scores whose logarithm is normal; its mean falls over t and drifts, its deviation varies."""
 
     def __init__(self, seed: int, drift: float):
         self.generator, self.drift = torch.Generator().manual_seed(seed), drift
@@ -62,7 +64,7 @@ def test_calibrated_leaves_out_the_rate_asked_for_in_every_bin(drift):
                 left_out += torch.bincount(bins[~rule.decide(fresh).keep_mask], minlength=BINS)
         rates.append(left_out / seen)
     rates = torch.stack(rates)
-    assert rates.mean(0).min() > 0.003 and rates.mean(0).max() < 0.018  # a bin's tail rests on 3 or 4 of its scores
+    assert rates.mean(0).min() > 0.003 and rates.mean(0).max() < 0.018  # a tail rests on 3 or 4 scores
     assert 0.006 < rates.mean() < 0.0125
 
 
@@ -152,7 +154,7 @@ def test_resumed_equals_uninterrupted(make):
 
 @pytest.mark.parametrize("make", RULES)
 def test_a_checkpoint_of_another_rule_is_refused(make):
-    with pytest.raises(ValueError, match="the checkpoint's exclusion rule has .*resume with the exclusion"):
+    with pytest.raises(ValueError, match=r"the checkpoint's exclusion rule has .*resume with the exclusion"):
         make().load_state_dict(make(num_bins=5).state_dict())
     with pytest.raises(ValueError, match="the checkpoint's exclusion rule has no "):
         make().load_state_dict({})

@@ -9,7 +9,9 @@ from tests.core.observe import observe
 
 
 def z_scores(num_samples=100, **options) -> ZScoreEvidence:
-    defaults = dict(enter=1.0, leave=0.5, memory=0.8, min_timestep=0.7, num_bins=10, half_life=1000, warmup=20)
+    defaults = dict(
+        enter=1.0, leave=0.5, memory=0.8, min_timestep=0.7, num_bins=10, half_life=1000, warmup=20
+    )
     rule = ZScoreEvidence(**(defaults | options))
     rule.setup(num_samples=num_samples, latent_numel=16, num_timesteps=1000)
     return rule
@@ -26,7 +28,9 @@ def likelihood(num_samples=100, **options) -> LikelihoodEvidence:
 RULES = (z_scores, likelihood)
 
 
-def warm(rule, seed: int = 0, group: int = REFERENCE, mean: float = 0.0, index: int = 99, count: int = 2000) -> None:
+def warm(
+    rule, seed: int = 0, group: int = REFERENCE, mean: float = 0.0, index: int = 99, count: int = 2000
+) -> None:
     """Scores whose logarithm is normal with deviation 1, in every bin."""
     log_score = torch.randn(count, generator=torch.Generator().manual_seed(seed)) + mean
     rule.update(observe(log_score.exp(), torch.arange(count) % 1000, torch.full((count,), index), group))
@@ -70,7 +74,9 @@ def test_canaries_that_are_not_sacrificed_teach_nothing(make):
     before = {name: value.clone() for name, value in rule.state_dict().items()}
     warm(rule, group=CANARY, mean=3.0, index=1)
     after = rule.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before if name not in ("evidence", "excluded"))
+    assert all(
+        torch.equal(after[name], before[name]) for name in before if name not in ("evidence", "excluded")
+    )
 
 
 @pytest.mark.parametrize("make", RULES)
@@ -129,7 +135,9 @@ def test_the_option_that_is_wrong_is_named(make, option, value):
 
 
 def test_rates_that_a_coin_keeps_are_refused():
-    with pytest.raises(ValueError, match=r"exclusion\.false_positive_rate \+ exclusion\.miss_rate must be < 1"):
+    with pytest.raises(
+        ValueError, match=r"exclusion\.false_positive_rate \+ exclusion\.miss_rate must be < 1"
+    ):
         likelihood(false_positive_rate=0.6, miss_rate=0.5)
 
 
@@ -148,8 +156,15 @@ def test_the_error_rates_of_the_test_are_those_asked_for(shift):
     fpr, miss, n = 0.05, 0.1, 3000
     rates = {}
     for memorized in (False, True):
-        rule = likelihood(2 * n, false_positive_rate=fpr, miss_rate=miss, memory=1.0, clip=100.0, half_life=10**9,
-                          canary_half_life=10**9)  # fmt: skip
+        rule = likelihood(
+            2 * n,
+            false_positive_rate=fpr,
+            miss_rate=miss,
+            memory=1.0,
+            clip=100.0,
+            half_life=10**9,
+            canary_half_life=10**9,
+        )
         warm(rule, 1, REFERENCE, index=2 * n - 1, count=50_000)
         warm(rule, 2, SACRIFICED, mean=shift, index=2 * n - 2, count=50_000)
         generator, open_tests = torch.Generator().manual_seed(3), torch.arange(n)
@@ -245,14 +260,15 @@ def test_z_scores_enter_above_stay_at_every_timestep_and_leave_below():
         steps += 1
     assert steps == 2  # 1 - 0.8^k of z = 3 reaches 1 on the second visit
     at_low_noise = observe([ordinary], timesteps=100, index=[5])
-    assert not rule.decide(at_low_noise).keep_mask.item()  # out at every timestep, and such a visit changes nothing
+    assert not rule.decide(at_low_noise).keep_mask.item()  # out at every timestep; this visit changes nothing
     rule.update(at_low_noise)
     assert rule.excluded[5]
     visits = 0
     while rule.excluded[5]:
         rule.update(observe([ordinary], index=[5]))
         visits += 1
-    assert visits == math.ceil(math.log(0.5 / 1.08) / math.log(0.8))  # slow to leave: below `leave`, not `enter`
+    # slow to leave: below `leave`, not `enter`
+    assert visits == math.ceil(math.log(0.5 / 1.08) / math.log(0.8))
     assert rule.decide(at_low_noise).keep_mask.item()
 
 

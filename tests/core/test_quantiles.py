@@ -52,7 +52,7 @@ def test_merged_equals_pooled(kind):
 
 
 def test_ranks_add_up_the_histograms_of_one_step():
-    """Forgetting counts the observations of all ranks, so that the parts are added before anything is forgotten."""
+    """Forgetting counts the observations of all ranks: parts are added before anything is forgotten."""
     x, bins = values("normal", 64), torch.arange(64) % 2
     one, two = sketch(half_life=50), sketch(half_life=50)
     for step in range(4):

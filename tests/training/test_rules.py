@@ -1,4 +1,4 @@
-"""All rules that learn, in training: on two ranks as on one, with remembered scores, from the first step on."""
+"""All rules that learn, in training: on two ranks as on one, with remembered scores, from a step on."""
 
 import os
 import subprocess
@@ -24,11 +24,21 @@ def quick_rules() -> dict[str, ExclusionRule]:
         ),
         "agc": Agc(1.02, num_bins=2, half_life=50, warmup=4),
         "evidence": LikelihoodEvidence(
-            0.4, 0.4, memory=0.95, clip=3.0, shift=1.0, shift_weight=5, num_bins=1, half_life=50, canary_half_life=50,
+            0.4,
+            0.4,
+            memory=0.95,
+            clip=3.0,
+            shift=1.0,
+            shift_weight=5,
+            num_bins=1,
+            half_life=50,
+            canary_half_life=50,
             warmup=2,
         ),
-        "z_scores": ZScoreEvidence(0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2),
-    }  # fmt: skip
+        "z_scores": ZScoreEvidence(
+            0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2
+        ),
+    }
 
 
 class Panel(ExclusionRule):
@@ -76,8 +86,8 @@ panel = Panel()
 module = build_module({pipeline!r}, panel, reference_batch=4)
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
     max_steps=12, max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0,
-    default_root_dir={out!r})
+    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    gradient_clip_val=1.0, default_root_dir={out!r})
 trainer.fit(module, datamodule=build_data({corpus!r}, 2, sacrificed=1))
 torch.save(dict(said=panel.said(), state=panel.state()), {out!r} + f"/rank{{trainer.global_rank}}.pt")
 """
