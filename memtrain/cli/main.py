@@ -27,7 +27,7 @@ Usage: memtrain COMMAND [key=value …]
   evaluate  copies, alignment and quality of one or several models
   shards    check, index, pack shards, find duplicates in them: memtrain shards check PATH
   cache     encode a corpus once: latents and text embeddings beside its shards
-  bench     measure: memtrain bench data
+  bench     measure: memtrain bench data | startup | score | detect
   demo      write the demo corpus: memtrain demo OUT
 
   memtrain COMMAND --help        keys, groups and examples
@@ -57,18 +57,17 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 2 after a one-line message where the user can mend what is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     command, *rest = argv or ["--help"]
-    if command in ("-h", "--help", "help"):
-        print(HELP)
-        return
-    if command == "--version":
-        from memtrain import __version__
-
-        print(f"memtrain {__version__}")
-        return
-    if command not in COMMANDS:
-        sys.exit(f"error: no command {command!r}; memtrain --help lists them")
     try:
-        COMMANDS[command](command, rest)
+        if command in ("-h", "--help", "help"):
+            print(HELP)
+        elif command == "--version":
+            from memtrain import __version__
+
+            print(f"memtrain {__version__}")
+        elif command in COMMANDS:
+            COMMANDS[command](command, rest)
+        else:
+            sys.exit(f"error: no command {command!r}; memtrain --help lists them")
         sys.stdout.flush()
     except BrokenPipeError:  # `memtrain … | head`: nobody listens any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
