@@ -17,7 +17,6 @@ from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
 from memtrain.audit.mitigate import Generations, Sampling, decode, generate, resolve_target
 from memtrain.audit.mitigations import Mitigation
 from memtrain.core.diffusion import add_noise, place_seed
-from memtrain.report.before_after import Pair
 
 MARGIN = 49  # stream of `place_seed`
 _MARGIN_TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # of 1000
@@ -59,6 +58,20 @@ class Result:
     generations: Generations
     images: np.ndarray  # (R, height, width, 3) uint8
     rmse: Tensor | None  # (R,)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt's generations; G of them."""
+
+    prompt: str
+    before: np.ndarray  # (G, height, width, 3) uint8
+    after: np.ndarray
+    scores_before: Sequence[float]
+    scores_after: Sequence[float]
+    original: np.ndarray | None = None  # (height, width, 3) uint8, the training image
+    copies_before: Sequence[bool] | None = None  # a copy is framed
+    copies_after: Sequence[bool] | None = None
 
 
 class Comparison:

@@ -21,13 +21,22 @@ import pyarrow.parquet as pq
 import torch
 
 from memtrain.audit.denoiser import Denoiser, Halving
-from memtrain.audit.evaluation import Advance, Evaluation, Found, GroupResult, Measures, Result, Settings
+from memtrain.audit.evaluation import (
+    Advance,
+    Evaluation,
+    Found,
+    GroupResult,
+    Measures,
+    Pair,
+    Result,
+    Settings,
+)
 from memtrain.audit.training_samples import TrainingSamples
 from memtrain.data.samples import ShardSamples
-from memtrain.report.gallery import write_gallery
 
 log = logging.getLogger(__name__)
 
+DrawGallery = Callable[[Path, str, str, Sequence[Pair]], None]  # to a file: heading, what a copy is, pairs
 VERSION = 1  # of results: raise it where the same settings give other figures
 
 
@@ -42,6 +51,7 @@ def evaluate(
     batch_size: int,
     device: str | None,
     dtype: str,
+    draw: DrawGallery,
     advance: Advance = lambda what, done, total: None,
 ) -> list[Result]:
     """One result a model, in the order given; each is written to `out`/NAME once it is whole, and kept.
@@ -60,7 +70,7 @@ def evaluate(
             tell = partial(_of_model, advance, name)
             evaluation = Evaluation(denoiser, samples, chosen, measures, settings, Halving(batch_size), tell)
             found = evaluation.run(name, source, identity)
-            _write_found(out / name, found)
+            _write_found(out / name, found, draw)
             result = found.result
             del evaluation
         else:
@@ -116,13 +126,13 @@ def write_json(path: Path, content: object) -> None:
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def _write_found(folder: Path, found: Found) -> None:
+def _write_found(folder: Path, found: Found, draw: DrawGallery) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)  # from here on the others may be of another make
     write_whole(folder / "rows.parquet", lambda path: pq.write_table(found.rows, path, compression="zstd"))
     name, rule = found.result.model, found.result.copy_rule
     heading = f"{name}: generations nearest to their training image"
-    write_whole(folder / "gallery.html", lambda path: write_gallery(path, heading, rule, found.pairs))
+    write_whole(folder / "gallery.html", lambda path: draw(path, heading, rule, found.pairs))
     write_json(folder / "result.json", asdict(found.result))  # last: it vouches for the others
 
 

@@ -24,7 +24,6 @@ from memtrain.audit.training_samples import REAL, TrainingSamples, draw_position
 from memtrain.core.diffusion import HELD_OUT, add_noise, draw, place_seed
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
-from memtrain.report.gallery import Pair
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +92,19 @@ class Result:
         """The group whose copies count: canaries, else the first that was trained on."""
         trained = [group for group in self.groups if group.group != REFERENCE_GROUP]
         return next((group for group in trained if group.group == CANARY_GROUP), (trained or self.groups)[0])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A generation and the training image whose caption it was made from, each (height, width, 3) uint8."""
+
+    caption: str
+    key: str
+    group: str
+    generated: np.ndarray
+    original: np.ndarray
+    said: str  # how near they are
+    is_copy: bool
 
 
 @dataclass(frozen=True)

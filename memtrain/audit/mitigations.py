@@ -17,7 +17,7 @@ from torch import Tensor
 from memtrain.audit.denoiser import Conditioning, Denoiser
 from memtrain.audit.explain import frozen
 from memtrain.core.scores import text_conditional_magnitude
-from memtrain.training.methods import draw_words, insert_words, num_words_within, window
+from memtrain.models.words import draw_words, insert_words, num_words_within, window
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def evaluate(cfg: DictConfig) -> None:
     from memtrain.audit.evaluation import Settings
     from memtrain.audit.training_samples import choose
     from memtrain.data.samples import ShardSamples
+    from memtrain.report.gallery import write_gallery
 
     models = _models(cfg)
     if OmegaConf.is_missing(cfg.data, "shards"):
@@ -87,6 +88,7 @@ def evaluate(cfg: DictConfig) -> None:
             batch_size=cfg.batch_size,
             device=cfg.device,
             dtype=cfg.dtype,
+            draw=write_gallery,
             advance=_bars(progress),
         )
     _write(out, results)

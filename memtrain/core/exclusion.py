@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-
 # Groups. Canaries are planted; a sacrificed one is never excluded, so that rules learn what memorized looks like;
 # a reference sample is never trained on.
 TRAINED, CANARY, REFERENCE, SACRIFICED = range(4)

@@ -5,27 +5,14 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from memtrain.audit.compare import Pair
+
 INK, MUTED, ALARM = "#1f2430", "#6b7280", "#c0392b"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One prompt's generations; G of them."""
-
-    prompt: str
-    before: np.ndarray  # (G, height, width, 3) uint8
-    after: np.ndarray
-    scores_before: Sequence[float]
-    scores_after: Sequence[float]
-    original: np.ndarray | None = None  # (height, width, 3) uint8, the training image
-    copies_before: Sequence[bool] | None = None  # a copy is framed
-    copies_after: Sequence[bool] | None = None
 
 
 def draw_before_after(path: Path, pairs: Sequence[Pair], method: str) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
+from memtrain.audit.evaluation import Pair
 from memtrain.report.thumbnails import jpeg
 
 _SIDE, _QUALITY = 256, 92  # px, larger pictures are made smaller; of the JPEGs
@@ -62,19 +61,6 @@ _PAIR = """<li{mark}>
 <p class="caption">{caption}</p>
 <p class="muted">{group} · {key}</p>
 </li>"""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A generation and the training image whose caption it was made from, each (height, width, 3) uint8."""
-
-    caption: str
-    key: str
-    group: str
-    generated: np.ndarray
-    original: np.ndarray
-    said: str  # how near they are
-    is_copy: bool
 
 
 def write_gallery(path: Path, heading: str, rule: str, pairs: Sequence[Pair]) -> None:

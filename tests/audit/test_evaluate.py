@@ -20,6 +20,7 @@ from memtrain.cli.evaluate import evaluate as command
 from memtrain.cli.evaluate import spelled
 from memtrain.cli.main import config_folder
 from memtrain.data.samples import ShardSamples
+from memtrain.report.gallery import write_gallery
 from tests.audit.test_similarity import CPU, Descriptor, scripted
 
 SETTINGS = dict(
@@ -48,7 +49,7 @@ def canaries(samples, tmp_path_factory):
 def run(models, samples, chosen, out, batch_size=4, measures=None, **changed) -> list[Result]:
     measures = measures or Measures(LatentRmse(), LatentGrid(), None)
     settings = Settings(**(SETTINGS | changed))
-    options = dict(batch_size=batch_size, device="cpu", dtype="float32")
+    options = dict(batch_size=batch_size, device="cpu", dtype="float32", draw=write_gallery)
     return evaluate([str(model) for model in models], samples, chosen, measures, settings, out, **options)
 
 
@@ -181,7 +182,7 @@ def test_a_model_is_evaluated_once_for_the_same_settings(evaluated, pipeline_fol
         measures = Measures(LatentRmse(), LatentGrid(), None)
         (found,) = evaluate(
             [str(pipeline_folder)], samples, chosen, measures, settings, out,
-            batch_size=8, device="cpu", dtype="float32", advance=lambda *said: told.append(said),
+            batch_size=8, device="cpu", dtype="float32", draw=write_gallery, advance=lambda *said: told.append(said),
         )  # fmt: skip
         assert (found.identity == result.identity) == (not changed)
         return len(told)

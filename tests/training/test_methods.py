@@ -16,6 +16,7 @@ from memtrain.cli import schema
 from memtrain.cli.main import config_folder
 from memtrain.core.diffusion import METHOD, place_seed
 from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.words import vocabulary
 from memtrain.training.methods import (
     EmbeddingNoise,
     Method,
@@ -23,7 +24,6 @@ from memtrain.training.methods import (
     RandomTokensAdded,
     RandomTokensReplaced,
     WordsRepeated,
-    vocabulary,
 )
 from tests.conftest import build_data, build_module, fit, weights
 

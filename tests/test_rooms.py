@@ -1,0 +1,38 @@
+"""Imports between the rooms run one way (DESIGN: core ← models, data ← training, audit ← report ← callbacks ← cli)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "memtrain"
+BELOW = {
+    "core": set(),
+    "models": {"core"},
+    "data": {"core"},
+    "training": {"core", "models", "data", "demo"},
+    "audit": {"core", "models", "data"},
+    "report": {"core", "data", "audit"},
+    "callbacks": {"core", "models", "data", "training", "report"},
+    "demo": {"core", "models", "data"},
+}
+
+
+def rooms_that(room: str) -> set[str]:
+    """The rooms that a room's files import, wherever in the file."""
+    found = set()
+    for path in (PACKAGE / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found |= {name.split(".")[1] for name in names if name.startswith("memtrain.")}
+    return found
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_imports_what_is_below_it(room):
+    assert rooms_that(room) - {room} <= BELOW[room]
+
+
+def test_every_room_but_the_cli_is_held():
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*BELOW, "cli"}
