@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
-from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.halving import Halving
 from memtrain.audit.mitigate import Generations, Sampling, decode, generate, resolve_target
 from memtrain.audit.mitigations import Mitigation
 from memtrain.core.diffusion import add_noise, place_seed

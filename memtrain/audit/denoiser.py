@@ -5,29 +5,19 @@ Shapes: B rows (a row is one generation), L tokens, D width of the text embeddin
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
-from typing import TypeVar
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import PREDICTION_TYPES, place_seed, to_noise
-
-log = logging.getLogger(__name__)
-for library in (diffusers, transformers):
-    library.utils.logging.disable_progress_bar()  # a bar a file says nothing here
+from memtrain.models.pipelines import hash_weights, load_pipeline
 
 AUDIT = 48  # stream of `place_seed`
 FAMILIES = {
@@ -36,7 +26,6 @@ FAMILIES = {
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _REMEDY = "model takes a Stable Diffusion 1.x, 2.x or XL diffusers folder or a hub id"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,25 +113,7 @@ class Denoiser:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-        folder = Path(model).expanduser()
-        is_folder = folder.exists()
-        source = str(folder) if is_folder else str(model)
-        if is_folder or source.startswith(("/", ".", "~")) or source.count("/") > 1:
-            _check_folder(folder, model)
-        try:
-            name = DiffusionPipeline.load_config(source, local_files_only=is_folder)["_class_name"]
-            if name not in FAMILIES:
-                raise ValueError(f"a {name} cannot be audited")
-            without = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-            pipeline = FAMILIES[name].from_pretrained(
-                source,
-                dtype=DTYPES[dtype],
-                local_files_only=is_folder,
-                **(without if name == "StableDiffusionPipeline" else {}),
-            )
-        except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"model={model} cannot be loaded: {reason}; {_REMEDY}") from error
+        pipeline = load_pipeline(model, FAMILIES, DTYPES[dtype], key="model", remedy=_REMEDY)
         pipeline.set_progress_bar_config(disable=True)
         try:
             pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -336,11 +307,7 @@ class Denoiser:
         digest = hashlib.sha256(self.alphas_cumprod.cpu().numpy().tobytes())
         digest.update(f"{self.prediction_type} {self.latent_shape} {self.dtype}".encode())
         for module in (self.pipeline.unet, *self._text_encoders()):
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                digest.update(
-                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                )
+            digest.update(hash_weights(module).encode())
         return digest.hexdigest()
 
 
@@ -348,57 +315,3 @@ def generation_seeds(prompt: str, count: int, seed: int) -> list[int]:
     """Seeds of a prompt's x_T: a function of seed, prompt and generation, not of the list it came in."""
     key = int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8], "big")
     return [place_seed(seed, AUDIT, key, generation) for generation in range(count)]
-
-
-class Halving:
-    """Work in batches of rows; where memory runs out the batch is halved, it is said, and work goes on."""
-
-    def __init__(self, batch_size: int):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        self.batch_size = batch_size
-
-    def over(self, total: int, work: Callable[[range], T]) -> Iterator[T]:
-        """`work` of consecutive ranges that cover `range(total)`, in order."""
-        first = 0
-        while first < total:
-            rows = range(first, min(first + self.batch_size, total))
-            short_of_memory = False
-            try:
-                result = work(rows)
-            except RuntimeError as error:
-                if len(rows) == 1 or not _is_out_of_memory(error):
-                    raise
-                short_of_memory = True  # handled below: here the traceback still holds the tensors
-            if short_of_memory:
-                self.batch_size = len(rows) // 2
-                log.warning(
-                    "out of memory with %d rows at a time; going on with %d", len(rows), self.batch_size
-                )
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            yield result
-            first = rows.stop
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _check_folder(folder: Path, model: str) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"model={model}: no such folder; {_REMEDY}")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"model={model} is not a pipeline: it has no model_index.json; {_REMEDY}")
-    try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"model={model}: model_index.json names no pipeline; {_REMEDY}") from None
-    if name not in FAMILIES:
-        raise ValueError(f"model={model} is a {name}; {_REMEDY}")
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (folder / part).is_dir():
-            raise ValueError(f"model={model} has no {part}/; {_REMEDY}")

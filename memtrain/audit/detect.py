@@ -23,8 +23,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from memtrain.audit.denoiser import Denoiser, Halving
+from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.density import EmbeddingDensity, TiledL2Density
+from memtrain.audit.halving import Halving
 from memtrain.audit.parts import Parts
 from memtrain.audit.scoring import (
     STEP_SCORES,

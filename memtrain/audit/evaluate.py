@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from memtrain.audit.denoiser import Denoiser, Halving
+from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluation import (
     Advance,
     Evaluation,
@@ -31,8 +31,10 @@ from memtrain.audit.evaluation import (
     Result,
     Settings,
 )
+from memtrain.audit.halving import Halving
 from memtrain.audit.training_samples import TrainingSamples
 from memtrain.data.samples import ShardSamples
+from memtrain.models.pipelines import hash_weights
 
 log = logging.getLogger(__name__)
 
@@ -141,9 +143,7 @@ def _identity(
 ) -> str:
     """A hash of all that decides a result."""
     digest = hashlib.sha256(denoiser.fingerprint().encode())
-    for name, tensor in sorted(denoiser.pipeline.vae.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(hash_weights(denoiser.pipeline.vae).encode())
     shards = [(shard.name, index.size) for shard, index in zip(samples.shards, samples.indexes, strict=True)]
     alignment = None if measures.alignment is None else measures.alignment.identity()
     similarity = (measures.similarity.identity(), measures.similarity.cut)

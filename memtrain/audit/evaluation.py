@@ -17,8 +17,9 @@ from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.compare import encode_images
-from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.fid import Features, FrechetDistance
+from memtrain.audit.halving import Halving
 from memtrain.audit.similarity import Pictures, Similarity
 from memtrain.audit.training_samples import REAL, TrainingSamples, draw_positions, read_pictures
 from memtrain.core.diffusion import HELD_OUT, add_noise, draw, place_seed

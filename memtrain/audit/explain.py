@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.halving import Halving
 from memtrain.audit.words import neighbours, replaced, without, words_of
 from memtrain.core.scores import text_conditional_magnitude
 

@@ -14,8 +14,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.explain import Path, mean_scores
+from memtrain.audit.halving import Halving
 from memtrain.audit.mitigations import Embedding, Mitigation, Start
 from memtrain.core.scores import text_conditional_magnitude
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.attention import CrossAttention, cross_attention, end_positions
-from memtrain.audit.denoiser import Conditioning, Denoiser, Halving, generation_seeds
+from memtrain.audit.denoiser import Conditioning, Denoiser, generation_seeds
+from memtrain.audit.halving import Halving
 from memtrain.core import scores as equations
 
 

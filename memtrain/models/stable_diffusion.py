@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import PREDICTION_TYPES
-
-for library in (diffusers, transformers):
-    library.utils.logging.disable_progress_bar()  # a bar a file says nothing here
+from memtrain.models.pipelines import hash_weights, load_pipeline
 
 _REMEDY = "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id"
-
-
-def load_pipeline(pretrained: str) -> StableDiffusionPipeline:
-    """Load a stock pipeline in float32, without safety checker, offline where it is a folder.
-
-    Raises:
-        ValueError: `pretrained` is neither a Stable Diffusion folder nor a hub id that can be had.
-    """
-    folder = Path(pretrained).expanduser()
-    is_folder = folder.exists()
-    if is_folder or pretrained.startswith(("/", ".", "~")) or pretrained.count("/") > 1:
-        _check_folder(folder, pretrained)
-    try:
-        return StableDiffusionPipeline.from_pretrained(
-            str(folder) if is_folder else pretrained,
-            dtype=torch.float32,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            local_files_only=is_folder,
-        )
-    except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model.pretrained={pretrained} cannot be loaded: {reason}; {_REMEDY}") from error
-
-
-def _check_folder(folder: Path, pretrained: str) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"model.pretrained={pretrained}: no such folder; {_REMEDY}")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"model.pretrained={pretrained} is not a pipeline: it has no model_index.json; {_REMEDY}")
-    try:
-        class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"model.pretrained={pretrained}: model_index.json names no pipeline; {_REMEDY}") from None
-    if class_name != "StableDiffusionPipeline":
-        raise ValueError(f"model.pretrained={pretrained} is a {class_name}; {_REMEDY}")
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (folder / part).is_dir():
-            raise ValueError(f"model.pretrained={pretrained} has no {part}/; {_REMEDY}")
 
 
 class StableDiffusion(nn.Module):
@@ -78,7 +31,13 @@ class StableDiffusion(nn.Module):
         self, pretrained: str, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
     ):
         super().__init__()
-        pipeline = load_pipeline(pretrained)
+        pipeline = load_pipeline(
+            pretrained,
+            {"StableDiffusionPipeline": StableDiffusionPipeline},
+            torch.float32,
+            key="model.pretrained",
+            remedy=_REMEDY,
+        )
         self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
         self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
         self.prediction_type = self.scheduler.config.prediction_type
@@ -152,7 +111,7 @@ class StableDiffusion(nn.Module):
         return (mean + std * noise) * self.vae.config.scaling_factor
 
     def fingerprint(self) -> dict[str, str]:
-        return {name: _hash_weights(getattr(self, name)) for name in ("vae", "text_encoder")}
+        return {name: hash_weights(getattr(self, name)) for name in ("vae", "text_encoder")}
 
     def encode_captions(self, input_ids: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder_is_trained):
@@ -195,12 +154,3 @@ class StableDiffusion(nn.Module):
             },
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def _hash_weights(module: nn.Module) -> str:
-    """Of names, shapes and values in float32, so that it does not depend on the precision of the run."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

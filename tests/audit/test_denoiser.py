@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from memtrain.audit.attention import cross_attention, end_positions
-from memtrain.audit.denoiser import Denoiser, Halving, generation_seeds
+from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.halving import Halving
 from tests.audit.conftest import PROMPTS
 
 

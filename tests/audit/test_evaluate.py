@@ -107,7 +107,7 @@ def test_generations_are_the_denoisers_and_their_distance_is_to_their_own_traini
     evaluated, pipeline_folder, samples
 ):
     from memtrain.audit.compare import encode_images
-    from memtrain.audit.denoiser import Halving
+    from memtrain.audit.halving import Halving
     from memtrain.audit.training_samples import read_pictures
 
     out, result, _ = evaluated

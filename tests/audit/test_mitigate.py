@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from memtrain.audit.compare import Comparison, Judges, caption_margin, copy_rmse, encode_images
-from memtrain.audit.denoiser import Halving, generation_seeds
+from memtrain.audit.denoiser import generation_seeds
+from memtrain.audit.halving import Halving
 from memtrain.audit.mitigate import Sampling, follow, generate, mitigate, resolve_target
 from memtrain.audit.mitigations import (
     Embedding,
