@@ -203,7 +203,7 @@ def test_the_most_memorized_come_first_with_picture_and_caption(page):
     start, excluded = text.index("Most memorized samples"), text.index("Excluded most often")
     shown = re.findall(r"00000\.tar/\d{9}", text[start:excluded])
     assert set(map(key, [*range(MEMORIZED), 150, 151, 152, 153])) == set(shown[: MEMORIZED + 4])
-    assert text[start:excluded].count("looks memorized") >= MEMORIZED + 4
+    assert text[start:excluded].count("stands out") >= MEMORIZED + 4
     assert "copied since step 10" in text
     pictures = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) >= 12 and all(picture.startswith("data:image/jpeg;base64,") for picture in pictures)
@@ -263,7 +263,7 @@ def test_what_is_missing_is_said(tmp_path):
     write_report([gone], gone / "report.html")
     page = read(gone / "report.html")
     assert "the shards cannot be opened any more" in page.text and "Without a reference set" in page.text
-    assert "looks memorized" not in page.text and "is not known" in page.text
+    assert "stands out" not in page.text and "is not known" in page.text
     assert EVIL in page.texts  # the canary's caption is in canaries.csv
     (gone / "config.yaml").write_text("- [no settings")
     write_report([gone], gone / "report.html")
