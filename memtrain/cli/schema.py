@@ -104,6 +104,8 @@ class Evidence:
     num_bins: int = MISSING
     half_life: int = MISSING
     canary_half_life: int = MISSING
+    own_visits: int = MISSING
+    own_limit: float = MISSING
     warmup: int = MISSING
     start_step: int = MISSING
 

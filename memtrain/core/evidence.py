@@ -24,7 +24,7 @@ from memtrain.core.statistics import BinnedMoments, timestep_bin
 
 
 class Evidence(ExclusionRule):
-    """What the two rules share: 5 bytes a sample, and who enters and leaves.
+    """What the two rules share: who enters and leaves, for 5 bytes a sample.
 
     A sample enters exclusion when its evidence reaches `enter` and leaves when it falls below `leave`. Every
     scored visit changes it: `memory` times what it was, plus what the visit shows.
@@ -118,6 +118,9 @@ def sum_of_powers(base: float, count: Tensor) -> Tensor:
     return count if base == 1 else (1 - base**count) / (1 - base)
 
 
+VISIT_RATIO = 4  # variance of x among a picture's visits over that of its mean among pictures; about so in the demo
+
+
 class LikelihoodEvidence(Evidence):
     """`exclusion=evidence`: a sequential test (Wald 1945) of memorized against never trained.
 
@@ -128,6 +131,11 @@ class LikelihoodEvidence(Evidence):
     a sample that is not memorized, and a mean of its own for one that is, learnt from the sacrificed
     canaries. A visit adds the logarithm of the likelihood ratio of the two, either sign of the difference
     being used.
+
+    Pictures differ in x for reasons of their own, and that error does not average out over visits. So of a
+    visit's z-score a part of the mean of the sample's first `own_visits` is taken, the part that was there
+    before it could be memorized: as much as its visits tell of the picture (shrinkage by VISIT_RATIO), and no
+    more than `own_limit`, so that a sample which the model knew by heart from the start still stands out.
 
     Evidence enters at log((1 - miss) / fpr) and leaves below log(miss / (1 - fpr)), where it also rests, so
     that a sample which was ordinary for long does not take longer to enter. The two rates hold for one test
@@ -142,6 +150,8 @@ class LikelihoodEvidence(Evidence):
         shift: of a memorized sample's mean, in the reference set's deviations, before one is learnt.
         shift_weight: how many sacrificed canaries' visits to a bin it takes to outweigh `shift`.
         canary_half_life: visits of sacrificed canaries to a bin after which an older one counts half.
+        own_visits: first visits of a sample that tell what is its own, in [0, 255].
+        own_limit: of a sample's own part, in the reference set's deviations.
     """
 
     def __init__(
@@ -155,6 +165,8 @@ class LikelihoodEvidence(Evidence):
         num_bins: int,
         half_life: int,
         canary_half_life: int,
+        own_visits: int,
+        own_limit: float,
         warmup: int,
         start_step: int = 0,
     ):
@@ -171,7 +183,15 @@ class LikelihoodEvidence(Evidence):
         self.floor = leave
         self.clip, self.shift = positive("clip", clip), positive("shift", shift)
         self.shift_weight = positive("shift_weight", shift_weight)
+        if not 0 <= own_visits <= 255:
+            raise ValueError(f"exclusion.own_visits must be in [0, 255], got {own_visits}; 0 compares all alike")
+        self.own_visits, self.own_limit = own_visits, positive("own_limit", own_limit)
         self.memorized = BinnedMoments(num_bins, canary_half_life)
+
+    def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:
+        super().setup(num_samples, latent_numel, num_timesteps)
+        self.own = torch.zeros(num_samples, dtype=torch.float16)  # mean z-score of the first visits
+        self.seen = torch.zeros(num_samples, dtype=torch.uint8)  # these
 
     def statistic(self, observed: Observations) -> Tensor:
         """x = log(d / sqrt(loss)). (B,) float64, on the CPU"""
@@ -183,25 +203,49 @@ class LikelihoodEvidence(Evidence):
         weight = self.memorized.count / (self.memorized.count + self.shift_weight)
         return weight * learnt + (1 - weight) * self.shift
 
-    def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
+    def z_scores(self, observed: Observations) -> Tensor:
+        """x in the reference set's deviations from its mean. (B,) float64, on the CPU"""
         bins = self.bins(observed)
-        z = (self.statistic(observed) - self.reference.mean[bins]) / self.reference.std[bins]
-        shift = self.expected_shift()[bins]
+        return (self.statistic(observed) - self.reference.mean[bins]) / self.reference.std[bins]
+
+    def own_part(self, index: Tensor) -> Tensor:
+        """What a sample's z-scores owe to its picture. (B,) int64 -> (B,) float64"""
+        seen = self.seen[index].double()
+        return (self.own[index] * seen / (seen + VISIT_RATIO)).clamp(-self.own_limit, self.own_limit)
+
+    def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
+        z = self.z_scores(observed) - self.own_part(observed.sample_index.cpu())
+        shift = self.expected_shift()[self.bins(observed)]
         ratio = shift * (z - shift / 2)  # log of N(z; shift, 1) / N(z; 0, 1)
         return ratio.clamp(-self.clip, self.clip).float(), self.counts(observed)
 
     def learn(self, observed: Observations) -> None:
+        self._learn_own(observed)
         bins, x, group = self.bins(observed), self.statistic(observed), observed.group.cpu()
         for moments, of in ((self.reference, REFERENCE), (self.memorized, SACRIFICED)):
             learned = observed.scored.cpu() & (group == of)
             moments.update(x[learned], bins[learned])
 
+    def _learn_own(self, observed: Observations) -> None:
+        index = observed.sample_index.cpu()
+        learned = self.counts(observed) & (self.seen[index] < self.own_visits)
+        index, place = index[learned].unique(return_inverse=True)
+        z = self.z_scores(observed)[learned]
+        visits = torch.zeros(len(index), dtype=torch.float64).index_add_(0, place, torch.ones_like(z))
+        total = torch.zeros(len(index), dtype=torch.float64).index_add_(0, place, z)
+        seen = self.seen[index].double()
+        self.own[index] = ((self.own[index] * seen + total) / (seen + visits)).half()
+        self.seen[index] = (seen + visits).clamp(max=self.own_visits).to(torch.uint8)
+
     def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | {"memorized": self.memorized.sums}
+        own = {"own": self.own, "seen": self.seen}
+        return super().state_dict() | own | {"memorized": self.memorized.sums}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        (self.memorized.sums,) = restored(state, memorized=self.memorized.sums)
+        self.own, self.seen, self.memorized.sums = restored(
+            state, own=self.own, seen=self.seen, memorized=self.memorized.sums
+        )
 
 
 class ZScoreEvidence(Evidence):

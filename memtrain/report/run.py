@@ -16,6 +16,16 @@ from memtrain.report.curves import read_metrics
 from memtrain.report.ledger import LedgerView, view_ledger
 
 Curve = tuple[list[int], list[float]]
+RULES = {  # class -> its file in conf/exclusion
+    "KeepAll": "none",
+    "FixedThreshold": "fixed",
+    "NormalizedThreshold": "normalized",
+    "Quantile": "quantile",
+    "Calibrated": "calibrated",
+    "Agc": "agc",
+    "LikelihoodEvidence": "evidence",
+    "ZScoreEvidence": "z_scores",
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,9 @@ class Run:
 
     @property
     def rule(self) -> str:
-        """The exclusion rule's class, without its module."""
-        return str(self.config.get("exclusion", {}).get("_target_", "unknown")).rsplit(".", 1)[-1]
+        """The exclusion rule as it is chosen in the config; of one's own rule, the class."""
+        name = str(self.config.get("exclusion", {}).get("_target_", "unknown")).rsplit(".", 1)[-1]
+        return RULES.get(name, name)
 
     @property
     def method(self) -> str:
@@ -51,7 +62,7 @@ class Run:
 
     @property
     def unprotected(self) -> bool:
-        return self.rule == "KeepAll" and self.method == "Method"
+        return self.rule == "none" and self.method == "Method"
 
     def first(self, column: str) -> float | None:
         """The first value of a column, that of the untrained model where it was validated at step 0."""

@@ -1,10 +1,12 @@
 """Which samples look memorized, judged from a run's ledger after the fact.
 
-A visit at high noise gives a z-score: how far log d lies above what the reference set scored at about the
-same step and timestep, in its standard deviations. A sample's evidence is the mean of its z-scores, weighted
-by the step: memorization grows, so that late visits tell more. How far evidence strays by chance depends on
-the number of visits n: z = sample + visit, with variances a and b estimated on the reference set. So evidence
-is compared as evidence / sqrt(a + b / n), and the p-value is its rank among the reference set's own.
+A visit at high noise gives a z-score: how far x = log(d / sqrt(loss)), the statistic of `exclusion=evidence`,
+lies above what the reference set showed at about the same step and timestep, in its standard deviations. Two
+things are asked of a sample's z-scores: whether they are high, the later the more (memorization grows), and
+whether they have risen since its first visits. How far either strays by chance depends on the visits: a
+coefficient's variance is a + b / (sum of squares of what it is a coefficient of), with a, between samples, and
+b, between visits, estimated on the reference set. A sample's evidence is the larger of the two in standard
+deviations, and the p-value is its rank among the reference set's own.
 """
 
 from __future__ import annotations
@@ -62,10 +64,10 @@ def judge(run: str | Path) -> Judged:
         ValueError: there is no ledger, or no score at high noise in it.
     """
     about = read_about(run)
-    table = read_ledger(run).to_table(columns=["step", "key", "group", "timestep", "score", "kept"])
+    table = read_ledger(run).to_table(columns=["step", "key", "group", "timestep", "score", "loss", "kept"])
     encoded = table["key"].dictionary_encode().combine_chunks()
     keys, sample = encoded.dictionary, encoded.indices.to_numpy()
-    column = {name: table[name].to_numpy() for name in ("step", "timestep", "score", "kept")}
+    column = {name: table[name].to_numpy() for name in ("step", "timestep", "score", "loss", "kept")}
     group = np.zeros(len(keys), dtype=np.int64)  # of each sample
     group[sample] = pc.index_in(table["group"], pa.array(GROUP_NAMES)).to_numpy()
     step, score = column["step"], column["score"]  # NaN where it was not taken
@@ -77,32 +79,29 @@ def judge(run: str | Path) -> Judged:
     if not (high & compared[sample]).any():
         raise ValueError(f"{run}: the ledger has no scores at high noise to compare with; train longer")
     of = sample[high]
-    log_score = np.log(np.maximum(score[high].astype(np.float64), 1e-12))
+    x = _log(score[high]) - _log(column["loss"][high]) / 2
     bins = column["timestep"][high].astype(np.int64) * NUM_BINS // about.num_timesteps
     cells = _periods(step[high], compared[of], len(np.unique(bins))) * NUM_BINS + bins
-    z, counts = z_scores(log_score, of, cells, compared)
+    z, counts = z_scores(x, of, cells, compared)
 
-    of, z, weight = (
-        of[counts],
-        z[counts],
-        (step[high][counts] - step.min() + 1) / (step.max() - step.min() + 1),
-    )
+    of, z = of[counts], z[counts]
+    time = (step[high][counts] - step.min() + 1) / (step.max() - step.min() + 1)  # (0, 1] of the run
     visits = np.bincount(of, minlength=len(keys))
     judged = visits > 0
     if not (judged & compared).any():
         raise ValueError(f"{run}: too few scores at high noise to compare with; train longer")
-    evidence, effective = weighted_means(z, weight, of, len(keys))
-    between, within = variances(z, weight, of, judged & compared)
-    strength = evidence / np.sqrt(between + within / effective)
-    null = np.sort(strength[judged & compared])
-    above = len(null) - np.searchsorted(null, strength, side="left")
+    level = strength(z, time, of, judged & compared)
+    rise = strength(centred(z, of), centred(time, of), of, judged & compared, fitted=2)
+    evidence = np.maximum(level, rise)
+    null = np.sort(evidence[judged & compared])
+    above = len(null) - np.searchsorted(null, evidence, side="left")
     named = judged & (group != REFERENCE)
     # a sample that is itself compared with has itself in the count
     p_value = np.where(compared, above / len(null), (above + 1) / (len(null) + 1))
 
     all_visits = np.bincount(sample, minlength=len(keys))
     all_scored = np.bincount(sample[scored], minlength=len(keys))
-    order = np.flatnonzero(named)[np.argsort(-strength[named], kind="stable")]
+    order = np.flatnonzero(named)[np.argsort(-evidence[named], kind="stable")]
     columns = {
         "key": keys.take(pa.array(order)),
         "group": pa.array(GROUP_NAMES).take(pa.array(group[order])),
@@ -162,32 +161,42 @@ def z_scores(
     return (centred - mean) / np.sqrt(np.maximum(variance, 1e-12)), counts
 
 
-def weighted_means(
-    values: np.ndarray, weight: np.ndarray, sample: np.ndarray, samples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sample's rows, and how many of equal weight vary as much: (sum w)^2 / sum w^2. (samples,)"""
-    total = np.bincount(sample, weight, minlength=samples)
-    squares = np.bincount(sample, weight**2, minlength=samples)
-    has_rows = total > 0
-    mean = np.divide(
-        np.bincount(sample, values * weight, minlength=samples), total, out=np.zeros(samples), where=has_rows
-    )
-    return mean, np.divide(total**2, squares, out=np.ones(samples), where=has_rows)
+def centred(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Each row less the mean of its sample's rows. (N,)"""
+    visits, total = np.bincount(sample), np.bincount(sample, values)
+    return values - (total / np.maximum(visits, 1))[sample]
 
 
-def variances(z: np.ndarray, weight: np.ndarray, sample: np.ndarray, of: np.ndarray) -> tuple[float, float]:
-    """Of z-scores between samples and within a sample's visits (one-way random effects, method of moments).
+def strength(z: np.ndarray, x: np.ndarray, sample: np.ndarray, of: np.ndarray, fitted: int = 1) -> np.ndarray:
+    """How strongly each sample's z follows x, in standard deviations of chance; 0 where that cannot be told.
+
+    The coefficient of a sample is sum(x z) / sum(x^2), and by chance varies as a + b / sum(x^2): random effects,
+    a and b by the method of moments (DerSimonian and Laird 1986).
 
     Args:
-        z, weight, sample: (N,) the z-scores, what they weigh in the sample's mean, and whose they are.
-        of: (samples,) bool, those to estimate them on; each has a row.
+        z, x, sample: (N,) of each row.
+        of: (samples,) bool, those to estimate a and b on.
+        fitted: parameters of a sample that z - coefficient * x has lost.
+
+    Returns:
+        (samples,)
     """
-    mine = of[sample]
-    mean, visits = weighted_means(z, np.ones_like(z), sample, len(of))
-    evidence, effective = weighted_means(z, weight, sample, len(of))
-    total = float(evidence[of].var(ddof=1)) if of.sum() > 1 else 1.0
-    spare = visits[of].sum() - of.sum()
-    if spare < 0.5:
-        return 0.0, max(total, 1e-12)  # one visit each: there is nothing to tell apart
-    within = float(((z[mine] - mean[sample[mine]]) ** 2).sum() / spare)
-    return max(total - within * float((1 / effective[of]).mean()), 0.0), max(within, 1e-12)
+    squares = np.bincount(sample, x**2, minlength=len(of))
+    told = squares > 1e-9
+    precision = np.where(told, squares, 1.0)
+    coefficient = np.where(told, np.bincount(sample, x * z, minlength=len(of)) / precision, 0.0)
+    some = of & told
+    if not some.any():
+        return np.zeros(len(of))
+    mine = some[sample]
+    spare = mine.sum() - fitted * some.sum()
+    residual = z[mine] - coefficient[sample[mine]] * x[mine]
+    # with nothing to spare each coefficient rests on a single number, and all of its variance counts as b
+    explained = (coefficient**2 * precision)[some]  # a precision + b in the mean
+    within = float((residual**2).sum() / spare if spare > 0 else explained.mean())
+    between = max(float((explained - within).sum() / precision[some].sum()), 0.0)
+    return coefficient / np.sqrt(np.maximum(between + within / precision, 1e-12))
+
+
+def _log(values: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(values.astype(np.float64), 1e-12))

@@ -1,12 +1,19 @@
-"""A table of finished runs, and its place in a text: `python -m memtrain.report.table RUN… [--into README.md]`."""
+"""A table of finished runs, and its place in a text.
+
+`python -m memtrain.report.table RUN… [--over-seeds] [--into README.md]`
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean, stdev
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+BEGIN_SEEDS, END_SEEDS = "<!-- seeds: begin -->", "<!-- seeds: end -->"
 COLUMNS = (
     "run",
     "copy rate, canaries",
@@ -46,28 +53,84 @@ def results_table(folders: list[Path]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def put_between_marks(text: str, table: str) -> str:
+COLUMNS_OVER_SEEDS = (
+    "setting",
+    "seeds",
+    "copy rate, canaries",
+    "excluded, canaries",
+    "excluded, other training samples",
+    "held-out loss",
+    "steps/s",
+)
+
+
+def _spread(values: Iterable[float | None], form: str) -> str:
+    """Mean ± standard deviation over the seeds; a single one has none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    return format(fmean(known), form) + (f" ± {format(stdev(known), form)}" if len(known) > 1 else "")
+
+
+def table_over_seeds(folders: list[Path]) -> str:
+    """Markdown, a line for the runs that differ in nothing but the seed: folders SETTING_seedN.
+
+    Raises:
+        ValueError: a folder of another name.
+    """
+    settings: dict[str, list[dict]] = {}
+    for folder in folders:
+        name = re.fullmatch(r"(.+)_seed\d+", folder.resolve().name)
+        if name is None:
+            raise ValueError(f"a run over seeds lies in a folder SETTING_seedN, got {folder}")
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        settings.setdefault(name[1].replace("_", " "), []).append(summary)
+    lines = [COLUMNS_OVER_SEEDS, ["---"] + ["--:"] * (len(COLUMNS_OVER_SEEDS) - 1)]
+    for setting, runs in settings.items():
+        excluded = {
+            group: (run["score"][group]["excluded_fraction"] for run in runs) for group in ("canary", "train")
+        }
+        rates = (run["samples_per_second"] * run["steps"] / run["samples_seen"] for run in runs)
+        lines.append(
+            [
+                setting,
+                str(len(runs)),
+                _spread((run["copy_rate"]["canary"] for run in runs), ".1%"),
+                _spread(excluded["canary"], ".1%"),
+                _spread(excluded["train"], ".1%"),
+                _spread((run["heldout_loss"] for run in runs), ".4f"),
+                _spread(rates, ".2f"),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def put_between_marks(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `table` between its marks. Raises ValueError where it has none."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"the text has no {BEGIN} … {END} to put the table between")
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}"
+    if begin not in text or end not in text:
+        raise ValueError(f"the text has no {begin} … {end} to put the table between")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A Markdown table of finished runs.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders with a summary.json")
+    parser.add_argument("--over-seeds", action="store_true", help="a line for all runs SETTING_seedN")
     parser.add_argument("--into", type=Path, help="put it between the marks of this file instead of printing it")
     arguments = parser.parse_args()
     missing = [str(run) for run in arguments.runs if not (run / "summary.json").is_file()]
     if missing:
         parser.error(f"no summary.json in {missing[0]}; name the folder of a finished run")
-    table = results_table(arguments.runs)
+    if arguments.over_seeds:
+        table, marks = table_over_seeds(arguments.runs), (BEGIN_SEEDS, END_SEEDS)
+    else:
+        table, marks = results_table(arguments.runs), (BEGIN, END)
     if arguments.into is None:
         print(table)
     else:
         text = arguments.into.read_text(encoding="utf-8")
-        arguments.into.write_text(put_between_marks(text, table), encoding="utf-8")
+        arguments.into.write_text(put_between_marks(text, table, *marks), encoding="utf-8")
 
 
 if __name__ == "__main__":

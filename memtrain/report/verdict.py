@@ -107,7 +107,7 @@ def _since(run: Run) -> Sentence | None:
 
 def _exclusion(run: Run, baseline: Run | None) -> list[Sentence]:
     canary, train, reference = (run.excluded(group) for group in ("canary", "train", "reference"))
-    if run.rule == "KeepAll":
+    if run.rule == "none":
         return [Sentence("Nothing was excluded (exclusion=none).")]
     if canary is None and train is None:
         return [Sentence(f"{run.rule}: what it excluded was not recorded.")]

@@ -9,7 +9,7 @@ import pytest
 from memtrain.cli.ledger import ledger
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
 from memtrain.data.ledger import Rows
-from memtrain.report.suspects import judge, variances, z_scores
+from memtrain.report.suspects import centred, judge, strength, z_scores
 from tests.conftest import build_data
 from tests.data.test_ledger import write
 
@@ -41,7 +41,7 @@ def simulated(
     score = np.exp(log_score).astype(np.float32)
     rows = Rows(
         step, index, group.astype(np.int8), timestep.astype(np.int16), score, np.ones(len(index), bool),
-        score / 10, np.full(len(index), 3, np.float32), score < 3,
+        np.full(len(index), 0.1, np.float32), np.full(len(index), 3, np.float32), score < 3,
     )  # fmt: skip
     return rows.where(order)
 
@@ -105,15 +105,43 @@ def test_z_scores_leave_the_sample_itself_out():
     assert not counts.any()  # nobody to compare with
 
 
-def test_variances_are_those_of_samples_and_of_visits():
+@pytest.mark.parametrize("rises", [False, True])
+def test_strength_is_in_standard_deviations_of_chance_whatever_the_visits(rises):
     draw = np.random.default_rng(0)
-    sample = np.repeat(np.arange(2000), draw.integers(1, 9, 2000))
-    z = draw.normal(0, 0.7, 2000)[sample] + draw.normal(0, 1.3, len(sample))
-    for weight in (np.ones(len(z)), draw.random(len(z)) + 0.01):
-        between, within = variances(z, weight, sample, np.ones(2000, bool))
-        assert between == pytest.approx(0.49, rel=0.15) and within == pytest.approx(1.69, rel=0.05)
-    one = np.unique(sample, return_index=True)[1]
-    assert variances(z[one], np.ones(2000), np.arange(2000), np.ones(2000, bool)) == (0, z[one].var(ddof=1))
+    often = draw.integers(1, 30, 4000)
+    sample, null = np.repeat(np.arange(4000), often), np.arange(4000) < 2000
+    x = draw.random(len(sample))
+    z = 1.3 * draw.normal(size=len(sample)) + 0.7 * draw.normal(size=4000)[sample] * (1 if rises else x)
+    if rises:
+        found = strength(centred(z, sample), centred(x, sample), sample, null, fitted=2)
+    else:
+        found = strength(z, x, sample, null)
+    for some in (~null & (often == 2), ~null & (often > 2) & (often < 10), ~null & (often >= 10)):
+        assert found[some].std() == pytest.approx(1, abs=0.15)
+    follows = z + 3 * x  # what it is there to find
+    if rises:
+        stronger = strength(centred(follows, sample), centred(x, sample), sample, null & False, fitted=2)
+        assert not stronger.any()  # nobody to compare with
+    else:
+        assert (strength(np.where(null[sample], z, follows), x, sample, null)[~null & (often > 10)] > 2).mean() > 0.9
+
+
+def test_of_single_visits_only_the_level_is_told():
+    z = np.random.default_rng(0).normal(size=200)
+    ones, sample, everybody = np.ones(200), np.arange(200), np.ones(200, bool)
+    assert strength(z, ones, sample, everybody) == pytest.approx(z / np.sqrt((z**2).mean()))
+    assert not strength(centred(z, sample), centred(ones, sample), sample, everybody, fitted=2).any()
+
+
+def test_memorized_samples_that_never_stood_out_are_found_by_their_rise(tmp_path):
+    """As pictures that are simply far below the others when training begins."""
+    rows = simulated(memorized_by=0.0, spread=0.5)
+    planted, high = rows.sample_index < MEMORIZED, rows.timestep >= 700
+    rise = 0.3 * np.where(planted & high, 4.5 * rows.step / 1000 - 3.0, 0.0)
+    write(tmp_path, Rows(**rows.__dict__ | {"score": (rows.score * np.exp(rise)).astype(np.float32)}), key=key)
+    table = judge(tmp_path).table
+    p = {int(name.split("/")[1]): value for name, value in zip(table["key"].to_pylist(), table["p_value"].to_numpy())}
+    assert np.mean([p[i] <= 0.01 for i in range(MEMORIZED)]) >= 0.8
 
 
 def test_without_a_reference_set_it_says_so(tmp_path, capsys):

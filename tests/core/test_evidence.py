@@ -19,13 +19,17 @@ def z_scores(num_samples=100, **options) -> ZScoreEvidence:
 
 def likelihood(num_samples=100, **options) -> LikelihoodEvidence:
     defaults = dict(false_positive_rate=0.05, miss_rate=0.1, memory=0.95, clip=3.0, shift=1.0, shift_weight=5)
-    defaults |= dict(num_bins=10, half_life=1000, canary_half_life=1000, warmup=20)
+    defaults |= dict(num_bins=10, half_life=1000, canary_half_life=1000, own_visits=0, own_limit=1.0, warmup=20)
     rule = LikelihoodEvidence(**(defaults | options))
     rule.setup(num_samples=num_samples, latent_numel=16, num_timesteps=1000)
     return rule
 
 
-RULES = (z_scores, likelihood)
+def with_own_part(num_samples=100, **options) -> LikelihoodEvidence:
+    return likelihood(num_samples, **(dict(own_visits=6) | options))
+
+
+RULES = (z_scores, likelihood, with_own_part)
 
 
 def warm(
@@ -75,7 +79,7 @@ def test_canaries_that_are_not_sacrificed_teach_nothing(make):
     warm(rule, group=CANARY, mean=3.0, index=1)
     after = rule.state_dict()
     assert all(
-        torch.equal(after[name], before[name]) for name in before if name not in ("evidence", "excluded")
+        torch.equal(after[name], before[name]) for name in before if name in ("reference", "memorized")
     )
 
 
@@ -126,6 +130,8 @@ def test_a_sample_takes_at_most_8_bytes(make):
         (likelihood, "shift", -1.0),
         (likelihood, "shift_weight", 0.0),
         (likelihood, "canary_half_life", 0),
+        (likelihood, "own_visits", 256),
+        (likelihood, "own_limit", 0.0),
         (likelihood, "start_step", -1),
     ],
 )
@@ -245,6 +251,48 @@ def test_a_low_loss_at_an_ordinary_score_is_evidence():
     warm(rule, 1, REFERENCE)
     shown, _ = rule.shows(observe([1.0, 1.0], loss=[0.05, 1.0]))
     assert shown[0] > 0 > shown[1]
+
+
+def many_visits(rule, means: list[float], seed: int) -> None:
+    """One visit of 90 samples at each of these means, in standard deviations of the reference set."""
+    generator = torch.Generator().manual_seed(seed)
+    for mean in means:
+        visits(rule, torch.arange(90), mean, generator)
+
+
+def test_a_picture_that_always_stands_out_a_little_stays_and_one_that_comes_to_enters():
+    always, grown = [1.0] * 60, [1.0] * 20 + [2.5] * 40
+    entered = {}
+    for name, means in (("always", always), ("grown", grown)):
+        for make in (likelihood, with_own_part):
+            rule = make()
+            warm(rule, 1, REFERENCE)
+            warm(rule, 2, SACRIFICED, mean=1.5, index=98)
+            many_visits(rule, means, 5)
+            entered[name, make] = rule.excluded[:90].float().mean().item()
+    assert entered["always", likelihood] > 0.5 and entered["always", with_own_part] < 0.2
+    assert entered["grown", with_own_part] > 0.95
+
+
+def test_a_sample_that_is_known_by_heart_from_the_start_enters_all_the_same():
+    rule = with_own_part()
+    warm(rule, 1, REFERENCE)
+    warm(rule, 2, SACRIFICED, mean=2.0, index=98)
+    many_visits(rule, [3.0] * 20, 6)
+    assert rule.excluded[:90].all()
+
+
+def test_the_own_part_is_the_shrunk_mean_of_the_first_visits():
+    rule = with_own_part(own_visits=3, own_limit=10.0)
+    warm(rule, 1, REFERENCE)
+    z = [rule.z_scores(observe([math.exp(x)])).item() for x in (2.0, -1.0, 5.0)]
+    rule.update(observe([math.exp(2.0), math.exp(-1.0)], index=[5, 5]))  # two visits in one step
+    assert rule.own_part(torch.tensor([5])).item() == pytest.approx((z[0] + z[1]) / (2 + 4), abs=1e-2)
+    for _ in range(2):  # the second is no first visit any more
+        rule.update(observe([math.exp(5.0)], index=[5]))
+    assert rule.own_part(torch.tensor([5])).item() == pytest.approx(sum(z) / (3 + 4), abs=1e-2)
+    rule.own_limit = 0.5
+    assert rule.own_part(torch.tensor([5, 6])).tolist() == [0.5, 0.0]
 
 
 # ---- z-scores

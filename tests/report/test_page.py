@@ -10,11 +10,13 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
 from memtrain.callbacks.ledger import Ledger
 from memtrain.callbacks.report import Report
@@ -24,7 +26,7 @@ from memtrain.data.ledger import FOLDER, About, LedgerWriter, Rows, read_ledger
 from memtrain.report.comparison import differences, table
 from memtrain.report.figures import figures_of, plane
 from memtrain.report.page import ASSETS, write_report
-from memtrain.report.run import read_run
+from memtrain.report.run import RULES, read_run
 from memtrain.report.verdict import baseline_of, verdict
 from tests.conftest import build_data, build_module, fit
 from tests.data.corpora import encode, sample, textured, write_tar
@@ -326,3 +328,9 @@ def test_a_browser_draws_every_figure(run, page, tmp_path):
     assert "&lt;/script&gt;&lt;script&gt;alert" in dom and "<script>alert" not in dom
     sides = [int(side) for side in re.findall(r'<canvas width="(\d+)"', dom)]
     assert math.prod(sides) > 0
+
+
+def test_rules_are_named_as_they_are_chosen():
+    folder = Path(__file__).parents[2] / "conf" / "exclusion"
+    chosen = {OmegaConf.load(path)["_target_"].rsplit(".", 1)[-1]: path.stem for path in folder.glob("*.yaml")}
+    assert chosen == RULES

@@ -33,6 +33,8 @@ def quick_rules() -> dict[str, ExclusionRule]:
             num_bins=1,
             half_life=50,
             canary_half_life=50,
+            own_visits=2,
+            own_limit=1.0,
             warmup=2,
         ),
         "z_scores": ZScoreEvidence(
