@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table and pictures: the demo without exclusion, with the paper's rule at two thresholds, and with
+# The README's table and pictures: the demo without exclusion, with the paper's rule, with calibrated and with
 # evidence; same seed, same steps, as many at a time as there are JOBS (default 2), one core each. About 20 minutes
 # on two. Arguments go to every run.
 set -euo pipefail
@@ -14,10 +14,10 @@ xargs -P "${JOBS:-2}" -I '{}' bash -c 'memtrain train experiment=demo data.shard
     "name=$folder" "$@" <<'END'
 run_id=none exclusion=none
 run_id=evidence exclusion=evidence
-run_id=fixed_at_1.5 exclusion=fixed exclusion.threshold=1.5
+run_id=calibrated exclusion=calibrated exclusion.false_positive_rate=0.01
 run_id=fixed_at_2.5 exclusion=fixed exclusion.threshold=2.5
 END
-runs=(runs/"$folder"/{none,fixed_at_1.5,fixed_at_2.5,evidence})
+runs=(runs/"$folder"/{none,fixed_at_2.5,calibrated,evidence})
 "$python" -m memtrain.report.table "${runs[@]}" --into README.md
 mkdir -p .github
 for run in none evidence; do
