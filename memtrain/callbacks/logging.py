@@ -180,6 +180,7 @@ def wandb_logger(project: str, mode: str, name: str, save_dir: str) -> WandbLogg
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
     logger = WandbLogger(project=project, name=name, save_dir=save_dir, offline=mode == "offline")
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes it even when it is not set, and wandb warns
     logger.experiment.define_metric(
         SAMPLES_SEEN, step_metric="trainer/global_step", summary="max", hidden=True
     )

@@ -42,9 +42,44 @@ An error is one line; MEMTRAIN_TRACEBACK=1 shows where it came from.
 
 
 def new_run_id() -> str:
-    """One id for all ranks that Lightning starts: children find it in the environment."""
+    """One id for all ranks, whoever started them.
+
+    Lightning's children find it in the environment, ranks of torchrun in the store that its agents keep, tasks
+    of srun take that of their job and step, which a requeued job has again.
+    """
     fresh = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    return os.environ.setdefault("MEMTRAIN_RUN_ID", fresh)
+    environment = os.environ
+    if "MEMTRAIN_RUN_ID" not in environment:
+        if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            fresh = _agreed_on("run_id", fresh)
+        elif "SLURM_STEP_ID" in environment:
+            fresh = f"slurm-{environment['SLURM_JOB_ID']}-{environment['SLURM_STEP_ID']}"
+    return environment.setdefault("MEMTRAIN_RUN_ID", fresh)
+
+
+def _agreed_on(name: str, proposed: str) -> str:
+    """What the first rank proposes, over the store of torchrun's agents."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.compare_set(f"memtrain/{name}", "", proposed).decode()
+
+
+def processes_per_node(otherwise: int) -> int:
+    """Of the launcher that started this process: torchrun, or srun; `otherwise` where none did."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return int(environment["LOCAL_WORLD_SIZE"])
+    if "SLURM_STEP_ID" in environment:
+        return int(environment["SLURM_NTASKS"]) // nodes()
+    return otherwise
+
+
+def nodes() -> int:
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return int(environment["GROUP_WORLD_SIZE"])
+    return int(environment["SLURM_NNODES"]) if "SLURM_STEP_ID" in environment else 1
 
 
 def config_folder() -> Path:
@@ -120,6 +155,8 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     schema.register()
     OmegaConf.register_new_resolver("memtrain.run_id", new_run_id, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("memtrain.devices", processes_per_node, replace=True)
+    OmegaConf.register_new_resolver("memtrain.nodes", nodes, replace=True)
     OmegaConf.register_new_resolver("memtrain.demo_pipeline", demo_pipeline, replace=True)
     original = sys.argv
     # Hydra's grammar spells infinity inf; YAML's spelling is .inf
