@@ -11,7 +11,8 @@ import re
 import secrets
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
@@ -21,6 +22,7 @@ Usage: memtrain COMMAND [key=value …]
   train     fine-tune, score every sample at every step, leave the memorized out of the loss
   report    one page about one or several runs: memtrain report RUN
   ledger    who was scored, excluded, looks memorized: memtrain ledger suspects RUN --out list.parquet
+  sweep     search settings, each a run of its own: memtrain sweep study=thresholds trials=20
   detect    which prompts a finished model has memorized
   explain   which words of a prompt trigger it
   mitigate  generate without it
@@ -55,6 +57,21 @@ def new_run_id() -> str:
         elif "SLURM_STEP_ID" in environment:
             fresh = f"slurm-{environment['SLURM_JOB_ID']}-{environment['SLURM_STEP_ID']}"
     return environment.setdefault("MEMTRAIN_RUN_ID", fresh)
+
+
+def _job_run_id() -> str:
+    """The run's id; jobs of -m add their number to the one that they have in common."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return f"{new_run_id()}-{HydraConfig.get().job.num}" if _is_job() else new_run_id()
+
+
+def _is_job() -> bool:
+    """One of several that `-m` starts."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def _agreed_on(name: str, proposed: str) -> str:
@@ -130,7 +147,7 @@ def _plain(command: str, arguments: list[str]) -> None:
 
 
 COMMANDS = {
-    **dict.fromkeys(("train", "detect", "explain", "mitigate", "evaluate", "cache", "demo"), _with_hydra),
+    **dict.fromkeys(("train", "sweep", "detect", "explain", "mitigate", "evaluate", "cache", "demo"), _with_hydra),
     **dict.fromkeys(("report", "ledger", "shards", "bench"), _plain),
 }
 
@@ -154,7 +171,7 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     quiet()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     schema.register()
-    OmegaConf.register_new_resolver("memtrain.run_id", new_run_id, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("memtrain.run_id", _job_run_id, replace=True)
     OmegaConf.register_new_resolver("memtrain.devices", processes_per_node, replace=True)
     OmegaConf.register_new_resolver("memtrain.nodes", nodes, replace=True)
     OmegaConf.register_new_resolver("memtrain.demo_pipeline", demo_pipeline, replace=True)
@@ -162,10 +179,15 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     # Hydra's grammar spells infinity inf; YAML's spelling is .inf
     spelled = [re.sub(r"=([+-]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"=\1\2", override) for override in overrides]
 
+    if {"-m", "--multirun"} & set(overrides):
+        new_run_id()  # here: so that the jobs, in this process or in others, have it in common
     failures: list[Exception] = []
 
     def with_argv(cfg):  # Lightning starts further ranks with sys.argv as it was
         sys.argv = original
+        if _is_job():  # Hydra says whose an error is, and brings it here from another process
+            with _apart():
+                return task(cfg)
         try:
             task(cfg)
         except Exception as error:  # raised below: Hydra would print a line of its own
@@ -178,6 +200,23 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
         sys.argv = original
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Jobs of -m, in one process or each in its own, log to their own run alone."""
+    quiet()
+    logger = logging.getLogger("memtrain")
+    before = list(logger.handlers)
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in logger.handlers if handler not in before]:
+            logger.removeHandler(handler)
+            handler.close()
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish()
 
 
 def demo_pipeline() -> str:

@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from memtrain.cli.schema_audit import Detect, Evaluate, Explain, Mitigate
+from memtrain.cli.schema_sweep import Study, Sweep
 
 
 @dataclass
@@ -362,6 +363,8 @@ def register() -> None:
         ("schema", "explain", Explain),
         ("schema", "mitigate", Mitigate),
         ("schema", "evaluate", Evaluate),
+        ("schema", "sweep", Sweep),
+        ("schema", "study", Study),
         ("schema/data", "shards", Shards),
         ("schema/data", "composites", Composites),
         ("schema/model", "stable_diffusion", StableDiffusion),

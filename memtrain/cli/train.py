@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -68,4 +70,16 @@ def train(cfg: DictConfig) -> None:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )
+    _check_job(trainer)
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+
+
+def _check_job(trainer) -> None:
+    """A job of -m has one rank: Lightning would start the others as the whole command, all jobs again."""
+    if HydraConfig.get().mode is not RunMode.MULTIRUN or trainer.world_size == 1:
+        return
+    if not trainer.strategy.cluster_environment.creates_processes_externally:
+        raise ValueError(
+            f"train -m starts jobs of one rank, got {trainer.world_size}; say trainer.devices=1, or use "
+            "memtrain sweep, whose trials are programs of their own"
+        )

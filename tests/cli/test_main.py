@@ -17,6 +17,7 @@ from memtrain.cli.main import config_folder, main, one_line
 from memtrain.core.exclusion import ExclusionRule
 
 CONF = config_folder()
+CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "study")  # of train
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
@@ -66,7 +67,7 @@ def test_train_help_lists_the_groups(capsys):
     assert not stopped.value.code
     text = capsys.readouterr().out
     groups = text[text.index("Groups") : text.index("Config")]
-    for path in CONF.glob("*/*.yaml"):
+    for path in CHOICES:
         assert re.search(rf"^  {path.parent.name} ", groups, re.M) and re.search(rf"\b{path.stem}\b", groups), path
     assert "ckpt_path" in text
 
@@ -92,7 +93,7 @@ def test_every_rule_goes_with_every_experiment(experiment, rule):
 
 @pytest.mark.parametrize(
     "choice",
-    [f"{p.parent.name}={p.stem}" for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "experiment"],
+    [f"{p.parent.name}={p.stem}" for p in CHOICES if p.parent.name != "experiment"],
 )
 def test_every_choice_composes(choice):
     schema.register()

@@ -1,0 +1,43 @@
+"""`python guard.py COMMAND…`: a trial as a process group of its own, which ends with the sweep that started it.
+
+The sweep holds the other end of our stdin. When it closes that, or is gone, killed or not, the whole group is told
+to end, and killed if it does not. Standard library alone: this process lives as long as the trial.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+GRACE = 30.0  # s between SIGTERM and SIGKILL, for a checkpoint
+
+
+def _end(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        pass  # it has ended
+
+
+def _end_with_the_sweep(group: int) -> None:
+    while os.read(0, 1):
+        pass
+    _end(group, signal.SIGTERM)
+    time.sleep(GRACE)
+    _end(group, signal.SIGKILL)
+
+
+def main(command: list[str]) -> None:
+    trial = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    threading.Thread(target=_end_with_the_sweep, args=(trial.pid,), daemon=True).start()
+    code = trial.wait()
+    _end(trial.pid, signal.SIGKILL)  # ranks and workers that outlived their first process
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

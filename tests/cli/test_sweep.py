@@ -1,0 +1,242 @@
+"""`memtrain sweep`: the search, killed and resumed; `memtrain train -m`; W&B's sweep file."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+optuna = pytest.importorskip("optuna")
+
+from optuna.trial import TrialState
+
+from memtrain.callbacks.logging import dashboard_name
+from memtrain.cli.main import config_folder, main
+from memtrain.cli.sweep import spelled
+from memtrain.sweep.pruning import MedianRule, Objectives
+from memtrain.sweep.space import Parameter, merged
+from memtrain.sweep.study import Plan, Search
+from memtrain.sweep.trial import Process, environment_of
+from tests.cli.test_main import fails, small
+
+REPO = Path(__file__).resolve().parents[2]
+# A training program that takes no time: the copy rate falls with the threshold, the loss rises.
+QUICK = """
+import pathlib, sys, time
+said = dict(part.split("=", 1) for part in sys.argv[1:])
+folder = pathlib.Path(said["runs_dir"].strip("'")) / said["name"].strip("'") / said["run_id"]
+x = float(said["x"])
+with open(folder / "metrics.csv", "w") as file:
+    file.write("step,copy_rate/canary,heldout_loss\\n")
+    for step in range(1, 4):
+        worse = 1 if said.get("bad") else 0
+        file.write(f"{step},{1 - x + worse},{x + worse}\\n")
+        file.flush()
+        time.sleep(float(said.get("pause", 0)))
+sys.exit(int(said.get("code", 0)))
+"""
+
+
+def search(tmp_path, *overrides: str, prune=None, space=None, seed=0) -> Search:
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "quick.py").write_text(QUICK)
+    space = space or [Parameter("x", "x", low=0.0, high=1.0)]
+    plan = Plan("s", tmp_path / "runs", list(overrides), space, "copy_rate/canary", "heldout_loss", 2, seed)
+    return Search(plan, None, [sys.executable, str(tmp_path / "quick.py")], prune)
+
+
+def states(one: Search) -> list[str]:
+    return [trial.state.name for trial in one.study.get_trials()]
+
+
+def test_a_search_counts_what_earlier_starts_finished(tmp_path):
+    search(tmp_path).run(2, workers=1)
+    again = search(tmp_path)
+    again.run(3, workers=2)
+    assert states(again) == ["COMPLETE"] * 3
+    for trial in again.study.get_trials():
+        assert sum(trial.values) == pytest.approx(1)
+        assert trial.user_attrs["overrides"] == [f"x={trial.params['x']:.4g}"]
+        assert len(trial.user_attrs["curve"]) == 3
+    other = search(tmp_path / "other")
+    other.run(3, workers=1)  # what is tried depends on the seed and the trial's number alone while it is at random
+    ours, theirs = ([trial.params for trial in one.study.get_trials()][:2] for one in (again, other))
+    assert ours == theirs
+
+
+def test_a_changed_study_is_refused(tmp_path):
+    search(tmp_path, "a=1")
+    with pytest.raises(ValueError, match="the study s was made otherwise: a was 1, is 2; name=… begins a new one"):
+        search(tmp_path, "a=2")
+
+
+def test_a_refused_config_stops_at_once_and_failures_in_a_row_do(tmp_path):
+    with pytest.raises(ValueError, match="trial_000: it printed nothing"):
+        search(tmp_path / "a", "code=2").run(5, workers=1)
+    failing = search(tmp_path / "b", "code=1")
+    with pytest.raises(ValueError, match="3 trials in a row failed, the last with exit code 1"):
+        failing.run(5, workers=1)
+    assert states(failing) == ["FAIL"] * 3
+
+
+def test_what_is_worse_in_both_is_given_up_and_its_process_is_gone(tmp_path):
+    rule = MedianRule(min_trials=2, min_step=0)
+    search(tmp_path).run(2, workers=1)
+    worse = search(tmp_path, prune=rule)
+    worse.command.append("bad=1")
+    worse.command.append("pause=30")
+    began = time.monotonic()
+    worse.run(3, workers=1)
+    assert states(worse) == ["COMPLETE", "COMPLETE", "PRUNED"] and time.monotonic() - began < 20
+    assert worse.tried()[2].state == "given up" and worse.tried()[2].memorization is None
+
+
+def test_the_rule_of_giving_up():
+    others = [{1: Objectives(0.0, 1.0), 2: Objectives(0.5, 1.0), 3: Objectives(0.5, 1.0)}] * 2
+    rule = MedianRule(min_trials=2, min_step=0)
+    assert rule.gives_up_at({1: Objectives(0.0, 2.0)}, others) is None  # equal is not worse
+    assert rule.gives_up_at({2: Objectives(0.6, 0.9)}, others) is None  # better in one
+    assert rule.gives_up_at({2: Objectives(0.6, 1.1)}, others) == 2
+    assert rule.gives_up_at({3: Objectives(0.6, 1.1)}, others) is None  # the end
+    assert rule.gives_up_at({2: Objectives(0.6, 1.1)}, others[:1]) is None
+    assert MedianRule(2, min_step=3).gives_up_at({2: Objectives(0.6, 1.1)}, others) is None
+
+
+def test_a_group_ends_whole_when_it_is_let_go(tmp_path):
+    child = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '100']); print(p.pid, flush=True); time.sleep(100)"
+    process = Process([sys.executable, "-c", child], tmp_path / "run", dict(os.environ))
+    log = tmp_path / "run" / "trial.log"
+    while not log.read_text().strip():
+        time.sleep(0.05)
+    grandchild = int(log.read_text())
+    assert process.wait() == 128 + signal.SIGTERM
+    status = Path(f"/proc/{grandchild}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_workers_share_cores_and_gpus_and_no_rank_is_inherited(monkeypatch):
+    for name in ("RANK", "SLURM_NTASKS", "MEMTRAIN_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    own = environment_of(1, 2, 8, ["0", "1", "2", "3"])
+    assert (own["OMP_NUM_THREADS"], own["CUDA_VISIBLE_DEVICES"]) == ("4", "1,3")
+    assert not {"RANK", "SLURM_NTASKS", "MEMTRAIN_RUN_ID"} & own.keys()
+    assert environment_of(2, 3, 2, ["5", "6"])["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+def test_conditions_and_keys_that_are_fixed(tmp_path):
+    space = [
+        Parameter("rule", "exclusion", choices=["none", "fixed"]),
+        Parameter("fixed", "exclusion.threshold", low=1.0, high=4.0, log=True, when="rule=fixed"),
+    ]
+    for rule, keys in (("none", set()), ("fixed", {"exclusion.threshold"})):
+        one = search(tmp_path / rule, f"exclusion={rule}", space=space)
+        trial = one.study.ask()
+        from memtrain.sweep.space import suggest
+
+        assert {override.split("=")[0] for override in suggest(trial, space, one.plan.fixed)} == keys
+    assert merged(["a=1", "b=2"], ["+a=3"]) == ["+a=3", "b=2"]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "says"),
+    [
+        (dict(low=1.0), "study.space.p needs choices, or low and high"),
+        (dict(choices=[]), r"study.space.p.choices must name at least one value, got \[\]"),
+        (dict(low=2.0, high=1.0), "study.space.p: low must be < high, got 2 and 1"),
+        (dict(low=0.0, high=1.0, log=True), "study.space.p.low must be > 0 with log=true, got 0"),
+    ],
+)
+def test_a_wrong_space_is_named(parameter, says):
+    with pytest.raises(ValueError, match=says):
+        Parameter("p", "k", **parameter)
+
+
+def test_what_is_said_beside_the_sweeps_own_keys_is_for_the_trials():
+    own = ["study=thresholds", "trials=6", "study.space.fixed.high=3", "--cfg", "job"]
+    assert spelled([*own, "seed=3", "w='a'"]) == [r"overrides=['seed=3','w=\'a\'']", *own]
+    assert spelled(own) == own
+
+
+def test_a_wrong_key_is_named_before_anything_is_started(capsys, tmp_path):
+    assert "study" in fails(capsys, "sweep", "study=treshold")
+    assert "trials must be >= 1, got 0" in fails(capsys, "sweep", "trials=0", f"runs_dir={tmp_path}/runs")
+    assert "run_id=x" in fails(capsys, "sweep", "run_id=x", f"runs_dir={tmp_path}/runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, tmp_path):
+    """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes the study."""
+    options = [o for o in small(corpus, pipeline_folder, tmp_path)[2:] if not o.startswith(("run_id", "callbacks.sample_grid"))]
+    command = [sys.executable, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
+    command += ["callbacks.copies.every=2", "study.prune=null"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    study = tmp_path / "runs" / "thresholds"
+    first = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (study / "trial_000" / "config.yaml").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "trial_000 was cut off; its settings are tried again" in done.stderr
+    opened = optuna.load_study(study_name="thresholds", storage=f"sqlite:///{study}/study.db")
+    trials = opened.get_trials()
+    assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert trials[1].params == trials[0].params
+    for name in ("pareto.png", "trials.csv", "report.html", "trial_001/report.html", "trial_002/ledger"):
+        assert (study / name).exists(), name
+    assert not (study / "trial_000" / "summary.json").exists()
+    assert "Take trial_00" in done.stdout and "memtrain train experiment=demo" in done.stdout
+    summary = json.loads((study / "trial_002" / "summary.json").read_text())
+    assert trials[2].values == pytest.approx([summary["copy_rate"]["canary"], summary["heldout_loss"]])
+
+
+def test_train_with_several_values_makes_a_run_of_each(corpus, pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMTRAIN_RUN_ID", "many")
+    options = [option for option in small(corpus, pipeline_folder, tmp_path)[1:] if not option.startswith("run_id")]
+    quick = ["callbacks.copies=null", "callbacks.report=null", "callbacks.export=null", "callbacks.memorized_table=null"]
+    main(["train", "-m", *options, *quick, "exclusion=fixed", "exclusion.threshold=1,3", "trainer.max_steps=1"])
+    runs = sorted(path.name for path in (tmp_path / "runs" / "demo").glob("many-*"))
+    assert runs == ["many-0", "many-1"]
+    for run, threshold in zip(runs, (1, 3), strict=True):
+        config = yaml.safe_load((tmp_path / "runs" / "demo" / run / "config.yaml").read_text())
+        assert config["exclusion"]["threshold"] == threshold and config["run_id"] == run
+    first, second = ((tmp_path / "runs" / "demo" / run / "run.log").read_text() for run in runs)
+    assert first.count("step 1 of 1") == second.count("step 1 of 1") == 1
+
+
+WANDB = yaml.safe_load((REPO / "launch" / "wandb_sweep.yaml").read_text())
+
+
+def test_wandbs_sweep_file_fits_its_schema():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(Path(__file__).with_name("wandb_sweep_schema.json").read_text())
+    jsonschema.Draft7Validator(schema).validate(WANDB)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft7Validator(schema).validate(WANDB | {"methd": "random"})
+
+
+def test_what_wandbs_agent_starts_composes():
+    from hydra import compose, initialize_config_dir
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    from memtrain.cli import schema
+
+    assert WANDB["metric"]["name"] == dashboard_name("copy_rate/canary")
+    drawn = {k: {"value": p.get("min", (p.get("values") or [0])[0])} for k, p in WANDB["parameters"].items()}
+    arguments = create_sweep_command_args({"args": drawn})["args_no_hyphens"]
+    command = [part for part in WANDB["command"] if not re.match(r"\$\{", part)]
+    assert command[:2] == ["memtrain", "train"]
+    schema.register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        cfg = compose("train", [*command[2:], *arguments])
+    assert cfg.exclusion.false_positive_rate == 0.0001 and cfg.exclusion.memory == 0.8

@@ -1,0 +1,85 @@
+"""Ranks × accumulation make the step of one process, whoever is excluded, and exclusion costs one small all-reduce."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+COUNTED = 5  # steps
+CUTS = [(1, 4), (2, 1), (2, 4), (4, 1), (4, 4)]  # ranks, micro-batches
+RULES = ["few", "nothing"]
+
+pytestmark = pytest.mark.slow
+
+
+def job(rule: str, accumulate: int, steps: int = STEPS, count: bool = False, name: str = "") -> dict:
+    return dict(name=name, rule=rule, accumulate=accumulate, steps=steps, count=count)
+
+
+@pytest.fixture(scope="module")
+def found(pipeline_folder, corpus, tmp_path_factory):
+    """What each rank of each job ended with: found("few-4x1", rank)."""
+    out = tmp_path_factory.mktemp("worlds")
+    worlds = {1: [job(rule, 1, name=f"{rule}-1x1") for rule in RULES], 2: [], 4: []}
+    for ranks, accumulate in CUTS:
+        steps = {"few": STEPS, "nothing": 3}  # where nothing is kept, one step is like another
+        worlds[ranks] += [job(r, accumulate, steps[r], name=f"{r}-{ranks}x{accumulate}") for r in RULES]
+    worlds[2] += [job(r, 1, 9, True, f"counted-{r}") for r in ("none", "fixed", "evidence", "plain")]  # plain is last
+    spec = out / "spec.json"
+    spec.write_text(
+        json.dumps(
+            dict(pipeline=str(pipeline_folder), corpus=str(corpus), out=str(out), worlds=list(worlds.items()))
+        )
+    )
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.training.worlds", str(spec)],
+        check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=500,
+    )  # fmt: skip
+    return lambda name, rank=0: torch.load(out / f"{name}-{rank}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), CUTS)
+def test_every_cut_of_the_global_batch_trains_the_same_weights(found, ranks, accumulate):
+    """20 steps of 16 rows, one in eleven kept: ranks are left with nothing, steps with nothing at all."""
+    one, cut = found("few-1x1"), found(f"few-{ranks}x{accumulate}")
+    assert 0 < one["skipped"] == cut["skipped"] < STEPS and cut["seen"] == one["seen"] == STEPS * 16
+    torch.testing.assert_close(cut["weights"], one["weights"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(cut["average"], one["average"], atol=1e-6, rtol=0)
+    assert (one["weights"] - one["before"]).abs().max() > 1e-3  # a thousand times the tolerance
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [cut for cut in CUTS if cut[0] > 1])
+def test_ranks_end_alike_though_some_were_left_with_nothing(found, ranks, accumulate):
+    of_ranks = [found(f"few-{ranks}x{accumulate}", rank) for rank in range(ranks)]
+    assert sum(rank["alone_with_nothing"] for rank in of_ranks) >= ranks
+    for rank in of_ranks[1:]:
+        assert torch.equal(rank["weights"], of_ranks[0]["weights"])
+        assert rank["skipped"] == of_ranks[0]["skipped"] and rank["seen"] == of_ranks[0]["seen"]
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), CUTS)
+def test_nothing_kept_anywhere_changes_nothing_on_any_rank(found, ranks, accumulate):
+    for rank in range(ranks):
+        cut = found(f"nothing-{ranks}x{accumulate}", rank)
+        assert torch.equal(cut["weights"], cut["before"]) and torch.equal(cut["average"], cut["before"])
+        assert cut["skipped"] == 3 and cut["seen"] == 3 * 16
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rule", ["none", "fixed", "evidence"])
+def test_exclusion_adds_one_all_reduce_of_a_few_scalars(found, rule, rank):
+    """Against ordinary DDP. A rule that learns gathers the observations too, its own and the reference set's."""
+    counted = found(f"counted-{rule}", rank)
+    more = Counter(counted["asked"])
+    more.subtract(found("counted-plain", rank)["asked"])
+    gathers = COUNTED + sum(step % 2 == 0 for step in range(5, 10)) if rule == "evidence" else 0
+    expected = {"gloo:all_reduce": COUNTED} | ({"gloo:all_gather": gathers} if gathers else {})
+    assert {name: number for name, number in more.items() if number} == expected
+    assert counted["sizes"] and max(counted["sizes"]) <= 8

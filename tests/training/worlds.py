@@ -1,0 +1,146 @@
+"""`python -m tests.training.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process, so that the
+imports are paid for once. Each rank finds what torchrun would have told it in its environment, and writes what came
+of each job to OUT/JOB-RANK.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+
+from memtrain.core.exclusion import Decision, ExclusionRule, FixedThreshold, KeepAll
+from memtrain.training import ranks
+from tests.conftest import build_data, build_module, weights
+from tests.training.test_module import KeepNothing, quick_evidence
+
+GLOBAL_BATCH = 16
+
+
+class KeepFew(ExclusionRule):
+    """One sample in eleven: of most ranks nothing, of some steps nothing at all."""
+
+    def decide(self, observed):
+        return Decision(observed.sample_index % 11 == 0, torch.zeros_like(observed.score))
+
+
+RULES = {
+    "few": KeepFew,
+    "nothing": KeepNothing,
+    "none": KeepAll,
+    "fixed": lambda: FixedThreshold(2.0),
+    "evidence": quick_evidence,
+    "plain": KeepAll,  # and no count is shared: ordinary DDP
+}
+
+
+class Steps(pl.Callback):
+    """What a rank kept of each optimizer step."""
+
+    def __init__(self):
+        self.alone_with_nothing = 0  # steps of which this rank kept nothing, but another rank did
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.alone_with_nothing += not pl_module.step_kept.any() and not pl_module.last_update_skipped
+
+
+class Collectives(pl.Callback):
+    """Counts what the backend was asked for, DDP's own buckets included, over steps `first` to `last`."""
+
+    def __init__(self, first: int, last: int):
+        self.first, self.last = first, last
+        self.asked: Counter = Counter()
+        self.sizes: set[int] = set()  # elements of the all-reduces that Python asked for
+        self.all_reduce = torch.distributed.all_reduce
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.first:
+            torch.distributed.all_reduce = self._sized
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self.profiler.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.last:
+            self.profiler.__exit__(None, None, None)
+            torch.distributed.all_reduce = self.all_reduce
+            self.asked = Counter(e.name for e in self.profiler.events() if e.name.startswith("gloo:"))
+
+    def _sized(self, tensor, *args, **kwargs):
+        self.sizes.add(tensor.numel())
+        return self.all_reduce(tensor, *args, **kwargs)
+
+
+def train(spec: dict, job: dict, world: int, rank: int) -> None:
+    steps = Steps()
+    counting = Collectives(4, 8) if job["count"] else None
+    if job["rule"] == "plain":
+        ranks.all_reduce = lambda trainer, values: values
+    callbacks = [steps, counting] if counting else [steps]
+    module = build_module(spec["pipeline"], RULES[job["rule"]](), caption_dropout=0.0, reference_batch=4)
+    before = weights(module).clone()
+    data = build_data(spec["corpus"], GLOBAL_BATCH // world // job["accumulate"])
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=DDPStrategy(process_group_backend="gloo") if world > 1 else "auto",
+        max_steps=job["steps"],
+        max_epochs=-1,
+        accumulate_grad_batches=job["accumulate"],
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        gradient_clip_val=1.0,
+        default_root_dir=spec["out"],
+    )
+    trainer.fit(module, datamodule=data)
+    found = dict(
+        before=before,
+        weights=weights(module),
+        average=torch.cat([p.flatten() for p in module.ema.shadow_params]),
+        seen=module.samples_seen,
+        skipped=module.updates_skipped,
+        alone_with_nothing=steps.alone_with_nothing,
+        asked=dict(counting.asked) if counting else {},
+        sizes=sorted(counting.sizes) if counting else [],
+    )
+    torch.save(found, f"{spec['out']}/{job['name']}-{rank}.pt")
+
+
+def main(path: str) -> int:
+    spec = json.loads(Path(path).read_text())
+    for world, jobs in spec["worlds"]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                if world > 1:
+                    os.environ |= {
+                        "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+                        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_WORLD_SIZE": "1",
+                    }  # fmt: skip
+                for job in jobs:
+                    train(spec, job, world, rank)
+                os._exit(0)
+            children.append(child)
+        if any([os.waitpid(child, 0)[1] for child in children]):
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
