@@ -2,22 +2,168 @@
 
 from __future__ import annotations
 
-from pytorch_lightning.callbacks import ModelCheckpoint
+import errno
+import logging
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import WandbLogger
+
+from memtrain.training.resume import LAST, RunState, checkpoint_name, checkpoints_in
+
+log = logging.getLogger(__name__)
 
 
-def checkpoint(every: int, folder: str) -> ModelCheckpoint:
-    """`last.ckpt` every `every` optimizer steps, at the end and where the run breaks off.
+class Checkpoints(Checkpoint):
+    """A checkpoint every `every` optimizer steps, at the end, and where the run is stopped; the last `keep` stay.
 
-    It holds trained weights, optimizer, EMA, rule and position.
+    It holds trained weights, optimizer, EMA, rule, remembered scores, position, random state and the W&B id.
+    `last.ckpt` is a link to the newest. Where one of several ranks breaks off alone, nothing is written: what
+    the others know of the step is not that of the same moment. Lightning calls this after all other callbacks.
     """
-    if every < 1:
-        raise ValueError(f"callbacks.checkpoint.every must be >= 1, got {every}")
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="last",
-        every_n_train_steps=every,
-        save_top_k=1,
-        save_on_train_epoch_end=True,
-        save_on_exception=True,
-        enable_version_counter=False,
-    )
+
+    def __init__(self, every: int, folder: str, keep: int):
+        for name, value in (("every", every), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"callbacks.checkpoint.{name} must be >= 1, got {value}")
+        self.every, self.folder, self.keep = every, Path(folder), keep
+        self.saved_at = 0
+        self.run_ended = False
+        self.wandb_id: str | None = None
+        self.random_state: dict[str, Any] | None = None  # of the run that is resumed
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = AsideIO()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.saved_at = trainer.global_step
+        if self.random_state is not None:
+            set_random_state(self.random_state)
+        if trainer.is_global_zero:
+            ids = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+            self.wandb_id = ids[0] if ids else self.wandb_id
+            RunState(self.wandb_id, finished_at=None).write(trainer.default_root_dir)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.saved_at:
+            return  # in the middle of an accumulation window
+        stop = pl_module.stops.reason
+        if stop is not None or trainer.global_step % self.every == 0:
+            self._save(trainer)
+        if stop is not None:
+            log.info("stopped after step %d; `resume=auto` goes on from there", trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self.saved_at:
+            self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size == 1 and trainer.global_step != self.saved_at and _is_between_steps(trainer, pl_module):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.run_ended = True
+        if trainer.is_global_zero:
+            RunState(self.wandb_id, finished_at=trainer.global_step).write(trainer.default_root_dir)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning does not end a run that was stopped between its last step and its end: nothing is left to train."""
+        if self.run_ended:
+            return
+        pl_module.to(trainer.strategy.root_device)
+        for callback in trainer.callbacks:
+            callback.on_train_start(trainer, pl_module)
+        for callback in trainer.callbacks:
+            callback.on_train_end(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        path = self.folder / checkpoint_name(trainer.global_step)
+        trainer.save_checkpoint(path)
+        self.saved_at = trainer.global_step
+        if trainer.is_global_zero:
+            aside = self.folder / f".{LAST}"
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(path.name)
+            os.replace(aside, self.folder / LAST)
+            there = checkpoints_in(self.folder)  # those of later steps could not be read, or are of another past
+            past = [old for step, old in there.items() if step <= trainer.global_step]
+            for old in set(there.values()) - set(past[-self.keep :]):
+                old.unlink()
+
+    # ---- what the checkpoint holds beside model, optimizer and data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wandb_id": self.wandb_id, "random": get_random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.wandb_id, self.random_state = state_dict["wandb_id"], state_dict["random"]
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Count micro-batches by what this run accumulates, from the beginning of an optimizer step."""
+        steps, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
+        done = steps * trainer.accumulate_grad_batches
+        batches = dict(ready=done, started=done, processed=done, completed=done - 1)  # as in on_train_batch_end
+        loop["epoch_loop.batch_progress"] |= {"total": batches, "current": dict(batches), "is_last_batch": False}
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
+        epoch = dict(ready=1, started=1, processed=0, completed=0)  # the order of samples is endless
+        loop["epoch_progress"] |= {"total": epoch, "current": dict(epoch)}
+
+
+def checkpoint(every: int, folder: str, keep: int = 2) -> Checkpoints:
+    """`callbacks.checkpoint`."""
+    return Checkpoints(every, folder, keep)
+
+
+class AsideIO(TorchCheckpointIO):
+    """Writes beside the file and renames, so that a file under its name is whole; in the same folder, without a copy."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}")
+        try:
+            with aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except (OSError, RuntimeError) as error:
+            aside.unlink(missing_ok=True)
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            number = getattr(error, "errno", None) or errno.ENOSPC
+            raise OSError(number, f"the checkpoint could not be written ({os.strerror(number)})", str(path)) from None
+
+
+def _is_between_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether weights, average, rule, schedule and position are those of one step."""
+    (schedule,) = trainer.lr_scheduler_configs
+    return not pl_module.mid_step and schedule.scheduler.last_epoch == trainer.global_step
+
+
+def get_random_state() -> dict[str, Any]:
+    """Of this process, in types that load without pickle."""
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])

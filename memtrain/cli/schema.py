@@ -234,6 +234,7 @@ class Copies:
 class Checkpoint:
     _target_: str = "memtrain.callbacks.checkpoint.checkpoint"
     every: int = MISSING
+    keep: int = MISSING
     folder: str = "${run_dir}/checkpoints"
 
 
@@ -311,13 +312,21 @@ class Ema:
 
 
 @dataclass
+class Resume:
+    run: str | None = MISSING
+    allow: Any = MISSING  # "all", or a list of keys
+
+
+@dataclass
 class Train:
     name: str = MISSING
     runs_dir: str = MISSING
     run_id: str = MISSING
     run_dir: str = MISSING
     seed: int = MISSING
+    resume: Resume = field(default_factory=Resume)
     ckpt_path: str | None = MISSING
+    max_bad_steps: int = MISSING
     data: Any = MISSING
     model: Any = MISSING
     exclusion: Any = MISSING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -10,23 +11,41 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+log = logging.getLogger(__name__)
+
+
+def spelled(arguments: list[str]) -> list[str]:
+    """`resume=auto` beside `resume.allow=all`: Hydra wants a key to be a value or a group of keys, not both."""
+    return [re.sub(r"^resume=", "resume.run=", argument) for argument in arguments]
+
 
 def train(cfg: DictConfig) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities import rank_zero_only
 
-    from memtrain.training.checks import check_checkpoint, check_disk, check_reference
+    from memtrain.callbacks.signals import Signals
+    from memtrain.training.checks import check_accelerator, check_checkpoint, check_disk, check_reference
     from memtrain.training.module import DiffusionTraining
+    from memtrain.training.resume import find_run, same_wandb_run, write_aside
     from memtrain.training.score_memory import Scoring
+    from memtrain.training.stops import ended_clearly
 
     for name in ("pytorch_lightning", "lightning_fabric"):  # they set their own level when imported
         logging.getLogger(name).setLevel(logging.WARNING)
+    past = find_run(cfg.resume.run, Path(cfg.runs_dir, cfg.name))
+    if past is not None:
+        if past.is_finished(cfg.trainer.max_steps):
+            log.info("%s is finished, at step %d: nothing to do", past.folder, past.state.finished_at)
+            return
+        cfg.run_id, cfg.run_dir = past.folder.name, str(past.folder)
+        past.check_config(OmegaConf.to_yaml(cfg, resolve=True), cfg.resume.allow)
+    ckpt_path = check_checkpoint(cfg.ckpt_path) if past is None else past.checkpoint()
+    check_accelerator(cfg.trainer.accelerator, cfg.trainer.devices)
     pl.seed_everything(cfg.seed, verbose=False)
     exclusion = instantiate(cfg.exclusion)
     optimizer = instantiate(cfg.optimizer)
     # the ledger first: the report reads it
-    callbacks = [instantiate(c) for c in (cfg.ledger, *cfg.callbacks.values()) if c is not None]
-    check_checkpoint(cfg.ckpt_path)
+    callbacks = [Signals(), *(instantiate(c) for c in (cfg.ledger, *cfg.callbacks.values()) if c is not None)]
     check_reference(exclusion, cfg.reference.count)
     datamodule = instantiate(
         cfg.data,
@@ -48,16 +67,20 @@ def train(cfg: DictConfig) -> None:
         reference_batch=cfg.reference.batch_size,
         scoring=Scoring(**cfg.score),
         ema_decay=cfg.ema.decay,
+        max_bad_steps=cfg.max_bad_steps,
         **cfg.loss,
     )
     datamodule.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     run_dir = Path(cfg.run_dir)
     check_disk(run_dir, module.trained_parameters())
-    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
+    with same_wandb_run(past and past.state.wandb_id):
+        loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
     run_dir.mkdir(parents=True, exist_ok=True)
     if rank_zero_only.rank == 0:
         logging.getLogger("memtrain").addHandler(logging.FileHandler(run_dir / "run.log"))
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        if cfg.resume.run is not None:
+            log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")
     trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
@@ -71,7 +94,8 @@ def train(cfg: DictConfig) -> None:
         log_every_n_steps=1,
     )
     _check_job(trainer)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    with ended_clearly(trainer, module.stops):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
 
 
 def _check_job(trainer) -> None:

@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from memtrain.core.exclusion import ExclusionRule
+from memtrain.training.resume import whole_checkpoint
 
 # float32 weights, two Adam moments and the average: 16 bytes; the newest checkpoint and the one it replaces
 CHECKPOINT_BYTES_PER_PARAMETER = 2 * 16
@@ -29,10 +31,28 @@ def check_disk(run_dir: Path, parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def check_checkpoint(ckpt_path: str | None) -> None:
-    """Raises ValueError where the checkpoint to resume from is not there."""
-    if ckpt_path is not None and not Path(ckpt_path).is_file():
+def check_checkpoint(ckpt_path: str | None) -> Path | None:
+    """The checkpoint to begin from, or an older one beside it where it is damaged. Raises ValueError: there is none."""
+    if ckpt_path is None:
+        return None
+    if not Path(ckpt_path).is_file():
         raise ValueError(f"ckpt_path={ckpt_path}: no such file; name a runs/…/checkpoints/last.ckpt")
+    return whole_checkpoint(Path(ckpt_path))
+
+
+def check_accelerator(accelerator: str, devices: object) -> None:
+    """Raises ValueError where GPUs are asked for that are not there."""
+    if accelerator not in ("gpu", "cuda"):
+        return
+    there = torch.cuda.device_count()
+    if there == 0 and not (accelerator == "gpu" and torch.backends.mps.is_available()):
+        raise ValueError(
+            f"trainer.accelerator={accelerator}: torch {torch.__version__} finds no GPU here (nvidia-smi shows those "
+            "of the machine, CUDA_VISIBLE_DEVICES hides some); use trainer=cpu"
+        )
+    asked = devices if isinstance(devices, int) else 0
+    if there and asked > there:
+        raise ValueError(f"trainer.devices={asked}: this machine has {there}; -1 takes all")
 
 
 def check_reference(exclusion: ExclusionRule, count: int) -> None:

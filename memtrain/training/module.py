@@ -26,6 +26,7 @@ from memtrain.training import ranks
 from memtrain.training.methods import Method
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import ScoreMemory, Scoring
+from memtrain.training.stops import Stops, are_finite, only_finite
 from memtrain.training.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class DiffusionTraining(pl.LightningModule):
         reference_every: score reference samples after every k-th step.
         reference_batch: how many of them, over all ranks.
         ema_decay: of the averaged weights, with warm-up; 0 keeps no average.
+        max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class DiffusionTraining(pl.LightningModule):
         reference_every: int,
         reference_batch: int,
         ema_decay: float,
+        max_bad_steps: int = 10,
     ):
         super().__init__()
         if denominator not in DENOMINATORS:
@@ -99,6 +102,8 @@ class DiffusionTraining(pl.LightningModule):
         self.reference_every, self.reference_batch = reference_every, reference_batch
         self.ema_decay = ema_decay
         self.ema: EMAModel | None = None
+        self.stops = Stops(max_bad_steps)
+        self.mid_step = False  # weights, average and rule are not yet all those of one step
         self.strict_loading = False  # checkpoints hold trained weights alone
         self.updates_skipped = 0
         self.samples_seen = 0
@@ -279,17 +284,21 @@ class DiffusionTraining(pl.LightningModule):
         counts = torch.stack(
             [sum(d.keep_mask.sum() for _, d, _ in self._window), sum(valid.sum() for _, _, valid in self._window)]
         ).float()
-        kept, rows = ranks.all_reduce(self.trainer, counts).tolist()
-        self.samples_seen += round(rows)
-        self.samples_bad += self.trainer.datamodule.global_batch_size - round(rows)
-        self.trainer.datamodule.check_bad(self.samples_bad, self.samples_bad + self.samples_seen)
-        self.last_update_skipped = kept == 0
         gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
+        observed = torch.cat([valid & ~(o.loss + o.score).isfinite() for o, _, valid in self._window])
+        reported = self.stops.report(observed.any() | ~are_finite(gradients))
+        kept, rows, *reported = ranks.all_reduce(self.trainer, torch.cat([counts, reported])).tolist()
+        seen = self.samples_seen + round(rows)
+        bad = self.samples_bad + self.trainer.datamodule.global_batch_size - round(rows)
+        self.trainer.datamodule.check_bad(bad, bad + seen)
+        self.mid_step, self.samples_seen, self.samples_bad = True, seen, bad
+        self.last_step_bad = self.stops.agree(reported, self.global_step, self._blamed(observed) if reported[0] else ())
+        self.last_update_skipped = kept == 0 or self.last_step_bad
         if self.last_update_skipped:
             for parameter in self.trained_parameters():
                 parameter.grad = None  # optimizers pass over it: no momentum step, no weight decay
-            self.updates_skipped += 1
-            if self.updates_skipped == 1:
+            self.updates_skipped += not self.last_step_bad
+            if self.updates_skipped == 1 and not self.last_step_bad:
                 log.warning(
                     "step %d: every sample was excluded, so there is no update (this is counted; said once)",
                     self.global_step,
@@ -298,21 +307,34 @@ class DiffusionTraining(pl.LightningModule):
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size
         torch._foreach_mul_(gradients, factor / (kept if self.denominator == "kept" else rows))
 
+    def _blamed(self, rows: Tensor) -> list[str]:
+        """Keys of these rows (bool) of the step on this rank; of all, where none is marked."""
+        index = torch.cat([observed.sample_index for observed, _, _ in self._window])
+        return [self.trainer.datamodule.samples.key(i) for i in (index[rows] if rows.any() else index).tolist()]
+
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema and not self.last_update_skipped:
             self.ema.step(self.trained_parameters())
         self.step_observed = Observations.concatenate([observed for observed, _, _ in self._window])
+        if self.last_step_bad:
+            self.step_observed = only_finite(self.step_observed)
         self.step_kept = torch.cat([decision.keep_mask for _, decision, _ in self._window])
         self.step_threshold = torch.cat([decision.threshold for _, decision, _ in self._window])
         self._start_window()
         self._observe_reference()
-        if self.exclusion.learns or self.memory:
+        if (self.exclusion.learns or self.memory) and not self.last_step_bad:
             trained, reference = self._gather_step()
             if self.memory:
                 self.memory.update(trained)
             if self.exclusion.learns:
                 self.exclusion.update(Observations.concatenate([trained, *reference]))
+        self.mid_step = False
+
+    def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
+        """Where the run is to stop, it does so here: the callbacks, the checkpoint last, are done with the step."""
+        if self.stops.reason is not None:
+            raise self.stops.reason
 
     def _observe_reference(self) -> None:
         """Score the next reference samples, with the weights as they are now; they are never trained on."""
@@ -402,6 +424,7 @@ class DiffusionTraining(pl.LightningModule):
             "updates_skipped": self.updates_skipped,
             "samples_seen": self.samples_seen,
             "samples_bad": self.samples_bad,
+            "bad_steps": self.stops.bad_steps,
             "ema": self.ema.state_dict() if self.ema else None,
         }
 
@@ -417,6 +440,7 @@ class DiffusionTraining(pl.LightningModule):
             self.memory.load_state_dict(state["scores"])
         for name in ("updates_skipped", "samples_seen", "samples_bad"):
             setattr(self, name, state[name])
+        self.stops.bad_steps = state["bad_steps"]
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
 

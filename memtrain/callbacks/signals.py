@@ -1,0 +1,103 @@
+"""Signals end a run at the next step boundary, with a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+
+import pytorch_lightning as pl
+
+from memtrain.training.stops import EXIT_CODES
+
+log = logging.getLogger(__name__)
+
+_ONE_SIGNAL = 1.0  # seconds; a scheduler may deliver one to the process and to its group
+
+
+class Signals(pl.Callback):
+    """SIGTERM, SIGINT, SIGUSR1: the optimizer step is finished, a checkpoint written, the run ends.
+
+    The exit code is that of `EXIT_CODES`. A signal that reaches one rank ends all at the same step. A second
+    one exits at once, also out of a collective that never returns; so does the first before and after training,
+    when there is no step to finish. Comes first of the callbacks, so that their work at the end can be broken off.
+    """
+
+    def __init__(self):
+        self.is_training = False
+        self.process = os.getpid()
+        self.before: dict[int, signal.Handlers] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.trainer, self.stops = trainer, pl_module.stops
+        if threading.current_thread() is threading.main_thread():  # nobody else may
+            arrived, arriving = socket.socketpair()
+            arriving.setblocking(False)
+            self.before_wakeup = signal.set_wakeup_fd(arriving.fileno(), warn_on_full_buffer=False)
+            self.arriving = arriving
+            threading.Thread(target=self._watch, args=(arrived,), daemon=True, name="signals").start()
+            self._listen()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.before:
+            self._listen()  # Lightning's own handler for SIGTERM broadcasts, and hangs where one rank alone is told
+        self.is_training = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.is_training = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.is_training = False
+        environment = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
+        launched = environment is not None and not environment.creates_processes_externally
+        if isinstance(exception, SystemExit) and launched and trainer.global_rank > 0:
+            exception.code = 0  # Lightning kills the first rank where one that it has started ends with another
+        self._restore()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore()
+
+    def _listen(self) -> None:
+        for number in EXIT_CODES:
+            before = signal.signal(number, self._receive)
+            self.before.setdefault(number, before)
+
+    def _restore(self) -> None:
+        if self.before:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self.before_wakeup)
+            self.arriving.close()  # ends the thread
+            self.before = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread, when Python has the word again."""
+        if os.getpid() != self.process:
+            return  # a decoding process: the one that it works for decides
+        number = signal.Signals(number)
+        if not self.is_training:
+            sys.exit(EXIT_CODES[number])
+        if self.stops.received is None:
+            self.stops.received = number
+            log.warning("%s: this step is finished, a checkpoint written, then the run ends; again to end at once", number.name)
+
+    def _watch(self, arrived: socket.socket) -> None:
+        """In a thread of its own: exit at the second signal, whatever the main thread waits for."""
+        first, at = 0, 0.0
+        while numbers := arrived.recv(1):
+            number = numbers[0]
+            if number not in EXIT_CODES:
+                continue
+            if not first:
+                first, at = number, time.monotonic()
+            elif number != first or time.monotonic() - at > _ONE_SIGNAL:
+                launcher = self.trainer.strategy.launcher
+                if launcher is not None:
+                    launcher.kill(signal.SIGKILL)  # the ranks that Lightning has started would wait for this one
+                os._exit(EXIT_CODES[number])
+        arrived.close()

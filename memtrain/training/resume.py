@@ -1,0 +1,198 @@
+"""Going on with a run: which one, from which checkpoint, and whether its config is still the same."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"  # a link to the newest
+CHECKPOINTS = "checkpoints"  # in a run's folder
+_STATE = "run.json"
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+_PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "DataModule", "memtrain")
+# what a run may go on with changed, without being asked: where and how fast, not what
+_FREE = (
+    "resume",
+    "ckpt_path",
+    "run_id",
+    "run_dir",
+    "runs_dir",
+    "logger",
+    "max_bad_steps",
+    "callbacks.checkpoint",
+    "callbacks.progress",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.cache_bytes",
+)
+
+
+# ---- files
+
+
+@dataclass(frozen=True)
+class RunState:
+    """`run.json` in a run's folder."""
+
+    wandb_id: str | None
+    finished_at: int | None  # step
+
+    def write(self, folder: str | Path) -> None:
+        write_aside(Path(folder) / _STATE, json.dumps(asdict(self)) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> RunState:
+        """Nothing is known of a run that was stopped before its first step."""
+        path = folder / _STATE
+        return RunState(**json.loads(path.read_text())) if path.exists() else RunState(None, None)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Under its name a file is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}.ckpt"
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Step -> file, in order."""
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*.ckpt")]
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None where every byte has its checksum and every part is there."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            return f"{damaged} in it does not match its checksum"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    missing = [part for part in _PARTS if part not in checkpoint]
+    return f"it lacks {', '.join(missing)}" if missing else None
+
+
+def whole_checkpoint(path: Path) -> Path:
+    """This checkpoint, or the newest older one beside it that is not damaged.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = path.resolve() if path.is_symlink() else path  # last.ckpt
+    match = _NAME.fullmatch(path.name)
+    older = [p for step, p in checkpoints_in(path.parent).items() if match and step < int(match[1])]
+    for candidate in (path, *reversed(older)):
+        why = damage(candidate)
+        if why is None:
+            if candidate != path:
+                log.warning("going back to %s", candidate)
+            return candidate
+        log.error("DAMAGED CHECKPOINT %s: %s", candidate, why)
+    raise ValueError(f"{path} is damaged, and there is no older checkpoint beside it that is not")
+
+
+# ---- runs
+
+
+@dataclass(frozen=True)
+class Past:
+    """A run to go on with."""
+
+    folder: Path
+    state: RunState
+
+    def is_finished(self, max_steps: int) -> bool:
+        return self.state.finished_at is not None and self.state.finished_at >= max_steps
+
+    def checkpoint(self) -> Path | None:
+        """The newest that is whole; None where the run was stopped before its first."""
+        there = list(checkpoints_in(self.folder / CHECKPOINTS).values())
+        return whole_checkpoint(there[-1]) if there else None
+
+    def check_config(self, config: str, allow: str | Sequence[str]) -> None:
+        """Raises ValueError where the run would go on with another config (YAML) than it had, and nobody said it may."""
+        before = (self.folder / "config.yaml").read_text(encoding="utf-8")
+        changed = differences(yaml.safe_load(before), yaml.safe_load(config))
+        allowed = [allow] if isinstance(allow, str) else allow
+        asked = [key for key in changed if "all" not in allowed and not _is_under(key, allowed)]
+        told = [f"{key} {changed[key][0]} -> {changed[key][1]}" for key in (asked or changed)]
+        if asked:
+            raise ValueError(
+                f"the config differs from that of {self.folder}: {', '.join(told)}; say "
+                f"resume.allow=[{','.join(asked)}] or resume.allow=all to go on with it, or resume=null for a new run"
+            )
+        if told:
+            log.warning("going on with a changed config: %s", ", ".join(told))
+
+
+def find_run(resume: str | None, named: Path) -> Past | None:
+    """`resume=auto`: the run below `named` that was started last; `resume=RUN_DIR`: that one; None: none."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        runs = [path.parent for path in named.glob("*/config.yaml")]
+        if not runs:
+            return None
+        folder = max(runs, key=lambda run: (run / "config.yaml").stat().st_mtime)
+    else:
+        folder = Path(resume)
+        if not (folder / "config.yaml").exists():
+            raise ValueError(f"resume={resume}: no run, it has no config.yaml; name a folder runs/NAME/ID, or auto")
+    return Past(folder, RunState.read(folder))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> what it was and what it is, where they differ and it matters."""
+    before, now = _flat(before), _flat(now)
+    keys = [key for key in dict.fromkeys([*before, *now]) if not _is_under(key, _FREE)]
+    found = {key: (before.get(key, "(absent)"), now.get(key, "(absent)")) for key in keys}
+    return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _is_under(key: str, parents: Sequence[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+@contextlib.contextmanager
+def same_wandb_run(identity: str | None) -> Iterator[None]:
+    """W&B, started inside, goes on with the run of this id."""
+    before = os.environ.get("WANDB_RUN_ID")
+    if identity is not None:
+        os.environ["WANDB_RUN_ID"] = identity
+    try:
+        yield
+    finally:
+        if identity is not None:
+            os.environ.pop("WANDB_RUN_ID") if before is None else os.environ.update(WANDB_RUN_ID=before)

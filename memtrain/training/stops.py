@@ -1,0 +1,106 @@
+"""What ends a run before its last step: a signal, or steps that are not finite. All ranks decide alike."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from memtrain.core.exclusion import Observations
+
+log = logging.getLogger(__name__)
+
+# what a scheduler understands: 75 (EX_TEMPFAIL) start me again, 143 and 130 ended by SIGTERM and SIGINT
+EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
+_KEYS_NAMED = 8
+_LOST_RANK = re.compile(r"gloo|NCCL|Connection closed by peer|Connection reset by peer|Broken pipe", re.I)
+
+
+class Stops:
+    """Each rank reports beside the counts that all ranks sum at every step anyway, and reads the sum.
+
+    Args:
+        max_bad_steps: so many optimizer steps that are not finite, one after the other, end the run.
+    """
+
+    def __init__(self, max_bad_steps: int):
+        if max_bad_steps < 1:
+            raise ValueError(f"max_bad_steps must be >= 1, got {max_bad_steps}")
+        self.max_bad_steps = max_bad_steps
+        self.received: signal.Signals | None = None  # by this rank
+        self.bad_steps = 0
+        self.bad_in_a_row = 0
+        self.reason: BaseException | None = None  # raised when the step is over and the checkpoint written
+
+    def report(self, bad: Tensor) -> Tensor:
+        """What this rank has seen at this step. () bool -> (4,) float32"""
+        signals = torch.tensor([float(self.received == number) for number in EXIT_CODES], device=bad.device)
+        return torch.cat([bad.float()[None], signals])
+
+    def agree(self, reported: Sequence[float], step: int, keys: Sequence[str]) -> bool:
+        """Whether the step is bad on any rank, and so skipped on all.
+
+        Args:
+            reported: the sum over ranks of what each said.
+            step: this one.
+            keys: the rank's own samples that may be to blame.
+        """
+        bad, *signals = reported
+        agreed = [number for number, ranks in zip(EXIT_CODES, signals, strict=True) if ranks]
+        if agreed:
+            self.reason = SystemExit(EXIT_CODES[agreed[0]])
+        if not bad:
+            self.bad_in_a_row = 0
+            return False
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        blamed = ", ".join(keys[:_KEYS_NAMED]) + (f" and {len(keys) - _KEYS_NAMED} more" if keys[_KEYS_NAMED:] else "")
+        said = f"step {step}: a loss or gradient is not finite; samples of this rank: {blamed or 'all finite'}"
+        log.warning("%s; skipped, %d so far", said, self.bad_steps)
+        if self.bad_in_a_row == self.max_bad_steps:
+            self.reason = ValueError(
+                f"{said}; {self.bad_in_a_row} such steps one after the other, max_bad_steps={self.max_bad_steps}; "
+                "lower optimizer.lr, use trainer.precision=32-true, or leave the samples out with data.exclude_keys"
+            )
+        return True
+
+
+@contextlib.contextmanager
+def ended_clearly(trainer: pl.Trainer, stops: Stops) -> Iterator[None]:
+    """Says in words what broke a run off from outside."""
+    try:
+        yield
+    except RuntimeError as error:
+        if stops.received is not None:  # the decoding processes had the signal, too, and are gone
+            raise SystemExit(EXIT_CODES[stops.received]) from error
+        if trainer.world_size > 1 and _LOST_RANK.search(str(error)):
+            raise ConnectionError(
+                f"rank {trainer.global_rank} lost another rank after step {trainer.global_step}, see what that one "
+                "said last; `resume=auto` goes on from the last checkpoint"
+            ) from error
+        raise
+
+
+def are_finite(gradients: list[Tensor]) -> Tensor:
+    """Whether all values are. () bool, without a look at the data"""
+    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+
+
+def only_finite(observed: Observations) -> Observations:
+    """The same rows, where those that are not finite say nothing: they enter no curve, no rule and no ledger."""
+    finite = (observed.loss + observed.score).isfinite()
+    return replace(
+        observed,
+        score=torch.where(finite, observed.score, 0.0),
+        loss=torch.where(finite, observed.loss, 0.0),
+        captioned=observed.captioned & finite,
+        scored=observed.scored & finite,
+        known=observed.known & finite,
+    )

@@ -1,0 +1,136 @@
+"""Runs the program as a user does, many times, without paying for the imports each time: a process that forks.
+
+Each line of its input is a job; for each rank a child runs `memtrain`, in the environment that torchrun gives.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_SERVER = """
+import atexit, importlib, json, os, resource, sys, traceback
+sys.path.insert(0, {root!r})
+import hydra, pytorch_lightning, diffusers, wandb
+import memtrain.callbacks.canaries, memtrain.callbacks.checkpoint, memtrain.callbacks.curves, memtrain.callbacks.ledger
+import memtrain.callbacks.logging, memtrain.callbacks.signals, memtrain.callbacks.summary, memtrain.callbacks.validation
+import memtrain.cli.main, memtrain.cli.train, memtrain.models.stable_diffusion, memtrain.training.module
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+def run(job, rank):
+    os.setpgid(0, 0)
+    out = os.open(job["log"] + f".{{rank}}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False, buffering=1)
+    os.environ.update(job["environment"])
+    if job["ranks"] > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", GROUP_WORLD_SIZE="1", WORLD_SIZE=str(job["ranks"]),
+            LOCAL_WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]),
+            TORCHELASTIC_RUN_ID="forks", MEMTRAIN_RUN_ID=job["run_id"])
+    rank_zero_only.rank = rank
+    if job["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
+    code = 0
+    try:
+        memtrain.cli.main.main(job["argv"])
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+for line in sys.stdin:
+    job = json.loads(line)
+    children = []
+    for rank in range(job["ranks"]):
+        child = os.fork()
+        if child == 0:
+            run(job, rank)
+        children.append(child)
+    print(json.dumps(children), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(codes), flush=True)
+"""
+
+
+class Forks:
+    """`with Forks() as forks: job = forks.start([...]); forks.wait()`"""
+
+    def __enter__(self) -> "Forks":
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER.format(root=str(ROOT))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+        self.server.stdout.close()
+
+    def start(self, argv: list[str], log: Path, ranks: int = 1, file_size: int = 0, **environment: str) -> list[int]:
+        """Process ids, by rank. What rank 0 says is appended to `log`.0. `file_size`: no file may be larger, bytes."""
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        job = dict(argv=argv, log=str(log), ranks=ranks, port=port, run_id=f"run-{port}", file_size=file_size, environment=environment)
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        self.log = log
+        return json.loads(self.server.stdout.readline())
+
+    def wait(self) -> list[int]:
+        """Exit codes, by rank; minus its number where a signal ended one."""
+        return json.loads(self.server.stdout.readline())
+
+    def run(self, argv: list[str], log: Path, **options) -> tuple[list[int], str]:
+        """Exit codes, and what rank 0 said since the beginning of the log."""
+        self.start(argv, log, **options)
+        return self.wait(), self.said()
+
+    def said(self, rank: int = 0) -> str:
+        path = Path(f"{self.log}.{rank}")
+        return path.read_text() if path.exists() else ""
+
+
+def wait_until(condition, timeout: float = 120.0) -> None:
+    """Raises AssertionError where it does not come true."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def small_run(corpus: Path, pipeline: Path, runs: Path, *more: str, steps: int = 12) -> list[str]:
+    """`memtrain train` on the tests' corpus, with a checkpoint every 4 steps and no pictures."""
+    off = ("validation", "sample_grid", "copies", "memorized_table", "export", "report", "progress", "canaries", "summary")
+    return [
+        "train",
+        "experiment=demo",
+        f"data.shards={corpus}",
+        f"model.pretrained={pipeline}",
+        f"runs_dir={runs}",
+        "name=faults",
+        "logger=csv",
+        "trainer=cpu",
+        "data.batch_size=4",
+        "canaries.count=3",
+        "canaries.repeats=4",
+        "reference.count=8",
+        "reference.batch_size=4",
+        f"trainer.max_steps={steps}",
+        "optimizer.warmup_steps=2",
+        "callbacks.curves.every=4",
+        "callbacks.checkpoint.every=4",
+        *(f"callbacks.{name}=null" for name in off),
+        *more,
+    ]

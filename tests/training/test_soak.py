@@ -1,0 +1,93 @@
+"""A run on two ranks that is killed again and again ends where the undisturbed run ends."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from memtrain.data.ledger import read_ledger
+from memtrain.training.resume import RunState
+from tests.training.forks import Forks, small_run, wait_until
+
+KILLS = int(os.environ.get("MEMTRAIN_SOAK_KILLS", "6"))
+STEPS = 8 * KILLS
+
+
+def ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def end_as_torchrun_does(processes: list[int]) -> None:
+    """Where one rank ends, the others are told, and killed if they stay."""
+    wait_until(lambda: any(map(ended, processes)))
+    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 60.0)):
+        end = time.monotonic() + patience
+        for process in processes:
+            if not ended(process):
+                os.kill(process, number)
+        while not all(map(ended, processes)) and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+def last(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def rows(run: Path) -> list[dict]:
+    found = read_ledger(run).to_table().to_pylist()
+    return sorted(found, key=lambda row: (row["step"], row["key"], row["timestep"], row["loss"]))
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # NaN: no score yet
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_weights_and_ledger(pipeline_folder, corpus, tmp_path):
+    """SIGKILL and SIGTERM, to one rank or both, while it starts, trains or writes. MEMTRAIN_SOAK_KILLS=30 for more."""
+    generator = random.Random(KILLS)
+    more = ("exclusion=z_scores", "exclusion.warmup=2", "score.every_visits=2", "callbacks.checkpoint.every=2")
+    argv = small_run(corpus, pipeline_folder, tmp_path, *more, "data.batch_size=2", steps=STEPS)
+    with Forks() as forks:
+        codes, said = forks.run([*argv, "name=whole", "run_id=one"], tmp_path / "whole.log", ranks=2)
+        assert codes == [0, 0], said
+        run, ways = tmp_path / "killed" / "one", []
+        for kill in range(KILLS):
+            processes = forks.start([*argv, "name=killed", "run_id=one", "resume=auto"], tmp_path / "killed.log", ranks=2)
+            there = set(run.glob("checkpoints/step-*"))
+            fresh, pause = generator.randrange(3), generator.uniform(0, 0.5)
+            number = generator.choice([signal.SIGKILL, signal.SIGTERM])
+            whom = generator.choice([processes, processes[:1], processes[1:]])
+            seen = set(there)
+            end = time.monotonic() + 120
+            while len(seen) - len(there) < fresh and not any(map(ended, processes)) and time.monotonic() < end:
+                seen |= set(run.glob("checkpoints/step-*"))
+                time.sleep(0.005)
+            time.sleep(pause)
+            assert not any(map(ended, processes)), f"kill {kill}: {forks.said()}"
+            for process in whom:
+                os.kill(process, number)
+            end_as_torchrun_does(processes)
+            ways.append((number.name, len(whom), forks.wait()))
+        codes, said = forks.run([*argv, "name=killed", "run_id=one", "resume=auto"], tmp_path / "killed.log", ranks=2)
+        assert codes == [0, 0], said
+    whole = tmp_path / "whole" / "one"
+    print(ways)
+    assert RunState.read(run).finished_at == STEPS
+    first, second = last(whole), last(run)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "memtrain", "DataModule", "global_step"):
+        assert equal(first[part], second[part]), part
+    assert rows(run) == rows(whole)
