@@ -54,7 +54,7 @@ def new_run_id() -> str:
     if "MEMTRAIN_RUN_ID" not in environment:
         if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             fresh = _agreed_on("run_id", fresh)
-        elif "SLURM_STEP_ID" in environment:
+        elif _is_task_of_srun():
             fresh = f"slurm-{environment['SLURM_JOB_ID']}-{environment['SLURM_STEP_ID']}"
     return environment.setdefault("MEMTRAIN_RUN_ID", fresh)
 
@@ -87,7 +87,7 @@ def processes_per_node(otherwise: int) -> int:
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
         return int(environment["LOCAL_WORLD_SIZE"])
-    if "SLURM_STEP_ID" in environment:
+    if _is_task_of_srun():
         return int(environment["SLURM_NTASKS"]) // nodes()
     return otherwise
 
@@ -96,7 +96,12 @@ def nodes() -> int:
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
         return int(environment["GROUP_WORLD_SIZE"])
-    return int(environment["SLURM_NNODES"]) if "SLURM_STEP_ID" in environment else 1
+    return int(environment["SLURM_NNODES"]) if _is_task_of_srun() else 1
+
+
+def _is_task_of_srun() -> bool:
+    """Not so in a shell that srun opened: there Lightning, too, goes by the job's name and starts the ranks."""
+    return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def config_folder() -> Path:

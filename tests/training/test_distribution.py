@@ -1,4 +1,4 @@
-"""Ranks × accumulation make the step of one process, whoever is excluded, and exclusion costs one small all-reduce."""
+"""Ranks × accumulation make the step of one process, whoever is excluded; that costs one small all-reduce."""
 
 import json
 import os
@@ -31,7 +31,8 @@ def found(pipeline_folder, corpus, tmp_path_factory):
     for ranks, accumulate in CUTS:
         steps = {"few": STEPS, "nothing": 3}  # where nothing is kept, one step is like another
         worlds[ranks] += [job(r, accumulate, steps[r], name=f"{r}-{ranks}x{accumulate}") for r in RULES]
-    worlds[2] += [job(r, 1, 9, True, f"counted-{r}") for r in ("none", "fixed", "evidence", "plain")]  # plain is last
+    rules = ("none", "fixed", "evidence", "plain")  # plain is last: it changes the process
+    worlds[2] += [job(rule, 1, 9, True, f"counted-{rule}") for rule in rules]
     spec = out / "spec.json"
     spec.write_text(
         json.dumps(
@@ -75,7 +76,7 @@ def test_nothing_kept_anywhere_changes_nothing_on_any_rank(found, ranks, accumul
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("rule", ["none", "fixed", "evidence"])
 def test_exclusion_adds_one_all_reduce_of_a_few_scalars(found, rule, rank):
-    """Against ordinary DDP. A rule that learns gathers the observations too, its own and the reference set's."""
+    """Against ordinary DDP. A rule that learns gathers observations, the step's and the reference set's."""
     counted = found(f"counted-{rule}", rank)
     more = Counter(counted["asked"])
     more.subtract(found("counted-plain", rank)["asked"])

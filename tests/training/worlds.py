@@ -1,6 +1,6 @@
-"""`python -m tests.training.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process, so that the
-imports are paid for once. Each rank finds what torchrun would have told it in its environment, and writes what came
-of each job to OUT/JOB-RANK.pt.
+"""`python -m tests.training.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process so
+that imports are paid for once. Each rank finds what torchrun would have told it in its environment, and writes
+what came of each job to OUT/JOB-RANK.pt.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def main(path: str) -> int:
                     train(spec, job, world, rank)
                 os._exit(0)
             children.append(child)
-        if any([os.waitpid(child, 0)[1] for child in children]):
+        failed = [os.waitpid(child, 0)[1] for child in children]  # waits for all
+        if any(failed):
             return 1
     return 0
 
