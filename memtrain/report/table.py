@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -64,7 +64,7 @@ COLUMNS_OVER_SEEDS = (
 )
 
 
-def _spread(values: Iterable[float | None], form: str) -> str:
+def _spread(values: Sequence[float | None], form: str) -> str:
     """Mean ± standard deviation over the seeds; a single one has none."""
     known = [value for value in values if value is not None]
     if not known:
@@ -88,17 +88,17 @@ def table_over_seeds(folders: list[Path]) -> str:
     lines = [COLUMNS_OVER_SEEDS, ["---"] + ["--:"] * (len(COLUMNS_OVER_SEEDS) - 1)]
     for setting, runs in settings.items():
         excluded = {
-            group: (run["score"][group]["excluded_fraction"] for run in runs) for group in ("canary", "train")
+            group: [run["score"][group]["excluded_fraction"] for run in runs] for group in ("canary", "train")
         }
-        rates = (run["samples_per_second"] * run["steps"] / run["samples_seen"] for run in runs)
+        rates = [run["samples_per_second"] * run["steps"] / run["samples_seen"] for run in runs]
         lines.append(
             [
                 setting,
                 str(len(runs)),
-                _spread((run["copy_rate"]["canary"] for run in runs), ".1%"),
+                _spread([run["copy_rate"]["canary"] for run in runs], ".1%"),
                 _spread(excluded["canary"], ".1%"),
                 _spread(excluded["train"], ".1%"),
-                _spread((run["heldout_loss"] for run in runs), ".4f"),
+                _spread([run["heldout_loss"] for run in runs], ".4f"),
                 _spread(rates, ".2f"),
             ]
         )
