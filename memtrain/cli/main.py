@@ -100,7 +100,7 @@ def nodes() -> int:
 
 
 def _is_task_of_srun() -> bool:
-    """Not so in a shell that srun opened: there Lightning, too, goes by the job's name and starts the ranks."""
+    """False in a shell that srun opened: there Lightning, too, goes by the job's name, and starts the ranks."""
     return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 

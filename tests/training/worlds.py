@@ -1,6 +1,6 @@
-"""`python -m tests.training.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process so
-that imports are paid for once. Each rank finds what torchrun would have told it in its environment, and writes
-what came of each job to OUT/JOB-RANK.pt.
+"""`python -m tests.training.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process, to pay
+for imports once. Each rank finds in its environment what torchrun would have told it, and writes what came
+of each job to OUT/JOB-RANK.pt.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Collectives(pl.Callback):
 
 def train(spec: dict, job: dict, world: int, rank: int) -> None:
     steps = Steps()
-    counting = Collectives(4, 8) if job["count"] else None
+    counting = Collectives(job["count"][0], job["count"][-1]) if job["count"] else None
     if job["rule"] == "plain":
         ranks.all_reduce = lambda trainer, values: values
     callbacks = [steps, counting] if counting else [steps]
