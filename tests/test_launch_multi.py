@@ -16,8 +16,8 @@ import pytorch_lightning as pl
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from lightning_utilities.core.rank_zero import rank_zero_only
+from omegaconf import OmegaConf
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 import memtrain
