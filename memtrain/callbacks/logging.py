@@ -7,6 +7,7 @@ alphabetical order; so there each name comes behind its section: `a_memorized/co
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 SECTIONS = {  # what comes first is looked at first; a name belongs where one of the words begins it
     "a_memorized": ("copy_", "memorized", "auc_", "tpr_"),
     "b_excluded": ("excluded/", "updates_skipped"),
@@ -31,6 +34,7 @@ SECTIONS = {  # what comes first is looked at first; a name belongs where one of
     "g_pictures": ("samples", "curves"),
     "h_speed": ("samples_per_second", "scoring_share", "learning_rate"),
 }
+INIT_PATIENCE, FINISH_PATIENCE = 30.0, 60.0  # seconds, for a W&B that does not answer
 SAMPLES_SEEN = "samples_seen"  # the other x-axis; in every row, and in no section
 
 
@@ -173,18 +177,35 @@ class MetricsFile(Logger):
 def wandb_logger(project: str, mode: str, name: str, save_dir: str) -> WandbLogger:
     """A W&B run in the run's folder. `mode`: offline (the default; `wandb sync` sends it later) or online.
 
+    Where W&B cannot be reached at the start the run is an offline one; where it is lost later, training goes on,
+    and the run's end waits no longer than `FINISH_PATIENCE`: what was not sent lies in the run's folder.
     Curves are drawn over steps; `samples_seen` can be chosen as the x-axis of a panel or of the workspace.
     """
     if mode not in ("offline", "online"):
         raise ValueError(f"logger.wandb.mode must be offline or online, got {mode}; or use logger=csv")
+    import wandb
+
     Path(save_dir).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_SILENT", "true")
-    logger = WandbLogger(project=project, name=name, save_dir=save_dir, offline=mode == "offline")
-    logger._wandb_init.pop("anonymous", None)  # Lightning passes it even when it is not set, and wandb warns
-    logger.experiment.define_metric(
-        SAMPLES_SEEN, step_metric="trainer/global_step", summary="max", hidden=True
-    )
-    return logger
+    patience = wandb.Settings(init_timeout=INIT_PATIENCE, finish_timeout=FINISH_PATIENCE)
+
+    def start(offline: bool) -> WandbLogger:
+        mode = "offline" if offline else "online"  # said to W&B, too: what it read from the environment is old
+        options = dict(project=project, name=name, save_dir=save_dir, offline=offline)
+        logger = WandbLogger(**options, mode=mode, settings=patience)
+        logger._wandb_init.pop("anonymous", None)  # Lightning passes it even when it is not set, and wandb warns
+        logger.experiment.define_metric(
+            SAMPLES_SEEN, step_metric="trainer/global_step", summary="max", hidden=True
+        )
+        return logger
+
+    if mode == "online":
+        try:
+            return start(offline=False)
+        except wandb.errors.CommError as error:
+            why = str(error).splitlines()[0]
+            log.warning("W&B cannot be reached (%s): an offline run, `wandb sync` in %s sends it later", why, save_dir)
+    return start(offline=True)
 
 
 def share_of_rank(trainer: pl.Trainer, items: list) -> list:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from memtrain.training.checks import check_accelerator
 from memtrain.training.methods import Method
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run, whole_checkpoint
 from tests.conftest import build_data, build_module, fit, weights
-from tests.training.forks import Forks, small_run, wait_until
+from tests.training.forks import ROOT, Forks, small_run, wait_until
 from tests.training.test_module import Record, quick_evidence
 
 
@@ -283,3 +285,63 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     assert find_run(None, tmp_path) is None and find_run("auto", tmp_path) is None
     with pytest.raises(ValueError, match=r"resume=nowhere: no run"):
         find_run("nowhere", tmp_path)
+
+
+# ---- W&B
+
+
+_WANDB = """
+import http.server, json, os, sys, threading, time
+sys.path.insert(0, {root!r})
+import logging
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+from memtrain.callbacks import logging as loggers
+loggers.INIT_PATIENCE, loggers.FINISH_PATIENCE = {patience}, 4.0
+
+RUN = dict(id="UnVuOjE=", name="abc", displayName="n", description=None, config="{{}}", sweepName=None,
+    historyLineCount=0, project=dict(id="UDox", name="p", entity=dict(id="RTox", name="e")))
+
+class Answer(http.server.BaseHTTPRequestHandler):  # what W&B says to a run that begins
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        viewer = dict(id="x", entity="e", username="u", flags="{{}}", teams=dict(edges=[]))
+        said = json.dumps(dict(data=dict(viewer=viewer, upsertBucket=dict(bucket=RUN, inserted=True)))).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+    do_GET = do_PUT = do_POST
+    def log_message(self, *_): pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+os.environ.update(WANDB_BASE_URL=f"http://127.0.0.1:{{server.server_port}}", WANDB_API_KEY="a" * 40)
+if {answers}:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+else:
+    server.server_close()
+logger = loggers.wandb_logger("p", "online", "n", {folder!r})
+if {answers}:
+    server.shutdown(), server.server_close()
+for step in range(5):
+    logger.log_metrics(dict(loss=0.25), step=step)
+logger.experiment.finish()
+print("finished")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_dead_wandb_stops_nothing_and_loses_nothing(tmp_path, answers):
+    """Never there, or gone after the run has begun."""
+    patience = 20.0 if answers else 2.0
+    script = _WANDB.format(root=str(ROOT), folder=str(tmp_path), answers=answers, patience=patience)
+    with (tmp_path / "said").open("w") as out:  # no pipe: W&B's own process holds it open for longer
+        done = subprocess.run([sys.executable, "-c", script], stdout=out, stderr=out, timeout=240)
+    said = (tmp_path / "said").read_text()
+    assert done.returncode == 0 and "finished" in said, said
+    assert ("W&B cannot be reached" in said) != answers
+    (folder,) = (tmp_path / "wandb").glob("run-*" if answers else "offline-run-*")
+    (file,) = folder.glob("*.wandb")
+    inspect = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", file]
+    said = subprocess.run(inspect, capture_output=True, text=True, timeout=60).stdout
+    assert said.count("0.25") >= 5
