@@ -19,6 +19,6 @@ class Export(pl.Callback):
         self.dtype = DTYPES[dtype]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            with pl_module.averaged_weights():
+        with pl_module.averaged_weights():
+            if trainer.is_global_zero:
                 pl_module.model.export(Path(trainer.default_root_dir) / "export", self.dtype)

@@ -45,25 +45,27 @@ class SampleGrid(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.drawn_at = trainer.global_step
-        if not trainer.is_global_zero:
-            return
+        with pl_module.averaged_weights():
+            if trainer.is_global_zero:
+                self._draw_one(trainer, pl_module)
+
+    def _draw_one(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         prompts = self.prompts or trainer.datamodule.decode(trainer.datamodule.groups.reference[:4]).captions
         if not prompts:
             return
-        with pl_module.averaged_weights():
-            latents = generate(
-                trainer,
-                pl_module.model.pipeline(),
-                [prompt for prompt in prompts for _ in range(self.columns)],
-                [
-                    place_seed(pl_module.seed, GENERATION, 0, column)
-                    for _ in prompts
-                    for column in range(self.columns)
-                ],
-                pl_module.latent_shape,
-                self.num_steps,
-                self.guidance_scale,
-            )
+        latents = generate(
+            trainer,
+            pl_module.model.pipeline(),
+            [prompt for prompt in prompts for _ in range(self.columns)],
+            [
+                place_seed(pl_module.seed, GENERATION, 0, column)
+                for _ in prompts
+                for column in range(self.columns)
+            ],
+            pl_module.latent_shape,
+            self.num_steps,
+            self.guidance_scale,
+        )
         path = Path(trainer.default_root_dir) / "grids" / f"step-{trainer.global_step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         images = decode(pl_module.model, latents)

@@ -22,7 +22,7 @@ from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observa
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.data.batches import Batch
 from memtrain.models.base import DiffusionModel
-from memtrain.training import ranks
+from memtrain.training import ranks, strategy
 from memtrain.training.methods import Method
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import ScoreMemory, Scoring
@@ -133,6 +133,22 @@ class DiffusionTraining(pl.LightningModule):
         self.exclusion.setup(num_samples, numel, self.num_timesteps)
         if self.scoring.remembers:
             self.memory = ScoreMemory(num_samples, self.scoring)
+
+    def configure_model(self) -> None:
+        """Shard what is trained where the strategy has a mesh for it (trainer=fsdp); begin the average."""
+        self._bones: dict[str, nn.Module] = {}  # what is sharded, by its name: copies without weights
+        if self.device_mesh is not None:
+            if self.memory:
+                raise ValueError(
+                    "trainer=fsdp scores every row or none; set score.every_visits=1 score.timesteps=null"
+                )
+            if self.optimizer_config.eight_bit:
+                raise ValueError("trainer=fsdp cannot shard optimizer=adamw8bit; use optimizer=adamw")
+            trained = {id(module) for module in self.model.trained_modules()}
+            for name, module in self.model.named_children():
+                if id(module) in trained:
+                    self._bones[name] = strategy.without_weights(module)
+                    strategy.shard(module, self.device_mesh["data_parallel"])
         if self.ema_decay:
             self.ema = EMAModel(
                 self.trained_parameters(), decay=self.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
@@ -286,7 +302,7 @@ class DiffusionTraining(pl.LightningModule):
         ).float()
         gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
         observed = torch.cat([valid & ~(o.loss + o.score).isfinite() for o, _, valid in self._window])
-        reported = self.stops.report(observed.any() | ~are_finite(gradients))
+        reported = self.stops.report(observed.any() | ~are_finite([strategy.own_part(g) for g in gradients]))
         kept, rows, *reported = ranks.all_reduce(self.trainer, torch.cat([counts, reported])).tolist()
         seen = self.samples_seen + round(rows)
         bad = self.samples_bad + self.trainer.datamodule.global_batch_size - round(rows)
@@ -403,7 +419,22 @@ class DiffusionTraining(pl.LightningModule):
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The EMA weights in place of the trained ones, where there are any."""
+        """The EMA weights in place of the trained ones, where there are any; all ranks enter together.
+
+        Where weights are sharded, whole networks take their place, which each rank may run as often as it
+        likes.
+        """
+        if self._bones:
+            sharded = {name: getattr(self.model, name) for name in self._bones}
+            weights = iter(self.ema.shadow_params if self.ema else self.trained_parameters())
+            for name, bones in self._bones.items():
+                setattr(self.model, name, strategy.filled(bones, weights))
+            try:
+                yield
+            finally:
+                for name, module in sharded.items():
+                    setattr(self.model, name, module)
+            return
         if self.ema is None:
             yield
             return
@@ -425,12 +456,16 @@ class DiffusionTraining(pl.LightningModule):
             "samples_seen": self.samples_seen,
             "samples_bad": self.samples_bad,
             "bad_steps": self.stops.bad_steps,
-            "ema": self.ema.state_dict() if self.ema else None,
+            "ema": self._ema_state() if self.ema else None,
         }
+
+    def _ema_state(self) -> dict:
+        whole = [strategy.whole(parameter) for parameter in self.ema.shadow_params]
+        return self.ema.state_dict() | {"shadow_params": whole}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing = sorted(trained - set(checkpoint["state_dict"]))
+        missing = sorted(trained - set(checkpoint.get("state_dict", trained)))  # trainer=fsdp took it
         if missing or "memtrain" not in checkpoint:
             lacking = missing[0] if missing else "memtrain's state"
             raise ValueError(f"ckpt_path is not a checkpoint of this model: it lacks {lacking}")
@@ -442,7 +477,9 @@ class DiffusionTraining(pl.LightningModule):
             setattr(self, name, state[name])
         self.stops.bad_steps = state["bad_steps"]
         if self.ema and state["ema"]:
-            self.ema.load_state_dict(state["ema"])
+            parts = zip(state["ema"]["shadow_params"], self.ema.shadow_params, strict=True)
+            shadow = [strategy.cut_like(loaded, own) for loaded, own in parts]
+            self.ema.load_state_dict(state["ema"] | {"shadow_params": shadow})
 
 
 def _padded(rows: Tensor, batch_size: int) -> Tensor:

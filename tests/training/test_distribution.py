@@ -19,10 +19,9 @@ RULES = ["few", "nothing"]
 pytestmark = pytest.mark.slow
 
 
-def job(
-    rule: str, accumulate: int, steps: int = STEPS, count: list[int] | None = None, name: str = ""
-) -> dict:
-    return dict(name=name, rule=rule, accumulate=accumulate, steps=steps, count=count)
+def job(rule: str, accumulate: int, steps: int = STEPS, *, name: str, **more) -> dict:
+    options = dict(count=None, sharded=False, resume=None) | more
+    return dict(name=name, rule=rule, accumulate=accumulate, steps=steps) | options
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,13 @@ def found(pipeline_folder, corpus, tmp_path_factory):
     for ranks, accumulate in CUTS:
         steps = {"few": STEPS, "nothing": 3}  # where nothing is kept, one step is like another
         worlds[ranks] += [job(r, accumulate, steps[r], name=f"{r}-{ranks}x{accumulate}") for r in RULES]
+    last = str(out / "sharded" / "last.ckpt")
+    worlds[2] += [
+        job("few", 1, 7, sharded=True, name="sharded"),
+        job("few", 1, sharded=True, resume=last, name="resumed"),
+    ]
     rules = ("none", "fixed", "evidence", "plain")  # plain is last: it changes the process
-    worlds[2] += [job(rule, 1, COUNTED.stop, list(COUNTED), f"counted-{rule}") for rule in rules]
+    worlds[2] += [job(rule, 1, COUNTED.stop, count=list(COUNTED), name=f"counted-{rule}") for rule in rules]
     spec = out / "spec.json"
     spec.write_text(
         json.dumps(
@@ -73,6 +77,17 @@ def test_nothing_kept_anywhere_changes_nothing_on_any_rank(found, ranks, accumul
         cut = found(f"nothing-{ranks}x{accumulate}", rank)
         assert torch.equal(cut["weights"], cut["before"]) and torch.equal(cut["average"], cut["before"])
         assert cut["skipped"] == 3 and cut["seen"] == 3 * 16
+
+
+def test_sharded_training_resumed_trains_the_same_weights(found):
+    """`trainer=fsdp`: 7 steps, a checkpoint, 13 more in another trainer; validation, pictures, export between."""
+    one = found("few-1x1")
+    for rank in range(2):
+        sharded = found("resumed", rank)
+        torch.testing.assert_close(sharded["weights"], one["weights"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(sharded["average"], one["average"], atol=1e-6, rtol=0)
+        assert sharded["skipped"] == one["skipped"] and sharded["seen"] == one["seen"]
+        assert sharded["held"] < 0.6 * one["held"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

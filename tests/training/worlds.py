@@ -16,9 +16,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 
+from memtrain.callbacks.checkpoint import checkpoint
+from memtrain.callbacks.export import Export
+from memtrain.callbacks.sample_grid import SampleGrid
+from memtrain.callbacks.validation import Validation
 from memtrain.core.exclusion import Decision, ExclusionRule, FixedThreshold, KeepAll
 from memtrain.training import ranks
-from tests.conftest import build_data, build_module, weights
+from memtrain.training.strategy import FullySharded, own_part, whole
+from tests.conftest import build_data, build_module
 from tests.training.test_module import KeepNothing, quick_evidence
 
 GLOBAL_BATCH = 16
@@ -84,30 +89,36 @@ def train(spec: dict, job: dict, world: int, rank: int) -> None:
     if job["rule"] == "plain":
         ranks.all_reduce = lambda trainer, values: values
     callbacks = [steps, counting] if counting else [steps]
+    if job["sharded"]:  # what runs the networks outside of a step, on all ranks, on one, or not alike often
+        callbacks += [Validation(6, 5, 3, 0.7, 4), SampleGrid(0, ["fox"], 2, 2, 2.0), Export("float32")]
+        callbacks += [checkpoint(6, f"{spec['out']}/sharded")]
     module = build_module(spec["pipeline"], RULES[job["rule"]](), caption_dropout=0.0, reference_batch=4)
-    before = weights(module).clone()
+    before = flat(module.trained_parameters())
     data = build_data(spec["corpus"], GLOBAL_BATCH // world // job["accumulate"])
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world,
-        strategy=DDPStrategy(process_group_backend="gloo") if world > 1 else "auto",
+        strategy=(FullySharded if job["sharded"] else DDPStrategy)(process_group_backend="gloo")
+        if world > 1
+        else "auto",
         max_steps=job["steps"],
         max_epochs=-1,
         accumulate_grad_batches=job["accumulate"],
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=job["sharded"],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         gradient_clip_val=1.0,
         default_root_dir=spec["out"],
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=job["resume"], weights_only=True)
     found = dict(
         before=before,
-        weights=weights(module),
-        average=torch.cat([p.flatten() for p in module.ema.shadow_params]),
+        weights=flat(module.trained_parameters()),
+        average=flat(module.ema.shadow_params),
+        held=sum(own_part(p).numel() for p in module.trained_parameters()),
         seen=module.samples_seen,
         skipped=module.updates_skipped,
         alone_with_nothing=steps.alone_with_nothing,
@@ -115,6 +126,10 @@ def train(spec: dict, job: dict, world: int, rank: int) -> None:
         sizes=sorted(counting.sizes) if counting else [],
     )
     torch.save(found, f"{spec['out']}/{job['name']}-{rank}.pt")
+
+
+def flat(parameters) -> torch.Tensor:
+    return torch.cat([whole(p.detach()).flatten() for p in parameters])
 
 
 def main(path: str) -> int:

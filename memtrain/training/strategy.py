@@ -1,0 +1,72 @@
+"""`trainer=fsdp`: weights, gradients, average and optimizer state, sharded over all ranks (FSDP2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# What is gathered for its forward and backward, and let go again: of about one size, dozens in SD's UNet.
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
+
+
+class FullySharded(ModelParallelStrategy):
+    """All ranks hold one set of shards between them; a checkpoint is one file, as without sharding."""
+
+    def __init__(self, process_group_backend: str | None = None):
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+
+    def setup_environment(self) -> None:
+        # otherwise Lightning shards single tensors within a machine, which a UNet is not made for
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
+def trainer(strategy: str, **settings) -> pl.Trainer:
+    """The config's `strategy` is a name, fsdp; here is what it stands for."""
+    return pl.Trainer(strategy=FullySharded(), **settings)
+
+
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a network's blocks, then what is left of it."""
+    for block in [module for module in network.modules() if type(module).__name__ in BLOCKS]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def without_weights(network: nn.Module) -> nn.Module:
+    """A copy whose parameters take no room; of a network that is not yet sharded."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
+    return copy.deepcopy(network, empty)
+
+
+def filled(empty: nn.Module, weights: Iterator[Tensor]) -> nn.Module:
+    """A network with the next weights of these, whole, on each rank. All ranks call this together."""
+    network = copy.deepcopy(empty)
+    state = {name: whole(next(weights).detach()) for name, _ in network.named_parameters()}
+    network.load_state_dict(state, strict=False, assign=True)  # buffers are those of the copy
+    return network.requires_grad_(False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor, whole, on each rank; any other as it is. All ranks call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, where `like` is sharded."""
+    return (
+        distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    )
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
