@@ -3,8 +3,10 @@
 Each line of its input is a job; for each rank a child runs `memtrain`, in the environment that torchrun gives.
 """
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -66,6 +68,7 @@ class Forks:
     """`with Forks() as forks: job = forks.start([...]); forks.wait()`"""
 
     def __enter__(self) -> "Forks":
+        self.going: list[int] = []
         self.server = subprocess.Popen(
             [sys.executable, "-c", _SERVER.format(root=str(ROOT))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -73,6 +76,7 @@ class Forks:
         return self
 
     def __exit__(self, *_) -> None:
+        self._end()
         self.server.stdin.close()
         self.server.wait()
         self.server.stdout.close()
@@ -83,14 +87,26 @@ class Forks:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
         job = dict(argv=argv, log=str(log), ranks=ranks, port=port, run_id=f"run-{port}", file_size=file_size, environment=environment)
+        self._end()
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         self.log = log
-        return json.loads(self.server.stdout.readline())
+        self.going = json.loads(self.server.stdout.readline())
+        return self.going
+
+    def _end(self) -> None:
+        """What a test that failed has left going on, stopped processes too."""
+        for process in self.going:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        if self.going:
+            self.wait()
 
     def wait(self) -> list[int]:
         """Exit codes, by rank; minus its number where a signal ended one."""
-        return json.loads(self.server.stdout.readline())
+        codes = json.loads(self.server.stdout.readline())
+        self.going = []
+        return codes
 
     def run(self, argv: list[str], log: Path, **options) -> tuple[list[int], str]:
         """Exit codes, and what rank 0 said since the beginning of the log."""
