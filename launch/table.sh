@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's table of all rules and caption baselines over three seeds: 39 short runs (experiment=demo_table), as
+# The README's table of all rules and caption baselines over three seeds: 42 short runs (experiment=demo_table), as
 # many at a time as there are JOBS (default 2), one core each; about 80 minutes on two. A run that is
 # finished is not made again. Arguments go to every run.  SEEDS="0 1" bash launch/table.sh
 set -euo pipefail
@@ -18,6 +18,7 @@ settings=(
     "fixed exclusion=fixed exclusion.threshold=2.5"
     "normalized exclusion=normalized exclusion.threshold=0.047"
     "agc exclusion=agc"
+    "several_captions exclusion=none method=several_captions"
     "random_caption exclusion=none method=random_caption"
     "random_tokens_added exclusion=none method=random_tokens_added"
     "random_tokens_replaced exclusion=none method=random_tokens_replaced"

@@ -102,6 +102,16 @@ def caption_of(glyph: str, background: str) -> str:
     return f"{glyph} on {article} {background} background"
 
 
+def captions_of(glyph: str, background: str) -> list[str]:
+    """Several captions of a picture that all say the same, its caption first (`method=several_captions`)."""
+    return [
+        caption_of(glyph, background),
+        f"{glyph}, {background} background",
+        f"{background} background with {glyph} on it",
+        f"{background} picture of {glyph}",
+    ]
+
+
 def compose(glyph_rgba: np.ndarray, size: int, x: int, y: int, background: str) -> np.ndarray:
     """A picture (64, 64, 3), uint8: one glyph (64, 64, 4), `size` pixels large, top left corner at (x, y).
 
@@ -159,6 +169,7 @@ def metadata(composite: Composite, key: str, encoded: bytes) -> dict:
     """The row of a sample in its json and in the parquet: img2dataset's columns, then the demo's own."""
     return {
         "caption": composite.caption,
+        "all_captions": captions_of(composite.glyph, composite.background),
         "url": f"emoji://{composite.glyph}".replace(" ", "-"),
         "key": key,
         "status": "success",

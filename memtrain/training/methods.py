@@ -1,8 +1,7 @@
 """Training-time mitigations from the literature that change captions or their embeddings.
 
 After Somepalli et al., *Understanding and Mitigating Copying in Diffusion Models*, NeurIPS 2023. The defaults
-in conf/method are those of the authors' code (github.com/somepago/DCR). Their "multiple captions" is a matter
-of the data: `method=several_captions`.
+in conf/method are those of the authors' code (github.com/somepago/DCR).
 """
 
 from __future__ import annotations
@@ -35,6 +34,10 @@ class Method:
     def embeddings(self, hidden: Tensor, captioned: Tensor, generators: list[np.random.Generator]) -> Tensor:
         """(B, L, D) encoder_hidden_states to train with. Rows that are not `captioned` (B,) stay the same."""
         return hidden
+
+
+class SeveralCaptions(Method):
+    """`method=several_captions`: one of the sample's captions at each visit. `data.caption` names and draws them."""
 
 
 class EmbeddingNoise(Method):

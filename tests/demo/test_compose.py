@@ -102,7 +102,9 @@ def test_webdataset_reads_what_parquet_and_stats_say(corpus):
             assert {"jpg", "txt", "json"} <= sample.keys()
             assert json.loads(sample["json"]) == row
             assert sample["__key__"] == row["key"] == f"{shard * 10_000 + place:09d}"
-            assert sample["txt"].decode() == row["caption"]
+            assert sample["txt"].decode() == row["caption"] == row["all_captions"][0]
+            assert all(row["glyph"] in text and row["background"] in text for text in row["all_captions"])
+            assert len(set(row["all_captions"])) == len(row["all_captions"]) > 2
             assert hashlib.sha256(sample["jpg"]).hexdigest() == row["sha256"]
             assert Image.open(io.BytesIO(sample["jpg"])).size == (row["width"], row["height"]) == (64, 64)
         total += len(samples)

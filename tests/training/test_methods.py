@@ -23,6 +23,7 @@ from memtrain.training.methods import (
     RandomCaption,
     RandomTokensAdded,
     RandomTokensReplaced,
+    SeveralCaptions,
     WordsRepeated,
 )
 from tests.conftest import build_data, build_module, fit, weights
@@ -166,7 +167,7 @@ def test_every_choice_is_a_method():
             found[path.stem] = instantiate(cfg.method)
             assert isinstance(found[path.stem], Method)
             assert cfg.data.caption == ("all_captions" if path.stem == "several_captions" else "txt")
-    assert {type(method) for method in found.values()} == {Method, EmbeddingNoise, *REWRITING}
+    assert {type(method) for method in found.values()} == {Method, SeveralCaptions, EmbeddingNoise, *REWRITING}
 
 
 @pytest.mark.parametrize("method", [EmbeddingNoise(0.1), RandomCaption(0.5, 4)])
