@@ -136,10 +136,18 @@ class AsideIO(TorchCheckpointIO):
             os.replace(aside, path)
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            cause = _os_error(error)
+            if cause is None:
                 raise
-            number = getattr(error, "errno", None) or errno.ENOSPC
+            number = cause.errno or errno.ENOSPC
             raise OSError(number, f"the checkpoint could not be written ({os.strerror(number)})", str(path)) from None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What torch's writer, closing its file, hides behind an error of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _is_between_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

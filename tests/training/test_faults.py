@@ -38,6 +38,12 @@ def saved(folder: Path) -> list[int]:
     return list(checkpoints_in(folder / "faults" / "one" / "checkpoints"))
 
 
+def visits(folder: Path) -> list[tuple]:
+    """Who was seen when: the ledger's rows but for the figures."""
+    rows = read_ledger(folder / "faults" / "one").to_table(columns=["step", "key", "timestep"])
+    return sorted(zip(*rows.to_pydict().values(), strict=True))
+
+
 def train(pipeline, corpus, folder, steps, accumulate=1, batch_size=4, every=4, callbacks=(), ckpt_path=None, **options):
     module = build_module(pipeline, quick_evidence(), **options)
     callbacks = [*callbacks, checkpoint(every, str(folder / "checkpoints"))]
@@ -133,6 +139,46 @@ def test_a_full_disk_keeps_the_checkpoint_before(forks, run, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-00000004.ckpt"]
     codes, said = forks.run(run(*more, steps=8), tmp_path / "space")
     assert codes == [0] and saved(tmp_path) == [4, 8], said
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 96 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "memtrain", folder], capture_output=True)
+    if mounting.returncode:
+        pytest.skip("only root may mount")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, 4096, 400_000])
+def test_a_disk_that_fills_up_ends_a_run_in_one_line_and_it_goes_on_when_there_is_space(
+    forks, corpus, pipeline_folder, small_disk, tmp_path, left
+):
+    """Log, curves, ledger or checkpoint: `left` bytes decide which of them is the first that does not fit."""
+
+    def run(steps, *more):
+        return small_run(corpus, pipeline_folder, small_disk, "run_id=one", *more, steps=steps)
+
+    forks.start(run(5000), tmp_path / "full")
+    wait_until(lambda: 8 in saved(small_disk))
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        space = os.statvfs(small_disk)
+        file.write(bytes(space.f_bavail * space.f_frsize - left))
+    codes, said = forks.wait(), forks.said()
+    assert codes == [2] and said.count("error:") == 1 and "space" in said and "Traceback" not in said, said
+    filler.unlink()
+    reached = saved(small_disk)[-1]
+    assert reached >= 8 and all(damage(path) is None for path in checkpoints_in(small_disk / "faults/one/checkpoints").values())
+    codes, said = forks.run(run(reached + 4, "resume=auto", "resume.allow=all"), tmp_path / "space")
+    assert codes == [0] and saved(small_disk)[-1] == reached + 4, said
+    undisturbed = small_run(corpus, pipeline_folder, tmp_path, "run_id=one", steps=reached + 4)
+    assert forks.run(undisturbed, tmp_path / "undisturbed")[0] == [0]
+    assert visits(small_disk) == visits(tmp_path)
 
 
 def test_every_damage_is_found_and_a_checkpoint_holds_every_part(pipeline_folder, corpus, tmp_path):
