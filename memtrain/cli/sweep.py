@@ -39,15 +39,14 @@ def sweep(cfg: DictConfig) -> None:
     from rich.console import Console
 
     from memtrain.report import pareto
+    from memtrain.sweep.plan import Plan
     from memtrain.sweep.pruning import MedianRule
     from memtrain.sweep.space import Parameter, merged
-    from memtrain.sweep.study import Plan, Search
+    from memtrain.sweep.study import Search
 
     for key in ("trials", "workers"):
         if cfg[key] < 1:
             raise ValueError(f"{key} must be >= 1, got {cfg[key]}")
-    if not 0 <= cfg.study.loss_tolerance:
-        raise ValueError(f"study.loss_tolerance must be >= 0, got {cfg.study.loss_tolerance:g}")
     raw = OmegaConf.to_container(cfg, resolve=False)  # ${…} in an override is for the trial to resolve
     plan = Plan(
         name=cfg.name,
@@ -58,6 +57,7 @@ def sweep(cfg: DictConfig) -> None:
         quality=cfg.study.quality,
         startup_trials=cfg.study.startup_trials,
         seed=cfg.study.seed,
+        tolerance=cfg.study.loss_tolerance,
     )
     prune = None if cfg.study.prune is None else MedianRule(**cfg.study.prune)
     search = Search(plan, cfg.storage, [sys.executable, "-m", "memtrain.cli.main", "train"], prune)
@@ -67,11 +67,11 @@ def sweep(cfg: DictConfig) -> None:
             search.run(cfg.trials, cfg.workers)
     except KeyboardInterrupt:
         stopped = True
-    tried, tolerance = search.tried(), cfg.study.loss_tolerance
-    Console().print(pareto.table(tried, tolerance))
-    print(pareto.why(tried, tolerance))
+    tried = search.tried()
+    Console().print(pareto.table(tried, plan.tolerance))
+    print(pareto.why(tried, plan.tolerance))
     if pareto.finished(tried):
-        _write(plan, tried, tolerance)
+        _write(plan, tried)
     if stopped:
         log.warning("stopped; the same command goes on")
         sys.exit(130)
@@ -91,14 +91,14 @@ def _terminated_like_interrupted():
         signal.signal(signal.SIGTERM, before)
 
 
-def _write(plan, tried, tolerance: float) -> None:
+def _write(plan, tried) -> None:
     """`pareto.png`, `trials.csv` and `report.html` in the study's folder."""
     from memtrain.report import pareto
     from memtrain.report.page import write_report
     from memtrain.sweep.space import merged
 
-    folder, chosen = plan.folder, pareto.choose(tried, tolerance)
-    print(f"{'run':10}memtrain train {shlex.join(merged(plan.overrides, chosen.setting.split()))}")
+    folder, tolerance, chosen = plan.folder, plan.tolerance, pareto.choose(tried, plan.tolerance)
+    print(f"{'run':10}memtrain train {shlex.join(merged(plan.overrides, shlex.split(chosen.setting)))}")
     pareto.write_csv(folder / "trials.csv", tried, tolerance)
     print(f"{'trials':10}{folder / 'trials.csv'}")
     pareto.draw_pareto(folder / "pareto.png", tried, tolerance, _axis(plan.memorization), _axis(plan.quality))

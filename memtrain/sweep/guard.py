@@ -1,4 +1,4 @@
-"""`python guard.py COMMAND…`: a trial as a process group of its own, which ends with the sweep that started it.
+"""`python guard.py LOG COMMAND…`: a trial as a process group of its own, which ends with the sweep that started it.
 
 The sweep holds the other end of our stdin. When it closes that, or is gone, killed or not, the whole group is told
 to end, and killed if it does not. Standard library alone: this process lives as long as the trial.
@@ -6,14 +6,17 @@ to end, and killed if it does not. Standard library alone: this process lives as
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
+from typing import BinaryIO
 
-GRACE = 30.0  # s between SIGTERM and SIGKILL, for a checkpoint
+GRACE = 60.0  # s between SIGTERM and SIGKILL, for a checkpoint
 
 
 def _end(group: int, number: int) -> None:
@@ -31,13 +34,31 @@ def _end_with_the_sweep(group: int) -> None:
     _end(group, signal.SIGKILL)
 
 
-def main(command: list[str]) -> None:
-    trial = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    threading.Thread(target=_end_with_the_sweep, args=(trial.pid,), daemon=True).start()
-    code = trial.wait()
-    _end(trial.pid, signal.SIGKILL)  # ranks and workers that outlived their first process
+def _wait_for_the_folder(log: BinaryIO) -> None:
+    """Until the trial that a killed sweep left in this folder has ended: two would write the same files."""
+    said = False
+    while True:
+        try:
+            return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not said:
+                said = True
+                print("waiting for the trial that still ends in this folder", file=sys.stderr, flush=True)
+            if select.select([0], [], [], 0.2)[0]:  # the sweep has let go
+                sys.exit(128 + signal.SIGTERM)
+        except OSError:
+            return  # a file system without locks
+
+
+def main(log: str, command: list[str]) -> None:
+    with open(log, "ab") as held:
+        _wait_for_the_folder(held)
+        trial = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        threading.Thread(target=_end_with_the_sweep, args=(trial.pid,), daemon=True).start()
+        code = trial.wait()
+        _end(trial.pid, signal.SIGKILL)  # ranks and workers that outlived their first process
     sys.exit(code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from memtrain.report.curves import read_metrics
@@ -34,8 +35,9 @@ class Process:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LOG).open("ab") as log:
+            self._began_at = log.tell()  # behind what earlier starts of the run printed
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, *command],
+                [sys.executable, "-I", guard.__file__, log.name, *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -52,15 +54,16 @@ class Process:
         """Tell the whole group to end."""
         self._guard.stdin.close()
 
-    def wait(self) -> int:
+    def wait(self) -> None:
         """Until the whole group has ended, or its time to do so is up."""
         self._guard.stdin.close()
-        return self._guard.wait(timeout=guard.GRACE + 10)
+        with suppress(subprocess.TimeoutExpired):  # not even SIGKILL ends what waits for a disk that is gone
+            self._guard.wait(timeout=guard.GRACE + 10)
 
     def last_words(self) -> str:
         """The last line that it printed, its error if it ended with one."""
-        lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line.strip() for line in lines if line.strip()]
+        printed = (self.folder / LOG).read_bytes()[self._began_at :].decode(errors="replace")
+        said = [line.strip() for line in printed.splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("error: ")]
         return (errors or said or ["it printed nothing"])[-1].removeprefix("error: ")
 

@@ -19,26 +19,41 @@ from optuna.trial import TrialState
 from memtrain.callbacks.logging import dashboard_name
 from memtrain.cli.main import config_folder, main
 from memtrain.cli.sweep import spelled
+from memtrain.data.ledger import read_ledger
+from memtrain.report.curves import read_metrics
+from memtrain.sweep.plan import Plan
 from memtrain.sweep.pruning import MedianRule, Objectives
 from memtrain.sweep.space import Parameter, merged
-from memtrain.sweep.study import Plan, Search
+from memtrain.sweep.study import Search
 from memtrain.sweep.trial import Process, environment_of
 from tests.cli.test_main import fails, small
 
 REPO = Path(__file__).resolve().parents[2]
-# A training program that takes no time: the copy rate falls with the threshold, the loss rises.
+# A training program that takes no time: the copy rate falls with the threshold, the loss rises. It keeps its step,
+# as a checkpoint, goes on from there with resume=, and writes down every step that it makes.
 QUICK = """
 import pathlib, sys, time
 said = dict(part.split("=", 1) for part in sys.argv[1:])
 folder = pathlib.Path(said["runs_dir"].strip("'")) / said["name"].strip("'") / said["run_id"]
+(folder / "config.yaml").touch()
+checkpoint, metrics = folder / "checkpoint", folder / "metrics.csv"
+begun = 0
+if "resume" in said:
+    assert pathlib.Path(said["resume"].strip("'")) == folder
+    if checkpoint.exists() and checkpoint.read_text() == "damaged":
+        print("error: it is damaged")
+        sys.exit(2)
+    begun = int(checkpoint.read_text()) if checkpoint.exists() else 0
 x = float(said["x"])
-with open(folder / "metrics.csv", "w") as file:
-    file.write("step,copy_rate/canary,heldout_loss\\n")
-    for step in range(1, 4):
-        worse = 1 if said.get("bad") else 0
-        file.write(f"{step},{1 - x + worse},{x + worse}\\n")
-        file.flush()
-        time.sleep(float(said.get("pause", 0)))
+worse = 1 if said.get("bad") else 0
+rows = metrics.read_text().splitlines()[1 : begun + 1] if begun else []
+for step in range(begun + 1, 4):
+    rows.append(f"{step},{1 - x + worse},{x + worse}")
+    metrics.write_text("\\n".join(["step,copy_rate/canary,heldout_loss", *rows, ""]))
+    checkpoint.write_text(str(step))
+    with open(folder / "steps", "a") as file:
+        file.write(str(step))
+    time.sleep(float(said.get("pause", 0)))
 sys.exit(int(said.get("code", 0)))
 """
 
@@ -47,7 +62,7 @@ def search(tmp_path, *overrides: str, prune=None, space=None, seed=0) -> Search:
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "quick.py").write_text(QUICK)
     space = space or [Parameter("x", "x", low=0.0, high=1.0)]
-    plan = Plan("s", tmp_path / "runs", list(overrides), space, "copy_rate/canary", "heldout_loss", 2, seed)
+    plan = Plan("s", tmp_path / "runs", list(overrides), space, "copy_rate/canary", "heldout_loss", 2, seed, 0.02)
     return Search(plan, None, [sys.executable, str(tmp_path / "quick.py")], prune)
 
 
@@ -68,6 +83,91 @@ def test_a_search_counts_what_earlier_starts_finished(tmp_path):
     other.run(3, workers=1)  # what is tried depends on the seed and the trial's number alone while it is at random
     ours, theirs = ([trial.params for trial in one.study.get_trials()][:2] for one in (again, other))
     assert ours == theirs
+
+
+def cut_off(tmp_path) -> Path:
+    """A sweep that is gone, with its trial, when that has made its first step. The trial's folder."""
+    one = search(tmp_path)
+    one.command.append("pause=100")
+    process = one._start(dict(os.environ)).process
+    made = process.folder / "steps"
+    while not made.exists() or made.read_text() != "1":
+        time.sleep(0.02)
+    process.wait()
+    return process.folder
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_in_its_folder(tmp_path):
+    folder = cut_off(tmp_path)
+    cut = search(tmp_path)
+    cut._take_back_the_dead()
+    assert states(cut) == ["FAIL", "WAITING"]
+    assert [(one.name, one.state) for one in cut.tried()] == [("trial_000", "cut off")]
+    cut.run(2, workers=1)
+    assert states(cut) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert (folder / "steps").read_text() == "123"
+    first, again, _ = cut.study.get_trials()
+    assert first.params == again.params and [step for step, *_ in again.user_attrs["curve"]] == [1, 2, 3]
+    assert [(one.name, one.state, one.step) for one in cut.tried()] == [(f"trial_00{n}", "finished", 3) for n in range(2)]
+    whole = search(tmp_path / "whole")  # what is tried is what an undisturbed sweep tries
+    whole.run(2, workers=1)
+    assert [one.setting for one in whole.tried()] == [one.setting for one in cut.tried()]
+
+
+def test_where_the_checkpoint_is_damaged_or_absent_a_run_begins_anew_in_its_folder(tmp_path):
+    folder = cut_off(tmp_path)
+    (folder / "checkpoint").write_text("damaged")
+    search(tmp_path).run(1, workers=1)
+    assert (folder / "steps").read_text() == "1123"
+    for absent in ("checkpoint", "config.yaml"):
+        folder = cut_off(tmp_path / absent)
+        (folder / absent).unlink()
+        again = search(tmp_path / absent)
+        again.run(1, workers=1)
+        assert (folder / "steps").read_text() == "1123"
+        assert [(one.name, one.state) for one in again.tried()] == [("trial_000", "finished")]
+
+
+def test_what_is_refused_when_it_goes_on_is_not_lost(tmp_path):
+    """The data are not mounted yet, say: it goes on when the user has mended that."""
+    folder = cut_off(tmp_path)
+    refused = search(tmp_path)
+    mended = list(refused.command)
+    refused.command[1:] = ["-c", "import sys; print('error: no such shard'); sys.exit(2)"]
+    with pytest.raises(ValueError, match="trial_000: no such shard"):
+        refused.run(1, workers=1)
+    again = search(tmp_path)
+    again.command[:] = mended
+    again.run(1, workers=1)
+    assert (folder / "steps").read_text() == "123" and states(again)[-1] == "COMPLETE"
+
+
+def test_a_trial_that_somebody_else_told_to_end_goes_on(tmp_path):
+    one = search(tmp_path, "pause=0.5")
+    going = one._start(dict(os.environ))
+    one.going[0] = going
+    while not (going.process.folder / "steps").exists():
+        time.sleep(0.02)
+    (child,) = Path(f"/proc/{going.process._guard.pid}/task/{going.process._guard.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    one.run(1, workers=1)
+    assert states(one) == ["FAIL", "COMPLETE"] and sorted((going.process.folder / "steps").read_text()) == list("123")
+
+
+def test_two_trials_never_write_one_folder_at_once(tmp_path):
+    """A sweep that was killed may have left one, which has its time to end."""
+    slow = "import signal, time; signal.signal(15, lambda *_: (time.sleep(2), print('first', flush=True), exit(0))); "
+    first = Process([sys.executable, "-c", slow + "print('on', flush=True); time.sleep(100)"], tmp_path, dict(os.environ))
+    while "on" not in (tmp_path / "trial.log").read_text():
+        time.sleep(0.02)
+    first.let_go()
+    second = Process([sys.executable, "-c", "print('second')"], tmp_path, dict(os.environ))
+    while second.exit_code is None:
+        time.sleep(0.02)
+    first.wait()
+    second.wait()
+    said = (tmp_path / "trial.log").read_text().split("\n")
+    assert said == ["on", "waiting for the trial that still ends in this folder", "first", "second", ""]
 
 
 def test_a_changed_study_is_refused(tmp_path):
@@ -115,7 +215,8 @@ def test_a_group_ends_whole_when_it_is_let_go(tmp_path):
     while not log.read_text().strip():
         time.sleep(0.05)
     grandchild = int(log.read_text())
-    assert process.wait() == 128 + signal.SIGTERM
+    process.wait()
+    assert process.exit_code == 128 + signal.SIGTERM
     status = Path(f"/proc/{grandchild}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
@@ -173,31 +274,39 @@ def test_a_wrong_key_is_named_before_anything_is_started(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, tmp_path):
-    """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes the study."""
+    """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes it and the study."""
     options = [o for o in small(corpus, pipeline_folder, tmp_path)[2:] if not o.startswith(("run_id", "callbacks.sample_grid"))]
     command = [sys.executable, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
-    command += ["callbacks.copies.every=2", "study.prune=null"]
+    command += ["callbacks.copies.every=2", "callbacks.curves.every=1", "study.prune=null", "trainer.max_steps=8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     study = tmp_path / "runs" / "thresholds"
+    run = study / "trial_000"
     first = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not (study / "trial_000" / "config.yaml").exists():
+    while not (run / "checkpoints" / "step-00000004.ckpt").exists():
         assert first.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.05)
     first.kill()
     first.wait()
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "trial_000 was cut off; its settings are tried again" in done.stderr
+    assert "trial_000 was cut off" in done.stderr and "trial_000 goes on" in done.stderr
     opened = optuna.load_study(study_name="thresholds", storage=f"sqlite:///{study}/study.db")
     trials = opened.get_trials()
     assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert trials[1].params == trials[0].params
-    for name in ("pareto.png", "trials.csv", "report.html", "trial_001/report.html", "trial_002/ledger"):
+    for name in ("pareto.png", "trials.csv", "report.html", "trial_000/report.html", "trial_001/ledger"):
         assert (study / name).exists(), name
-    assert not (study / "trial_000" / "summary.json").exists()
     assert "Take trial_00" in done.stdout and "memtrain train experiment=demo" in done.stdout
-    summary = json.loads((study / "trial_002" / "summary.json").read_text())
-    assert trials[2].values == pytest.approx([summary["copy_rate"]["canary"], summary["heldout_loss"]])
+    for trial, name in zip(trials[1:], ("trial_000", "trial_001"), strict=True):
+        summary = json.loads((study / name / "summary.json").read_text())
+        assert trial.values == pytest.approx([summary["copy_rate"]["canary"], summary["heldout_loss"]])
+    said = (run / "trial.log").read_text()
+    assert int(re.search(r"going on from .*/step-(\d+)\.ckpt", said)[1]) >= 4
+    whole = study / "trial_001"  # was never cut off, and has as many rows
+    ours, theirs = (read_metrics(one / "metrics.csv") for one in (run, whole))
+    assert {name: steps for name, (steps, _) in ours.items()} == {name: steps for name, (steps, _) in theirs.items()}
+    ours, theirs = (read_ledger(one).to_table(["step", "key", "timestep"]).sort_by("step") for one in (run, whole))
+    assert ours.equals(theirs)
 
 
 def test_train_with_several_values_makes_a_run_of_each(corpus, pipeline_folder, tmp_path, monkeypatch):
