@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -10,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import OptunaError
 from optuna.samplers import TPESampler
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from memtrain.sweep.space import Parameter, check_space, key_of
 
@@ -89,15 +92,9 @@ def open_study(plan: Plan, storage: str | None) -> optuna.Study:
     plan.folder.mkdir(parents=True, exist_ok=True)
     with plan.alone():
         try:
-            study = optuna.create_study(
-                storage=storage or f"sqlite:///{plan.folder / 'study.db'}",
-                study_name=plan.name,
-                directions=["minimize", "minimize"],
-                sampler=TPESampler(multivariate=False),
-                load_if_exists=True,
-            )
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise ValueError(f"storage cannot be used: {str(error).splitlines()[0]}") from error
+            study = _opened(plan.name, storage or f"sqlite:///{plan.folder / 'study.db'}")
+        except (SQLAlchemyError, OptunaError, ImportError, ValueError, RuntimeError) as error:
+            raise ValueError(f"storage cannot be used: {str(error.__cause__ or error).splitlines()[0]}") from error
         facts, before = plan.facts(), study.user_attrs.get("plan")
         if before is None:
             study.set_user_attr("plan", facts)
@@ -105,6 +102,23 @@ def open_study(plan: Plan, storage: str | None) -> optuna.Study:
             changed = _differences(before, facts)
             raise ValueError(f"the study {plan.name} was made otherwise: {'; '.join(changed)}; name=… begins a new one")
     return study
+
+
+def _opened(name: str, storage: str) -> optuna.Study:
+    """Tried several times: where machines begin a study at once, one makes the tables, and the others fail meanwhile."""
+    for last in (False, False, True):
+        try:
+            return optuna.create_study(
+                storage=storage,
+                study_name=name,
+                directions=["minimize", "minimize"],
+                sampler=TPESampler(multivariate=False),
+                load_if_exists=True,
+            )
+        except DBAPIError:
+            if last:
+                raise
+            time.sleep(random.uniform(0.5, 1.5))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

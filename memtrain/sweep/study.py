@@ -97,11 +97,15 @@ class Search:
             while True:
                 if time.monotonic() - looked > _SIGN_OF_LIFE:
                     looked = time.monotonic()
-                    self._take_back_the_dead()
+                    with self.plan.alone():
+                        self._take_back_the_dead()
                 for slot in range(workers):
-                    if slot not in self.going and self._wants_more(trials):
-                        environment = environment_of(slot, workers, cores(), gpus)
-                        self.going[slot] = self._start(environment)
+                    if slot in self.going:
+                        continue
+                    with self.plan.alone():
+                        if self._wants_more(trials):
+                            environment = environment_of(slot, workers, cores(), gpus)
+                            self.going[slot] = self._start(environment)
                 if not self.going:
                     return
                 time.sleep(_LOOK)

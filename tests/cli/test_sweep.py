@@ -58,12 +58,13 @@ sys.exit(int(said.get("code", 0)))
 """
 
 
-def search(tmp_path, *overrides: str, prune=None, space=None, seed=0) -> Search:
+def search(tmp_path, *overrides: str, prune=None, space=None, seed=0, storage=None) -> Search:
     tmp_path.mkdir(exist_ok=True)
-    (tmp_path / "quick.py").write_text(QUICK)
+    if not (tmp_path / "quick.py").exists():
+        (tmp_path / "quick.py").write_text(QUICK)
     space = space or [Parameter("x", "x", low=0.0, high=1.0)]
     plan = Plan("s", tmp_path / "runs", list(overrides), space, "copy_rate/canary", "heldout_loss", 2, seed, 0.02)
-    return Search(plan, None, [sys.executable, str(tmp_path / "quick.py")], prune)
+    return Search(plan, storage, [sys.executable, str(tmp_path / "quick.py")], prune)
 
 
 def states(one: Search) -> list[str]:
@@ -168,6 +169,36 @@ def test_two_trials_never_write_one_folder_at_once(tmp_path):
     second.wait()
     said = (tmp_path / "trial.log").read_text().split("\n")
     assert said == ["on", "waiting for the trial that still ends in this folder", "first", "second", ""]
+
+
+def test_sweeps_that_start_at_once_share_a_study(tmp_path):
+    """One of them makes the tables, and no trial is done twice or too often."""
+    code = """
+import sys, time
+from pathlib import Path
+from tests.cli.test_sweep import search
+print("ready", flush=True)
+while not Path(sys.argv[1], "go").exists():
+    time.sleep(0.001)
+search(Path(sys.argv[1]), "pause=0.1").run(4, workers=1)
+"""
+    (tmp_path / "quick.py").write_text(QUICK)
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    start = dict(env=environment, stdout=subprocess.PIPE)
+    sweeps = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **start) for _ in range(2)]
+    for sweep in sweeps:
+        with sweep.stdout:
+            sweep.stdout.readline()
+    (tmp_path / "go").touch()
+    assert [sweep.wait(timeout=60) for sweep in sweeps] == [0, 0]
+    assert states(search(tmp_path, "pause=0.1")) == ["COMPLETE"] * 4
+    assert all((tmp_path / f"runs/s/trial_00{n}/steps").read_text() == "123" for n in range(4))
+
+
+@pytest.mark.parametrize("url", ["nothing", "foo://x", "sqlite:////proc/none/study.db", "nodatabase://h/x"])
+def test_a_storage_that_cannot_be_used_is_named(tmp_path, url):
+    with pytest.raises(ValueError, match="storage cannot be used: "):
+        search(tmp_path, storage=url)
 
 
 def test_a_changed_study_is_refused(tmp_path):
