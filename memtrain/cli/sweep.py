@@ -7,15 +7,20 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from memtrain.sweep.study import Search
 
 log = logging.getLogger(__name__)
 
 # Keys of the sweep's own; whatever else is said is for every trial.
-_OWN = r"(\+|~)?(study|hydra)(/|\.|=|@)|(name|runs_dir|trials|workers|storage)="
+_OWN = r"(\+|~)?(study|hydra)(/|\.|=|@)|(name|runs_dir|trials|workers|patience|storage)="
 _REPORTED = 20  # runs that the study's report compares; more make a page that nobody reads
 
 
@@ -32,21 +37,21 @@ def _quoted(text: str) -> str:
 
 
 def sweep(cfg: DictConfig) -> None:
-    try:
-        import optuna  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError("memtrain sweep needs Optuna; pip install 'memtrain[sweep]'") from error
     from rich.console import Console
 
     from memtrain.report import pareto
     from memtrain.sweep.plan import Plan
     from memtrain.sweep.pruning import MedianRule
     from memtrain.sweep.space import Parameter, merged
+    from memtrain.sweep.standing import tried
     from memtrain.sweep.study import Search
+    from memtrain.training.stops import EXIT_CODES
 
     for key in ("trials", "workers"):
         if cfg[key] < 1:
             raise ValueError(f"{key} must be >= 1, got {cfg[key]}")
+    if cfg.patience is not None and not cfg.patience > 0:
+        raise ValueError(f"patience must be > 0 minutes, or null, got {cfg.patience:g}")
     raw = OmegaConf.to_container(cfg, resolve=False)  # ${…} in an override is for the trial to resolve
     plan = Plan(
         name=cfg.name,
@@ -60,35 +65,38 @@ def sweep(cfg: DictConfig) -> None:
         tolerance=cfg.study.loss_tolerance,
     )
     prune = None if cfg.study.prune is None else MedianRule(**cfg.study.prune)
-    search = Search(plan, cfg.storage, [sys.executable, "-m", "memtrain.cli.main", "train"], prune)
-    stopped = False
-    try:
-        with _terminated_like_interrupted():
-            search.run(cfg.trials, cfg.workers)
-    except KeyboardInterrupt:
-        stopped = True
-    tried = search.tried()
-    Console().print(pareto.table(tried, plan.tolerance))
-    print(pareto.why(tried, plan.tolerance))
-    if pareto.finished(tried):
-        _write(plan, tried)
-    if stopped:
+    patience = None if cfg.patience is None else 60 * cfg.patience
+    search = Search(plan, cfg.storage, [sys.executable, "-m", "memtrain.cli.main", "train"], prune, patience)
+    with stopped_by_signals(search, EXIT_CODES) as received:
+        search.run(cfg.trials, cfg.workers)
+    runs = tried(search.study)
+    Console().print(pareto.table(runs, plan.tolerance))
+    print(pareto.why(runs, plan.tolerance))
+    if pareto.finished(runs):
+        _write(plan, runs)
+    if received:
         log.warning("stopped; the same command goes on")
-        sys.exit(130)
+        sys.exit(EXIT_CODES[received[0]])
 
 
 @contextmanager
-def _terminated_like_interrupted():
-    """A scheduler's SIGTERM ends the sweep as a person's Ctrl-C does: trials are ended, their settings kept."""
+def stopped_by_signals(search: Search, exit_codes: Mapping[int, int]) -> Iterator[list[int]]:
+    """One of `exit_codes` stops the search, a second one ends it at once. What was received."""
+    received: list[int] = []
 
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
+    def stop(number, frame):
+        received.append(number)
+        if len(received) > 1:  # trials end without us, and are taken back by the same command
+            sys.exit(exit_codes[number])
+        search.stopped = True
+        log.warning("stopping; trials that are going on write a checkpoint. Again to leave at once")
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, stop) for number in exit_codes}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _write(plan, tried) -> None:

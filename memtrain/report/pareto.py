@@ -24,7 +24,7 @@ class Tried:
 
     name: str
     setting: str  # its overrides, as a shell takes them
-    state: str  # finished, given up, failed, cut off, going on
+    state: str  # finished, given up, failed, waiting, going on
     step: int  # of its newest figures
     memorization: float | None
     quality: float | None
@@ -158,7 +158,7 @@ def draw_pareto(path: Path, tried: Sequence[Tried], tolerance: float, memorizati
     axis.set_xlabel(_text(quality))
     axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     left = len(tried) - len(done)
-    title = f"{len(done)} trials finished" + (f", {left} given up, failed, cut off or going on" if left else "")
+    title = f"{len(done)} trials finished" + (f", {left} given up, failed, waiting or going on" if left else "")
     axis.set_title(title, loc="left", fontsize=10)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

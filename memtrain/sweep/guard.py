@@ -1,7 +1,9 @@
 """`python guard.py LOG COMMAND…`: a trial as a process group of its own, which ends with the sweep that started it.
 
 The sweep holds the other end of our stdin. When it closes that, or is gone, killed or not, the whole group is told
-to end, and killed if it does not. Standard library alone: this process lives as long as the trial.
+to end, and killed if it does not. Standard library alone: this process lives as long as the trial, whatever signal
+it gets; a scheduler sends one to every process of a job, so then the group knows, and is not told again: memtrain
+takes a second signal as the wish to end without a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from typing import BinaryIO
 
 GRACE = 60.0  # s between SIGTERM and SIGKILL, for a checkpoint
+_told = threading.Event()
 
 
 def _end(group: int, number: int) -> None:
@@ -29,7 +32,8 @@ def _end(group: int, number: int) -> None:
 def _end_with_the_sweep(group: int) -> None:
     while os.read(0, 1):
         pass
-    _end(group, signal.SIGTERM)
+    if not _told.is_set():
+        _end(group, signal.SIGTERM)
     time.sleep(GRACE)
     _end(group, signal.SIGKILL)
 
@@ -51,6 +55,8 @@ def _wait_for_the_folder(log: BinaryIO) -> None:
 
 
 def main(log: str, command: list[str]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: _told.set())
     with open(log, "ab") as held:
         _wait_for_the_folder(held)
         trial = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

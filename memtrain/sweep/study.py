@@ -1,8 +1,7 @@
 """The search: Optuna says what to try, each trial is a run, and what has ended is told to Optuna.
 
 Everything is in Optuna's storage, so that a sweep goes on where it was stopped or killed, and the same command on
-several machines with one storage works on one study. A run that is cut off and goes on is several trials of
-Optuna's, one after the other, which have the run's folder in common.
+several machines with one storage works on one study.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from memtrain.report.pareto import Tried
 from memtrain.sweep.plan import Plan, open_study
 from memtrain.sweep.pruning import Curve, MedianRule, Objectives
 from memtrain.sweep.space import merged, suggest
+from memtrain.sweep.standing import SETTLED, curve_of, number_of_run, run_of, spoken, standing
 from memtrain.sweep.trial import Process, cores, devices, environment_of, read_curve
 
 log = logging.getLogger(__name__)
@@ -38,14 +37,6 @@ _MAX_FAILED = 3  # trials in a row
 _REFUSED = 2  # exit code of `memtrain train` for what the user can mend
 _STOPPED = (75, 130, 143)  # its exit codes where somebody told it to end: it wrote a checkpoint
 _TAKEN = "%s: another sweep saw no sign of life of it, and goes on with it"
-_SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
-_STATES = {
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "given up",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "going on",
-    TrialState.WAITING: "cut off",
-}
 
 
 @dataclass(frozen=True)
@@ -54,15 +45,21 @@ class Going:
 
     Args:
         resumes: from the last checkpoint in its run's folder.
+        before: seconds that the run took before it was cut off.
     """
 
     trial: optuna.Trial
     process: Process
     resumes: bool
+    before: float
 
     @property
     def name(self) -> str:
         return self.process.folder.name
+
+    @property
+    def seconds(self) -> float:
+        return self.before + self.process.seconds
 
 
 class Search:
@@ -72,29 +69,42 @@ class Search:
         storage: an Optuna URL; None for SQLite in the study's folder.
         command: the training program, to which overrides are appended.
         prune: when a trial is given up; None: never.
+        patience: seconds without anything new in a trial's folder, after which it is ended, and goes on from its
+            checkpoint; None: any time.
 
     Raises:
         ValueError: the storage cannot be used, or holds a study of that name that was made otherwise.
     """
 
-    def __init__(self, plan: Plan, storage: str | None, command: Sequence[str], prune: MedianRule | None):
-        self.plan, self.command, self.prune = plan, list(command), prune
+    def __init__(
+        self,
+        plan: Plan,
+        storage: str | None,
+        command: Sequence[str],
+        prune: MedianRule | None,
+        patience: float | None = None,
+    ):
+        self.plan, self.command, self.prune, self.patience = plan, list(command), prune, patience
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.study = open_study(plan, storage)
         self.going: dict[int, Going] = {}  # by worker
         self.seen: dict[int, float] = {}  # number of a trial of ours -> time of its last sign of life
         self.failed_in_a_row = 0
+        self.stopped = False  # set by whoever wants `run` to return
 
     def run(self, trials: int, workers: int) -> None:
         """Until `trials` have finished or were given up, earlier starts and other machines included.
+
+        What goes on when it is stopped is ended, with a checkpoint, and left to be gone on with.
 
         Raises:
             ValueError: the training program refuses its config, or fails again and again.
         """
         gpus = devices()
         looked = -math.inf
+        log.info("%s: %s. What a trial prints is in its trial.log", self.plan.folder, self._standing(trials, workers))
         try:
-            while True:
+            while not self.stopped:
                 if time.monotonic() - looked > _SIGN_OF_LIFE:
                     looked = time.monotonic()
                     with self.plan.alone():
@@ -119,41 +129,39 @@ class Search:
                     if ended:
                         del self.going[slot]
                         going.process.wait()
+                        log.info(self._standing(trials, workers))
         finally:
             self._stop()
 
+    def _standing(self, trials: int, workers: int) -> str:
+        return standing(self.study, trials, workers, self.plan.tolerance)
+
     def _wants_more(self, trials: int) -> bool:
-        counted = (*_SETTLED, TrialState.RUNNING)
+        counted = (*SETTLED, TrialState.RUNNING)
         return len(self.study.get_trials(deepcopy=False, states=counted)) < trials
 
     def _start(self, environment: dict[str, str]) -> Going:
         plan = self.plan
         trial = self.study.ask()
         trial.set_user_attr("owner", [self.host, self.pid])
-        self._sign_of_life(trial)
-        number = self._number_of_run(trial)
+        number = number_of_run(self.study, trial)
         # a sampler for each trial: seeded with its number it draws nothing twice, here or on another machine
         seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
         self.study.sampler = TPESampler(n_startup_trials=plan.startup_trials, multivariate=False, seed=seed)
         own = suggest(trial, plan.space, plan.fixed)
-        folder = plan.folder / self._run_of(trial)
+        folder = plan.folder / run_of(self.study, trial)
         trial.set_user_attr("run", folder.name)
         trial.set_user_attr("overrides", own)
         names = [f"name={_quoted(plan.name)}", f"run_id={folder.name}", f"runs_dir={_quoted(str(plan.runs_dir))}"]
-        resumes = trial.user_attrs.get("resume", False) and (folder / "config.yaml").exists()
+        told = trial.user_attrs
+        resumes = told.get("resume", False) and (folder / "config.yaml").exists()
         if resumes:
             names.append(f"resume={_quoted(str(folder))}")
         log.info("%s%s: %s", folder.name, " goes on" if resumes else "", shlex.join(own))
         command = [*self.command, *merged(plan.overrides, own), *names]
-        return Going(trial, Process(command, folder, environment), resumes)
-
-    def _number_of_run(self, trial: Trial) -> int:
-        """A trial of Optuna's that goes on with a run is not another run."""
-        earlier = self.study.get_trials(deepcopy=False)[: trial.number]
-        return trial.number - sum("resume" in one.user_attrs for one in earlier)
-
-    def _run_of(self, trial: Trial) -> str:
-        return trial.user_attrs.get("run") or f"trial_{self._number_of_run(trial):03d}"
+        going = Going(trial, Process(command, folder, environment), resumes, told.get("seconds", 0.0))
+        self._sign_of_life(going)
+        return going
 
     def _attend(self, going: Going) -> bool:
         """Look at a trial that is going on. True where it has ended."""
@@ -161,17 +169,12 @@ class Search:
         code = process.exit_code
         try:
             curve = self._note_curve(trial, process)
-            self._sign_of_life(trial)
+            self._sign_of_life(going, at_once=code is not None)
         except UpdateFinishedTrialError:
             log.warning(_TAKEN, going.name)
             return True
         if code is None:
-            step = self.prune and self.prune.gives_up_at(curve, self._other_curves(trial.number))
-            if step is None:
-                return False
-            log.info("%s: given up at step %d, %s", going.name, step, self._said(curve[step]))
-            self._tell(trial, TrialState.PRUNED)
-            return True
+            return self._is_given_up(going, curve) or self._hangs(going)
         if code == _REFUSED:
             self._refused(going)
             return True
@@ -181,8 +184,23 @@ class Search:
             return True
         self.failed_in_a_row = 0
         found = curve[max(curve)]
-        log.info("%s: %s", going.name, self._said(found))
+        log.info("%s: %s, in %s", going.name, self._said(found), spoken(going.seconds))
         self._tell(trial, TrialState.COMPLETE, list(found))
+        return True
+
+    def _is_given_up(self, going: Going, curve: Curve) -> bool:
+        step = self.prune and self.prune.gives_up_at(curve, self._other_curves(going.trial.number))
+        if step is None:
+            return False
+        log.info("%s: given up at step %d, %s", going.name, step, self._said(curve[step]))
+        self._tell(going.trial, TrialState.PRUNED)
+        return True
+
+    def _hangs(self, going: Going) -> bool:
+        silent = going.process.silent_for
+        if self.patience is None or silent < self.patience:
+            return False
+        self._failed(going, f"nothing new in its folder for {spoken(silent)}", goes_on=True)
         return True
 
     def _refused(self, going: Going) -> None:
@@ -236,20 +254,22 @@ class Search:
         return curve
 
     def _other_curves(self, number: int) -> list[Curve]:
-        settled = self.study.get_trials(deepcopy=False, states=_SETTLED)
-        return [_curve_of(other) for other in settled if other.number != number]
+        settled = self.study.get_trials(deepcopy=False, states=SETTLED)
+        return [curve_of(other) for other in settled if other.number != number]
 
-    def _sign_of_life(self, trial: optuna.Trial) -> None:
-        if time.monotonic() - self.seen.get(trial.number, -math.inf) > _SIGN_OF_LIFE:
+    def _sign_of_life(self, going: Going, at_once: bool = False) -> None:
+        trial = going.trial
+        if at_once or time.monotonic() - self.seen.get(trial.number, -math.inf) > _SIGN_OF_LIFE:
             self.seen[trial.number] = time.monotonic()
             trial.set_user_attr("seen", time.time())
+            trial.set_user_attr("seconds", going.seconds)
 
     def _tell(self, trial: Trial, state: TrialState, values: list[float] | None = None) -> bool:
         """False where another machine has ended the trial, because it saw no sign of life."""
         try:
             self.study.tell(trial.number, values, state)
         except (ValueError, UpdateFinishedTrialError):  # Optuna's for a trial that is not going on
-            log.warning(_TAKEN, self._run_of(trial))
+            log.warning(_TAKEN, run_of(self.study, trial))
             return False
         return True
 
@@ -257,7 +277,7 @@ class Search:
         """Trials whose sweep is gone have failed; their runs go on."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.number not in self.seen and self._is_dead(trial):
-                log.info("%s was cut off", self._run_of(trial))
+                log.info("%s was cut off", run_of(self.study, trial))
                 self._again(trial)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
@@ -275,8 +295,8 @@ class Search:
         """
         if self._tell(trial, TrialState.FAIL):
             told = trial.user_attrs
-            kept = {name: told[name] for name in ("overrides", "curve") if name in told}
-            user_attrs = {"run": self._run_of(trial), "resume": resume, **kept}
+            kept = {name: told[name] for name in ("overrides", "curve", "seconds") if name in told}
+            user_attrs = {"run": run_of(self.study, trial), "resume": resume, **kept}
             self.study.enqueue_trial(trial.params, user_attrs=user_attrs)
 
     def _stop(self) -> None:
@@ -287,22 +307,6 @@ class Search:
             going.process.wait()
             self._again(going.trial)
         self.going.clear()
-
-    def tried(self) -> list[Tried]:
-        """All runs of the study so far, in order; of one that was cut off, what became of it."""
-        found: dict[str, Tried] = {}
-        for trial in self.study.get_trials(deepcopy=False):
-            name = self._run_of(trial)
-            values = trial.values if trial.state is TrialState.COMPLETE else (None, None)
-            setting = shlex.join(trial.user_attrs.get("overrides", []))
-            step = max(_curve_of(trial), default=0)
-            found[name] = Tried(name, setting, _STATES[trial.state], step, *values)
-        return list(found.values())
-
-
-def _curve_of(trial: FrozenTrial) -> Curve:
-    return {int(step): Objectives(*found) for step, *found in trial.user_attrs.get("curve", [])}
-
 
 def _is_alive(pid: int) -> bool:
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ class Process:
     def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str]):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._began = time.time()
         with (folder / LOG).open("ab") as log:
             self._began_at = log.tell()  # behind what earlier starts of the run printed
             self._guard = subprocess.Popen(
@@ -49,6 +51,17 @@ class Process:
     def exit_code(self) -> int | None:
         """None while it is going on; 128 + the signal's number where one ended it."""
         return self._guard.poll()
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.time() - self._began
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since it last wrote something into its folder."""
+        there = (self.folder / name for name in (LOG, "metrics.csv", "checkpoints", "ledger"))
+        return time.time() - max(self._began, *(path.stat().st_mtime for path in there if path.exists()))
 
     def let_go(self) -> None:
         """Tell the whole group to end."""

@@ -24,6 +24,7 @@ from memtrain.report.curves import read_metrics
 from memtrain.sweep.plan import Plan
 from memtrain.sweep.pruning import MedianRule, Objectives
 from memtrain.sweep.space import Parameter, merged
+from memtrain.sweep.standing import spoken, tried
 from memtrain.sweep.study import Search
 from memtrain.sweep.trial import Process, environment_of
 from tests.cli.test_main import fails, small
@@ -32,7 +33,7 @@ REPO = Path(__file__).resolve().parents[2]
 # A training program that takes no time: the copy rate falls with the threshold, the loss rises. It keeps its step,
 # as a checkpoint, goes on from there with resume=, and writes down every step that it makes.
 QUICK = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 said = dict(part.split("=", 1) for part in sys.argv[1:])
 folder = pathlib.Path(said["runs_dir"].strip("'")) / said["name"].strip("'") / said["run_id"]
 (folder / "config.yaml").touch()
@@ -44,6 +45,13 @@ if "resume" in said:
         print("error: it is damaged")
         sys.exit(2)
     begun = int(checkpoint.read_text()) if checkpoint.exists() else 0
+def told(number, frame):
+    with open(folder / "signals", "a") as file:
+        file.write(f"{number} ")
+    time.sleep(float(said.get("stubborn", 0)))
+    sys.exit(143)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, told)
 x = float(said["x"])
 worse = 1 if said.get("bad") else 0
 rows = metrics.read_text().splitlines()[1 : begun + 1] if begun else []
@@ -53,18 +61,18 @@ for step in range(begun + 1, 4):
     checkpoint.write_text(str(step))
     with open(folder / "steps", "a") as file:
         file.write(str(step))
-    time.sleep(float(said.get("pause", 0)))
+    time.sleep(100 if "hang" in said and "resume" not in said else float(said.get("pause", 0)))
 sys.exit(int(said.get("code", 0)))
 """
 
 
-def search(tmp_path, *overrides: str, prune=None, space=None, seed=0, storage=None) -> Search:
+def search(tmp_path, *overrides: str, prune=None, space=None, seed=0, storage=None, patience=None) -> Search:
     tmp_path.mkdir(exist_ok=True)
     if not (tmp_path / "quick.py").exists():
         (tmp_path / "quick.py").write_text(QUICK)
     space = space or [Parameter("x", "x", low=0.0, high=1.0)]
     plan = Plan("s", tmp_path / "runs", list(overrides), space, "copy_rate/canary", "heldout_loss", 2, seed, 0.02)
-    return Search(plan, storage, [sys.executable, str(tmp_path / "quick.py")], prune)
+    return Search(plan, storage, [sys.executable, str(tmp_path / "quick.py")], prune, patience)
 
 
 def states(one: Search) -> list[str]:
@@ -89,7 +97,7 @@ def test_a_search_counts_what_earlier_starts_finished(tmp_path):
 def cut_off(tmp_path) -> Path:
     """A sweep that is gone, with its trial, when that has made its first step. The trial's folder."""
     one = search(tmp_path)
-    one.command.append("pause=100")
+    one.command.append("hang=1")
     process = one._start(dict(os.environ)).process
     made = process.folder / "steps"
     while not made.exists() or made.read_text() != "1":
@@ -103,16 +111,16 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_in_its_folder(tmp_pa
     cut = search(tmp_path)
     cut._take_back_the_dead()
     assert states(cut) == ["FAIL", "WAITING"]
-    assert [(one.name, one.state) for one in cut.tried()] == [("trial_000", "cut off")]
+    assert [(one.name, one.state) for one in tried(cut.study)] == [("trial_000", "waiting")]
     cut.run(2, workers=1)
     assert states(cut) == ["FAIL", "COMPLETE", "COMPLETE"]
     assert (folder / "steps").read_text() == "123"
     first, again, _ = cut.study.get_trials()
     assert first.params == again.params and [step for step, *_ in again.user_attrs["curve"]] == [1, 2, 3]
-    assert [(one.name, one.state, one.step) for one in cut.tried()] == [(f"trial_00{n}", "finished", 3) for n in range(2)]
+    assert [(one.name, one.state, one.step) for one in tried(cut.study)] == [(f"trial_00{n}", "finished", 3) for n in range(2)]
     whole = search(tmp_path / "whole")  # what is tried is what an undisturbed sweep tries
     whole.run(2, workers=1)
-    assert [one.setting for one in whole.tried()] == [one.setting for one in cut.tried()]
+    assert [one.setting for one in tried(whole.study)] == [one.setting for one in tried(cut.study)]
 
 
 def test_where_the_checkpoint_is_damaged_or_absent_a_run_begins_anew_in_its_folder(tmp_path):
@@ -126,7 +134,7 @@ def test_where_the_checkpoint_is_damaged_or_absent_a_run_begins_anew_in_its_fold
         again = search(tmp_path / absent)
         again.run(1, workers=1)
         assert (folder / "steps").read_text() == "1123"
-        assert [(one.name, one.state) for one in again.tried()] == [("trial_000", "finished")]
+        assert [(one.name, one.state) for one in tried(again.study)] == [("trial_000", "finished")]
 
 
 def test_what_is_refused_when_it_goes_on_is_not_lost(tmp_path):
@@ -153,6 +161,90 @@ def test_a_trial_that_somebody_else_told_to_end_goes_on(tmp_path):
     os.kill(int(child), signal.SIGTERM)
     one.run(1, workers=1)
     assert states(one) == ["FAIL", "COMPLETE"] and sorted((going.process.folder / "steps").read_text()) == list("123")
+
+
+def test_a_trial_that_hangs_is_ended_and_goes_on(tmp_path):
+    one = search(tmp_path, "hang=1", patience=1.0)
+    one.run(1, workers=1)
+    assert states(one) == ["FAIL", "COMPLETE"] and (tmp_path / "runs/s/trial_000/steps").read_text() == "123"
+
+
+# A sweep as `memtrain sweep` runs it, with the trainer above: a folder, then overrides.
+SWEEP = """
+import sys
+from pathlib import Path
+from memtrain.cli.sweep import stopped_by_signals
+from memtrain.training.stops import EXIT_CODES
+from tests.cli.test_sweep import search
+one = search(Path(sys.argv[1]), *sys.argv[2:])
+with stopped_by_signals(one, EXIT_CODES) as received:
+    one.run(2, workers=1)
+sys.exit(EXIT_CODES[received[0]] if received else 0)
+"""
+
+
+def swept(folder: Path, *overrides: str) -> tuple[subprocess.Popen, Path]:
+    """A sweep whose first trial has made its first step, and that trial's folder."""
+    start = [sys.executable, "-c", SWEEP, str(folder), *overrides]
+    sweep = subprocess.Popen(start, env=os.environ | {"PYTHONPATH": str(REPO)})
+    run = folder / "runs" / "s" / "trial_000"
+    while not (run / "steps").exists():
+        assert sweep.poll() is None
+        time.sleep(0.02)
+    return sweep, run
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_stops_a_sweep_and_a_scheduler_may_send_it_to_every_process(tmp_path, number, code):
+    """Then a trial gets it once, not a second time from the sweep: it would end at once, without a checkpoint."""
+    sweep, run = swept(tmp_path, "hang=1")
+    (guard,) = children(sweep.pid)
+    everyone = [sweep.pid, guard, *children(guard)] if number == signal.SIGUSR1 else [sweep.pid]
+    for process in everyone:
+        os.kill(process, number)
+    assert sweep.wait(timeout=30) == code
+    assert (run / "signals").read_text().split() == [str(int(signal.SIGTERM if everyone == [sweep.pid] else number))]
+    again = search(tmp_path, "hang=1", patience=2.0)
+    assert states(again) == ["FAIL", "WAITING"]
+    again.run(1, workers=1)
+    assert (run / "steps").read_text() == "123" and states(again) == ["FAIL", "COMPLETE"]
+
+
+def test_a_second_signal_ends_a_sweep_at_once_and_its_trial_is_taken_back(tmp_path):
+    sweep, run = swept(tmp_path, "hang=1", "stubborn=3")
+    sweep.send_signal(signal.SIGINT)
+    while not (run / "signals").exists():
+        time.sleep(0.02)
+    began = time.monotonic()
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(timeout=30) == 130 and time.monotonic() - began < 2
+    again = search(tmp_path, "hang=1", "stubborn=3")
+    assert states(again) == ["RUNNING"]
+    again.run(1, workers=1)
+    assert states(again) == ["FAIL", "COMPLETE"] and (run / "steps").read_text() == "123"
+
+
+def test_it_says_how_far_it_is(tmp_path, caplog):
+    caplog.set_level("INFO", logger="memtrain.sweep")
+    one = search(tmp_path)
+    one.run(2, workers=1)
+    one.run(1, workers=1)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == f"{tmp_path}/runs/s: 0 of 2 trials done. What a trial prints is in its trial.log"
+    best, other = sorted(tried(one.study), key=lambda run: run.quality)
+    assert re.fullmatch(r"trial_000: copy_rate/canary 0\.\d{3}, heldout_loss 0\.\d{4}, in \d s", said[2])
+    assert re.match(r"1 of 2 trials done, about \d s left; best so far trial_000: x=", said[3])
+    assert said[6] == f"2 of 2 trials done; best so far {best.name}: {best.setting}"
+    assert said[7].startswith(f"{tmp_path}/runs/s: 2 of 1 trials done; best so far {best.name}")
+
+
+@pytest.mark.parametrize(("seconds", "says"), [(4, "4 s"), (240, "4 min"), (9000, "2.5 h")])
+def test_times_as_they_are_spoken(seconds, says):
+    assert spoken(seconds) == says
 
 
 def test_two_trials_never_write_one_folder_at_once(tmp_path):
@@ -225,7 +317,7 @@ def test_what_is_worse_in_both_is_given_up_and_its_process_is_gone(tmp_path):
     began = time.monotonic()
     worse.run(3, workers=1)
     assert states(worse) == ["COMPLETE", "COMPLETE", "PRUNED"] and time.monotonic() - began < 20
-    assert worse.tried()[2].state == "given up" and worse.tried()[2].memorization is None
+    assert tried(worse.study)[2].state == "given up" and tried(worse.study)[2].memorization is None
 
 
 def test_the_rule_of_giving_up():
