@@ -42,6 +42,7 @@ class Sweep:
     runs_dir: str = MISSING
     trials: int = MISSING
     workers: int = MISSING
+    patience: float | None = MISSING
     storage: str | None = MISSING
     overrides: list[str] = MISSING
     study: Any = MISSING

@@ -7,15 +7,20 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from memtrain.sweep.study import Search
 
 log = logging.getLogger(__name__)
 
 # Keys of the sweep's own; whatever else is said is for every trial.
-_OWN = r"(\+|~)?(study|hydra)(/|\.|=|@)|(name|runs_dir|trials|workers|storage)="
+_OWN = r"(\+|~)?(study|hydra)(/|\.|=|@)|(name|runs_dir|trials|workers|patience|storage)="
 _REPORTED = 20  # runs that the study's report compares; more make a page that nobody reads
 
 
@@ -32,22 +37,21 @@ def _quoted(text: str) -> str:
 
 
 def sweep(cfg: DictConfig) -> None:
-    try:
-        import optuna  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError("memtrain sweep needs Optuna; pip install 'memtrain[sweep]'") from error
     from rich.console import Console
 
     from memtrain.report import pareto
+    from memtrain.sweep.plan import Plan
     from memtrain.sweep.pruning import MedianRule
     from memtrain.sweep.space import Parameter, merged
-    from memtrain.sweep.study import Plan, Search
+    from memtrain.sweep.standing import tried
+    from memtrain.sweep.study import Search
+    from memtrain.training.stops import EXIT_CODES
 
     for key in ("trials", "workers"):
         if cfg[key] < 1:
             raise ValueError(f"{key} must be >= 1, got {cfg[key]}")
-    if not 0 <= cfg.study.loss_tolerance:
-        raise ValueError(f"study.loss_tolerance must be >= 0, got {cfg.study.loss_tolerance:g}")
+    if cfg.patience is not None and not cfg.patience > 0:
+        raise ValueError(f"patience must be > 0 minutes, or null, got {cfg.patience:g}")
     raw = OmegaConf.to_container(cfg, resolve=False)  # ${…} in an override is for the trial to resolve
     plan = Plan(
         name=cfg.name,
@@ -58,47 +62,51 @@ def sweep(cfg: DictConfig) -> None:
         quality=cfg.study.quality,
         startup_trials=cfg.study.startup_trials,
         seed=cfg.study.seed,
+        tolerance=cfg.study.loss_tolerance,
     )
     prune = None if cfg.study.prune is None else MedianRule(**cfg.study.prune)
-    search = Search(plan, cfg.storage, [sys.executable, "-m", "memtrain.cli.main", "train"], prune)
-    stopped = False
-    try:
-        with _terminated_like_interrupted():
-            search.run(cfg.trials, cfg.workers)
-    except KeyboardInterrupt:
-        stopped = True
-    tried, tolerance = search.tried(), cfg.study.loss_tolerance
-    Console().print(pareto.table(tried, tolerance))
-    print(pareto.why(tried, tolerance))
-    if pareto.finished(tried):
-        _write(plan, tried, tolerance)
-    if stopped:
+    patience = None if cfg.patience is None else 60 * cfg.patience
+    search = Search(plan, cfg.storage, [sys.executable, "-m", "memtrain.cli.main", "train"], prune, patience)
+    with stopped_by_signals(search, EXIT_CODES) as received:
+        search.run(cfg.trials, cfg.workers)
+    runs = tried(search.study)
+    Console().print(pareto.table(runs, plan.tolerance))
+    print(pareto.why(runs, plan.tolerance))
+    if pareto.finished(runs):
+        _write(plan, runs)
+    if received:
         log.warning("stopped; the same command goes on")
-        sys.exit(130)
+        sys.exit(EXIT_CODES[received[0]])
 
 
 @contextmanager
-def _terminated_like_interrupted():
-    """A scheduler's SIGTERM ends the sweep as a person's Ctrl-C does: trials are ended, their settings kept."""
+def stopped_by_signals(search: Search, exit_codes: Mapping[int, int]) -> Iterator[list[int]]:
+    """One of `exit_codes` stops the search, a second one ends it at once. What was received."""
+    received: list[int] = []
 
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
+    def stop(number, frame):
+        received.append(number)
+        if len(received) > 1:  # trials end without us, and are taken back by the same command
+            sys.exit(exit_codes[number])
+        search.stopped = True
+        log.warning("stopping; trials that are going on write a checkpoint. Again to leave at once")
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, stop) for number in exit_codes}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _write(plan, tried, tolerance: float) -> None:
+def _write(plan, tried) -> None:
     """`pareto.png`, `trials.csv` and `report.html` in the study's folder."""
     from memtrain.report import pareto
     from memtrain.report.page import write_report
     from memtrain.sweep.space import merged
 
-    folder, chosen = plan.folder, pareto.choose(tried, tolerance)
-    print(f"{'run':10}memtrain train {shlex.join(merged(plan.overrides, chosen.setting.split()))}")
+    folder, tolerance, chosen = plan.folder, plan.tolerance, pareto.choose(tried, plan.tolerance)
+    print(f"{'run':10}memtrain train {shlex.join(merged(plan.overrides, shlex.split(chosen.setting)))}")
     pareto.write_csv(folder / "trials.csv", tried, tolerance)
     print(f"{'trials':10}{folder / 'trials.csv'}")
     pareto.draw_pareto(folder / "pareto.png", tried, tolerance, _axis(plan.memorization), _axis(plan.quality))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ class Tried:
     """A trial. Less is better of both figures; they are None where it was not finished."""
 
     name: str
-    setting: str  # its overrides
-    state: str  # finished, given up, failed, going on
+    setting: str  # its overrides, as a shell takes them
+    state: str  # finished, given up, failed, waiting, going on
     step: int  # of its newest figures
     memorization: float | None
     quality: float | None
@@ -157,7 +158,7 @@ def draw_pareto(path: Path, tried: Sequence[Tried], tolerance: float, memorizati
     axis.set_xlabel(_text(quality))
     axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     left = len(tried) - len(done)
-    title = f"{len(done)} trials finished" + (f", {left} given up, failed or going on" if left else "")
+    title = f"{len(done)} trials finished" + (f", {left} given up, failed, waiting or going on" if left else "")
     axis.set_title(title, loc="left", fontsize=10)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -167,7 +168,7 @@ def draw_pareto(path: Path, tried: Sequence[Tried], tolerance: float, memorizati
 
 def _short(setting: str) -> str:
     """A setting without the groups of its keys."""
-    parts = (part.partition("=") for part in setting.split())
+    parts = (part.partition("=") for part in shlex.split(setting))
     return _text("\n".join(f"{key.rpartition('.')[2]} {value}" for key, _, value in parts))
 
 

@@ -9,84 +9,57 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from memtrain.report.pareto import Tried
+from memtrain.sweep.plan import Plan, open_study
 from memtrain.sweep.pruning import Curve, MedianRule, Objectives
-from memtrain.sweep.space import Parameter, check_space, key_of, merged, suggest
+from memtrain.sweep.space import merged, suggest
+from memtrain.sweep.standing import SETTLED, curve_of, number_of_run, run_of, spoken, standing
 from memtrain.sweep.trial import Process, cores, devices, environment_of, read_curve
 
 log = logging.getLogger(__name__)
+Trial = optuna.Trial | FrozenTrial
 
 _LOOK = 0.5  # s between two looks at the trials that are going on
 _SIGN_OF_LIFE = 30.0  # s between two signs of life in the storage
 _GONE = 300.0  # s without one, after which a trial of another machine is taken for dead
 _MAX_FAILED = 3  # trials in a row
 _REFUSED = 2  # exit code of `memtrain train` for what the user can mend
-_TAKEN = "%s: another sweep saw no sign of life of it, and tries its settings again"
-_SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
-_STATES = {
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "given up",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "going on",
-    TrialState.WAITING: "waiting",
-}
+_STOPPED = (75, 130, 143)  # its exit codes where somebody told it to end: it wrote a checkpoint
+_TAKEN = "%s: another sweep saw no sign of life of it, and goes on with it"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a study is; it does not change while it is going on.
+class Going:
+    """A trial that is going on.
 
     Args:
-        name: of the study; trials are the runs `<runs_dir>/<name>/trial_000` and so on.
-        overrides: of every trial.
-        space: what differs between trials; a parameter whose key is in `overrides` does not.
-        memorization, quality: columns of metrics.csv, both to be small.
-        startup_trials: drawn at random before what was found guides the search.
-        seed: of the search. What a trial is given depends on it, on its number and on what was found before.
+        resumes: from the last checkpoint in its run's folder.
+        before: seconds that the run took before it was cut off.
     """
 
-    name: str
-    runs_dir: Path
-    overrides: list[str]
-    space: list[Parameter]
-    memorization: str
-    quality: str
-    startup_trials: int
-    seed: int
-
-    def __post_init__(self):
-        check_space(self.space)
-        for override in self.overrides:
-            if key_of(override) in ("run_id", "run_dir", "name", "runs_dir"):
-                raise ValueError(f"{override}: the sweep names its runs itself; name=… runs_dir=… name the study")
+    trial: optuna.Trial
+    process: Process
+    resumes: bool
+    before: float
 
     @property
-    def folder(self) -> Path:
-        return self.runs_dir / self.name
+    def name(self) -> str:
+        return self.process.folder.name
 
     @property
-    def fixed(self) -> dict[str, str]:
-        """key -> value of what every trial is given."""
-        return {key_of(override): override.partition("=")[2] for override in self.overrides}
-
-    def facts(self) -> dict[str, Any]:
-        """What trials need to have in common to be compared."""
-        space = {parameter.name: asdict(parameter) for parameter in self.space if parameter.key not in self.fixed}
-        return {"overrides": self.fixed, "space": space, "objectives": [self.memorization, self.quality]}
+    def seconds(self) -> float:
+        return self.before + self.process.seconds
 
 
 class Search:
@@ -96,107 +69,169 @@ class Search:
         storage: an Optuna URL; None for SQLite in the study's folder.
         command: the training program, to which overrides are appended.
         prune: when a trial is given up; None: never.
+        patience: seconds without anything new in a trial's folder, after which it is ended, and goes on from its
+            checkpoint; None: any time.
 
     Raises:
         ValueError: the storage cannot be used, or holds a study of that name that was made otherwise.
     """
 
-    def __init__(self, plan: Plan, storage: str | None, command: Sequence[str], prune: MedianRule | None):
-        self.plan, self.command, self.prune = plan, list(command), prune
+    def __init__(
+        self,
+        plan: Plan,
+        storage: str | None,
+        command: Sequence[str],
+        prune: MedianRule | None,
+        patience: float | None = None,
+    ):
+        self.plan, self.command, self.prune, self.patience = plan, list(command), prune, patience
         self.host, self.pid = socket.gethostname(), os.getpid()
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        self.study = _open(plan, storage or f"sqlite:///{plan.folder / 'study.db'}")
-        self.going: dict[int, tuple[optuna.Trial, Process]] = {}  # by worker
+        self.study = open_study(plan, storage)
+        self.going: dict[int, Going] = {}  # by worker
         self.seen: dict[int, float] = {}  # number of a trial of ours -> time of its last sign of life
         self.failed_in_a_row = 0
+        self.stopped = False  # set by whoever wants `run` to return
 
     def run(self, trials: int, workers: int) -> None:
         """Until `trials` have finished or were given up, earlier starts and other machines included.
+
+        What goes on when it is stopped is ended, with a checkpoint, and left to be gone on with.
 
         Raises:
             ValueError: the training program refuses its config, or fails again and again.
         """
         gpus = devices()
         looked = -math.inf
+        log.info("%s: %s. What a trial prints is in its trial.log", self.plan.folder, self._standing(trials, workers))
         try:
-            while True:
+            while not self.stopped:
                 if time.monotonic() - looked > _SIGN_OF_LIFE:
                     looked = time.monotonic()
-                    self._take_back_the_dead()
+                    with self.plan.alone():
+                        self._take_back_the_dead()
                 for slot in range(workers):
-                    if slot not in self.going and self._wants_more(trials):
-                        environment = environment_of(slot, workers, cores(), gpus)
-                        self.going[slot] = self._start(environment)
+                    if slot in self.going:
+                        continue
+                    with self.plan.alone():
+                        if self._wants_more(trials):
+                            environment = environment_of(slot, workers, cores(), gpus)
+                            self.going[slot] = self._start(environment)
                 if not self.going:
                     return
                 time.sleep(_LOOK)
-                for slot, (trial, process) in list(self.going.items()):
+                for slot, going in list(self.going.items()):
                     try:
-                        ended = self._attend(trial, process)
+                        ended = self._attend(going)
                     except ValueError:  # it has been told as failed, so it is not to be tried again
                         del self.going[slot]
-                        process.wait()
+                        going.process.wait()
                         raise
                     if ended:
                         del self.going[slot]
-                        process.wait()
+                        going.process.wait()
+                        log.info(self._standing(trials, workers))
         finally:
             self._stop()
 
+    def _standing(self, trials: int, workers: int) -> str:
+        return standing(self.study, trials, workers, self.plan.tolerance)
+
     def _wants_more(self, trials: int) -> bool:
-        counted = (*_SETTLED, TrialState.RUNNING)
+        counted = (*SETTLED, TrialState.RUNNING)
         return len(self.study.get_trials(deepcopy=False, states=counted)) < trials
 
-    def _start(self, environment: dict[str, str]) -> tuple[optuna.Trial, Process]:
+    def _start(self, environment: dict[str, str]) -> Going:
         plan = self.plan
         trial = self.study.ask()
         trial.set_user_attr("owner", [self.host, self.pid])
-        self._sign_of_life(trial)
+        number = number_of_run(self.study, trial)
         # a sampler for each trial: seeded with its number it draws nothing twice, here or on another machine
-        seed = int(np.random.SeedSequence([plan.seed, trial.number]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
         self.study.sampler = TPESampler(n_startup_trials=plan.startup_trials, multivariate=False, seed=seed)
         own = suggest(trial, plan.space, plan.fixed)
-        folder = plan.folder / f"trial_{trial.number:03d}"
+        folder = plan.folder / run_of(self.study, trial)
+        trial.set_user_attr("run", folder.name)
         trial.set_user_attr("overrides", own)
-        log.info("%s: %s", folder.name, " ".join(own))
         names = [f"name={_quoted(plan.name)}", f"run_id={folder.name}", f"runs_dir={_quoted(str(plan.runs_dir))}"]
+        told = trial.user_attrs
+        resumes = told.get("resume", False) and (folder / "config.yaml").exists()
+        if resumes:
+            names.append(f"resume={_quoted(str(folder))}")
+        log.info("%s%s: %s", folder.name, " goes on" if resumes else "", shlex.join(own))
         command = [*self.command, *merged(plan.overrides, own), *names]
-        return trial, Process(command, folder, environment)
+        going = Going(trial, Process(command, folder, environment), resumes, told.get("seconds", 0.0))
+        self._sign_of_life(going)
+        return going
 
-    def _attend(self, trial: optuna.Trial, process: Process) -> bool:
+    def _attend(self, going: Going) -> bool:
         """Look at a trial that is going on. True where it has ended."""
+        trial, process = going.trial, going.process
         code = process.exit_code
         try:
             curve = self._note_curve(trial, process)
-            self._sign_of_life(trial)
+            self._sign_of_life(going, at_once=code is not None)
         except UpdateFinishedTrialError:
-            log.warning(_TAKEN, process.folder.name)
+            log.warning(_TAKEN, going.name)
             return True
         if code is None:
-            step = self.prune and self.prune.gives_up_at(curve, self._other_curves(trial.number))
-            if step is None:
-                return False
-            log.info("%s: given up at step %d, %s", process.folder.name, step, self._said(curve[step]))
-            self._tell(trial.number, TrialState.PRUNED)
-            return True
+            return self._is_given_up(going, curve) or self._hangs(going)
         if code == _REFUSED:
-            self._tell(trial.number, TrialState.FAIL)
-            raise ValueError(f"{process.folder.name}: {process.last_words()}")
+            self._refused(going)
+            return True
         problem = f"exit code {code}: {process.last_words()}" if code else self._missing(curve)
         if problem:
-            self._tell(trial.number, TrialState.FAIL)
-            log.warning("%s: failed, %s", process.folder.name, problem)
-            self.failed_in_a_row += 1
-            if self.failed_in_a_row == _MAX_FAILED:
-                raise ValueError(
-                    f"{_MAX_FAILED} trials in a row failed, the last with {problem}; see {process.folder}"
-                )
+            self._failed(going, problem, goes_on=code in _STOPPED)
             return True
         self.failed_in_a_row = 0
         found = curve[max(curve)]
-        log.info("%s: %s", process.folder.name, self._said(found))
-        self._tell(trial.number, TrialState.COMPLETE, list(found))
+        log.info("%s: %s, in %s", going.name, self._said(found), spoken(going.seconds))
+        self._tell(trial, TrialState.COMPLETE, list(found))
         return True
+
+    def _is_given_up(self, going: Going, curve: Curve) -> bool:
+        step = self.prune and self.prune.gives_up_at(curve, self._other_curves(going.trial.number))
+        if step is None:
+            return False
+        log.info("%s: given up at step %d, %s", going.name, step, self._said(curve[step]))
+        self._tell(going.trial, TrialState.PRUNED)
+        return True
+
+    def _hangs(self, going: Going) -> bool:
+        silent = going.process.silent_for
+        if self.patience is None or silent < self.patience:
+            return False
+        self._failed(going, f"nothing new in its folder for {spoken(silent)}", goes_on=True)
+        return True
+
+    def _refused(self, going: Going) -> None:
+        """What was trained before is not lost: the run begins anew in its folder, or goes on when the user has mended it.
+
+        Raises:
+            ValueError: it began anew, or for the first time, so the checkpoint is not what is wrong.
+        """
+        said = going.process.last_words()
+        if going.resumes:
+            log.warning("%s cannot go on, so it begins anew: %s", going.name, said)
+            self._again(going.trial, resume=False)
+            return
+        if "resume" in going.trial.user_attrs:
+            self._again(going.trial)
+        else:
+            self._tell(going.trial, TrialState.FAIL)
+        raise ValueError(f"{going.name}: {said}")
+
+    def _failed(self, going: Going, problem: str, goes_on: bool) -> None:
+        """Raises ValueError where it is not the first in a row."""
+        log.warning("%s: failed, %s", going.name, problem)
+        if goes_on:
+            self._again(going.trial)
+        else:
+            self._tell(going.trial, TrialState.FAIL)
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row == _MAX_FAILED:
+            raise ValueError(
+                f"{_MAX_FAILED} trials in a row failed, the last with {problem}; see {going.process.folder}"
+            )
 
     def _said(self, found: Objectives) -> str:
         return f"{self.plan.memorization} {found.memorization:.3f}, {self.plan.quality} {found.quality:.4f}"
@@ -219,29 +254,31 @@ class Search:
         return curve
 
     def _other_curves(self, number: int) -> list[Curve]:
-        settled = self.study.get_trials(deepcopy=False, states=_SETTLED)
-        return [_curve_of(other) for other in settled if other.number != number]
+        settled = self.study.get_trials(deepcopy=False, states=SETTLED)
+        return [curve_of(other) for other in settled if other.number != number]
 
-    def _sign_of_life(self, trial: optuna.Trial) -> None:
-        if time.monotonic() - self.seen.get(trial.number, -math.inf) > _SIGN_OF_LIFE:
+    def _sign_of_life(self, going: Going, at_once: bool = False) -> None:
+        trial = going.trial
+        if at_once or time.monotonic() - self.seen.get(trial.number, -math.inf) > _SIGN_OF_LIFE:
             self.seen[trial.number] = time.monotonic()
             trial.set_user_attr("seen", time.time())
+            trial.set_user_attr("seconds", going.seconds)
 
-    def _tell(self, number: int, state: TrialState, values: list[float] | None = None) -> bool:
+    def _tell(self, trial: Trial, state: TrialState, values: list[float] | None = None) -> bool:
         """False where another machine has ended the trial, because it saw no sign of life."""
         try:
-            self.study.tell(number, values, state)
+            self.study.tell(trial.number, values, state)
         except (ValueError, UpdateFinishedTrialError):  # Optuna's for a trial that is not going on
-            log.warning(_TAKEN, f"trial_{number:03d}")
+            log.warning(_TAKEN, run_of(self.study, trial))
             return False
         return True
 
     def _take_back_the_dead(self) -> None:
-        """Trials whose sweep is gone have failed; their settings are tried again."""
+        """Trials whose sweep is gone have failed; their runs go on."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.number not in self.seen and self._is_dead(trial):
-                log.info("trial_%03d was cut off; its settings are tried again", trial.number)
-                self._again(trial.number, trial.params)
+                log.info("%s was cut off", run_of(self.study, trial))
+                self._again(trial)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         host, pid = trial.user_attrs.get("owner", [None, 0])
@@ -250,80 +287,26 @@ class Search:
         began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
         return time.time() - trial.user_attrs.get("seen", began) > _GONE
 
-    def _again(self, number: int, params: dict[str, Any]) -> None:
-        if self._tell(number, TrialState.FAIL) and params:
-            self.study.enqueue_trial(params)
+    def _again(self, trial: Trial, resume: bool = True) -> None:
+        """Leave the trial's run to be started again, with its settings and in its folder, before any new one.
+
+        Args:
+            resume: from its last checkpoint; else anew.
+        """
+        if self._tell(trial, TrialState.FAIL):
+            told = trial.user_attrs
+            kept = {name: told[name] for name in ("overrides", "curve", "seconds") if name in told}
+            user_attrs = {"run": run_of(self.study, trial), "resume": resume, **kept}
+            self.study.enqueue_trial(trial.params, user_attrs=user_attrs)
 
     def _stop(self) -> None:
-        """End what is going on, all of it at once; its settings are tried again by whoever goes on."""
-        for _, process in self.going.values():
-            process.let_go()
-        for trial, process in self.going.values():
-            process.wait()
-            self._again(trial.number, trial.params)
+        """End what is going on, all of it at once; whoever goes on with the study goes on with it."""
+        for going in self.going.values():
+            going.process.let_go()
+        for going in self.going.values():
+            going.process.wait()
+            self._again(going.trial)
         self.going.clear()
-
-    def tried(self) -> list[Tried]:
-        """All trials of the study so far, in order."""
-        found = []
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.state is TrialState.WAITING:
-                continue
-            values = trial.values if trial.state is TrialState.COMPLETE else (None, None)
-            setting = " ".join(trial.user_attrs.get("overrides", []))
-            steps = _curve_of(trial)
-            found.append(
-                Tried(f"trial_{trial.number:03d}", setting, _STATES[trial.state], max(steps, default=0), *values)
-            )
-        return found
-
-
-def _open(plan: Plan, storage: str) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(
-            storage=storage,
-            study_name=plan.name,
-            directions=["minimize", "minimize"],
-            sampler=TPESampler(multivariate=False),
-            load_if_exists=True,
-        )
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        raise ValueError(f"storage cannot be used: {str(error).splitlines()[0]}") from error
-    facts, before = plan.facts(), study.user_attrs.get("plan")
-    if before is None:
-        study.set_user_attr("plan", facts)
-    elif before != facts:
-        changed = _differences(before, facts)
-        raise ValueError(
-            f"the study {plan.name} was made otherwise: {'; '.join(changed)}; name=… begins a new one"
-        )
-    return study
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    lines = []
-    for kind in ("overrides", "space"):
-        for key in {**before[kind], **now[kind]}:
-            old, new = before[kind].get(key), now[kind].get(key)
-            if old != new:
-                lines.append(f"{key} was {_told(old)}, is {_told(new)}")
-    if before["objectives"] != now["objectives"]:
-        lines.append(f"objectives were {before['objectives']}, are {now['objectives']}")
-    return lines
-
-
-def _told(fact: Any) -> str:
-    if fact is None:
-        return "not there"
-    if isinstance(fact, dict):
-        return " ".join(f"{key}={value}" for key, value in fact.items() if value is not None and key != "name")
-    return str(fact)
-
-
-def _curve_of(trial: FrozenTrial) -> Curve:
-    return {int(step): Objectives(*found) for step, *found in trial.user_attrs.get("curve", [])}
-
 
 def _is_alive(pid: int) -> bool:
     try:

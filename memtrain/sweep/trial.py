@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from memtrain.report.curves import read_metrics
@@ -33,9 +35,11 @@ class Process:
     def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str]):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._began = time.time()
         with (folder / LOG).open("ab") as log:
+            self._began_at = log.tell()  # behind what earlier starts of the run printed
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, *command],
+                [sys.executable, "-I", guard.__file__, log.name, *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -48,19 +52,31 @@ class Process:
         """None while it is going on; 128 + the signal's number where one ended it."""
         return self._guard.poll()
 
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.time() - self._began
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since it last wrote something into its folder."""
+        there = (self.folder / name for name in (LOG, "metrics.csv", "checkpoints", "ledger"))
+        return time.time() - max(self._began, *(path.stat().st_mtime for path in there if path.exists()))
+
     def let_go(self) -> None:
         """Tell the whole group to end."""
         self._guard.stdin.close()
 
-    def wait(self) -> int:
+    def wait(self) -> None:
         """Until the whole group has ended, or its time to do so is up."""
         self._guard.stdin.close()
-        return self._guard.wait(timeout=guard.GRACE + 10)
+        with suppress(subprocess.TimeoutExpired):  # not even SIGKILL ends what waits for a disk that is gone
+            self._guard.wait(timeout=guard.GRACE + 10)
 
     def last_words(self) -> str:
         """The last line that it printed, its error if it ended with one."""
-        lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line.strip() for line in lines if line.strip()]
+        printed = (self.folder / LOG).read_bytes()[self._began_at :].decode(errors="replace")
+        said = [line.strip() for line in printed.splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("error: ")]
         return (errors or said or ["it printed nothing"])[-1].removeprefix("error: ")
 

@@ -19,36 +19,60 @@ from optuna.trial import TrialState
 from memtrain.callbacks.logging import dashboard_name
 from memtrain.cli.main import config_folder, main
 from memtrain.cli.sweep import spelled
+from memtrain.data.ledger import read_ledger
+from memtrain.report.curves import read_metrics
+from memtrain.sweep.plan import Plan
 from memtrain.sweep.pruning import MedianRule, Objectives
 from memtrain.sweep.space import Parameter, merged
-from memtrain.sweep.study import Plan, Search
+from memtrain.sweep.standing import spoken, tried
+from memtrain.sweep.study import Search
 from memtrain.sweep.trial import Process, environment_of
 from tests.cli.test_main import fails, small
 
 REPO = Path(__file__).resolve().parents[2]
-# A training program that takes no time: the copy rate falls with the threshold, the loss rises.
+# A training program that takes no time: the copy rate falls with the threshold, the loss rises. It keeps its step,
+# as a checkpoint, goes on from there with resume=, and writes down every step that it makes.
 QUICK = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 said = dict(part.split("=", 1) for part in sys.argv[1:])
 folder = pathlib.Path(said["runs_dir"].strip("'")) / said["name"].strip("'") / said["run_id"]
+(folder / "config.yaml").touch()
+checkpoint, metrics = folder / "checkpoint", folder / "metrics.csv"
+begun = 0
+if "resume" in said:
+    assert pathlib.Path(said["resume"].strip("'")) == folder
+    if checkpoint.exists() and checkpoint.read_text() == "damaged":
+        print("error: it is damaged")
+        sys.exit(2)
+    begun = int(checkpoint.read_text()) if checkpoint.exists() else 0
+def told(number, frame):
+    with open(folder / "signals", "a") as file:
+        file.write(f"{number} ")
+    time.sleep(float(said.get("stubborn", 0)))
+    sys.exit(143)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, told)
 x = float(said["x"])
-with open(folder / "metrics.csv", "w") as file:
-    file.write("step,copy_rate/canary,heldout_loss\\n")
-    for step in range(1, 4):
-        worse = 1 if said.get("bad") else 0
-        file.write(f"{step},{1 - x + worse},{x + worse}\\n")
-        file.flush()
-        time.sleep(float(said.get("pause", 0)))
+worse = 1 if said.get("bad") else 0
+rows = metrics.read_text().splitlines()[1 : begun + 1] if begun else []
+for step in range(begun + 1, 4):
+    rows.append(f"{step},{1 - x + worse},{x + worse}")
+    metrics.write_text("\\n".join(["step,copy_rate/canary,heldout_loss", *rows, ""]))
+    checkpoint.write_text(str(step))
+    with open(folder / "steps", "a") as file:
+        file.write(str(step))
+    time.sleep(100 if "hang" in said and "resume" not in said else float(said.get("pause", 0)))
 sys.exit(int(said.get("code", 0)))
 """
 
 
-def search(tmp_path, *overrides: str, prune=None, space=None, seed=0) -> Search:
+def search(tmp_path, *overrides: str, prune=None, space=None, seed=0, storage=None, patience=None) -> Search:
     tmp_path.mkdir(exist_ok=True)
-    (tmp_path / "quick.py").write_text(QUICK)
+    if not (tmp_path / "quick.py").exists():
+        (tmp_path / "quick.py").write_text(QUICK)
     space = space or [Parameter("x", "x", low=0.0, high=1.0)]
-    plan = Plan("s", tmp_path / "runs", list(overrides), space, "copy_rate/canary", "heldout_loss", 2, seed)
-    return Search(plan, None, [sys.executable, str(tmp_path / "quick.py")], prune)
+    plan = Plan("s", tmp_path / "runs", list(overrides), space, "copy_rate/canary", "heldout_loss", 2, seed, 0.02)
+    return Search(plan, storage, [sys.executable, str(tmp_path / "quick.py")], prune, patience)
 
 
 def states(one: Search) -> list[str]:
@@ -68,6 +92,205 @@ def test_a_search_counts_what_earlier_starts_finished(tmp_path):
     other.run(3, workers=1)  # what is tried depends on the seed and the trial's number alone while it is at random
     ours, theirs = ([trial.params for trial in one.study.get_trials()][:2] for one in (again, other))
     assert ours == theirs
+
+
+def cut_off(tmp_path) -> Path:
+    """A sweep that is gone, with its trial, when that has made its first step. The trial's folder."""
+    one = search(tmp_path)
+    one.command.append("hang=1")
+    process = one._start(dict(os.environ)).process
+    made = process.folder / "steps"
+    while not made.exists() or made.read_text() != "1":
+        time.sleep(0.02)
+    process.wait()
+    return process.folder
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_in_its_folder(tmp_path):
+    folder = cut_off(tmp_path)
+    cut = search(tmp_path)
+    cut._take_back_the_dead()
+    assert states(cut) == ["FAIL", "WAITING"]
+    assert [(one.name, one.state) for one in tried(cut.study)] == [("trial_000", "waiting")]
+    cut.run(2, workers=1)
+    assert states(cut) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert (folder / "steps").read_text() == "123"
+    first, again, _ = cut.study.get_trials()
+    assert first.params == again.params and [step for step, *_ in again.user_attrs["curve"]] == [1, 2, 3]
+    assert [(one.name, one.state, one.step) for one in tried(cut.study)] == [(f"trial_00{n}", "finished", 3) for n in range(2)]
+    whole = search(tmp_path / "whole")  # what is tried is what an undisturbed sweep tries
+    whole.run(2, workers=1)
+    assert [one.setting for one in tried(whole.study)] == [one.setting for one in tried(cut.study)]
+
+
+def test_where_the_checkpoint_is_damaged_or_absent_a_run_begins_anew_in_its_folder(tmp_path):
+    folder = cut_off(tmp_path)
+    (folder / "checkpoint").write_text("damaged")
+    search(tmp_path).run(1, workers=1)
+    assert (folder / "steps").read_text() == "1123"
+    for absent in ("checkpoint", "config.yaml"):
+        folder = cut_off(tmp_path / absent)
+        (folder / absent).unlink()
+        again = search(tmp_path / absent)
+        again.run(1, workers=1)
+        assert (folder / "steps").read_text() == "1123"
+        assert [(one.name, one.state) for one in tried(again.study)] == [("trial_000", "finished")]
+
+
+def test_what_is_refused_when_it_goes_on_is_not_lost(tmp_path):
+    """The data are not mounted yet, say: it goes on when the user has mended that."""
+    folder = cut_off(tmp_path)
+    refused = search(tmp_path)
+    mended = list(refused.command)
+    refused.command[1:] = ["-c", "import sys; print('error: no such shard'); sys.exit(2)"]
+    with pytest.raises(ValueError, match="trial_000: no such shard"):
+        refused.run(1, workers=1)
+    again = search(tmp_path)
+    again.command[:] = mended
+    again.run(1, workers=1)
+    assert (folder / "steps").read_text() == "123" and states(again)[-1] == "COMPLETE"
+
+
+def test_a_trial_that_somebody_else_told_to_end_goes_on(tmp_path):
+    one = search(tmp_path, "pause=0.5")
+    going = one._start(dict(os.environ))
+    one.going[0] = going
+    while not (going.process.folder / "steps").exists():
+        time.sleep(0.02)
+    (child,) = Path(f"/proc/{going.process._guard.pid}/task/{going.process._guard.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    one.run(1, workers=1)
+    assert states(one) == ["FAIL", "COMPLETE"] and sorted((going.process.folder / "steps").read_text()) == list("123")
+
+
+def test_a_trial_that_hangs_is_ended_and_goes_on(tmp_path):
+    one = search(tmp_path, "hang=1", patience=1.0)
+    one.run(1, workers=1)
+    assert states(one) == ["FAIL", "COMPLETE"] and (tmp_path / "runs/s/trial_000/steps").read_text() == "123"
+
+
+# A sweep as `memtrain sweep` runs it, with the trainer above: a folder, then overrides.
+SWEEP = """
+import sys
+from pathlib import Path
+from memtrain.cli.sweep import stopped_by_signals
+from memtrain.training.stops import EXIT_CODES
+from tests.cli.test_sweep import search
+one = search(Path(sys.argv[1]), *sys.argv[2:])
+with stopped_by_signals(one, EXIT_CODES) as received:
+    one.run(2, workers=1)
+sys.exit(EXIT_CODES[received[0]] if received else 0)
+"""
+
+
+def swept(folder: Path, *overrides: str) -> tuple[subprocess.Popen, Path]:
+    """A sweep whose first trial has made its first step, and that trial's folder."""
+    start = [sys.executable, "-c", SWEEP, str(folder), *overrides]
+    sweep = subprocess.Popen(start, env=os.environ | {"PYTHONPATH": str(REPO)})
+    run = folder / "runs" / "s" / "trial_000"
+    while not (run / "steps").exists():
+        assert sweep.poll() is None
+        time.sleep(0.02)
+    return sweep, run
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
+def test_a_signal_stops_a_sweep_and_a_scheduler_may_send_it_to_every_process(tmp_path, number, code):
+    """Then a trial gets it once, not a second time from the sweep: it would end at once, without a checkpoint."""
+    sweep, run = swept(tmp_path, "hang=1")
+    (guard,) = children(sweep.pid)
+    everyone = [sweep.pid, guard, *children(guard)] if number == signal.SIGUSR1 else [sweep.pid]
+    for process in everyone:
+        os.kill(process, number)
+    assert sweep.wait(timeout=30) == code
+    assert (run / "signals").read_text().split() == [str(int(signal.SIGTERM if everyone == [sweep.pid] else number))]
+    again = search(tmp_path, "hang=1", patience=2.0)
+    assert states(again) == ["FAIL", "WAITING"]
+    again.run(1, workers=1)
+    assert (run / "steps").read_text() == "123" and states(again) == ["FAIL", "COMPLETE"]
+
+
+def test_a_second_signal_ends_a_sweep_at_once_and_its_trial_is_taken_back(tmp_path):
+    sweep, run = swept(tmp_path, "hang=1", "stubborn=3")
+    sweep.send_signal(signal.SIGINT)
+    while not (run / "signals").exists():
+        time.sleep(0.02)
+    began = time.monotonic()
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(timeout=30) == 130 and time.monotonic() - began < 2
+    again = search(tmp_path, "hang=1", "stubborn=3")
+    assert states(again) == ["RUNNING"]
+    again.run(1, workers=1)
+    assert states(again) == ["FAIL", "COMPLETE"] and (run / "steps").read_text() == "123"
+
+
+def test_it_says_how_far_it_is(tmp_path, caplog):
+    caplog.set_level("INFO", logger="memtrain.sweep")
+    one = search(tmp_path)
+    one.run(2, workers=1)
+    one.run(1, workers=1)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == f"{tmp_path}/runs/s: 0 of 2 trials done. What a trial prints is in its trial.log"
+    best, other = sorted(tried(one.study), key=lambda run: run.quality)
+    assert re.fullmatch(r"trial_000: copy_rate/canary 0\.\d{3}, heldout_loss 0\.\d{4}, in \d s", said[2])
+    assert re.match(r"1 of 2 trials done, about \d s left; best so far trial_000: x=", said[3])
+    assert said[6] == f"2 of 2 trials done; best so far {best.name}: {best.setting}"
+    assert said[7].startswith(f"{tmp_path}/runs/s: 2 of 1 trials done; best so far {best.name}")
+
+
+@pytest.mark.parametrize(("seconds", "says"), [(4, "4 s"), (240, "4 min"), (9000, "2.5 h")])
+def test_times_as_they_are_spoken(seconds, says):
+    assert spoken(seconds) == says
+
+
+def test_two_trials_never_write_one_folder_at_once(tmp_path):
+    """A sweep that was killed may have left one, which has its time to end."""
+    slow = "import signal, time; signal.signal(15, lambda *_: (time.sleep(2), print('first', flush=True), exit(0))); "
+    first = Process([sys.executable, "-c", slow + "print('on', flush=True); time.sleep(100)"], tmp_path, dict(os.environ))
+    while "on" not in (tmp_path / "trial.log").read_text():
+        time.sleep(0.02)
+    first.let_go()
+    second = Process([sys.executable, "-c", "print('second')"], tmp_path, dict(os.environ))
+    while second.exit_code is None:
+        time.sleep(0.02)
+    first.wait()
+    second.wait()
+    said = (tmp_path / "trial.log").read_text().split("\n")
+    assert said == ["on", "waiting for the trial that still ends in this folder", "first", "second", ""]
+
+
+def test_sweeps_that_start_at_once_share_a_study(tmp_path):
+    """One of them makes the tables, and no trial is done twice or too often."""
+    code = """
+import sys, time
+from pathlib import Path
+from tests.cli.test_sweep import search
+print("ready", flush=True)
+while not Path(sys.argv[1], "go").exists():
+    time.sleep(0.001)
+search(Path(sys.argv[1]), "pause=0.1").run(4, workers=1)
+"""
+    (tmp_path / "quick.py").write_text(QUICK)
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    start = dict(env=environment, stdout=subprocess.PIPE)
+    sweeps = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **start) for _ in range(2)]
+    for sweep in sweeps:
+        with sweep.stdout:
+            sweep.stdout.readline()
+    (tmp_path / "go").touch()
+    assert [sweep.wait(timeout=60) for sweep in sweeps] == [0, 0]
+    assert states(search(tmp_path, "pause=0.1")) == ["COMPLETE"] * 4
+    assert all((tmp_path / f"runs/s/trial_00{n}/steps").read_text() == "123" for n in range(4))
+
+
+@pytest.mark.parametrize("url", ["nothing", "foo://x", "sqlite:////proc/none/study.db", "nodatabase://h/x"])
+def test_a_storage_that_cannot_be_used_is_named(tmp_path, url):
+    with pytest.raises(ValueError, match="storage cannot be used: "):
+        search(tmp_path, storage=url)
 
 
 def test_a_changed_study_is_refused(tmp_path):
@@ -94,7 +317,7 @@ def test_what_is_worse_in_both_is_given_up_and_its_process_is_gone(tmp_path):
     began = time.monotonic()
     worse.run(3, workers=1)
     assert states(worse) == ["COMPLETE", "COMPLETE", "PRUNED"] and time.monotonic() - began < 20
-    assert worse.tried()[2].state == "given up" and worse.tried()[2].memorization is None
+    assert tried(worse.study)[2].state == "given up" and tried(worse.study)[2].memorization is None
 
 
 def test_the_rule_of_giving_up():
@@ -115,7 +338,8 @@ def test_a_group_ends_whole_when_it_is_let_go(tmp_path):
     while not log.read_text().strip():
         time.sleep(0.05)
     grandchild = int(log.read_text())
-    assert process.wait() == 128 + signal.SIGTERM
+    process.wait()
+    assert process.exit_code == 128 + signal.SIGTERM
     status = Path(f"/proc/{grandchild}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
@@ -173,31 +397,39 @@ def test_a_wrong_key_is_named_before_anything_is_started(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, tmp_path):
-    """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes the study."""
+    """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes it and the study."""
     options = [o for o in small(corpus, pipeline_folder, tmp_path)[2:] if not o.startswith(("run_id", "callbacks.sample_grid"))]
     command = [sys.executable, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
-    command += ["callbacks.copies.every=2", "study.prune=null"]
+    command += ["callbacks.copies.every=2", "callbacks.curves.every=1", "study.prune=null", "trainer.max_steps=8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     study = tmp_path / "runs" / "thresholds"
+    run = study / "trial_000"
     first = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not (study / "trial_000" / "config.yaml").exists():
+    while not (run / "checkpoints" / "step-00000004.ckpt").exists():
         assert first.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.05)
     first.kill()
     first.wait()
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "trial_000 was cut off; its settings are tried again" in done.stderr
+    assert "trial_000 was cut off" in done.stderr and "trial_000 goes on" in done.stderr
     opened = optuna.load_study(study_name="thresholds", storage=f"sqlite:///{study}/study.db")
     trials = opened.get_trials()
     assert [trial.state for trial in trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert trials[1].params == trials[0].params
-    for name in ("pareto.png", "trials.csv", "report.html", "trial_001/report.html", "trial_002/ledger"):
+    for name in ("pareto.png", "trials.csv", "report.html", "trial_000/report.html", "trial_001/ledger"):
         assert (study / name).exists(), name
-    assert not (study / "trial_000" / "summary.json").exists()
     assert "Take trial_00" in done.stdout and "memtrain train experiment=demo" in done.stdout
-    summary = json.loads((study / "trial_002" / "summary.json").read_text())
-    assert trials[2].values == pytest.approx([summary["copy_rate"]["canary"], summary["heldout_loss"]])
+    for trial, name in zip(trials[1:], ("trial_000", "trial_001"), strict=True):
+        summary = json.loads((study / name / "summary.json").read_text())
+        assert trial.values == pytest.approx([summary["copy_rate"]["canary"], summary["heldout_loss"]])
+    said = (run / "trial.log").read_text()
+    assert int(re.search(r"going on from .*/step-(\d+)\.ckpt", said)[1]) >= 4
+    whole = study / "trial_001"  # was never cut off, and has as many rows
+    ours, theirs = (read_metrics(one / "metrics.csv") for one in (run, whole))
+    assert {name: steps for name, (steps, _) in ours.items()} == {name: steps for name, (steps, _) in theirs.items()}
+    ours, theirs = (read_ledger(one).to_table(["step", "key", "timestep"]).sort_by("step") for one in (run, whole))
+    assert ours.equals(theirs)
 
 
 def test_train_with_several_values_makes_a_run_of_each(corpus, pipeline_folder, tmp_path, monkeypatch):
