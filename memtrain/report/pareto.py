@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -92,7 +93,7 @@ def table(tried: Sequence[Tried], tolerance: float) -> Table:
         shown.add_row(
             mark,
             one.name,
-            Text(one.setting),  # no markup: settings are the user's own text
+            Text(_short(one.setting)),  # no markup: settings are the user's own text
             "–" if one.memorization is None else f"{one.memorization:.1%}",
             "–" if one.quality is None else f"{one.quality:.4f}",
             str(one.step),
@@ -149,14 +150,15 @@ def draw_pareto(path: Path, tried: Sequence[Tried], tolerance: float, memorizati
     )  # fmt: skip
     for one in on_front:
         axis.annotate(
-            f"{one.name}\n{_short(one.setting)}", (one.quality, one.memorization), xytext=(8, 5),
+            _text(f"{one.name}\n{_short(one.setting)}"), (one.quality, one.memorization), xytext=(8, 5),
             textcoords="offset points", fontsize=7.5, color=INK,
         )  # fmt: skip
-    axis.set_ylim(-0.04, 1.15 * max(0.1, *(one.memorization for one in done)))
+    highest = max(0.1, *(one.memorization for one in done))
+    axis.set_ylim(-0.04 * highest, 1.2 * highest)
     axis.set_xlim(best - beyond, worst + 2 * beyond)
     axis.set_ylabel(_text(memorization))
     axis.set_xlabel(_text(quality))
-    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     left = len(tried) - len(done)
     title = f"{len(done)} trials finished" + (f", {left} given up, failed, waiting or going on" if left else "")
     axis.set_title(title, loc="left", fontsize=10)
@@ -167,9 +169,9 @@ def draw_pareto(path: Path, tried: Sequence[Tried], tolerance: float, memorizati
 
 
 def _short(setting: str) -> str:
-    """A setting without the groups of its keys."""
+    """A setting without the groups of its keys, a line an override."""
     parts = (part.partition("=") for part in shlex.split(setting))
-    return _text("\n".join(f"{key.rpartition('.')[2]} {value}" for key, _, value in parts))
+    return "\n".join(f"{key.rpartition('.')[2]} {value}" for key, _, value in parts)
 
 
 def _text(said: str) -> str:
