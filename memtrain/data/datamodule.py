@@ -207,6 +207,7 @@ def from_shards(
         workers=max(1, num_workers),
         exclude_keys=exclude_keys,
     )
+    samples.log_counts()
     weights = [shard.weight for shard in samples.shards]
     latents = LatentCache(cache, samples, crop, flip > 0) if cache else None
     return DataModule(

@@ -63,6 +63,7 @@ def test_a_filter_keeps_what_it_says_and_counts_what_it_drops(tmp_path, where, l
     caplog.set_level(logging.INFO, "memtrain")
     for _ in range(2):  # the second time from the cache folder
         samples = ShardSamples(str(tmp_path), 16, where=where, cache_dir=tmp_path / "cache")
+        samples.log_counts()
         assert keys(samples) == [f"x.tar/{key}" for key in left]
         assert [samples.get(index)[1] for index in range(len(samples))] == list(left)
         assert list(samples.dropped.values()) == dropped
