@@ -82,7 +82,7 @@ def table(tried: Sequence[Tried], tolerance: float) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("")
     shown.add_column("trial", no_wrap=True)
-    shown.add_column("setting", overflow="fold")
+    shown.add_column("setting", overflow="fold", min_width=30)
     for name in ("copy rate, canaries", "held-out loss", "steps"):
         shown.add_column(name, justify="right")
     shown.add_column("")
