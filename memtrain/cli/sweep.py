@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from memtrain.sweep.space import Parameter, merged, quoted
+
 if TYPE_CHECKING:
     from memtrain.sweep.study import Search
 
@@ -28,12 +30,7 @@ def spelled(arguments: list[str]) -> list[str]:
     """`study=thresholds trials=6 exclusion=evidence` as Hydra takes it: what is for every trial in a list."""
     others = [argument for argument in arguments if re.match(r"~|[^-].*=", argument) and not re.match(_OWN, argument)]
     own = [argument for argument in arguments if argument not in others]
-    return [f"overrides=[{','.join(map(_quoted, others))}]", *own] if others else own
-
-
-def _quoted(text: str) -> str:
-    """A string for Hydra's grammar, in which a backslash counts before a quote alone."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (r"\'" if found[2] else ""), text) + "'"
+    return [f"overrides=[{','.join(map(quoted, others))}]", *own] if others else own
 
 
 def sweep(cfg: DictConfig) -> None:
@@ -42,7 +39,6 @@ def sweep(cfg: DictConfig) -> None:
     from memtrain.report import pareto
     from memtrain.sweep.plan import Plan
     from memtrain.sweep.pruning import MedianRule
-    from memtrain.sweep.space import Parameter, merged
     from memtrain.sweep.standing import tried
     from memtrain.sweep.study import Search
     from memtrain.training.stops import EXIT_CODES
@@ -103,7 +99,6 @@ def _write(plan, tried) -> None:
     """`pareto.png`, `trials.csv` and `report.html` in the study's folder."""
     from memtrain.report import pareto
     from memtrain.report.page import write_report
-    from memtrain.sweep.space import merged
 
     folder, tolerance, chosen = plan.folder, plan.tolerance, pareto.choose(tried, plan.tolerance)
     print(f"{'run':10}memtrain train {shlex.join(merged(plan.overrides, shlex.split(chosen.setting)))}")

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import OptunaError
 from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from memtrain.sweep.space import Parameter, check_space, key_of
@@ -90,12 +91,16 @@ def open_study(plan: Plan, storage: str | None) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     plan.folder.mkdir(parents=True, exist_ok=True)
+    storage = storage or f"sqlite:///{plan.folder / 'study.db'}"
     with plan.alone():
         try:
-            study = _opened(plan.name, storage or f"sqlite:///{plan.folder / 'study.db'}")
+            study = _opened(plan.name, storage)
         except (SQLAlchemyError, OptunaError, ImportError, ValueError, RuntimeError) as error:
             raise ValueError(f"storage cannot be used: {str(error.__cause__ or error).splitlines()[0]}") from error
         facts, before = plan.facts(), study.user_attrs.get("plan")
+        if before not in (None, facts) and not any(map(_measured, study.get_trials())):
+            optuna.delete_study(study_name=plan.name, storage=storage)  # a mistyped command is not remembered
+            study, before = _opened(plan.name, storage), None
         if before is None:
             study.set_user_attr("plan", facts)
         elif before != facts:
@@ -119,6 +124,10 @@ def _opened(name: str, storage: str) -> optuna.Study:
             if last:
                 raise
             time.sleep(random.uniform(0.5, 1.5))
+
+
+def _measured(trial: FrozenTrial) -> bool:
+    return trial.state is not TrialState.FAIL or "curve" in trial.user_attrs
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

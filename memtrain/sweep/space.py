@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from optuna import Trial
 
-Value = str | int | float | bool | None
+Value = str | int | float | bool | list | None
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Parameter:
     Args:
         name: in the study; `when` of other parameters refers to it.
         key: of the override, `exclusion.threshold`.
-        choices: values to choose from, spelt as on the command line.
-        low, high: instead of choices, a range; of whole numbers where both are.
+        choices: values to choose from; text as on the command line, where quotes count.
+        low, high: instead of choices, a range; of whole numbers where both are, else of numbers with four digits.
         log: draw evenly over the logarithm.
         when: `NAME=VALUE`; only where that parameter, an earlier one, has this value.
     """
@@ -41,6 +42,8 @@ class Parameter:
             if not self.choices:
                 raise ValueError(f"{of}.choices must name at least one value, got []")
             return
+        if not all(isinstance(end, int | float) for end in (self.low, self.high)):
+            raise ValueError(f"{of}: low and high must be numbers, got {self.low} and {self.high}")
         if not self.low < self.high:
             raise ValueError(f"{of}: low must be < high, got {self.low:g} and {self.high:g}")
         if self.log and not self.low > 0:
@@ -49,23 +52,27 @@ class Parameter:
     def suggest(self, trial: Trial) -> str:
         """The value that the study would try next, as on the command line."""
         if self.choices is not None:
-            return spell(trial.suggest_categorical(self.name, [spell(choice) for choice in self.choices]))
+            return trial.suggest_categorical(self.name, [spell(choice) for choice in self.choices])
         if isinstance(self.low, int) and isinstance(self.high, int):
             return spell(trial.suggest_int(self.name, self.low, self.high, log=self.log))
-        return spell(trial.suggest_float(self.name, self.low, self.high, log=self.log))
+        return f"{trial.suggest_float(self.name, self.low, self.high, log=self.log):.4g}"
 
 
 def check_space(space: Sequence[Parameter]) -> None:
-    """Raises ValueError where a condition refers to no earlier parameter."""
-    earlier: set[str] = set()
+    """Raises ValueError where a condition refers to no earlier parameter, or to a value that it does not take."""
+    earlier: dict[str, Parameter] = {}
     for parameter in space:
-        name, equals, _ = (parameter.when or "").partition("=")
+        name, equals, value = (parameter.when or "").partition("=")
         if parameter.when is not None and (not equals or name not in earlier):
             raise ValueError(
                 f"study.space.{parameter.name}.when must be NAME=VALUE of an earlier parameter "
                 f"({', '.join(sorted(earlier)) or 'there is none'}), got {parameter.when}"
             )
-        earlier.add(parameter.name)
+        if parameter.when is not None and earlier[name].choices is not None:
+            choices = [spell(choice) for choice in earlier[name].choices]
+            if value not in choices:
+                raise ValueError(f"study.space.{parameter.name}.when={parameter.when}: {name} is one of {choices}")
+        earlier[parameter.name] = parameter
 
 
 def suggest(trial: Trial, space: Iterable[Parameter], fixed: Mapping[str, str]) -> list[str]:
@@ -94,12 +101,17 @@ def suggest(trial: Trial, space: Iterable[Parameter], fixed: Mapping[str, str]) 
 
 
 def spell(value: Value) -> str:
-    """As on the command line; a float to four digits, which the run is made with."""
+    """As on the command line."""
     if value is None:
         return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(spell, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def quoted(text: str) -> str:
+    """A string for Hydra's grammar, in which a backslash counts before a quote alone."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (r"\'" if found[2] else ""), text) + "'"
 
 
 def key_of(override: str) -> str:

@@ -13,17 +13,19 @@ import shlex
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from memtrain.sweep.plan import Plan, open_study
 from memtrain.sweep.pruning import Curve, MedianRule, Objectives
-from memtrain.sweep.space import merged, suggest
+from memtrain.sweep.space import merged, quoted, suggest
 from memtrain.sweep.standing import SETTLED, curve_of, number_of_run, run_of, spoken, standing
 from memtrain.sweep.trial import Process, cores, devices, environment_of, read_curve
 
@@ -33,6 +35,7 @@ Trial = optuna.Trial | FrozenTrial
 _LOOK = 0.5  # s between two looks at the trials that are going on
 _SIGN_OF_LIFE = 30.0  # s between two signs of life in the storage
 _GONE = 300.0  # s without one, after which a trial of another machine is taken for dead
+_LOST = 10.0  # s between two attempts to reach a storage that was lost
 _MAX_FAILED = 3  # trials in a row
 _REFUSED = 2  # exit code of `memtrain train` for what the user can mend
 _STOPPED = (75, 130, 143)  # its exit codes where somebody told it to end: it wrote a checkpoint
@@ -90,6 +93,8 @@ class Search:
         self.going: dict[int, Going] = {}  # by worker
         self.seen: dict[int, float] = {}  # number of a trial of ours -> time of its last sign of life
         self.failed_in_a_row = 0
+        self.looked = -math.inf  # for trials whose sweep is gone, last
+        self.gpus = devices()
         self.stopped = False  # set by whoever wants `run` to return
 
     def run(self, trials: int, workers: int) -> None:
@@ -98,40 +103,48 @@ class Search:
         What goes on when it is stopped is ended, with a checkpoint, and left to be gone on with.
 
         Raises:
-            ValueError: the training program refuses its config, or fails again and again.
+            ValueError: the training program refuses its config, measures neither objective, or fails again and again;
+                or the storage cannot be reached for as long as makes other machines take our trials for dead.
         """
-        gpus = devices()
-        looked = -math.inf
         log.info("%s: %s. What a trial prints is in its trial.log", self.plan.folder, self._standing(trials, workers))
+        reached = time.monotonic()
         try:
             while not self.stopped:
-                if time.monotonic() - looked > _SIGN_OF_LIFE:
-                    looked = time.monotonic()
-                    with self.plan.alone():
-                        self._take_back_the_dead()
-                for slot in range(workers):
-                    if slot in self.going:
-                        continue
-                    with self.plan.alone():
-                        if self._wants_more(trials):
-                            environment = environment_of(slot, workers, cores(), gpus)
-                            self.going[slot] = self._start(environment)
-                if not self.going:
-                    return
-                time.sleep(_LOOK)
-                for slot, going in list(self.going.items()):
-                    try:
-                        ended = self._attend(going)
-                    except ValueError:  # it has been told as failed, so it is not to be tried again
-                        del self.going[slot]
-                        going.process.wait()
-                        raise
-                    if ended:
-                        del self.going[slot]
-                        going.process.wait()
-                        log.info(self._standing(trials, workers))
+                try:
+                    if not self._round(trials, workers):
+                        return
+                    reached = time.monotonic()
+                    time.sleep(_LOOK)
+                except (SQLAlchemyError, OptunaError) as error:
+                    said = str(error.__cause__ or error).splitlines()[0]
+                    if time.monotonic() - reached > _GONE:
+                        raise ValueError(f"the storage is gone: {said}; the same command goes on") from error
+                    log.warning("the storage cannot be reached, trials go on meanwhile: %s", said)
+                    time.sleep(_LOST)
         finally:
             self._stop()
+
+    def _round(self, trials: int, workers: int) -> bool:
+        """Look after what goes on, start what there is room for. False where nothing goes on any more."""
+        for slot, going in list(self.going.items()):
+            try:
+                ended = self._attend(going)
+            except ValueError:  # it has been told as failed, so it is not to be tried again
+                del self.going[slot]
+                going.process.wait()
+                raise
+            if ended:
+                del self.going[slot]
+                going.process.wait()
+                log.info(self._standing(trials, workers))
+        with self.plan.alone():
+            if time.monotonic() - self.looked > _SIGN_OF_LIFE:
+                self._take_back_the_dead()
+                self.looked = time.monotonic()
+            for slot in range(workers):
+                if slot not in self.going and self._wants_more(trials):
+                    self.going[slot] = self._start(environment_of(slot, workers, cores(), self.gpus))
+        return bool(self.going)
 
     def _standing(self, trials: int, workers: int) -> str:
         return standing(self.study, trials, workers, self.plan.tolerance)
@@ -152,11 +165,11 @@ class Search:
         folder = plan.folder / run_of(self.study, trial)
         trial.set_user_attr("run", folder.name)
         trial.set_user_attr("overrides", own)
-        names = [f"name={_quoted(plan.name)}", f"run_id={folder.name}", f"runs_dir={_quoted(str(plan.runs_dir))}"]
+        names = [f"name={quoted(plan.name)}", f"run_id={folder.name}", f"runs_dir={quoted(str(plan.runs_dir))}"]
         told = trial.user_attrs
         resumes = told.get("resume", False) and (folder / "config.yaml").exists()
         if resumes:
-            names.append(f"resume={_quoted(str(folder))}")
+            names.append(f"resume={quoted(str(folder))}")
         log.info("%s%s: %s", folder.name, " goes on" if resumes else "", shlex.join(own))
         command = [*self.command, *merged(plan.overrides, own), *names]
         going = Going(trial, Process(command, folder, environment), resumes, told.get("seconds", 0.0))
@@ -178,12 +191,20 @@ class Search:
         if code == _REFUSED:
             self._refused(going)
             return True
-        problem = f"exit code {code}: {process.last_words()}" if code else self._missing(curve)
-        if problem:
-            self._failed(going, problem, goes_on=code in _STOPPED)
+        if code:
+            self._failed(going, f"exit code {code}: {process.last_words()}", goes_on=code in _STOPPED)
+            return True
+        if not curve:
+            self._tell(trial, TrialState.FAIL)
+            raise ValueError(
+                f"{going.name}: no {self.plan.memorization} with {self.plan.quality} in its metrics.csv; they need "
+                "logger=csv, callbacks.copies, callbacks.validation, canaries.count and reference.count"
+            )
+        found = curve[max(curve)]
+        if not all(map(math.isfinite, found)):
+            self._failed(going, f"it came to {self._said(found)}", goes_on=False)
             return True
         self.failed_in_a_row = 0
-        found = curve[max(curve)]
         log.info("%s: %s, in %s", going.name, self._said(found), spoken(going.seconds))
         self._tell(trial, TrialState.COMPLETE, list(found))
         return True
@@ -235,15 +256,6 @@ class Search:
 
     def _said(self, found: Objectives) -> str:
         return f"{self.plan.memorization} {found.memorization:.3f}, {self.plan.quality} {found.quality:.4f}"
-
-    def _missing(self, curve: Curve) -> str | None:
-        if not curve:
-            return (
-                f"no {self.plan.memorization} with {self.plan.quality} in its metrics.csv; they need logger=csv, "
-                "callbacks.copies, callbacks.validation, canaries.count and reference.count"
-            )
-        found = curve[max(curve)]
-        return None if all(map(math.isfinite, found)) else f"it came to {self._said(found)}"
 
     def _note_curve(self, trial: optuna.Trial, process: Process) -> Curve:
         """The trial's curve so far; what is new of it goes to the storage, for the trials of other machines."""
@@ -305,8 +317,10 @@ class Search:
             going.process.let_go()
         for going in self.going.values():
             going.process.wait()
-            self._again(going.trial)
+            with suppress(SQLAlchemyError, OptunaError):  # then it is taken back when the storage is there again
+                self._again(going.trial)
         self.going.clear()
+
 
 def _is_alive(pid: int) -> bool:
     try:
@@ -316,8 +330,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _quoted(value: str) -> str:
-    """For Hydra: names of folders may hold spaces, commas, brackets."""
-    return "'" + value.replace("'", r"\'") + "'"

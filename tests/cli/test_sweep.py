@@ -4,16 +4,17 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
-
-optuna = pytest.importorskip("optuna")
-
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.trial import TrialState
 
 from memtrain.callbacks.logging import dashboard_name
@@ -23,7 +24,7 @@ from memtrain.data.ledger import read_ledger
 from memtrain.report.curves import read_metrics
 from memtrain.sweep.plan import Plan
 from memtrain.sweep.pruning import MedianRule, Objectives
-from memtrain.sweep.space import Parameter, merged
+from memtrain.sweep.space import Parameter, check_space, merged, spell, suggest
 from memtrain.sweep.standing import spoken, tried
 from memtrain.sweep.study import Search
 from memtrain.sweep.trial import Process, environment_of
@@ -55,7 +56,7 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 x = float(said["x"])
 worse = 1 if said.get("bad") else 0
 rows = metrics.read_text().splitlines()[1 : begun + 1] if begun else []
-for step in range(begun + 1, 4):
+for step in range(begun + 1, int(said.get("steps", 3)) + 1):
     rows.append(f"{step},{1 - x + worse},{x + worse}")
     metrics.write_text("\\n".join(["step,copy_rate/canary,heldout_loss", *rows, ""]))
     checkpoint.write_text(str(step))
@@ -215,14 +216,14 @@ def test_a_signal_stops_a_sweep_and_a_scheduler_may_send_it_to_every_process(tmp
 
 
 def test_a_second_signal_ends_a_sweep_at_once_and_its_trial_is_taken_back(tmp_path):
-    sweep, run = swept(tmp_path, "hang=1", "stubborn=3")
+    sweep, run = swept(tmp_path, "hang=1", "stubborn=10")
     sweep.send_signal(signal.SIGINT)
     while not (run / "signals").exists():
         time.sleep(0.02)
     began = time.monotonic()
     sweep.send_signal(signal.SIGINT)
-    assert sweep.wait(timeout=30) == 130 and time.monotonic() - began < 2
-    again = search(tmp_path, "hang=1", "stubborn=3")
+    assert sweep.wait(timeout=30) == 130 and time.monotonic() - began < 8
+    again = search(tmp_path, "hang=1", "stubborn=10")
     assert states(again) == ["RUNNING"]
     again.run(1, workers=1)
     assert states(again) == ["FAIL", "COMPLETE"] and (run / "steps").read_text() == "123"
@@ -235,7 +236,7 @@ def test_it_says_how_far_it_is(tmp_path, caplog):
     one.run(1, workers=1)
     said = [record.getMessage() for record in caplog.records]
     assert said[0] == f"{tmp_path}/runs/s: 0 of 2 trials done. What a trial prints is in its trial.log"
-    best, other = sorted(tried(one.study), key=lambda run: run.quality)
+    best = min(tried(one.study), key=lambda run: run.quality)
     assert re.fullmatch(r"trial_000: copy_rate/canary 0\.\d{3}, heldout_loss 0\.\d{4}, in \d s", said[2])
     assert re.match(r"1 of 2 trials done, about \d s left; best so far trial_000: x=", said[3])
     assert said[6] == f"2 of 2 trials done; best so far {best.name}: {best.setting}"
@@ -293,8 +294,34 @@ def test_a_storage_that_cannot_be_used_is_named(tmp_path, url):
         search(tmp_path, storage=url)
 
 
-def test_a_changed_study_is_refused(tmp_path):
-    search(tmp_path, "a=1")
+def test_a_storage_that_is_lost_for_a_while_ends_no_trial(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("memtrain.sweep.study._LOST", 0.1)
+    one = search(tmp_path, "pause=1")
+    other = sqlite3.connect(tmp_path / "runs/s/study.db", check_same_thread=False)
+
+    def hold():
+        while not (tmp_path / "runs/s/trial_000/steps").exists():
+            time.sleep(0.02)
+        other.execute("BEGIN EXCLUSIVE")
+        time.sleep(8)
+        other.rollback()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    one.run(1, workers=1)
+    holder.join()
+    other.close()
+    assert states(one) == ["COMPLETE"] and "the storage cannot be reached, trials go on meanwhile" in caplog.text
+    with pytest.raises(ValueError, match=r"the storage is gone: .*; the same command goes on"):
+        monkeypatch.setattr("memtrain.sweep.study._GONE", 0.0)
+        monkeypatch.setattr(one, "_round", lambda *_: (_ for _ in ()).throw(optuna.exceptions.StorageInternalError("broken")))
+        one.run(2, workers=1)
+
+
+def test_a_changed_study_is_refused_once_something_was_measured(tmp_path):
+    with pytest.raises(ValueError, match="it printed nothing"):
+        search(tmp_path, "code=2", "steps=0").run(1, workers=1)
+    search(tmp_path, "a=1").run(1, workers=1)
     with pytest.raises(ValueError, match="the study s was made otherwise: a was 1, is 2; name=… begins a new one"):
         search(tmp_path, "a=2")
 
@@ -362,8 +389,6 @@ def test_conditions_and_keys_that_are_fixed(tmp_path):
     for rule, keys in (("none", set()), ("fixed", {"exclusion.threshold"})):
         one = search(tmp_path / rule, f"exclusion={rule}", space=space)
         trial = one.study.ask()
-        from memtrain.sweep.space import suggest
-
         assert {override.split("=")[0] for override in suggest(trial, space, one.plan.fixed)} == keys
     assert merged(["a=1", "b=2"], ["+a=3"]) == ["+a=3", "b=2"]
 
@@ -374,12 +399,27 @@ def test_conditions_and_keys_that_are_fixed(tmp_path):
         (dict(low=1.0), "study.space.p needs choices, or low and high"),
         (dict(choices=[]), r"study.space.p.choices must name at least one value, got \[\]"),
         (dict(low=2.0, high=1.0), "study.space.p: low must be < high, got 2 and 1"),
+        (dict(low="a", high="b"), "study.space.p: low and high must be numbers, got a and b"),
         (dict(low=0.0, high=1.0, log=True), "study.space.p.low must be > 0 with log=true, got 0"),
     ],
 )
 def test_a_wrong_space_is_named(parameter, says):
     with pytest.raises(ValueError, match=says):
         Parameter("p", "k", **parameter)
+
+
+def test_a_condition_that_never_holds_is_named():
+    rule = Parameter("rule", "exclusion", choices=["none", "fixed"])
+    check_space([rule, Parameter("t", "k", low=1, high=2, when="rule=fixed")])
+    for when in ("rule", "role=fixed", "rule=fixd"):
+        with pytest.raises(ValueError, match=r"study\.space\.t\.when"):
+            check_space([rule, Parameter("t", "k", low=1, high=2, when=when)])
+
+
+def test_choices_are_what_the_command_line_would_give():
+    choices = [1e-5, 0.123456, True, None, [500, 1000], [[0.9, 0.99], ["a", None]], "'a, b'", 3]
+    read = [OverridesParser.create().parse_override(f"k={spell(choice)}").value() for choice in choices]
+    assert read == [*choices[:-2], "a, b", 3]
 
 
 def test_what_is_said_beside_the_sweeps_own_keys_is_for_the_trials():
