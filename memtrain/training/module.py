@@ -139,9 +139,7 @@ class DiffusionTraining(pl.LightningModule):
         self._bones: dict[str, nn.Module] = {}  # what is sharded, by its name: copies without weights
         if self.device_mesh is not None:
             if self.memory:
-                raise ValueError(
-                    "trainer=fsdp scores every row or none; set score.every_visits=1 score.timesteps=null"
-                )
+                raise ValueError("trainer=fsdp scores every row or none; set score.every_visits=1 score.timesteps=null")
             if self.optimizer_config.eight_bit:
                 raise ValueError("trainer=fsdp cannot shard optimizer=adamw8bit; use optimizer=adamw")
             trained = {id(module) for module in self.model.trained_modules()}
@@ -170,7 +168,8 @@ class DiffusionTraining(pl.LightningModule):
         draws = self._draw(TRAIN, self.global_step, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
         generators = [
-            np.random.default_rng(place_seed(self.seed, METHOD, self.global_step, place)) for place in batch.place.tolist()
+            np.random.default_rng(place_seed(self.seed, METHOD, self.global_step, place))
+            for place in batch.place.tolist()
         ]
         captions = self.method.captions(batch.captions, generators, self.model)
         dropped = draws.uniform < self.caption_dropout
@@ -239,9 +238,7 @@ class DiffusionTraining(pl.LightningModule):
         """
         model = self.model
         noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
-        target = diffusion.prediction_target(
-            latents, noise, timesteps, model.alphas_cumprod, model.prediction_type
-        )
+        target = diffusion.prediction_target(latents, noise, timesteps, model.alphas_cumprod, model.prediction_type)
         prediction = model.predict(noisy, timesteps, hidden)
         loss = losses.denoising_loss(prediction, target)
         with torch.no_grad(), self.scoring_time.running(noisy.device):

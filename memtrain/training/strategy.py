@@ -62,9 +62,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor, where `like` is sharded."""
-    return (
-        distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
-    )
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:

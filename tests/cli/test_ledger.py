@@ -158,9 +158,7 @@ def test_wrong_requests_are_named(tmp_path):
     write(tmp_path / "run", simulated(reference=40), key=key)
     out = tmp_path / "list.parquet"
     request = ["suspects", str(tmp_path / "run"), "--out", str(out)]
-    with pytest.raises(
-        ValueError, match=r"3\d samples to compare with cannot tell.*0\.01; ask for at least 0\.02"
-    ):
+    with pytest.raises(ValueError, match=r"3\d samples to compare with cannot tell.*0\.01; ask for at least 0\.02"):
         ledger(request)
     assert not out.exists() and list(tmp_path.iterdir()) == [tmp_path / "run"]
     with pytest.raises(ValueError, match="share between 0 and 1, got 1"):

@@ -86,7 +86,15 @@ class Forks:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        job = dict(argv=argv, log=str(log), ranks=ranks, port=port, run_id=f"run-{port}", file_size=file_size, environment=environment)
+        job = dict(
+            argv=argv,
+            log=str(log),
+            ranks=ranks,
+            port=port,
+            run_id=f"run-{port}",
+            file_size=file_size,
+            environment=environment,
+        )
         self._end()
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
@@ -128,7 +136,17 @@ def wait_until(condition, timeout: float = 120.0) -> None:
 
 def small_run(corpus: Path, pipeline: Path, runs: Path, *more: str, steps: int = 12) -> list[str]:
     """`memtrain train` on the tests' corpus, with a checkpoint every 4 steps and no pictures."""
-    off = ("validation", "sample_grid", "copies", "memorized_table", "export", "report", "progress", "canaries", "summary")
+    off = (
+        "validation",
+        "sample_grid",
+        "copies",
+        "memorized_table",
+        "export",
+        "report",
+        "progress",
+        "canaries",
+        "summary",
+    )
     return [
         "train",
         "experiment=demo",

@@ -25,7 +25,9 @@ def test_every_good_sample_is_seen_and_every_bad_one_counted(pipeline_folder, tm
 
     seen = {}
     for batch in record.window:
-        for index, caption, valid in zip(batch.sample_index.tolist(), batch.captions, batch.valid.tolist(), strict=True):
+        for index, caption, valid in zip(
+            batch.sample_index.tolist(), batch.captions, batch.valid.tolist(), strict=True
+        ):
             if valid:
                 seen[data.samples.key(index)] = caption
     assert seen == faulty.captions

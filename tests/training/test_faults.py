@@ -38,7 +38,9 @@ def saved(folder: Path) -> list[int]:
     return list(checkpoints_in(folder / "faults" / "one" / "checkpoints"))
 
 
-def train(pipeline, corpus, folder, steps, accumulate=1, batch_size=4, every=4, callbacks=(), ckpt_path=None, **options):
+def train(
+    pipeline, corpus, folder, steps, accumulate=1, batch_size=4, every=4, callbacks=(), ckpt_path=None, **options
+):
     module = build_module(pipeline, quick_evidence(), **options)
     callbacks = [*callbacks, checkpoint(every, str(folder / "checkpoints"))]
     fit(module, build_data(corpus, batch_size), folder, steps, accumulate, callbacks=callbacks, ckpt_path=ckpt_path)
@@ -55,7 +57,10 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(forks, run, tmp_pa
     wait_until(lambda: saved(tmp_path))
     os.kill(process, number)
     assert forks.wait() == [code], forks.said()
-    assert f"{number.name}: this step is finished" in forks.said() and f"stopped after step {saved(tmp_path)[-1]}" in forks.said()
+    assert (
+        f"{number.name}: this step is finished" in forks.said()
+        and f"stopped after step {saved(tmp_path)[-1]}" in forks.said()
+    )
     folder = tmp_path / "faults" / "one"
     assert set(read_ledger(folder).to_table()["step"].to_pylist()) == set(range(saved(tmp_path)[-1]))
 
@@ -141,7 +146,13 @@ def test_every_damage_is_found_and_a_checkpoint_holds_every_part(pipeline_folder
     assert list(checkpoints_in(folder)) == [2, 3]
     newest = folder / "step-00000003.ckpt"
     whole = newest.read_bytes()
-    for spoilt in (whole[:-100], whole[: len(whole) // 2], b"", b"x" * 1000, whole[:5000] + bytes(5000) + whole[10000:]):
+    for spoilt in (
+        whole[:-100],
+        whole[: len(whole) // 2],
+        b"",
+        b"x" * 1000,
+        whole[:5000] + bytes(5000) + whole[10000:],
+    ):
         newest.write_bytes(spoilt)
         assert damage(newest) is not None
     assert whole_checkpoint(folder / "last.ckpt").name == "step-00000002.ckpt"
@@ -169,7 +180,15 @@ def test_the_random_state_goes_on(pipeline_folder, corpus, tmp_path):
     for folder, draw, steps in (("whole", whole, 4), ("cut", first, 2)):
         torch.manual_seed(5)
         train(pipeline_folder, corpus, tmp_path / folder, steps, every=2, callbacks=[draw])
-    train(pipeline_folder, corpus, tmp_path / "cut", 4, every=2, callbacks=[rest], ckpt_path=str(tmp_path / "cut/checkpoints/last.ckpt"))
+    train(
+        pipeline_folder,
+        corpus,
+        tmp_path / "cut",
+        4,
+        every=2,
+        callbacks=[rest],
+        ckpt_path=str(tmp_path / "cut/checkpoints/last.ckpt"),
+    )
     assert whole.drawn == first.drawn + rest.drawn
 
 
@@ -245,7 +264,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(pipeline_folder,
     fit(module, data, tmp_path / "a", 3, callbacks=callbacks)
     assert torch.equal(weights(module), weights(clean))  # two steps as if nothing were, the third none
     assert module.stops.bad_steps == 1 and module.updates_skipped == 0 and module.global_step == 3
-    assert data.samples.key(record.keys[2][0]) in caplog.text and "step 2: a loss or gradient is not finite" in caplog.text
+    assert (
+        data.samples.key(record.keys[2][0]) in caplog.text and "step 2: a loss or gradient is not finite" in caplog.text
+    )
     assert all(value.isfinite().all() for value in module.exclusion.state_dict().values() if value.is_floating_point())
     table = read_ledger(tmp_path / "a").to_table().to_pylist()
     assert all(abs(row["loss"]) < 1e6 for row in table)
