@@ -140,7 +140,8 @@ def test_memorized_samples_that_never_stood_out_are_found_by_their_rise(tmp_path
     rise = 0.3 * np.where(planted & high, 4.5 * rows.step / 1000 - 3.0, 0.0)
     write(tmp_path, Rows(**rows.__dict__ | {"score": (rows.score * np.exp(rise)).astype(np.float32)}), key=key)
     table = judge(tmp_path).table
-    p = {int(name.split("/")[1]): value for name, value in zip(table["key"].to_pylist(), table["p_value"].to_numpy())}
+    numbers = [int(name.split("/")[1]) for name in table["key"].to_pylist()]
+    p = dict(zip(numbers, table["p_value"].to_numpy(), strict=True))
     assert np.mean([p[i] <= 0.01 for i in range(MEMORIZED)]) >= 0.8
 
 

@@ -173,7 +173,7 @@ def test_a_remote_corpus_is_the_local_one(corpus, tmp_path):
 
 def test_an_index_is_written_once_and_read_from_beside_or_cache(tmp_path):
     cache = tmp_path / "cache"
-    tar = write_tar(tmp_path / "x.tar", sample("a") + [("c.jpg", picture())])
+    tar = write_tar(tmp_path / "x.tar", [*sample("a"), ("c.jpg", picture())])
     assert open_index(tar, cache) is None
     ShardSamples(str(tmp_path), 16, cache_dir=cache)
     assert not list(tmp_path.glob("*.index.*"))  # training writes nothing among the user's data

@@ -57,17 +57,15 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(forks, run, tmp_pa
     wait_until(lambda: saved(tmp_path))
     os.kill(process, number)
     assert forks.wait() == [code], forks.said()
-    assert (
-        f"{number.name}: this step is finished" in forks.said()
-        and f"stopped after step {saved(tmp_path)[-1]}" in forks.said()
-    )
+    assert f"{number.name}: this step is finished" in forks.said()
+    assert f"stopped after step {saved(tmp_path)[-1]}" in forks.said()
     folder = tmp_path / "faults" / "one"
     assert set(read_ledger(folder).to_table()["step"].to_pylist()) == set(range(saved(tmp_path)[-1]))
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_the_run_goes_on(forks, run, tmp_path):
-    first, second = forks.start(run("data.batch_size=2", steps=5000), tmp_path / "log", ranks=2)
+    _, second = forks.start(run("data.batch_size=2", steps=5000), tmp_path / "log", ranks=2)
     wait_until(lambda: saved(tmp_path))
     os.kill(second, signal.SIGUSR1)
     assert forks.wait() == [75, 75], forks.said()
@@ -264,9 +262,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(pipeline_folder,
     fit(module, data, tmp_path / "a", 3, callbacks=callbacks)
     assert torch.equal(weights(module), weights(clean))  # two steps as if nothing were, the third none
     assert module.stops.bad_steps == 1 and module.updates_skipped == 0 and module.global_step == 3
-    assert (
-        data.samples.key(record.keys[2][0]) in caplog.text and "step 2: a loss or gradient is not finite" in caplog.text
-    )
+    assert data.samples.key(record.keys[2][0]) in caplog.text
+    assert "step 2: a loss or gradient is not finite" in caplog.text
     assert all(value.isfinite().all() for value in module.exclusion.state_dict().values() if value.is_floating_point())
     table = read_ledger(tmp_path / "a").to_table().to_pylist()
     assert all(abs(row["loss"]) < 1e6 for row in table)

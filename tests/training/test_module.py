@@ -145,7 +145,8 @@ trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_
     default_root_dir={out!r})
 trainer.fit(module, datamodule=build_data({corpus!r}, 2))
 if trainer.is_global_zero:
-    torch.save(dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.samples_seen), {out!r} + "/two.pt")
+    found = dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.samples_seen)
+    torch.save(found, {out!r} + "/two.pt")
 """
 
 
@@ -245,6 +246,5 @@ def test_gradient_checkpointing_changes_nothing(pipeline_folder, corpus, tmp_pat
 def test_v_prediction_trains(pipelines, corpus, tmp_path):
     module, record, before = run(pipelines["v_prediction"], corpus, tmp_path, min_snr_gamma=5.0, noise_offset=0.1)
     assert module.model.prediction_type == "v_prediction"
-    assert (weights(module) - before).abs().max() > 1e-4 and torch.cat(
-        [o.loss for o in record.observed]
-    ).isfinite().all()
+    assert (weights(module) - before).abs().max() > 1e-4
+    assert torch.cat([observed.loss for observed in record.observed]).isfinite().all()

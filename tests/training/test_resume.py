@@ -79,7 +79,9 @@ def seen(folder: Path) -> dict[int, set]:
     for file in sorted(folder.glob("seen-*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
-            rows[row["step"]].append((file.name, tuple(zip(*(row[k] for k in ("place", "index", "loss", "score"))))))
+            rows[row["step"]].append(
+                (file.name, tuple(zip(*(row[k] for k in ("place", "index", "loss", "score")), strict=True)))
+            )
     return {step: {account for _, account in accounts} for step, accounts in rows.items()}
 
 
