@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from memtrain.models.base import DiffusionModel
+
 # What is gathered for its forward and backward, and let go again: of about one size, dozens in SD's UNet.
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
 
@@ -39,6 +41,17 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     for block in [module for module in network.modules() if type(module).__name__ in BLOCKS]:
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
+
+
+def shard_trained(model: DiffusionModel, mesh: DeviceMesh) -> dict[str, nn.Module]:
+    """Shard the networks that are trained. Returns their bones, by name: copies without weights, see `filled`."""
+    trained = {id(network) for network in model.trained_modules()}
+    bones = {}
+    for name, network in model.named_children():
+        if id(network) in trained:
+            bones[name] = without_weights(network)
+            shard(network, mesh)
+    return bones
 
 
 def without_weights(network: nn.Module) -> nn.Module:
