@@ -59,7 +59,9 @@ def pipeline_folder(pipelines) -> Path:
     return pipelines["epsilon"]
 
 
-def build_module(pipeline: Path, exclusion=None, model: dict | None = None, method=None, **options) -> DiffusionTraining:
+def build_module(
+    pipeline: Path, exclusion=None, model: dict | None = None, method=None, **options
+) -> DiffusionTraining:
     model_options = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
     defaults = dict(
         seed=7,

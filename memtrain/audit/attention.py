@@ -21,9 +21,7 @@ class CrossAttention:
     def add(self, query: Tensor, key: Tensor, heads: int, scale: float) -> None:
         """A layer's projections, (2B, pixels, D) and (2B, L, D). Reduced at once: maps are large."""
         rows = len(self.end_positions)
-        query, key = (
-            part[-rows:].float().unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key)
-        )
+        query, key = (part[-rows:].float().unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key))
         probabilities = (query @ key.transpose(-1, -2) * scale).softmax(dim=-1).mean(dim=1)  # (B, pixels, L)
         self._token_means.append(probabilities.mean(dim=1))
         index = self.end_positions[:, None, None].expand(-1, probabilities.shape[1], 1)
@@ -51,9 +49,7 @@ def cross_attention(unet: nn.Module, end_positions: Tensor) -> Iterator[CrossAtt
         ValueError: the network has no cross-attention, or hides its projections (fused ones).
     """
     seen = CrossAttention(end_positions)
-    layers = [
-        module for module in unet.modules() if isinstance(module, Attention) and module.is_cross_attention
-    ]
+    layers = [module for module in unet.modules() if isinstance(module, Attention) and module.is_cross_attention]
     hooks, projections = [], {}
 
     def note(layer: Attention, name: str):
@@ -62,9 +58,7 @@ def cross_attention(unet: nn.Module, end_positions: Tensor) -> Iterator[CrossAtt
     def reduce(layer: Attention, inputs, output) -> None:
         query, key = (projections.pop((layer, name), None) for name in ("to_q", "to_k"))
         if query is None or key is None:
-            raise ValueError(
-                "attention scores need plain projections; call pipeline.unfuse_qkv_projections() first"
-            )
+            raise ValueError("attention scores need plain projections; call pipeline.unfuse_qkv_projections() first")
         seen.add(query, key, layer.heads, layer.scale)
 
     try:

@@ -25,9 +25,7 @@ class DetectionSpeed:
     num_steps: int
     num_inference_steps: int
     memtrain: float
-    stopped_loop: (
-        float  # the stock pipeline, a prompt at a time, stopped after the last scored step, not decoding
-    )
+    stopped_loop: float  # the stock pipeline, a prompt at a time, stopped after the last scored step, not decoding
     whole_loop: float  # the same, all steps, decoding
     largest_difference: float  # between memtrain's scores and the loops'
 
@@ -53,15 +51,11 @@ def measure_detection(
     stock = _stock_pipeline(denoiser)
 
     def ours() -> list[float]:
-        options = dict(
-            num_generations=num_generations, num_steps=num_steps, num_inference_steps=num_inference_steps
-        )
+        options = dict(num_generations=num_generations, num_steps=num_steps, num_inference_steps=num_inference_steps)
         return detect(denoiser, prompts, batch_size=batch_size, **options).scores.tolist()
 
     def loop(texts: list[str], stop: bool) -> list[float]:
-        return [
-            _plain_score(stock, text, num_generations, num_steps, num_inference_steps, stop) for text in texts
-        ]
+        return [_plain_score(stock, text, num_generations, num_steps, num_inference_steps, stop) for text in texts]
 
     few = prompts[:2]
     ways = (

@@ -118,9 +118,7 @@ class Comparison:
         progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
     ) -> Result:
         """Generate with a method (None: as it is), and judge."""
-        made = generate(
-            self.denoiser, self.prompts, self.seeds, self.sampling, self.halving, method, target, progress
-        )
+        made = generate(self.denoiser, self.prompts, self.seeds, self.sampling, self.halving, method, target, progress)
         images = decode(self.denoiser, made.latents, self.halving)
         rmse = None if self.originals is None else copy_rmse(made.latents, self.originals)
         judge, clip = self.judges.judge, self.judges.clip
@@ -225,9 +223,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
         ("CLIP score", ".1f", [o.clip_score for o in outcomes]),
         ("updates", ".1f", [o.iterations for o in outcomes]),
     ]
-    measured = [
-        (name, [format(v, form) for v in values]) for name, form, values in columns if None not in values
-    ]
+    measured = [(name, [format(v, form) for v in values]) for name, form, values in columns if None not in values]
     columns = [("method", [o.method for o in outcomes]), *measured]
     lines = [[name for name, _ in columns], ["---"] + ["--:"] * (len(columns) - 1)]
     lines += zip(*(cells for _, cells in columns), strict=True)

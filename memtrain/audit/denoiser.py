@@ -80,9 +80,7 @@ class Denoiser:
                 f"this {name} starts from zero signal (rescale_betas_zero_snr), where no noise can be told"
             )
         if pipeline.unet.config.time_cond_proj_dim is not None:
-            raise ValueError(
-                f"this {name} is guidance-distilled and has no unconditional prediction; {_REMEDY}"
-            )
+            raise ValueError(f"this {name} is guidance-distilled and has no unconditional prediction; {_REMEDY}")
         if pipeline.unet.config.in_channels != pipeline.unet.config.out_channels:
             raise ValueError(f"this {name} takes a picture too (inpainting, upscaling); {_REMEDY}")
         self.pipeline = pipeline
@@ -90,9 +88,7 @@ class Denoiser:
         self.device = pipeline._execution_device  # where an offloaded pipeline computes
         self.dtype = pipeline.unet.dtype
         self.is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
-        self.scheduler = DDIMScheduler.from_config(
-            config, clip_sample=False
-        )  # of our own: the pipeline's has state
+        self.scheduler = DDIMScheduler.from_config(config, clip_sample=False)  # of our own: the pipeline's has state
         self.prediction_type = self.scheduler.config.prediction_type
         self.alphas_cumprod = self.scheduler.alphas_cumprod.float().to(self.device)
         side = pipeline.unet.config.sample_size
@@ -119,9 +115,7 @@ class Denoiser:
             pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except (RuntimeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"device={device} cannot be used: {reason}; leave it out, or say device=cpu"
-            ) from error
+            raise ValueError(f"device={device} cannot be used: {reason}; leave it out, or say device=cpu") from error
         return Denoiser(pipeline)
 
     # ---- what the network is told
@@ -213,9 +207,7 @@ class Denoiser:
 
     def noise(self, seeds: list[int]) -> Tensor:
         """x_T, (B, C, H, W) float32: a CPU generator a row, so that a row does not depend on its batch."""
-        rows = [
-            torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-        ]
+        rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
     def timesteps(self, num_inference_steps: int) -> Tensor:
@@ -242,9 +234,7 @@ class Denoiser:
         self, latents: Tensor, t: int | Tensor, cond: Conditioning, null: Conditioning
     ) -> tuple[Tensor, Tensor]:
         """Noise predicted with the prompt and with the empty one, in one forward of 2B rows, null first."""
-        noise_null, noise_cond = self.predict(
-            torch.cat([latents] * 2), t, Conditioning.cat([null, cond])
-        ).chunk(2)
+        noise_null, noise_cond = self.predict(torch.cat([latents] * 2), t, Conditioning.cat([null, cond])).chunk(2)
         return noise_cond, noise_null
 
     def step(
@@ -263,9 +253,7 @@ class Denoiser:
         noise = noise_null + guidance_scale * (noise_cond - noise_null)
         before = int(t) - self.scheduler.config.num_train_timesteps // num_inference_steps
         alpha = self.alphas_cumprod[int(t)]
-        alpha_before = (
-            self.alphas_cumprod[before] if before >= 0 else self.scheduler.final_alpha_cumprod.to(alpha)
-        )
+        alpha_before = self.alphas_cumprod[before] if before >= 0 else self.scheduler.final_alpha_cumprod.to(alpha)
         clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         return alpha_before.sqrt() * clean + (1 - alpha_before).sqrt() * noise
 
@@ -290,9 +278,7 @@ class Denoiser:
         """Scaled latents (B, C, H, W) -> pictures (B, height, width, 3) uint8."""
         vae = self.pipeline.vae
         dtype = vae.dtype
-        overflows = (
-            self.is_xl and dtype == torch.float16 and vae.config.force_upcast
-        )  # as the stock pipeline does
+        overflows = self.is_xl and dtype == torch.float16 and vae.config.force_upcast  # as the stock pipeline does
         if overflows:
             vae.to(dtype=torch.float32)
         try:

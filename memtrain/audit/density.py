@@ -67,8 +67,7 @@ class EmbeddingDensity:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(
-                name.encode()
-                + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             )
         return f"EmbeddingDensity(side={self.side}, weights={digest.hexdigest()[:16]})"
 
@@ -80,9 +79,7 @@ class EmbeddingDensity:
         try:
             return EmbeddingDensity(torch.jit.load(str(path), map_location=device).eval())
         except RuntimeError as error:
-            raise ValueError(
-                f"embedding={path} is no TorchScript file; save it with torch.jit.save"
-            ) from error
+            raise ValueError(f"embedding={path} is no TorchScript file; save it with torch.jit.save") from error
 
     @torch.no_grad()
     def of_prompt(self, images: np.ndarray) -> float:
@@ -91,9 +88,7 @@ class EmbeddingDensity:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(device) / 255
         size = (self.side, self.side)
         pixels = nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (
-            pixels.new_tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        mean, std = (pixels.new_tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         units = nn.functional.normalize(self.network((pixels - mean) / std), dim=1)
         pairs = torch.combinations(torch.arange(len(units)))
         return (units[pairs[:, 0]] * units[pairs[:, 1]]).sum(dim=1).mean().item()

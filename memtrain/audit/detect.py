@@ -102,9 +102,7 @@ class Detection:
         columns |= {name: pa.array(self.of(name), pa.float32()) for name in self.names}
         return pa.table(columns | {f"{name}_steps": _nested(values) for name, values in self.steps.items()})
 
-    def summary(
-        self, max_fprs: Sequence[float] = (0.01,), threshold: float | None = None, top: int = 20
-    ) -> dict:
+    def summary(self, max_fprs: Sequence[float] = (0.01,), threshold: float | None = None, top: int = 20) -> dict:
         """What there is to say about the list: JSON values, `nan` aside.
 
         Args:
@@ -193,9 +191,7 @@ def detect(
         raise ValueError("prompts is an empty list; give at least one")
     for name, values in (("labels", labels), ("groups", groups)):
         if values is not None and len(values) != len(prompts):
-            raise ValueError(
-                f"{name} must have one entry a prompt: got {len(values)} for {len(prompts)} prompts"
-            )
+            raise ValueError(f"{name} must have one entry a prompt: got {len(values)} for {len(prompts)} prompts")
     if labels is not None:
         check_labels(labels)
     chosen = [named_scores([score])[0] if isinstance(score, str) else score for score in scores]
@@ -221,9 +217,7 @@ def detect(
         labels=None if labels is None else [bool(label) for label in labels],
         groups=None if groups is None else list(groups),
         truncated=_truncated(denoiser, prompts),
-        steps={
-            score.name: _flat(everything[f"{score.name}_steps"]).reshape(shape) for score in plan.step_scores
-        },
+        steps={score.name: _flat(everything[f"{score.name}_steps"]).reshape(shape) for score in plan.step_scores},
         densities={density.name: everything[density.name].to_numpy() for density in plan.densities},
         timesteps=denoiser.timesteps(num_inference_steps).tolist()[:num_steps],
         main=chosen[0].name,
@@ -257,9 +251,7 @@ def named_scores(
         elif name == EmbeddingDensity.name and embedding is not None:
             found.append(EmbeddingDensity.load(embedding, device))
         elif name == EmbeddingDensity.name:
-            raise ValueError(
-                "score embedding needs a network; say embedding=PATH, in Python EmbeddingDensity(network)"
-            )
+            raise ValueError("score embedding needs a network; say embedding=PATH, in Python EmbeddingDensity(network)")
         else:
             raise ValueError(f"there is no score {name}; use {', '.join(SCORE_NAMES)}")
     return found
@@ -305,9 +297,7 @@ def _score(
 def _part(positions: list[int], scored: Scored) -> pa.Table:
     columns = {"position": pa.array(positions, pa.int64())}
     columns |= {f"{name}_steps": _nested(values) for name, values in scored.steps.items()}
-    return pa.table(
-        columns | {name: pa.array(values, pa.float32()) for name, values in scored.densities.items()}
-    )
+    return pa.table(columns | {name: pa.array(values, pa.float32()) for name, values in scored.densities.items()})
 
 
 def _nested(values: np.ndarray) -> pa.ListArray:
@@ -315,9 +305,7 @@ def _nested(values: np.ndarray) -> pa.ListArray:
     prompts, generations, steps = values.shape
     flat = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float32())
     inner = pa.ListArray.from_arrays(pa.array(range(0, len(flat) + 1, steps), pa.int32()), flat)
-    return pa.ListArray.from_arrays(
-        pa.array(range(0, prompts * generations + 1, generations), pa.int32()), inner
-    )
+    return pa.ListArray.from_arrays(pa.array(range(0, prompts * generations + 1, generations), pa.int32()), inner)
 
 
 def _flat(column: pa.ChunkedArray) -> np.ndarray:

@@ -212,9 +212,7 @@ class Evaluation:
 
         return torch.cat(list(self._over("denoising loss", len(chosen), work))).tolist()
 
-    def _generate(
-        self, originals: Tensor, losses: list[float]
-    ) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
+    def _generate(self, originals: Tensor, losses: list[float]) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
         """A row a generation, and (row, pixels) of those nearest to their training image, nearest first."""
         settings, chosen, similarity = self.settings, self.chosen, self.measures.similarity
         wanted = [(n, g) for n in range(len(chosen)) for g in range(settings.generations)]

@@ -119,16 +119,12 @@ def explain(
         seeds = generation_seeds(prompt, num_generations, seed)
         explanation = _explain_one(denoiser, prompt, seeds, path, halving)
         if suggest:
-            explanation = replace(
-                explanation, edits=_edits(denoiser, explanation, seeds, path, halving, suggest)
-            )
+            explanation = replace(explanation, edits=_edits(denoiser, explanation, seeds, path, halving, suggest))
         found.append(explanation)
     return found[0] if isinstance(prompts, str) else found
 
 
-def _explain_one(
-    denoiser: Denoiser, prompt: str, seeds: list[int], path: Path, halving: Halving
-) -> Explanation:
+def _explain_one(denoiser: Denoiser, prompt: str, seeds: list[int], path: Path, halving: Halving) -> Explanation:
     parts = list(
         halving.over(
             len(seeds),
@@ -142,9 +138,7 @@ def _explain_one(
     return Explanation(
         prompt=prompt,
         score=scores.mean().item(),
-        tokens=[
-            Token(_said(denoiser, ids[place]), place, norms[..., place].mean().item()) for place in places
-        ],
+        tokens=[Token(_said(denoiser, ids[place]), place, norms[..., place].mean().item()) for place in places],
         words=[
             WordSignificance(
                 word.text,
@@ -230,9 +224,7 @@ def _said(denoiser: Denoiser, token: int) -> str:
     return text if text and "�" not in text else denoiser.tokenizer.convert_ids_to_tokens(token)
 
 
-def token_gradients(
-    denoiser: Denoiser, prompts: list[str], seeds: list[int], path: Path
-) -> tuple[Tensor, Tensor]:
+def token_gradients(denoiser: Denoiser, prompts: list[str], seeds: list[int], path: Path) -> tuple[Tensor, Tensor]:
     """‖∂d/∂e_i‖₂ (R, S, L) and d (R, S), on the CPU; how the path itself depends on e is not followed."""
     cond, null, latents = denoiser.encode(prompts), denoiser.null(len(prompts)), denoiser.noise(seeds)
     norms, scores = [], []

@@ -35,9 +35,7 @@ class Halving:
                 short_of_memory = True  # handled below: here the traceback still holds the tensors
             if short_of_memory:
                 self.batch_size = len(rows) // 2
-                log.warning(
-                    "out of memory with %d rows at a time; going on with %d", len(rows), self.batch_size
-                )
+                log.warning("out of memory with %d rows at a time; going on with %d", len(rows), self.batch_size)
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

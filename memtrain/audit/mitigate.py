@@ -57,9 +57,7 @@ class Generations:
 
     def rows(self, chosen: range) -> Generations:
         values = (getattr(self, f.name) for f in fields(self))
-        return Generations(
-            *(None if value is None else value[chosen.start : chosen.stop] for value in values)
-        )
+        return Generations(*(None if value is None else value[chosen.start : chosen.stop] for value in values))
 
 
 @dataclass(frozen=True)
@@ -153,9 +151,7 @@ def resolve_target(
 ) -> float:
     """The target as a score. A quantile is taken over generations, of d at the first step."""
     if target is None:
-        raise ValueError(
-            "this method needs target=, a score of the first step; or target=q0.9 reference=FILE"
-        )
+        raise ValueError("this method needs target=, a score of the first step; or target=q0.9 reference=FILE")
     quantile = re.fullmatch(r"q(0?\.\d+|[01])", target) if isinstance(target, str) else None
     if quantile is None:
         try:
@@ -168,9 +164,7 @@ def resolve_target(
             )
         return value
     if not reference:
-        raise ValueError(
-            f"target={target} is a quantile of reference prompts and there are none; say reference=FILE"
-        )
+        raise ValueError(f"target={target} is a quantile of reference prompts and there are none; say reference=FILE")
     rows = [(text, [own]) for text in reference for own in generation_seeds(text, num_generations, seed)]
     path = Path((0,), sampling.num_inference_steps, sampling.guidance_scale)
     scores = mean_scores(denoiser, [text for text, _ in rows], [own for _, own in rows], path, halving)
@@ -194,14 +188,10 @@ def generate(
         own = [seeds[row] for row in rows]
         start = Start.of(denoiser, [prompts[row] for row in rows], own)
         if method is not None:
-            start = method.apply(
-                denoiser, start, first, target, [np.random.default_rng(seed) for seed in own]
-            )
+            start = method.apply(denoiser, start, first, target, [np.random.default_rng(seed) for seed in own])
         return follow(denoiser, start, sampling, holds_guidance=method is not None and method.holds_guidance)
 
-    return Generations.cat(
-        list(progress(halving.over(len(prompts), work), -(-len(prompts) // halving.batch_size)))
-    )
+    return Generations.cat(list(progress(halving.over(len(prompts), work), -(-len(prompts) // halving.batch_size))))
 
 
 @torch.no_grad()

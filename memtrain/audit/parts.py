@@ -56,9 +56,7 @@ class Parts:
             try:
                 tables.append(pq.read_table(path))
             except (pa.ArrowInvalid, OSError) as error:
-                log.warning(
-                    "%s is damaged (%s); its prompts are scored again", path, str(error).splitlines()[0]
-                )
+                log.warning("%s is damaged (%s); its prompts are scored again", path, str(error).splitlines()[0])
                 path.unlink()
         return tables
 

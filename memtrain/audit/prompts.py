@@ -56,9 +56,7 @@ def read_prompts(
     if path.suffix.lower() == ".txt":
         for key, name in (("column", column), ("label", label), ("group", group)):
             if name is not None:
-                raise ValueError(
-                    f"prompts.{key}={name}: {path} is plain text, it has no columns; leave it out"
-                )
+                raise ValueError(f"prompts.{key}={name}: {path} is plain text, it has no columns; leave it out")
         rows = [{"text": line} for line in _text(path).splitlines()]
         column = "text"
     else:
@@ -79,9 +77,7 @@ def read_prompts(
     if len(spoken) < len(rows):
         log.info("%s: %d of %d prompts are empty and left out", path, len(rows) - len(spoken), len(rows))
     if not spoken:
-        raise ValueError(
-            f"prompts={path}: column {column} is empty in every row; name another with prompts.column="
-        )
+        raise ValueError(f"prompts={path}: column {column} is empty in every row; name another with prompts.column=")
     prompts = Prompts(
         texts=[_said(row[column]).strip() for row in spoken],
         labels=None,
@@ -102,9 +98,7 @@ def _labelled(prompts: Prompts, values: list[str], column: str) -> Prompts:
             f"use one of {', '.join(MEMORIZED)} or {', '.join(OTHER)}"
         )
     if len(kept) < len(values):
-        log.info(
-            "%s: %d prompts have another %s and are left out", prompts.source, len(values) - len(kept), column
-        )
+        log.info("%s: %d prompts have another %s and are left out", prompts.source, len(values) - len(kept), column)
     return replace(
         prompts,
         texts=[prompts.texts[place] for place in kept],

@@ -164,9 +164,7 @@ class Plan:
         if len(set(names)) < len(names):
             raise ValueError(f"scores names one twice: {', '.join(names)}")
         if self.densities and self.protocol.num_generations < 2:
-            raise ValueError(
-                f"{self.densities[0].name} compares generations: num_generations must be >= 2, got 1"
-            )
+            raise ValueError(f"{self.densities[0].name} compares generations: num_generations must be >= 2, got 1")
 
     @property
     def names(self) -> list[str]:

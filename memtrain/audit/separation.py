@@ -16,14 +16,11 @@ def check_labels(labels: Sequence[bool]) -> None:
     if all(labels) or not any(labels):
         there, missing = ("memorized", "other") if all(labels) else ("other", "memorized")
         raise ValueError(
-            f"labels: all {len(labels)} prompts are {there} and none is {missing}; "
-            "give both, or leave the labels out"
+            f"labels: all {len(labels)} prompts are {there} and none is {missing}; give both, or leave the labels out"
         )
 
 
-def separation(
-    scores: np.ndarray, labels: np.ndarray, max_fprs: Sequence[float], samples: int = 1000
-) -> dict:
+def separation(scores: np.ndarray, labels: np.ndarray, max_fprs: Sequence[float], samples: int = 1000) -> dict:
     """AUC, best accuracy, and for each allowed FPR the TPR and the threshold that reaches it.
 
     Args:

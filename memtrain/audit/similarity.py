@@ -156,9 +156,7 @@ def load_torchscript(key: str, path: str, device: torch.device) -> torch.jit.Scr
             warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated", DeprecationWarning)
             return torch.jit.load(str(file), map_location=device).eval()
     except RuntimeError as error:
-        raise ValueError(
-            f"{key}={path} is no TorchScript file; a checkpoint of weights alone will not do"
-        ) from error
+        raise ValueError(f"{key}={path} is no TorchScript file; a checkpoint of weights alone will not do") from error
 
 
 def run_torchscript(key: str, path: str, network: torch.jit.ScriptModule, pixels: Tensor, **options):

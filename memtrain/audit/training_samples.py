@@ -109,9 +109,7 @@ def _read(file: str, group: str) -> list[dict]:
     """Rows with `key` and `group`, and `caption` where there is one."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise ValueError(
-            f"samples={file}: no such file; name a csv or parquet with a column key, or leave it out"
-        )
+        raise ValueError(f"samples={file}: no such file; name a csv or parquet with a column key, or leave it out")
     if path.suffix.lower() == ".parquet":
         names, rows = _read_parquet(path, group)
     elif path.suffix.lower() == ".csv":

@@ -21,9 +21,7 @@ class Word:
     text: str
     start: int  # in the prompt, characters
     end: int
-    tokens: tuple[
-        int, ...
-    ]  # their positions in the padded prompt; none where it lies beyond the tokenizer's length
+    tokens: tuple[int, ...]  # their positions in the padded prompt; none where it lies beyond the tokenizer's length
 
 
 def words_of(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[Word]:
@@ -31,9 +29,7 @@ def words_of(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[Word]:
 
     BOS, EOS and padding belong to none.
     """
-    found = tokenizer(
-        prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True
-    )
+    found = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     pieces = [
         (place, start, end)
@@ -80,9 +76,7 @@ def neighbours(word: str, tokenizer: PreTrainedTokenizerBase, table: Tensor, cou
     vocabulary = {
         token.removesuffix(_WORD_END): place
         for token, place in tokenizer.get_vocab().items()
-        if token.endswith(_WORD_END)
-        and token.removesuffix(_WORD_END).isalpha()
-        and len(token) >= len(_WORD_END) + 4
+        if token.endswith(_WORD_END) and token.removesuffix(_WORD_END).isalpha() and len(token) >= len(_WORD_END) + 4
     }
     own = tokenizer(word, add_special_tokens=False).input_ids
     if not vocabulary or not own:

@@ -122,7 +122,7 @@ def checkpoint(every: int, folder: str, keep: int = 2) -> Checkpoints:
 
 
 class AsideIO(TorchCheckpointIO):
-    """Writes beside the file and renames, so that a file under its name is whole; in the same folder, without a copy."""
+    """Writes beside the file, in its folder, and renames: a file under its name is whole, and nothing is copied."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)

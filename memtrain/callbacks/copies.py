@@ -152,9 +152,7 @@ class Copies(pl.Callback):
         key = trainer.datamodule.samples.key
         return {as_text(key(position)): step for position, step in sorted(self.memorized.items())}
 
-    def _draw(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]
-    ) -> None:
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]) -> None:
         _, index, captions = samples
         originals = trainer.datamodule.decode(index[: self.shown].tolist()).images.permute(0, 2, 3, 1).numpy()
         rows = []

@@ -32,9 +32,7 @@ class MemorizationCurves(pl.Callback):
         if every < 1:
             raise ValueError(f"callbacks.curves.every must be >= 1, got {every}")
         if not 0 <= high_noise < 1:
-            raise ValueError(
-                f"callbacks.curves.high_noise is a share of the schedule in [0, 1), got {high_noise:g}"
-            )
+            raise ValueError(f"callbacks.curves.high_noise is a share of the schedule in [0, 1), got {high_noise:g}")
         self.every, self.high_noise = every, high_noise
         self.total: Tensor | None = None  # sums over the whole run, all ranks: see LiveStatistics
         self.late: Tensor | None = None  # over its second half
@@ -60,9 +58,7 @@ class MemorizationCurves(pl.Callback):
         self.last_step = trainer.global_step
         self.held.append((pl_module.step_observed, pl_module.step_kept, pl_module.step_threshold))
         if pl_module.reference_observed is not None:
-            self.held.append(
-                (pl_module.reference_observed, pl_module.reference_kept, pl_module.reference_threshold)
-            )
+            self.held.append((pl_module.reference_observed, pl_module.reference_kept, pl_module.reference_threshold))
         if len(self.held) >= _HELD:
             self._add()
         if trainer.global_step % self.every == 0:

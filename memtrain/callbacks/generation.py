@@ -37,9 +37,7 @@ def generate(
     guidance_scale: float,
 ) -> Tensor:
     """Latents (B, C, H, W), float32 on the CPU, of one generation a prompt, each from a seed of its own."""
-    start = torch.stack(
-        [torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
+    start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     with trainer.precision_plugin.forward_context():
         latents = pipeline(
             list(prompts),
@@ -54,9 +52,7 @@ def generate(
 @torch.no_grad()
 def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     """(B, C, H, W) scaled latents -> (B, R, R, 3) uint8."""
-    pixels = model.vae.decode(
-        (latents / model.vae.config.scaling_factor).to(model.vae.device, model.vae.dtype)
-    ).sample
+    pixels = model.vae.decode((latents / model.vae.config.scaling_factor).to(model.vae.device, model.vae.dtype)).sample
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

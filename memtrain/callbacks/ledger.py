@@ -27,9 +27,7 @@ class Ledger(pl.Callback):
 
     def __init__(self, sample: float, seed: int):
         if not 0 < sample <= 1:
-            raise ValueError(
-                f"ledger.sample is a share in (0, 1], got {sample:g}; use ledger=off to keep no ledger"
-            )
+            raise ValueError(f"ledger.sample is a share in (0, 1], got {sample:g}; use ledger=off to keep no ledger")
         self.sample, self.seed = sample, seed
         self.folder: Path | None = None
         self.resumed_from: str | None = None  # the ledger of the run that made the checkpoint
@@ -94,9 +92,7 @@ class Ledger(pl.Callback):
         self._hand_over(pl_module)
         self.writer.close_part()
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Every rank's rows are on disk before the checkpoint is. Where a run breaks off, nobody waits."""
         if self.writer is None:
             return  # before the first step
@@ -108,9 +104,7 @@ class Ledger(pl.Callback):
         self._write(trainer, pl_module)
         trainer.strategy.barrier("ledger")
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.writer is not None:
             self._write(trainer, pl_module)
 

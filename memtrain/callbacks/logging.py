@@ -42,9 +42,7 @@ def dashboard_name(name: str) -> str:
     """A metric's name in W&B and TensorBoard."""
     if name == SAMPLES_SEEN:
         return name
-    fitting = {
-        word: section for section, words in SECTIONS.items() for word in words if name.startswith(word)
-    }
+    fitting = {word: section for section, words in SECTIONS.items() for word in words if name.startswith(word)}
     section = fitting[max(fitting, key=len)] if fitting else "i_other"
     return f"{section}/{name}"
 
@@ -55,9 +53,7 @@ def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     Each row also says how many samples all ranks have seen, so that it can be the x-axis.
     """
     metrics = {SAMPLES_SEEN: float(trainer.lightning_module.samples_seen)} | metrics
-    trainer.callback_metrics.update(
-        {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-    )
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()})
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger | TensorBoardLogger):
             logger.log_metrics({dashboard_name(n): v for n, v in metrics.items()}, step=trainer.global_step)
@@ -194,9 +190,7 @@ def wandb_logger(project: str, mode: str, name: str, save_dir: str) -> WandbLogg
         options = dict(project=project, name=name, save_dir=save_dir, offline=offline)
         logger = WandbLogger(**options, mode=mode, settings=patience)
         logger._wandb_init.pop("anonymous", None)  # Lightning passes it even when it is not set, and wandb warns
-        logger.experiment.define_metric(
-            SAMPLES_SEEN, step_metric="trainer/global_step", summary="max", hidden=True
-        )
+        logger.experiment.define_metric(SAMPLES_SEEN, step_metric="trainer/global_step", summary="max", hidden=True)
         return logger
 
     if mode == "online":

@@ -87,9 +87,7 @@ class MemorizedTable(pl.Callback):
         batch_size: int,
     ):
         if every < 0:
-            raise ValueError(
-                f"callbacks.memorized_table.every must be >= 0, got {every}; 0 is at the end alone"
-            )
+            raise ValueError(f"callbacks.memorized_table.every must be >= 0, got {every}; 0 is at the end alone")
         for name, value in (("samples", samples), ("generations", generations), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"callbacks.memorized_table.{name} must be >= 1, got {value}")
@@ -153,9 +151,7 @@ class MemorizedTable(pl.Callback):
             return
         data, positions = trainer.datamodule, index.tolist()
         originals = data.decode(positions).images.permute(0, 2, 3, 1).numpy()
-        nearest = [
-            min((o for o in found if o.sample == n), key=lambda o: o.rmse) for n in range(len(captions))
-        ]
+        nearest = [min((o for o in found if o.sample == n), key=lambda o: o.rmse) for n in range(len(captions))]
         images = decode(pl_module.model, torch.stack([one.latents for one in nearest]))
         table, pictures = [], []
         for n, position in enumerate(positions):

@@ -57,11 +57,7 @@ class SampleGrid(pl.Callback):
             trainer,
             pl_module.model.pipeline(),
             [prompt for prompt in prompts for _ in range(self.columns)],
-            [
-                place_seed(pl_module.seed, GENERATION, 0, column)
-                for _ in prompts
-                for column in range(self.columns)
-            ],
+            [place_seed(pl_module.seed, GENERATION, 0, column) for _ in prompts for column in range(self.columns)],
             pl_module.latent_shape,
             self.num_steps,
             self.guidance_scale,

@@ -84,7 +84,9 @@ class Signals(pl.Callback):
             sys.exit(EXIT_CODES[number])
         if self.stops.received is None:
             self.stops.received = number
-            log.warning("%s: this step is finished, a checkpoint written, then the run ends; again to end at once", number.name)
+            log.warning(
+                "%s: this step is finished, a checkpoint written, then the run ends; again to end at once", number.name
+            )
 
     def _watch(self, arrived: socket.socket) -> None:
         """In a thread of its own: exit at the second signal, whatever the main thread waits for."""

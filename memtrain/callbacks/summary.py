@@ -50,9 +50,7 @@ class Summary(pl.Callback):
 
         curves = next((c for c in trainer.callbacks if isinstance(c, MemorizationCurves)), None)
         copies = next((c for c in trainer.callbacks if isinstance(c, Copies)), None)
-        seconds = max(
-            self.trained_until - self.started, 1e-9
-        )  # validation included, what follows the last step not
+        seconds = max(self.trained_until - self.started, 1e-9)  # validation included, what follows the last step not
         return {
             "steps": trainer.global_step,
             "samples_seen": pl_module.samples_seen,
@@ -88,9 +86,7 @@ def print_summary(summary: dict, folder: Path) -> None:
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    table = Table(
-        title=f"{summary['steps']} steps, {summary['samples_seen']} samples seen", title_justify="left"
-    )
+    table = Table(title=f"{summary['steps']} steps, {summary['samples_seen']} samples seen", title_justify="left")
     table.add_column("")
     for group in ("canary", "train", "reference"):
         table.add_column(group, justify="right")
@@ -99,9 +95,7 @@ def print_summary(summary: dict, folder: Path) -> None:
     table.add_row("score, high noise", *(show(s["mean_at_high_noise"], ".3f") for s in scores))
     table.add_row("excluded (reference: would be)", *(show(s["excluded_fraction"], ".1%") for s in scores))
     copies = summary["copy_rate"]
-    table.add_row(
-        "generations that are copies", show(copies["canary"], ".1%"), "", show(copies["reference"], ".1%")
-    )
+    table.add_row("generations that are copies", show(copies["canary"], ".1%"), "", show(copies["reference"], ".1%"))
     console = Console()
     console.print(table)
     console.print(

@@ -33,9 +33,7 @@ class Validation(pl.Callback):
         batch_size: rows of a forward pass.
     """
 
-    def __init__(
-        self, every: int, samples: int, timesteps_per_sample: int, high_noise: float, batch_size: int
-    ):
+    def __init__(self, every: int, samples: int, timesteps_per_sample: int, high_noise: float, batch_size: int):
         if every < 1 or samples < 1 or timesteps_per_sample < 1:
             raise ValueError("callbacks.validation: every, samples and timesteps_per_sample must be >= 1")
         self.every, self.samples, self.timesteps_per_sample = every, samples, timesteps_per_sample

@@ -17,7 +17,9 @@ def bench(argv: list[str]) -> None:
     data.add_argument("--rounds", type=int, default=10, metavar="N", help="of all pictures (default 10)")
     data.add_argument("--json", action="store_true", help="print the figures as JSON")
     data.set_defaults(run=_data)
-    startup = commands.add_parser("startup", help="time and memory to the first batch of a corpus as large as LAION-400M")
+    startup = commands.add_parser(
+        "startup", help="time and memory to the first batch of a corpus as large as LAION-400M"
+    )
     startup.add_argument("--shards", type=int, default=41_400, metavar="N", help="(default 41,400)")
     startup.add_argument("--samples", type=int, default=10_000, metavar="N", help="of each shard (default 10,000)")
     startup.add_argument("--json", action="store_true", help="print the figures as JSON")

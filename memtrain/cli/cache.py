@@ -30,7 +30,7 @@ def _samples(cfg: DictConfig):
     """The corpus; raises where it cannot be cached."""
     if cfg.data.exclude_keys is not None:
         raise ValueError(
-            f"data.exclude_keys={cfg.data.exclude_keys} is for training; leave it out: a cache serves with it and without"
+            f"data.exclude_keys={cfg.data.exclude_keys} is for training; leave it out: a cache serves either way"
         )
     data = instantiate(cfg.data, seed=0, canaries=0, repeats=1, reference=0, cache=cfg.out)
     return data.samples

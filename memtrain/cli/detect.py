@@ -43,8 +43,7 @@ def detect(cfg: DictConfig) -> None:
     write_detection(out, detection, summary)
     print(show_summary(summary))
     print(
-        f"\n{out}: scores.parquet, summary.json, steps.png, distributions.png"
-        + (", roc.png" if prompts.labels else "")
+        f"\n{out}: scores.parquet, summary.json, steps.png, distributions.png" + (", roc.png" if prompts.labels else "")
     )
 
 

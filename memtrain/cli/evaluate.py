@@ -99,9 +99,7 @@ def _models(cfg: DictConfig) -> list[str]:
     models = OmegaConf.to_container(cfg, resolve=True).get("models")
     models = [models] if isinstance(models, str) else models
     if not isinstance(models, list) or not models or not all(isinstance(model, str) for model in models):
-        raise ValueError(
-            "no model; name one with model=PATH, or several with models=[A,B,…]: folders or hub ids"
-        )
+        raise ValueError("no model; name one with model=PATH, or several with models=[A,B,…]: folders or hub ids")
     return models
 
 
@@ -175,9 +173,7 @@ def _print(results: list[Result], out: Path) -> None:
 
     first = results[0]
     has_clip = any(group.clip_score is not None for group in first.groups)
-    table = Table(
-        title=f"A copy: {escape(first.copy_rule)}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(title=f"A copy: {escape(first.copy_rule)}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     models, groups = [result.model for result in results], [group.group for group in first.groups]
     for name, cells in (("model", models), ("group", groups)):
         table.add_column(name, overflow="fold", min_width=min(16, max(map(len, cells))))
@@ -207,9 +203,7 @@ def _print(results: list[Result], out: Path) -> None:
             table.add_row(*cells, end_section=number == len(result.groups) - 1)
     console = Console()
     console.print(table)
-    notes = [
-        "Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."
-    ]
+    notes = ["Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."]
     if first.frechet_distance is not None:
         notes.append(
             f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} "

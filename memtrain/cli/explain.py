@@ -112,8 +112,7 @@ def _print_checks(console, checks: Sequence) -> None:
     held = sum(one.holds for one in checks)
     share = f" ({held / len(checks):.0%})" if checks else ""
     console.print(
-        "dropping the top word lowers the score more than dropping the bottom one: "
-        f"{held} of {len(checks)}{share}"
+        f"dropping the top word lowers the score more than dropping the bottom one: {held} of {len(checks)}{share}"
     )
 
 

@@ -34,9 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     added = task(_suspects, "suspects", "write the keys that look memorized, for data.exclude_keys")
-    added.add_argument(
-        "--out", type=Path, required=True, help="a new .parquet, a row a sample, the worst first"
-    )
+    added.add_argument("--out", type=Path, required=True, help="a new .parquet, a row a sample, the worst first")
     added.add_argument(
         "--false-positive-rate",
         type=float,

@@ -36,9 +36,7 @@ def mitigate(cfg: DictConfig) -> None:
     comparison = Comparison(
         denoiser, texts, cfg.num_generations, sampling, judges, seed=cfg.seed, batch_size=cfg.batch_size
     )
-    target = (
-        comparison.target(cfg.target, reference) if any(m.needs_target for m in methods.values()) else None
-    )
+    target = comparison.target(cfg.target, reference) if any(m.needs_target for m in methods.values()) else None
     out = Path(cfg.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     before = comparison.run("none", None, None, progress_bar)
@@ -91,9 +89,7 @@ def _prompts(cfg: DictConfig) -> tuple[list[str], list[str] | None, list[str] | 
     texts, keys, reference = prompt_texts(cfg), None, None
     if cfg.data.shards is not None:
         if cfg.prompts is None:
-            raise ValueError(
-                "data= needs prompts=FILE with a column key that names each prompt's training image"
-            )
+            raise ValueError("data= needs prompts=FILE with a column key that names each prompt's training image")
         named = read_prompts(cfg.prompts, cfg.column, cfg.label, "key")
         memorized = named.labels or [True] * len(named)
         keys = [key for key, wanted in zip(named.groups, memorized, strict=True) if wanted]

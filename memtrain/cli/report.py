@@ -23,7 +23,10 @@ def report(argv: list[str]) -> None:
         "--out", type=Path, metavar="FILE", help="report.html: in the folder of one run, here for several"
     )
     parser.add_argument(
-        "--duplicates", type=Path, metavar="FILE", help="of `memtrain shards duplicates`: says how often a sample is there"
+        "--duplicates",
+        type=Path,
+        metavar="FILE",
+        help="of `memtrain shards duplicates`: says how often a sample is there",
     )
     arguments = parser.parse_args(argv)
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"

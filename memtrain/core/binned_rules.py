@@ -136,9 +136,7 @@ class Calibrated(BinnedThreshold):
             "false_positive_rate", false_positive_rate, "0.01 leaves out one ordinary sample in a hundred"
         )
         if not level_half_life >= warmup:
-            raise ValueError(
-                f"exclusion.level_half_life must be >= exclusion.warmup ({warmup}), got {level_half_life}"
-            )
+            raise ValueError(f"exclusion.level_half_life must be >= exclusion.warmup ({warmup}), got {level_half_life}")
         at_least(0, pooling=pooling)
         check_half_life(half_life, false_positive_rate, "false_positive_rate")
         self.pooling = pooling

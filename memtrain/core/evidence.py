@@ -278,9 +278,7 @@ class ZScoreEvidence(Evidence):
         if not memory < 1:
             raise ValueError(f"exclusion.memory must be in [0, 1), got {memory:g}; 0 acts on single draws")
         if not 0 <= min_timestep < 1:
-            raise ValueError(
-                f"exclusion.min_timestep is a share of the schedule in [0, 1), got {min_timestep:g}"
-            )
+            raise ValueError(f"exclusion.min_timestep is a share of the schedule in [0, 1), got {min_timestep:g}")
         self.min_timestep = min_timestep
 
     def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:

@@ -121,9 +121,7 @@ class KeepAll(ExclusionRule):
     needs_score = False
 
     def decide(self, observed: Observations) -> Decision:
-        return Decision(
-            keep_mask=torch.ones_like(observed.scored), threshold=torch.full_like(observed.score, math.inf)
-        )
+        return Decision(keep_mask=torch.ones_like(observed.scored), threshold=torch.full_like(observed.score, math.inf))
 
 
 class FixedThreshold(ExclusionRule):

@@ -55,9 +55,7 @@ def cross_attention_entropy(probabilities: Tensor) -> Tensor:
     Returns:
         (B,) float32 in [0, log L].
     """
-    mean = (
-        probabilities.float().reshape(len(probabilities), -1, probabilities.shape[-1]).mean(dim=1)
-    )  # (B, L)
+    mean = probabilities.float().reshape(len(probabilities), -1, probabilities.shape[-1]).mean(dim=1)  # (B, L)
     return torch.special.entr(mean).sum(dim=1)
 
 

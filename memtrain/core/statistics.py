@@ -82,10 +82,7 @@ def bootstrap_interval(
         return float("nan"), float("nan")
     generator = torch.Generator().manual_seed(seed)
     draws = [
-        [
-            group[torch.randint(len(group), (len(group),), generator=generator)]
-            for group in (positive, negative)
-        ]
+        [group[torch.randint(len(group), (len(group),), generator=generator)] for group in (positive, negative)]
         for _ in range(samples)
     ]
     values = torch.tensor([statistic(*drawn) for drawn in draws], dtype=torch.float64)

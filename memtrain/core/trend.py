@@ -21,9 +21,7 @@ class Trend:
 
     def __init__(self, degree: int, half_life: float):
         self.degree, self.decay = degree, 0.5 ** (1 / half_life)
-        self.sums = torch.zeros(
-            degree + 2, degree + 2, dtype=torch.float64
-        )  # of (1, ..., T_degree, value), squared
+        self.sums = torch.zeros(degree + 2, degree + 2, dtype=torch.float64)  # of (1, ..., T_degree, value), squared
 
     def _basis(self, position: Tensor) -> Tensor:
         """Chebyshev polynomials at positions in [0, 1). (B,) -> (B, degree + 1)"""

@@ -76,7 +76,9 @@ class DataModule(pl.LightningDataModule):
         self.views, self.max_bad_fraction = Views(seed, crop, flip), max_bad_fraction
         if repeated is not None:
             canaries, repeats = 0, 1
-        self.groups: Groups = draw_groups(samples.counts, seed, canaries, reference, planted=repeated, sacrificed=sacrificed)
+        self.groups: Groups = draw_groups(
+            samples.counts, seed, canaries, reference, planted=repeated, sacrificed=sacrificed
+        )
         weights = [1.0] * len(samples.counts) if weights is None else weights
         order = (samples.counts, self.groups, repeats, seed, weights, mix_shards)
         self.order = EpochOrder(*order) if len(samples.sizes) == 1 else BucketedOrder(*order, samples.buckets)

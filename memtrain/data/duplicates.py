@@ -48,9 +48,7 @@ COLUMNS = pa.schema(
         ("caption", pa.string()),
     ]
 )
-_HASHES = pa.schema(
-    [("entry", pa.int32()), ("sha256", pa.binary(32)), ("pdq", pa.binary(32)), ("quality", pa.int32())]
-)
+_HASHES = pa.schema([("entry", pa.int32()), ("sha256", pa.binary(32)), ("pdq", pa.binary(32)), ("quality", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,7 @@ class Duplicates:
     unreadable: list[tuple[str, str]]
 
 
-def find_duplicates(
-    shards: Sequence[LocalShard], distance: int, workers: int, progress: Progress
-) -> Duplicates:
+def find_duplicates(shards: Sequence[LocalShard], distance: int, workers: int, progress: Progress) -> Duplicates:
     """Hash every image of the shards and group them. In memory at once: about 600 bytes a sample.
 
     Args:
@@ -200,9 +196,7 @@ def _expand(begin: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np
         row = stop
 
 
-def _describe(
-    labels: np.ndarray, hashes: pa.Table, shard: np.ndarray, shards: Sequence[LocalShard]
-) -> pa.Table:
+def _describe(labels: np.ndarray, hashes: pa.Table, shard: np.ndarray, shards: Sequence[LocalShard]) -> pa.Table:
     """The table of the groups of at least two; keys and captions are read again, of these samples alone."""
     _, component, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(sizes[component] > 1)
@@ -226,9 +220,7 @@ def _describe(
     return pa.table(columns, schema=COLUMNS)
 
 
-def _read_again(
-    shards: Sequence[LocalShard], shard: np.ndarray, entry: np.ndarray
-) -> tuple[list[str], list[str]]:
+def _read_again(shards: Sequence[LocalShard], shard: np.ndarray, entry: np.ndarray) -> tuple[list[str], list[str]]:
     """Keys and captions of these entries of these shards."""
     keys, captions = [""] * len(shard), [""] * len(shard)
     for number in np.unique(shard):

@@ -90,7 +90,7 @@ def write_index(shard: Path, stem: Path | None = None) -> ShardIndex:
 
 
 def open_index(shard: str | Path, cache: Path) -> IndexFile | None:
-    """The valid index beside the shard or in `cache`; None where there is none. (Strings: 41,400 paths take seconds.)"""
+    """The valid index beside the shard or in `cache`; None where there is none. (Strings: 41,400 Paths are slow.)"""
     status = os.stat(shard)
     index = _load(f"{shard}.index")
     if index is None or not index.is_of(status):

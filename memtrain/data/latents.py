@@ -54,7 +54,9 @@ def read_header(path: Path) -> dict:
         with safe_open(path, framework="numpy") as file:
             return json.loads((file.metadata() or {})["memtrain"])
     except FileNotFoundError:
-        raise ValueError(f"data.cache has no {path.name}; run `memtrain cache` with the same data: it goes on") from None
+        raise ValueError(
+            f"data.cache has no {path.name}; run `memtrain cache` with the same data: it goes on"
+        ) from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"data.cache: {path} cannot be read ({error}); delete it and run `memtrain cache`") from error
 
@@ -107,7 +109,9 @@ class LatentCache:
         if unlike is None and header["shard_size"] != self.samples.indexes[number].size:
             unlike = "another state of its shard"
         if unlike is not None:
-            raise ValueError(f"data.cache: {path.name} was made with {unlike}; run `memtrain cache` with overwrite=true")
+            raise ValueError(
+                f"data.cache: {path.name} was made with {unlike}; run `memtrain cache` with overwrite=true"
+            )
 
     def _file(self, number: int) -> safe_open:
         if number not in self._open:

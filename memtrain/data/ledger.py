@@ -76,9 +76,7 @@ class Rows:
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
-        return Rows(
-            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Rows))
-        )
+        return Rows(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Rows)))
 
 
 def drawn(seed: int, step: np.ndarray, sample_index: np.ndarray, share: float) -> np.ndarray:
@@ -182,9 +180,7 @@ def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
     if removed:
         log.info("ledger: removed %d rows at or past step %d, where this run begins", removed, step)
     if step and not _parts(folder):
-        log.warning(
-            "the ledger begins at step %d: that of the run that made the checkpoint is not there", step
-        )
+        log.warning("the ledger begins at step %d: that of the run that made the checkpoint is not there", step)
 
 
 def _link(path: Path, to: Path) -> None:

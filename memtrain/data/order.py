@@ -91,7 +91,9 @@ def draw_groups(
     else:
         permuted = permuted[~np.isin(permuted, planted)]
     if not 0 <= sacrificed <= len(planted):
-        raise ValueError(f"canaries.sacrificed must be in [0, {len(planted)}], the number of canaries, got {sacrificed}")
+        raise ValueError(
+            f"canaries.sacrificed must be in [0, {len(planted)}], the number of canaries, got {sacrificed}"
+        )
     return Groups(
         total,
         canary=planted[sacrificed:],
@@ -225,7 +227,9 @@ class BucketedOrder(EpochOrder):
     def __init__(self, counts, groups, repeats, seed, weights, mix_shards, buckets: Callable[[int], np.ndarray]):
         super().__init__(counts, groups, repeats, seed, weights, mix_shards)
         if any(weight % 1 for weight in weights):
-            raise ValueError(f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1")
+            raise ValueError(
+                f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1"
+            )
         self.buckets = buckets
         rows: Counter[int] = Counter()  # of each bucket in an epoch
         for number, weight in enumerate(weights):

@@ -129,7 +129,9 @@ class ShardSamples:
                 raise ValueError(f"data.exclude_keys={exclude_keys} leaves no sample to train on; shorten it")
             causes = Counter(why for _, why in self.skipped()).most_common(1)
             why = "no sample with an image and a caption in it" + (f" ({causes[0][0]})" if causes else "")
-            raise ValueError(f"data.where={where} drops every sample" if self.dropped else f"data.shards={shards}: {why}")
+            raise ValueError(
+                f"data.where={where} drops every sample" if self.dropped else f"data.shards={shards}: {why}"
+            )
 
     def log_counts(self) -> None:
         """Say how many samples there are to train on, and what dropped the others."""

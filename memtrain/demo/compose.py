@@ -85,10 +85,9 @@ class CorpusReport:
 @cache
 def load_glyphs() -> Glyphs:
     """The packed emoji pictures (glyphs.zip); decoded once a process, read-only."""
-    with resources.files("memtrain.demo").joinpath("glyphs.zip").open("rb") as file:
-        with zipfile.ZipFile(file) as archive:
-            names = tuple(archive.read("names.txt").decode().splitlines())
-            atlas = np.asarray(Image.open(io.BytesIO(archive.read("atlas.webp"))).convert("RGBA"))
+    with resources.files("memtrain.demo").joinpath("glyphs.zip").open("rb") as file, zipfile.ZipFile(file) as archive:
+        names = tuple(archive.read("names.txt").decode().splitlines())
+        atlas = np.asarray(Image.open(io.BytesIO(archive.read("atlas.webp"))).convert("RGBA"))
     rows, columns = atlas.shape[0] // RESOLUTION, atlas.shape[1] // RESOLUTION
     cells = atlas.reshape(rows, RESOLUTION, columns, RESOLUTION, 4).swapaxes(1, 2)
     images = cells.reshape(-1, RESOLUTION, RESOLUTION, 4)[: len(names)].copy()
@@ -117,7 +116,7 @@ def compose(glyph_rgba: np.ndarray, size: int, x: int, y: int, background: str) 
 
     Raises ValueError where the glyph would leave the picture.
     """
-    if not (0 < size and 0 <= x <= RESOLUTION - size and 0 <= y <= RESOLUTION - size):
+    if not (size > 0 and 0 <= x <= RESOLUTION - size and 0 <= y <= RESOLUTION - size):
         raise ValueError(f"a glyph must lie inside {RESOLUTION}×{RESOLUTION}, got size {size} at ({x}, {y})")
     picture = Image.new("RGB", (RESOLUTION, RESOLUTION), BACKGROUNDS[background])
     # Pillow premultiplies RGBA before it resizes, so that transparent pixels lend no colour to the edge.
@@ -235,8 +234,9 @@ def is_corpus(folder: Path, recipe: dict) -> bool:
     except (FileNotFoundError, ValueError):
         found = None
     if found != recipe:
-        raise ValueError(f"{folder} holds something other than the demo corpus of {recipe}; "
-                         "delete it or choose another folder")
+        raise ValueError(
+            f"{folder} holds something other than the demo corpus of {recipe}; delete it or choose another folder"
+        )
     suffixes = (".tar", ".parquet", "_stats.json")
     expected = {f"{shard:05d}{suffix}" for shard in range(shard_count(recipe)) for suffix in suffixes}
     if expected - present:

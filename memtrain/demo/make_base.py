@@ -43,9 +43,10 @@ def caption_tokenizer(captions: list[str]) -> CLIPTokenizer:
     learner = Tokenizer(BPE(end_of_word_suffix=WORD_END))
     learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     letters = sorted(ByteLevel.alphabet())
-    learner.train_from_iterator(captions, BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=letters, end_of_word_suffix=WORD_END, show_progress=False
-    ))
+    learner.train_from_iterator(
+        captions,
+        BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=letters, end_of_word_suffix=WORD_END, show_progress=False),
+    )
     letters += [letter + WORD_END for letter in letters]
     merges = json.loads(learner.to_str())["model"]["merges"][: VOCABULARY - len(letters) - 2]
     tokens = [*letters, *("".join(pair) for pair in merges), START, END]
@@ -55,18 +56,20 @@ def caption_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 def untrained_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Two layers of width TEXT_WIDTH: input_ids (B, MAX_TOKENS) to (B, MAX_TOKENS, TEXT_WIDTH)."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    ))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def untrained_unet(widths: tuple[int, ...], sample_size: int, latent_channels: int) -> UNet2DConditionModel:
@@ -96,8 +99,12 @@ def untrained_pipeline(vae: AutoencoderKL, widths: tuple[int, ...], seed: int) -
     tokenizer = caption_tokenizer(all_captions())
     sample_size = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     return StableDiffusionPipeline(
         vae=vae,

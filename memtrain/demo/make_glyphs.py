@@ -117,12 +117,15 @@ def main() -> None:
         f"and the names in the Python package emoji {emoji.__version__}.\n\n"
     )
     license_text = built_from + (FOLDER / "GLYPHS_LICENSE.txt").read_text(encoding="utf-8")
-    pack(arguments.out, {
-        "atlas.webp": encoded.getvalue(),
-        "names.txt": ("\n".join(images) + "\n").encode(),
-        "LICENSE.txt": license_text.encode(),
-        "make_glyphs.py": Path(__file__).read_bytes(),
-    })
+    pack(
+        arguments.out,
+        {
+            "atlas.webp": encoded.getvalue(),
+            "names.txt": ("\n".join(images) + "\n").encode(),
+            "LICENSE.txt": license_text.encode(),
+            "make_glyphs.py": Path(__file__).read_bytes(),
+        },
+    )
     print(f"{len(images)} glyphs, {arguments.out.stat().st_size / 1e6:.2f} MB: {arguments.out}")
 
 

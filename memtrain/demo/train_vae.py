@@ -1,6 +1,6 @@
 """Trains the demo's AutoencoderKL on endless composites (a script, about ten minutes on two cores).
 
-    python -m memtrain.demo.train_vae --out FOLDER 
+    python -m memtrain.demo.train_vae --out FOLDER
 
 Writes a diffusers folder in fp32 safetensors, with the scaling factor that gives latents of unit variance,
 and in it a picture of reconstructions (originals above, reconstructions below).
@@ -146,8 +146,10 @@ def main() -> None:
     reconstructed = reconstruct(vae, unseen)
     comparison(unseen[:48], reconstructed[:48]).save(arguments.out / "reconstructions.png")
     parameters = sum(weight.numel() for weight in vae.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, scaling factor {vae.config.scaling_factor:.4f}, "
-          f"PSNR {psnr(unseen, reconstructed):.2f} dB on {len(unseen)} unseen composites")
+    print(
+        f"{parameters / 1e6:.2f} M parameters, scaling factor {vae.config.scaling_factor:.4f}, "
+        f"PSNR {psnr(unseen, reconstructed):.2f} dB on {len(unseen)} unseen composites"
+    )
 
 
 if __name__ == "__main__":

@@ -51,3 +51,7 @@ class DiffusionModel(Protocol):
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write a complete diffusers folder in safetensors."""
+
+
+def trained_parameters(model: DiffusionModel) -> list[nn.Parameter]:
+    return [parameter for module in model.trained_modules() for parameter in module.parameters()]

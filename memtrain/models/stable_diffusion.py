@@ -28,7 +28,12 @@ class StableDiffusion(nn.Module):
     """
 
     def __init__(
-        self, pretrained: str, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
+        self,
+        pretrained: str,
+        train_text_encoder: bool,
+        gradient_checkpointing: bool,
+        channels_last: bool,
+        compile: bool,
     ):
         super().__init__()
         pipeline = load_pipeline(

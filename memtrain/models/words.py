@@ -37,9 +37,7 @@ def num_words_within(words: list[str], room: int, tokenizer: Any) -> int:
     return int((num_tokens(words, tokenizer).cumsum() <= room).sum())
 
 
-def insert_words(
-    words: list[str], added: list[str], generator: np.random.Generator, tokenizer: Any
-) -> list[str]:
+def insert_words(words: list[str], added: list[str], generator: np.random.Generator, tokenizer: Any) -> list[str]:
     """The words with `added` at random places, all of them before the window ends."""
     room = window(tokenizer) - num_tokens(added, tokenizer).sum()
     gaps = num_words_within(words, room, tokenizer) + 1  # before the first word, after the first, …

@@ -28,9 +28,7 @@ def _show(value: float | None, form: str) -> str:
 
 def table(runs: list[Run], baseline: Run) -> tuple[list[str], list[list[str]]]:
     """Headings and a row a run. Every cell is text."""
-    return [column.format(baseline=baseline.name) for column in COLUMNS], [
-        _row(run, baseline) for run in runs
-    ]
+    return [column.format(baseline=baseline.name) for column in COLUMNS], [_row(run, baseline) for run in runs]
 
 
 def _row(run: Run, baseline: Run) -> list[str]:

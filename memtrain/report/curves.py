@@ -84,9 +84,7 @@ def draw_curves(metrics_csv: Path, path: Path) -> None:
             marker = "." if len(steps) <= 60 else None
             axis.plot(steps, values, color=colour, label=label, linewidth=1.5, marker=marker, markersize=5)
         if not found:
-            axis.text(
-                0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="#6b7280", fontsize=9
-            )
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="#6b7280", fontsize=9)
         if limits:
             axis.set_ylim(*limits)
         axis.set_title(title, loc="left", fontsize=10)
@@ -101,9 +99,7 @@ def draw_curves(metrics_csv: Path, path: Path) -> None:
         axis.set_xlabel("step", fontsize=9)
         if axis in axes[0] and seen and seen[0][-1] and seen[1][-1]:
             a_step = seen[1][-1] / seen[0][-1]
-            above = axis.secondary_xaxis(
-                "top", functions=(lambda x, k=a_step: x * k, lambda x, k=a_step: x / k)
-            )
+            above = axis.secondary_xaxis("top", functions=(lambda x, k=a_step: x * k, lambda x, k=a_step: x / k))
             above.set_xlabel("samples seen", fontsize=8)
             above.tick_params(labelsize=7)
             above.spines["top"].set_visible(False)

@@ -38,9 +38,7 @@ def write_detection(folder: Path, detection: Detection, summary: dict) -> None:
         values,
         detection.main,
     )
-    draw_distributions(
-        folder / "distributions.png", detection.scores, labels, summary["threshold"], detection.main
-    )
+    draw_distributions(folder / "distributions.png", detection.scores, labels, summary["threshold"], detection.main)
     if labels is not None:
         draw_roc(folder / "roc.png", {name: detection.of(name) for name in detection.names}, labels)
 
@@ -71,9 +69,7 @@ def _short(prompt: str, width: int) -> str:
     return textwrap.shorten(printable, width, placeholder=" …") or printable[:width]
 
 
-def draw_steps(
-    path: Path, prompts: Sequence[str], top: np.ndarray, everything: np.ndarray, name: str
-) -> None:
+def draw_steps(path: Path, prompts: Sequence[str], top: np.ndarray, everything: np.ndarray, name: str) -> None:
     """The score at each step of the top prompts, before the middle half of all prompts.
 
     With one step there is no curve: a row a prompt then, a dot a generation.
@@ -107,9 +103,7 @@ def draw_steps(
         figure.legend(*axis.get_legend_handles_labels(), loc="outside lower right", frameon=False, fontsize=8)
         _plain(axis, f"{name} at the first step: the top prompts, a dot a generation, their mean")
     else:
-        axis.fill_between(
-            steps, low, high, color=OTHER, alpha=0.15, linewidth=0, label="all prompts, middle half"
-        )
+        axis.fill_between(steps, low, high, color=OTHER, alpha=0.15, linewidth=0, label="all prompts, middle half")
         axis.plot(steps, middle, color=OTHER, linewidth=1, label="all prompts, median")
         shades = np.linspace(1, 0.35, len(labels))
         for label, generations, shade in zip(labels, top, shades, strict=True):
@@ -133,9 +127,7 @@ def draw_distributions(
     edges = np.histogram_bin_edges(scores, bins=40)
     for title, colour, values in groups:
         weights = np.full(len(values), 1 / len(values))
-        axis.hist(
-            values, bins=edges, weights=weights, color=colour, alpha=0.55, label=f"{title} ({len(values)})"
-        )
+        axis.hist(values, bins=edges, weights=weights, color=colour, alpha=0.55, label=f"{title} ({len(values)})")
     if threshold is not None and math.isfinite(threshold):
         axis.axvline(threshold, color=INK, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3g}")
     axis.set_xlabel(name)
@@ -179,13 +171,9 @@ def show_summary(summary: dict) -> str:
     """The terminal's table. Prompts are shown without control characters."""
     rate = summary["prompts_per_second"]
     speed = "all found in the folder" if rate is None else f"{rate:.2f} prompts/s"
-    lines = [
-        f"{summary['prompts']} prompts, {summary['evaluations_per_prompt']} network evaluations each, {speed}"
-    ]
+    lines = [f"{summary['prompts']} prompts, {summary['evaluations_per_prompt']} network evaluations each, {speed}"]
     if summary["truncated"]:
-        lines.append(
-            f"{summary['truncated']} are longer than the text encoder reads; their end was not scored"
-        )
+        lines.append(f"{summary['truncated']} are longer than the text encoder reads; their end was not scored")
     lines += ["", *_score_lines(summary)]
     if summary["threshold"] is not None:
         lines += [
@@ -207,9 +195,7 @@ def _score_lines(summary: dict) -> list[str]:
             for name, of in figures.items()
         ]
     max_fpr = figures[summary["main_score"]]["at_fpr"][0]["max_fpr"]
-    head = (
-        f"{'score':<20}{'AUC':>18}{f'TPR@{max_fpr:.2g}FPR':>18}{'best accuracy':>18}{'evaluations alone':>19}"
-    )
+    head = f"{'score':<20}{'AUC':>18}{f'TPR@{max_fpr:.2g}FPR':>18}{'best accuracy':>18}{'evaluations alone':>19}"
     lines = [head]
     for name, of in figures.items():
         lines.append(f"{name:<20}{_three(of)}{of['evaluations_per_prompt_alone']:>19}")

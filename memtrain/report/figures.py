@@ -120,9 +120,7 @@ def _single(run: Run) -> Iterable[FigureData]:
             re.sub("[/_]", "-", prefix), title, step, of, _by_number(run, prefix),
             "Blue: low noise, red: high noise.", y_min=0 if of == "share" else None,
         )  # fmt: skip
-    yield FigureData(
-        "speed", "Speed", step, "samples/s", _named(run, {"samples_per_second": ("samples/s", "train")})
-    )
+    yield FigureData("speed", "Speed", step, "samples/s", _named(run, {"samples_per_second": ("samples/s", "train")}))
     yield FigureData(
         "scoring-share", "Share of the step spent scoring", step, "share",
         _named(run, {"scoring_share": ("scoring", "train")}), y_min=0,
@@ -156,9 +154,7 @@ def run_colour(number: int) -> str:
 def plane(runs: list[Run]) -> FigureData:
     """Memorization against quality, a point a run; empty where no run measured both."""
     series = [
-        Series(
-            run.name, run_colour(number), [run.last("heldout_loss")], [run.copy_rate("canary")], points=True
-        )
+        Series(run.name, run_colour(number), [run.last("heldout_loss")], [run.copy_rate("canary")], points=True)
         for number, run in enumerate(runs)
         if run.last("heldout_loss") is not None and run.copy_rate("canary") is not None
     ]

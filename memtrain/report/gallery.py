@@ -81,7 +81,5 @@ def write_gallery(path: Path, heading: str, rule: str, pairs: Sequence[Pair]) ->
         )
         for pair in pairs
     ]
-    page = _PAGE.format(
-        heading=html.escape(heading), count=len(pairs), rule=html.escape(rule), pairs="\n".join(shown)
-    )
+    page = _PAGE.format(heading=html.escape(heading), count=len(pairs), rule=html.escape(rule), pairs="\n".join(shown))
     path.write_text(page, encoding="utf-8", errors="replace")  # keys of files may hold what no encoding has

@@ -92,14 +92,11 @@ def render(runs: list[Run], copies: Mapping[str, int] = EMPTY) -> str:
     """The page as text; all that comes from data is escaped."""
     baseline = baseline_of(runs)
     sections = [
-        _section(run, number, baseline, copies, pictures=len(runs) <= _PICTURED_RUNS)
-        for number, run in enumerate(runs)
+        _section(run, number, baseline, copies, pictures=len(runs) <= _PICTURED_RUNS) for number, run in enumerate(runs)
     ]
     figures = figures_of(runs)
     scatters = [
-        (number, scatter(run, run.ledger))
-        for number, run in enumerate(runs)
-        if run.ledger and run.ledger.points
+        (number, scatter(run, run.ledger)) for number, run in enumerate(runs) if run.ledger and run.ledger.points
     ]
     data = [asdict(figure) for figure in figures]
     for number, figure in scatters:
@@ -175,10 +172,7 @@ def _pictures(run: Run) -> list[Picture]:
                 "Most memorized, generated",
                 "Training images beside generations.",
             ),
-            *(
-                (path, "Newest sample grid", f"{path.name}: generations from fixed prompts.")
-                for path in grids[-1:]
-            ),
+            *((path, "Newest sample grid", f"{path.name}: generations from fixed prompts.") for path in grids[-1:]),
         )
         if (image := picture_of(path)) is not None
     ]

@@ -51,9 +51,9 @@ def front(tried: Sequence[Tried]) -> list[Tried]:
 
 
 def choose(tried: Sequence[Tried], tolerance: float) -> Tried | None:
-    """The least memorization among trials whose quality is within `tolerance`, a share, of the best; None: none finished.
+    """The least memorization among trials whose quality is within `tolerance`, a share, of the best.
 
-    Of several alike, the one of better quality. It lies on the front.
+    None where none has finished. Of several alike, the one of better quality. It lies on the front.
     """
     ordered = finished(tried)
     if not ordered:

@@ -30,9 +30,7 @@ def draw_plane(path: Path, points: Sequence[Point], memorization: str, quality: 
     axis = figure.subplots()
     for number, point in enumerate(points):
         colour = _COLOURS[number % len(_COLOURS)]
-        axis.plot(
-            point.quality, point.memorization, "o", color=colour, markersize=9, label=_text(point.model)
-        )
+        axis.plot(point.quality, point.memorization, "o", color=colour, markersize=9, label=_text(point.model))
         axis.annotate(
             _text(point.model),
             (point.quality, point.memorization),

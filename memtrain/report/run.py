@@ -113,9 +113,7 @@ def read_run(folder: Path) -> Run:
             canaries = {row["key"]: row for row in csv.DictReader(file)}
     ledger = view_ledger(folder)
     if ledger is None:
-        remarks.append(
-            "No ledger: nothing is known of single samples here (it was off, or has not been closed yet)."
-        )
+        remarks.append("No ledger: nothing is known of single samples here (it was off, or has not been closed yet).")
     else:
         remarks += ledger.remarks
     name = f"{folder.parent.name}/{folder.name}"

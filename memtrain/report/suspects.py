@@ -31,9 +31,7 @@ _MAX_PERIODS = 50
 class Judged:
     """What a ledger says of its samples."""
 
-    table: (
-        pa.Table
-    )  # key, group, visits, high_noise_visits, evidence, p_value, mean_score, excluded_share; worst first
+    table: pa.Table  # key, group, visits, high_noise_visits, evidence, p_value, mean_score, excluded_share; worst first
     rows: int  # in the ledger
     steps: int  # from the first to the last in it
     sample: float  # share of the rows that the ledger holds
@@ -109,10 +107,8 @@ def judge(run: str | Path) -> Judged:
         "high_noise_visits": visits[order],
         "evidence": evidence[order],
         "p_value": p_value[order],
-        "mean_score": np.bincount(sample[scored], score[scored], minlength=len(keys))[order]
-        / all_scored[order],
-        "excluded_share": np.bincount(sample, ~column["kept"], minlength=len(keys))[order]
-        / all_visits[order],
+        "mean_score": np.bincount(sample[scored], score[scored], minlength=len(keys))[order] / all_scored[order],
+        "excluded_share": np.bincount(sample, ~column["kept"], minlength=len(keys))[order] / all_visits[order],
     }
     return Judged(
         pa.table(columns),
@@ -144,9 +140,7 @@ def z_scores(
         z (N,), and (N,) bool, whether three rows at least were there to compare with.
     """
 
-    def sums(
-        where: np.ndarray, values: np.ndarray
-    ) -> np.ndarray:  # (3, len(values)) of the rows with equal `where`
+    def sums(where: np.ndarray, values: np.ndarray) -> np.ndarray:  # (3, len(values)) of the rows with equal `where`
         _, place = np.unique(where, return_inverse=True)
         mine = compared[sample]
         return np.stack([np.bincount(place, mine * power)[place] for power in (1.0, values, values**2)])

@@ -87,9 +87,7 @@ def table_over_seeds(folders: list[Path]) -> str:
         settings.setdefault(name[1].replace("_", " "), []).append(summary)
     lines = [COLUMNS_OVER_SEEDS, ["---"] + ["--:"] * (len(COLUMNS_OVER_SEEDS) - 1)]
     for setting, runs in settings.items():
-        excluded = {
-            group: [run["score"][group]["excluded_fraction"] for run in runs] for group in ("canary", "train")
-        }
+        excluded = {group: [run["score"][group]["excluded_fraction"] for run in runs] for group in ("canary", "train")}
         rates = [run["samples_per_second"] * run["steps"] / run["samples_seen"] for run in runs]
         lines.append(
             [

@@ -37,9 +37,7 @@ def picture_of(path: Path, side: int = 1400) -> str | None:
         return None
 
 
-def samples_by_key(
-    config: dict[str, Any], keys: Sequence[str]
-) -> tuple[dict[str, tuple[str, str]], str | None]:
+def samples_by_key(config: dict[str, Any], keys: Sequence[str]) -> tuple[dict[str, tuple[str, str]], str | None]:
     """(data URI, caption) of the samples that can still be read, and a remark where some cannot.
 
     Nothing is fetched: remote shards are left where they are.

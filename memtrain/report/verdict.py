@@ -120,9 +120,7 @@ def _exclusion(run: Run, baseline: Run | None) -> list[Sentence]:
     sentences = [Sentence(f"{run.rule} excluded{over} {said}.", "bad" if (train or 0) > 0.2 else "plain")]
     skipped = run.summary.get("updates_skipped") or 0
     if skipped:
-        sentences.append(
-            Sentence(f"{skipped} updates were skipped, since no sample of theirs was kept.", "bad")
-        )
+        sentences.append(Sentence(f"{skipped} updates were skipped, since no sample of theirs was kept.", "bad"))
     return sentences
 
 

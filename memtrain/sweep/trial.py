@@ -87,9 +87,7 @@ def read_curve(folder: Path, memorization: str, quality: str) -> Curve:
     if not path.exists():
         return {}
     columns = read_metrics(path)
-    first, second = (
-        dict(zip(*columns.get(name, ([], [])), strict=True)) for name in (memorization, quality)
-    )
+    first, second = (dict(zip(*columns.get(name, ([], [])), strict=True)) for name in (memorization, quality))
     return {step: Objectives(first[step], second[step]) for step in sorted(first.keys() & second.keys())}
 
 

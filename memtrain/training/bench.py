@@ -67,9 +67,7 @@ class ScoringCost:
     ratio: dict[str, float]
 
 
-def measure_scoring(
-    model: str, rounds: int, batch_size: int | None = None, steps: int = STEPS
-) -> ScoringCost:
+def measure_scoring(model: str, rounds: int, batch_size: int | None = None, steps: int = STEPS) -> ScoringCost:
     """Train one model; in every round each variant takes `steps` optimizer steps, one at a time in turn.
 
     A step is what Lightning does from a batch that has arrived to the weights that follow from it: forward,
@@ -163,13 +161,9 @@ class Interleave(pl.Callback):
         numel = math.prod(module.latent_shape)
         for name, variant in self.variants.items():
             variant.exclusion.setup(SAMPLES, numel, module.num_timesteps)
-            self._memories[name] = (
-                ScoreMemory(SAMPLES, variant.scoring) if variant.scoring.remembers else None
-            )
+            self._memories[name] = ScoreMemory(SAMPLES, variant.scoring) if variant.scoring.remembers else None
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, module: DiffusionTraining, batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: DiffusionTraining, batch, batch_idx: int) -> None:
         self._name, self._round = next(self._turns)
         variant = self.variants[self._name]
         module.scoring, module.exclusion, module.memory = (
@@ -199,9 +193,7 @@ NO_GROUPS = {"canaries": 0, "repeats": 1, "reference": 0}
 
 def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
     return DiffusionTraining(
-        StableDiffusion(
-            str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False
-        ),
+        StableDiffusion(str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False),
         KeepAll(),
         AdamW(1e-5, (0.9, 0.999), 0.01, 1e-8, "constant", 0, eight_bit=False),
         Method(),
@@ -245,9 +237,7 @@ class NoiseLatents:
 
     def get(self, index: int, flip: bool) -> CachedSample:
         rng = np.random.default_rng(index)
-        mean, hidden = (
-            rng.standard_normal(shape, np.float32) for shape in (self.latent_shape, self.hidden_shape)
-        )
+        mean, hidden = (rng.standard_normal(shape, np.float32) for shape in (self.latent_shape, self.hidden_shape))
         return CachedSample(np.stack([mean, np.full_like(mean, 0.1)]), hidden, "noise")
 
 

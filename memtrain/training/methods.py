@@ -25,9 +25,7 @@ class Method:
 
     rewrites = False  # True: `captions` changes something, so cached embeddings are of no use
 
-    def captions(
-        self, captions: list[str], generators: list[np.random.Generator], model: DiffusionModel
-    ) -> list[str]:
+    def captions(self, captions: list[str], generators: list[np.random.Generator], model: DiffusionModel) -> list[str]:
         """The captions to train on. Empty ones stay empty."""
         return captions
 
@@ -49,9 +47,7 @@ class EmbeddingNoise(Method):
 
     def __init__(self, std: float):
         if not std > 0:
-            raise ValueError(
-                f"method.std must be > 0, got {std:g}; use method=none to leave embeddings alone"
-            )
+            raise ValueError(f"method.std must be > 0, got {std:g}; use method=none to leave embeddings alone")
         self.std = std
 
     def embeddings(self, hidden: Tensor, captioned: Tensor, generators: list[np.random.Generator]) -> Tensor:
@@ -72,16 +68,12 @@ class CaptionRewriting(Method, ABC):
 
     def __init__(self, probability: float, count: int):
         if not 0 < probability <= 1:
-            raise ValueError(
-                f"method.probability must be in (0, 1], got {probability:g}; use method=none for never"
-            )
+            raise ValueError(f"method.probability must be in (0, 1], got {probability:g}; use method=none for never")
         if count < 1:
             raise ValueError(f"method.count must be >= 1, got {count}")
         self.probability, self.count = probability, count
 
-    def captions(
-        self, captions: list[str], generators: list[np.random.Generator], model: DiffusionModel
-    ) -> list[str]:
+    def captions(self, captions: list[str], generators: list[np.random.Generator], model: DiffusionModel) -> list[str]:
         rewritten = []
         for caption, generator in zip(captions, generators, strict=True):
             words = caption.split()
@@ -107,9 +99,7 @@ class RandomTokensReplaced(CaptionRewriting):
 
     def rewrite(self, words: list[str], generator: np.random.Generator, tokenizer: Any) -> list[str]:
         drawn = draw_words(self.count, generator, tokenizer)
-        seen = max(
-            1, num_words_within(words, window(tokenizer) - num_tokens(drawn, tokenizer).sum(), tokenizer)
-        )
+        seen = max(1, num_words_within(words, window(tokenizer) - num_tokens(drawn, tokenizer).sum(), tokenizer))
         places = generator.permutation(seen)[: self.count]
         words = list(words)
         for place, word in zip(places.tolist(), drawn, strict=False):  # a short caption has fewer places

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from memtrain.core import diffusion, losses
@@ -21,8 +19,9 @@ from memtrain.core.exclusion import REFERENCE as REFERENCE_GROUP
 from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.data.batches import Batch
-from memtrain.models.base import DiffusionModel
+from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
+from memtrain.training.average import AveragedWeights
 from memtrain.training.methods import Method
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import ScoreMemory, Scoring
@@ -90,8 +89,6 @@ class DiffusionTraining(pl.LightningModule):
             raise ValueError(
                 f"reference.every and reference.batch_size must be >= 1, got {reference_every} and {reference_batch}"
             )
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema.decay must be in [0, 1), got {ema_decay:g}; 0 keeps no average")
         self.model, self.exclusion, self.optimizer_config, self.method = model, exclusion, optimizer, method
         self.seed = seed
         self.latent_shape = model.latent_shape(resolution, resolution)
@@ -100,8 +97,7 @@ class DiffusionTraining(pl.LightningModule):
         self.memory: ScoreMemory | None = None
         self.scoring_time = Stopwatch()
         self.reference_every, self.reference_batch = reference_every, reference_batch
-        self.ema_decay = ema_decay
-        self.ema: EMAModel | None = None
+        self.ema = AveragedWeights(ema_decay)
         self.stops = Stops(max_bad_steps)
         self.mid_step = False  # weights, average and rule are not yet all those of one step
         self.strict_loading = False  # checkpoints hold trained weights alone
@@ -118,7 +114,7 @@ class DiffusionTraining(pl.LightningModule):
         return len(self.model.alphas_cumprod)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        return [p for module in self.model.trained_modules() for p in module.parameters()]
+        return trained_parameters(self.model)
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision not in FROZEN_DTYPES:
@@ -136,31 +132,21 @@ class DiffusionTraining(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Shard what is trained where the strategy has a mesh for it (trainer=fsdp); begin the average."""
-        self._bones: dict[str, nn.Module] = {}  # what is sharded, by its name: copies without weights
+        bones = {}
         if self.device_mesh is not None:
             if self.memory:
-                raise ValueError(
-                    "trainer=fsdp scores every row or none; set score.every_visits=1 score.timesteps=null"
-                )
+                raise ValueError("trainer=fsdp scores every row or none; set score.every_visits=1 score.timesteps=null")
             if self.optimizer_config.eight_bit:
                 raise ValueError("trainer=fsdp cannot shard optimizer=adamw8bit; use optimizer=adamw")
-            trained = {id(module) for module in self.model.trained_modules()}
-            for name, module in self.model.named_children():
-                if id(module) in trained:
-                    self._bones[name] = strategy.without_weights(module)
-                    strategy.shard(module, self.device_mesh["data_parallel"])
-        if self.ema_decay:
-            self.ema = EMAModel(
-                self.trained_parameters(), decay=self.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
-            )
+            bones = strategy.shard_trained(self.model, self.device_mesh["data_parallel"])
+        self.ema.begin(self.model, bones)
 
     def configure_optimizers(self):
         optimizer, schedule = self.optimizer_config.build(self.trained_parameters(), self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        if self.ema:
-            self.ema.to(self.device)
+        self.ema.to(self.device)
 
     # ---- one micro-batch
 
@@ -170,7 +156,8 @@ class DiffusionTraining(pl.LightningModule):
         draws = self._draw(TRAIN, self.global_step, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
         generators = [
-            np.random.default_rng(place_seed(self.seed, METHOD, self.global_step, place)) for place in batch.place.tolist()
+            np.random.default_rng(place_seed(self.seed, METHOD, self.global_step, place))
+            for place in batch.place.tolist()
         ]
         captions = self.method.captions(batch.captions, generators, self.model)
         dropped = draws.uniform < self.caption_dropout
@@ -239,9 +226,7 @@ class DiffusionTraining(pl.LightningModule):
         """
         model = self.model
         noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
-        target = diffusion.prediction_target(
-            latents, noise, timesteps, model.alphas_cumprod, model.prediction_type
-        )
+        target = diffusion.prediction_target(latents, noise, timesteps, model.alphas_cumprod, model.prediction_type)
         prediction = model.predict(noisy, timesteps, hidden)
         loss = losses.denoising_loss(prediction, target)
         with torch.no_grad(), self.scoring_time.running(noisy.device):
@@ -330,8 +315,8 @@ class DiffusionTraining(pl.LightningModule):
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.ema and not self.last_update_skipped:
-            self.ema.step(self.trained_parameters())
+        if not self.last_update_skipped:
+            self.ema.step()
         self.step_observed = Observations.concatenate([observed for observed, _, _ in self._window])
         if self.last_step_bad:
             self.step_observed = only_finite(self.step_observed)
@@ -417,34 +402,9 @@ class DiffusionTraining(pl.LightningModule):
 
     # ---- averaged weights, checkpoints
 
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The EMA weights in place of the trained ones, where there are any; all ranks enter together.
-
-        Where weights are sharded, whole networks take their place, which each rank may run as often as it
-        likes.
-        """
-        if self._bones:
-            sharded = {name: getattr(self.model, name) for name in self._bones}
-            weights = iter(self.ema.shadow_params if self.ema else self.trained_parameters())
-            for name, bones in self._bones.items():
-                setattr(self.model, name, strategy.filled(bones, weights))
-            try:
-                yield
-            finally:
-                for name, module in sharded.items():
-                    setattr(self.model, name, module)
-            return
-        if self.ema is None:
-            yield
-            return
-        parameters = self.trained_parameters()
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(parameters)
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """The averaged weights in place of the trained ones, where there are any; all ranks enter together."""
+        return self.ema.in_place()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -456,12 +416,8 @@ class DiffusionTraining(pl.LightningModule):
             "samples_seen": self.samples_seen,
             "samples_bad": self.samples_bad,
             "bad_steps": self.stops.bad_steps,
-            "ema": self._ema_state() if self.ema else None,
+            "ema": self.ema.state_dict(),
         }
-
-    def _ema_state(self) -> dict:
-        whole = [strategy.whole(parameter) for parameter in self.ema.shadow_params]
-        return self.ema.state_dict() | {"shadow_params": whole}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -476,10 +432,7 @@ class DiffusionTraining(pl.LightningModule):
         for name in ("updates_skipped", "samples_seen", "samples_bad"):
             setattr(self, name, state[name])
         self.stops.bad_steps = state["bad_steps"]
-        if self.ema and state["ema"]:
-            parts = zip(state["ema"]["shadow_params"], self.ema.shadow_params, strict=True)
-            shadow = [strategy.cut_like(loaded, own) for loaded, own in parts]
-            self.ema.load_state_dict(state["ema"] | {"shadow_params": shadow})
+        self.ema.load_state_dict(state["ema"])
 
 
 def _padded(rows: Tensor, batch_size: int) -> Tensor:

@@ -57,10 +57,6 @@ class AdamW:
                 raise ValueError(
                     "optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use optimizer=adamw"
                 ) from None
-        optimizer = kind(
-            parameters, lr=self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay, eps=self.eps
-        )
+        optimizer = kind(parameters, lr=self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay, eps=self.eps)
         warmup = round(self.warmup_steps * num_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
-        return optimizer, LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.schedule, warmup, num_steps)
-        )
+        return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, self.schedule, warmup, num_steps))

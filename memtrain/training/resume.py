@@ -135,7 +135,7 @@ class Past:
         return whole_checkpoint(there[-1]) if there else None
 
     def check_config(self, config: str, allow: str | Sequence[str]) -> None:
-        """Raises ValueError where the run would go on with another config (YAML) than it had, and nobody said it may."""
+        """Raises ValueError where the run would go on with another config (YAML) than it had, unless it may."""
         before = (self.folder / "config.yaml").read_text(encoding="utf-8")
         changed = differences(yaml.safe_load(before), yaml.safe_load(config))
         allowed = [allow] if isinstance(allow, str) else allow

@@ -29,9 +29,7 @@ class Scoring:
             raise ValueError(f"score.every must be >= 0, got {self.every}; 0 is never")
         if not 1 <= self.every_visits <= 255:
             raise ValueError(f"score.every_visits must be in 1 to 255, got {self.every_visits}")
-        if self.timesteps is not None and not (
-            len(self.timesteps) == 2 and 0 <= self.timesteps[0] < self.timesteps[1]
-        ):
+        if self.timesteps is not None and not (len(self.timesteps) == 2 and 0 <= self.timesteps[0] < self.timesteps[1]):
             raise ValueError(f"score.timesteps must be [lo, hi] with 0 <= lo < hi, got {list(self.timesteps)}")
 
     @property

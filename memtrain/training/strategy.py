@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from memtrain.models.base import DiffusionModel
+
 # What is gathered for its forward and backward, and let go again: of about one size, dozens in SD's UNet.
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
 
@@ -41,6 +43,17 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(network, mesh=mesh)
 
 
+def shard_trained(model: DiffusionModel, mesh: DeviceMesh) -> dict[str, nn.Module]:
+    """Shard the networks that are trained. Returns their bones, by name: copies without weights, see `filled`."""
+    trained = {id(network) for network in model.trained_modules()}
+    bones = {}
+    for name, network in model.named_children():
+        if id(network) in trained:
+            bones[name] = without_weights(network)
+            shard(network, mesh)
+    return bones
+
+
 def without_weights(network: nn.Module) -> nn.Module:
     """A copy whose parameters take no room; of a network that is not yet sharded."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
@@ -62,9 +75,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor, where `like` is sharded."""
-    return (
-        distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
-    )
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -33,9 +33,7 @@ def all_scores(denoiser):
 
 def test_batch_sizes_1_and_16_agree(denoiser, all_scores):
     one = detect(denoiser, PROMPTS, scores=STEPWISE, batch_size=1, **SHORT)
-    three = detect(
-        denoiser, PROMPTS, scores=STEPWISE, batch_size=3, **SHORT
-    )  # cuts a prompt's generations apart
+    three = detect(denoiser, PROMPTS, scores=STEPWISE, batch_size=3, **SHORT)  # cuts a prompt's generations apart
     for name in STEPWISE:
         assert one.steps[name].shape == (3, 2, 2)
         np.testing.assert_allclose(one.steps[name], all_scores.steps[name], atol=1e-5, rtol=1e-5)
@@ -93,9 +91,7 @@ def test_v_prediction_of_the_same_model_scores_the_same(pipeline_folder, all_sco
         np.testing.assert_allclose(found.steps[name], all_scores.steps[name], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "scores", [["magnitude"], ["attention_entropy", "magnitude"], ["sharpness"], list(STEPWISE)]
-)
+@pytest.mark.parametrize("scores", [["magnitude"], ["attention_entropy", "magnitude"], ["sharpness"], list(STEPWISE)])
 def test_forwards_are_as_many_as_stated_and_nothing_is_decoded(denoiser, monkeypatch, scores):
     rows = []
     monkeypatch.setattr(denoiser.pipeline.vae, "decode", lambda *_: pytest.fail("decoded"))
@@ -106,9 +102,7 @@ def test_forwards_are_as_many_as_stated_and_nothing_is_decoded(denoiser, monkeyp
         hook.remove()
     assert sum(rows) == found.evaluations * len(PROMPTS)
     if "bright_ending" not in scores:
-        assert len(rows) == 2 * (
-            1 + sum(name in ("anisotropy", "sharpness") for name in scores)
-        )  # stops at step 2
+        assert len(rows) == 2 * (1 + sum(name in ("anisotropy", "sharpness") for name in scores))  # stops at step 2
 
 
 def test_each_score_states_its_cost():
@@ -147,9 +141,7 @@ def test_tiled_distance_is_that_of_the_worst_tile():
     assert tiled_distance(images).tolist() == [0.5]  # a plain l2 distance says 0.125
 
 
-def test_a_stopped_call_goes_on_and_damaged_parts_are_redone(
-    denoiser, tmp_path, monkeypatch, all_scores, caplog
-):
+def test_a_stopped_call_goes_on_and_damaged_parts_are_redone(denoiser, tmp_path, monkeypatch, all_scores, caplog):
     calls = []
     original = module.score_prompts
 
@@ -206,9 +198,7 @@ def test_groups_are_told_from_all_others():
     labels = np.array([True, True, True, False, False, False])
     found = by_group(scores, labels, ["verbatim", "verbatim", "template", "", "", ""], [0.01])
     assert list(found) == ["verbatim", "template"]
-    assert found["verbatim"]["auc"]["value"] == 1 and found["template"]["auc"]["value"] == pytest.approx(
-        1 / 3
-    )
+    assert found["verbatim"]["auc"]["value"] == 1 and found["template"]["auc"]["value"] == pytest.approx(1 / 3)
     steps = np.stack([scores, -scores], axis=1)[:, None]  # (P, 1, 2): the second step says the opposite
     first, second = by_step(steps, labels)
     assert first["auc"] == 1 - second["auc"] and second["auc_mean_to_here"] == 0.5
@@ -327,8 +317,6 @@ def test_both_spellings_of_columns():
 
 
 def test_the_benchmark_compares_equal_scores(denoiser):
-    speed = measure_detection(
-        denoiser, PROMPTS, rounds=1, num_generations=2, num_steps=2, num_inference_steps=4
-    )
+    speed = measure_detection(denoiser, PROMPTS, rounds=1, num_generations=2, num_steps=2, num_inference_steps=4)
     assert speed.largest_difference < 1e-4
     assert min(speed.memtrain, speed.stopped_loop, speed.whole_loop) > 0

@@ -80,9 +80,7 @@ def test_the_loss_is_the_networks_at_fixed_draws(evaluated, pipeline_folder, sam
     from memtrain.core.diffusion import HELD_OUT, draw
 
     out, result, chosen = evaluated
-    pipe = StableDiffusionPipeline.from_pretrained(
-        pipeline_folder, safety_checker=None, local_files_only=True
-    )
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, local_files_only=True)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     losses = []
     with torch.no_grad():

@@ -68,9 +68,7 @@ def test_words_of_odd_prompts(denoiser):
 
 def test_same_for_a_seed_and_any_batch_size_and_nothing_changes_in_the_pipeline(denoiser):
     before = [weight.requires_grad for weight in denoiser.pipeline.unet.parameters()]
-    one, many = (
-        explain(denoiser.pipeline, [PROMPT], num_generations=3, batch_size=b, **FEW)[0] for b in (1, 3)
-    )
+    one, many = (explain(denoiser.pipeline, [PROMPT], num_generations=3, batch_size=b, **FEW)[0] for b in (1, 3))
     assert one.score == pytest.approx(many.score, abs=1e-5)
     for a, b in zip(one.words, many.words, strict=True):
         assert a.significance == pytest.approx(b.significance, rel=1e-3)
@@ -162,9 +160,7 @@ def test_command_writes_page_charts_and_json(pipeline_folder, tmp_path, capsys):
     rows = "caption,group\nfox on a red background,canary\ncat,reference\n"
     (tmp_path / "p.csv").write_text(rows, encoding="utf-8")
     out = tmp_path / "out"
-    arguments = (
-        f"model={pipeline_folder} prompts={tmp_path / 'p.csv'} prompts.label=group check=true out={out}"
-    )
+    arguments = f"model={pipeline_folder} prompts={tmp_path / 'p.csv'} prompts.label=group check=true out={out}"
     main(["explain", *arguments.split(), "steps=[0]", "num_inference_steps=2", "num_generations=1"])
     assert re.search(r"\d of 1", capsys.readouterr().out)
     written = json.loads((out / "explain.json").read_text(encoding="utf-8"))

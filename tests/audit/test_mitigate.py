@@ -155,9 +155,7 @@ def test_same_for_a_seed_and_any_batch_size(denoiser, plain):
 def test_target_is_a_score_or_a_quantile_of_reference_prompts(denoiser):
     sampling, halving = Sampling(4), Halving(8)
     texts = ["cat", "dog on a white background"]
-    scores = torch.cat(
-        [mitigate(denoiser, text, method=RepeatWords(), **FEW).scores_before for text in texts]
-    )
+    scores = torch.cat([mitigate(denoiser, text, method=RepeatWords(), **FEW).scores_before for text in texts])
     found = resolve_target(denoiser, "q0.5", texts, 2, 0, sampling, halving)
     assert found == pytest.approx(scores.double().quantile(0.5).item(), rel=1e-4)
     assert resolve_target(denoiser, "1.5", None, 2, 0, sampling, halving) == 1.5

@@ -38,9 +38,7 @@ def test_jsonl_and_parquet(tmp_path):
     ]
     assert read_prompts(write(tmp_path / "p.jsonl", "\n".join(lines))).texts == ["fox\u2028den", "cat"]
     assert read_prompts(write(tmp_path / "s.jsonl", '"fox"\n"cat"\n')).texts == ["fox", "cat"]
-    pq.write_table(
-        pa.table({"Prompt": ["fox", "", "cat"], "memorized": [1.0, 0.0, 0.0]}), tmp_path / "p.parquet"
-    )
+    pq.write_table(pa.table({"Prompt": ["fox", "", "cat"], "memorized": [1.0, 0.0, 0.0]}), tmp_path / "p.parquet")
     found = read_prompts(tmp_path / "p.parquet", label="memorized")
     assert found.texts == ["fox", "cat"] and found.labels == [True, False]
 
@@ -57,9 +55,7 @@ def test_canaries_of_a_run_are_told_from_its_reference(tmp_path):
 
 
 def test_two_files_are_labels(tmp_path):
-    memorized = read_prompts(
-        write(tmp_path / "m.csv", "caption,kind\na,verbatim\nb,template\n"), group="kind"
-    )
+    memorized = read_prompts(write(tmp_path / "m.csv", "caption,kind\na,verbatim\nb,template\n"), group="kind")
     other = read_prompts(write(tmp_path / "o.txt", "c\n"))
     both = together(memorized, other)
     assert both.texts == ["a", "b", "c"] and both.labels == [True, True, False]

@@ -151,9 +151,7 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
     root = vectors @ values.sqrt().diag() @ vectors.T
     both = torch.linalg.eigvalsh(root @ other @ root).sqrt().sum()  # tr sqrt(one other), without eigvals
     apart = (real.double().mean(0) - generated.double().mean(0)).square().sum()
-    assert distance.value() == pytest.approx(
-        (apart + one.trace() + other.trace() - 2 * both).item(), rel=1e-4
-    )
+    assert distance.value() == pytest.approx((apart + one.trace() + other.trace() - 2 * both).item(), rel=1e-4)
     assert distance.counts == {True: 400, False: 300}
 
 

@@ -59,9 +59,7 @@ def test_curves_are_the_means_of_what_was_observed(pipeline_folder, corpus, tmp_
     mine = (group == TRAINED)[last] & scored[last]
     found = {name: value.item() for name, value in trainer.callback_metrics.items()}
     assert found["score/train"] == pytest.approx(score[last][mine].mean().item(), rel=1e-5)
-    assert found["score_high_noise/train"] == pytest.approx(
-        score[last][mine & noisy[last]].mean().item(), rel=1e-5
-    )
+    assert found["score_high_noise/train"] == pytest.approx(score[last][mine & noisy[last]].mean().item(), rel=1e-5)
     assert found["samples_seen"] == 48 and curves.excluded_fraction(REFERENCE) >= 0
     assert 0 < found["scoring_share"] < 1 and found["samples_per_second"] > 0
     loss = torch.cat([o.loss for o in record.observed])[last]
@@ -92,12 +90,8 @@ def test_validation_is_a_function_of_the_weights_alone(pipeline_folder, corpus, 
         module.optimizer_config = module.optimizer_config.__class__(
             1e-30, (0.9, 0.999), 0.0, 1e-3, "constant", 0, eight_bit=False
         )
-        trainer = fit(
-            module, build_data(corpus), tmp_path, steps, callbacks=[validation(batch_size=batch_size)]
-        )
-        figures.append(
-            {k: v.item() for k, v in trainer.callback_metrics.items() if "val_" in k or "heldout" in k}
-        )
+        trainer = fit(module, build_data(corpus), tmp_path, steps, callbacks=[validation(batch_size=batch_size)])
+        figures.append({k: v.item() for k, v in trainer.callback_metrics.items() if "val_" in k or "heldout" in k})
     assert len(figures[0]) == 9 and figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
@@ -136,9 +130,7 @@ def test_a_canary_is_memorized_at_the_first_look_at_which_half_its_generations_a
     keys = [trainer.datamodule.samples.key(int(p)) for p in trainer.datamodule.groups.planted]
     assert everything.memorized_at(trainer) == {keys[0]: 2, keys[1]: 4, keys[2]: 2}
     assert trainer.callback_metrics["memorized_canaries"] == 1
-    assert {
-        trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "sacrificed", "reference")
-    } == {1}
+    assert {trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "sacrificed", "reference")} == {1}
     nothing = copies(every=2, max_rmse=1e-6)
     nothing.load_state_dict({"memorized": {int(trainer.datamodule.groups.canary[0]): 1}})
     fit(module, build_data(corpus, sacrificed=1), tmp_path, 4, callbacks=[nothing])
@@ -174,9 +166,7 @@ def test_visited_samples_are_summed_and_of_bounded_number():
     np.testing.assert_allclose(whole.sums, parts.sums)
     np.testing.assert_allclose(whole.sums[0], np.bincount(index, rows[0]))
     assert len(few.index) <= 20
-    often = (
-        VisitedSamples()
-    )  # the one that is high more often stands out more, the one without a score not at all
+    often = VisitedSamples()  # the one that is high more often stands out more, the one without a score not at all
     often.add(np.array([3, 3, 3, 5, 9]), np.array([[1] * 5, [1, 1, 1, 1, 0], [2.0] * 5, [1, 1, 1, 1.2, 0]]))
     assert often.index[often.highest(3)].tolist() == [3, 5]
 

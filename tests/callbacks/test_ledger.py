@@ -263,9 +263,7 @@ def test_two_ranks_and_one_have_the_same_rows(pipeline_folder, corpus, tmp_path)
     exact = ("step", "key", "group", "timestep", "threshold", "kept")
     for run in (two, changed):
         found = rows(run)
-        assert [[row[name] for name in exact] for row in found] == [
-            [row[name] for name in exact] for row in expected
-        ]
+        assert [[row[name] for name in exact] for row in found] == [[row[name] for name in exact] for row in expected]
         for name in ("score", "loss"):
             assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], abs=1e-4)
     assert {path.name[:5] for path in (two / "ledger").iterdir()} == {"rank0", "rank1"}

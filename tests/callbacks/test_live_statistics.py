@@ -54,9 +54,7 @@ def test_auc_tpr_and_quantiles_of_counts_agree_with_those_of_the_scores():
     for suffix, chosen in (("", seen.timesteps >= 700), ("_all_timesteps", torch.ones(6000).bool())):
         canary, reference = (seen.score[(seen.group == g) & chosen] for g in (CANARY, REFERENCE))
         assert found[f"auc_live{suffix}"] == pytest.approx(auc(canary, reference), abs=2e-3)
-        assert found[f"tpr_at_1pct_fpr_live{suffix}"] == pytest.approx(
-            tpr_at_fpr(canary, reference), abs=0.02
-        )
+        assert found[f"tpr_at_1pct_fpr_live{suffix}"] == pytest.approx(tpr_at_fpr(canary, reference), abs=0.02)
     mine = seen.score[seen.group == TRAINED]
     for q in (0.05, 0.5, 0.95):
         assert found[f"score_quantile/train/{q:.2f}"] == pytest.approx(mine.quantile(q).item(), rel=0.01)

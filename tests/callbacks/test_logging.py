@@ -42,11 +42,12 @@ def run(pipeline_folder, corpus, tmp_path_factory) -> Path:
         TensorBoardLogger(str(folder), name="tensorboard", version=""),
         MetricsFile(str(folder)),
     ]
+    curves = MemorizationCurves(every=2, high_noise=0.5)
+    callbacks = [curves, validation(every=3), copies(every=2), table(), Summary()]
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=6, max_epochs=-1, logger=loggers, default_root_dir=folder,
-        callbacks=[MemorizationCurves(every=2, high_noise=0.5), validation(every=3), copies(every=2), table(), Summary()],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        gradient_clip_val=1.0, log_every_n_steps=1,
+        callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, gradient_clip_val=1.0, log_every_n_steps=1,
     )  # fmt: skip
     module = build_module(pipeline_folder, FixedThreshold(0.6), reference_every=1, reference_batch=32)
     trainer.fit(module, datamodule=build_data(corpus, batch_size=8))

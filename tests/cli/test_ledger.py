@@ -140,7 +140,8 @@ def test_memorized_samples_that_never_stood_out_are_found_by_their_rise(tmp_path
     rise = 0.3 * np.where(planted & high, 4.5 * rows.step / 1000 - 3.0, 0.0)
     write(tmp_path, Rows(**rows.__dict__ | {"score": (rows.score * np.exp(rise)).astype(np.float32)}), key=key)
     table = judge(tmp_path).table
-    p = {int(name.split("/")[1]): value for name, value in zip(table["key"].to_pylist(), table["p_value"].to_numpy())}
+    numbers = [int(name.split("/")[1]) for name in table["key"].to_pylist()]
+    p = dict(zip(numbers, table["p_value"].to_numpy(), strict=True))
     assert np.mean([p[i] <= 0.01 for i in range(MEMORIZED)]) >= 0.8
 
 
@@ -158,9 +159,7 @@ def test_wrong_requests_are_named(tmp_path):
     write(tmp_path / "run", simulated(reference=40), key=key)
     out = tmp_path / "list.parquet"
     request = ["suspects", str(tmp_path / "run"), "--out", str(out)]
-    with pytest.raises(
-        ValueError, match=r"3\d samples to compare with cannot tell.*0\.01; ask for at least 0\.02"
-    ):
+    with pytest.raises(ValueError, match=r"3\d samples to compare with cannot tell.*0\.01; ask for at least 0\.02"):
         ledger(request)
     assert not out.exists() and list(tmp_path.iterdir()) == [tmp_path / "run"]
     with pytest.raises(ValueError, match="share between 0 and 1, got 1"):

@@ -104,7 +104,10 @@ def test_every_choice_composes(choice):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["exclusion.threshold=-1", "exclusion=fixed"], r"exclusion\.threshold must be > 0, got -1; use exclusion=none"),
+        (
+            ["exclusion.threshold=-1", "exclusion=fixed"],
+            r"exclusion\.threshold must be > 0, got -1; use exclusion=none",
+        ),
         (["exclusion=fixd"], "fixd.*evidence.*fixed.*none"),
         (["trainer.max_steps=abc"], "abc.*trainer.max_steps|trainer.max_steps.*abc"),
         (["exclusion.treshold=1"], "treshold"),
@@ -175,7 +178,16 @@ def test_a_run_leaves_everything_that_is_promised(capsys, corpus, pipeline_folde
     argv = [("logger=[csv,wandb,tensorboard]" if arg == "logger=csv" else arg) for arg in argv]
     main([*argv, "exclusion.warmup=1"])
     run = tmp_path / "runs" / "demo" / "one"
-    for name in ("config.yaml", "metrics.csv", "curves.png", "samples.png", "checkpoints/last.ckpt", "run.log", "canaries.csv", "report.html"):
+    for name in (
+        "config.yaml",
+        "metrics.csv",
+        "curves.png",
+        "samples.png",
+        "checkpoints/last.ckpt",
+        "run.log",
+        "canaries.csv",
+        "report.html",
+    ):
         assert (run / name).stat().st_size > 0 or name == "run.log", name
     assert list((run / "grids").glob("*.png")) and list((run / "tensorboard").glob("events*"))
     assert list((run / "wandb").glob("offline-run-*"))
@@ -198,8 +210,10 @@ def test_a_run_leaves_everything_that_is_promised(capsys, corpus, pipeline_folde
     assert image.size == (64, 64)
 
     # and it resumes: from step 4 to 6, without a second validation of step 0
-    main([arg for arg in argv if not arg.startswith(("run_id", "trainer.max_steps"))]
-         + ["run_id=two", "trainer.max_steps=6", f"ckpt_path={run}/checkpoints/last.ckpt"])
+    main(
+        [arg for arg in argv if not arg.startswith(("run_id", "trainer.max_steps"))]
+        + ["run_id=two", "trainer.max_steps=6", f"ckpt_path={run}/checkpoints/last.ckpt"]
+    )
     summary = json.loads((run.parent / "two" / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["samples_seen"] == 24
 
@@ -208,7 +222,11 @@ def test_a_run_leaves_everything_that_is_promised(capsys, corpus, pipeline_folde
 def test_the_program_itself_fails_within_seconds(corpus, tmp_path):
     program = Path(sys.executable).parent / "memtrain"
     done = subprocess.run(
-        [program, "train", "experiment=demo", "exclusion=fixd"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+        [program, "train", "experiment=demo", "exclusion=fixd"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
     )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""

@@ -118,7 +118,9 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint_in_its_folder(tmp_pa
     assert (folder / "steps").read_text() == "123"
     first, again, _ = cut.study.get_trials()
     assert first.params == again.params and [step for step, *_ in again.user_attrs["curve"]] == [1, 2, 3]
-    assert [(one.name, one.state, one.step) for one in tried(cut.study)] == [(f"trial_00{n}", "finished", 3) for n in range(2)]
+    assert [(one.name, one.state, one.step) for one in tried(cut.study)] == [
+        (f"trial_00{n}", "finished", 3) for n in range(2)
+    ]
     whole = search(tmp_path / "whole")  # what is tried is what an undisturbed sweep tries
     whole.run(2, workers=1)
     assert [one.setting for one in tried(whole.study)] == [one.setting for one in tried(cut.study)]
@@ -251,7 +253,9 @@ def test_times_as_they_are_spoken(seconds, says):
 def test_two_trials_never_write_one_folder_at_once(tmp_path):
     """A sweep that was killed may have left one, which has its time to end."""
     slow = "import signal, time; signal.signal(15, lambda *_: (time.sleep(2), print('first', flush=True), exit(0))); "
-    first = Process([sys.executable, "-c", slow + "print('on', flush=True); time.sleep(100)"], tmp_path, dict(os.environ))
+    first = Process(
+        [sys.executable, "-c", slow + "print('on', flush=True); time.sleep(100)"], tmp_path, dict(os.environ)
+    )
     while "on" not in (tmp_path / "trial.log").read_text():
         time.sleep(0.02)
     first.let_go()
@@ -314,7 +318,9 @@ def test_a_storage_that_is_lost_for_a_while_ends_no_trial(tmp_path, monkeypatch,
     assert states(one) == ["COMPLETE"] and "the storage cannot be reached, trials go on meanwhile" in caplog.text
     with pytest.raises(ValueError, match=r"the storage is gone: .*; the same command goes on"):
         monkeypatch.setattr("memtrain.sweep.study._GONE", 0.0)
-        monkeypatch.setattr(one, "_round", lambda *_: (_ for _ in ()).throw(optuna.exceptions.StorageInternalError("broken")))
+        monkeypatch.setattr(
+            one, "_round", lambda *_: (_ for _ in ()).throw(optuna.exceptions.StorageInternalError("broken"))
+        )
         one.run(2, workers=1)
 
 
@@ -438,7 +444,9 @@ def test_a_wrong_key_is_named_before_anything_is_started(capsys, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, tmp_path):
     """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes it and the study."""
-    options = [o for o in small(corpus, pipeline_folder, tmp_path)[2:] if not o.startswith(("run_id", "callbacks.sample_grid"))]
+    options = [
+        o for o in small(corpus, pipeline_folder, tmp_path)[2:] if not o.startswith(("run_id", "callbacks.sample_grid"))
+    ]
     command = [sys.executable, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
     command += ["callbacks.copies.every=2", "callbacks.curves.every=1", "study.prune=null", "trainer.max_steps=8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
@@ -475,7 +483,12 @@ def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, t
 def test_train_with_several_values_makes_a_run_of_each(corpus, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MEMTRAIN_RUN_ID", "many")
     options = [option for option in small(corpus, pipeline_folder, tmp_path)[1:] if not option.startswith("run_id")]
-    quick = ["callbacks.copies=null", "callbacks.report=null", "callbacks.export=null", "callbacks.memorized_table=null"]
+    quick = [
+        "callbacks.copies=null",
+        "callbacks.report=null",
+        "callbacks.export=null",
+        "callbacks.memorized_table=null",
+    ]
     main(["train", "-m", *options, *quick, "exclusion=fixed", "exclusion.threshold=1,3", "trainer.max_steps=1"])
     runs = sorted(path.name for path in (tmp_path / "runs" / "demo").glob("many-*"))
     assert runs == ["many-0", "many-1"]

@@ -5,9 +5,7 @@ import torch
 from memtrain.core.exclusion import TRAINED, Observations
 
 
-def observe(
-    score, timesteps=900, index=None, group=TRAINED, scored=True, loss=1.0, captioned=True
-) -> Observations:
+def observe(score, timesteps=900, index=None, group=TRAINED, scored=True, loss=1.0, captioned=True) -> Observations:
     """Scores of fresh visits; a number stands for all of them."""
     score = torch.as_tensor(score, dtype=torch.float32)
     n = len(score)

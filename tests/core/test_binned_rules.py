@@ -15,9 +15,7 @@ def quantile(**options) -> Quantile:
 
 
 def calibrated(**options) -> Calibrated:
-    defaults = dict(
-        false_positive_rate=0.01, num_bins=BINS, level_half_life=250, half_life=1000, pooling=1000
-    )
+    defaults = dict(false_positive_rate=0.01, num_bins=BINS, level_half_life=250, half_life=1000, pooling=1000)
     return ready(Calibrated(**(defaults | dict(warmup=50) | options)))
 
 

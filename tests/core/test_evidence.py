@@ -9,9 +9,7 @@ from tests.core.observe import observe
 
 
 def z_scores(num_samples=100, **options) -> ZScoreEvidence:
-    defaults = dict(
-        enter=1.0, leave=0.5, memory=0.8, min_timestep=0.7, num_bins=10, half_life=1000, warmup=20
-    )
+    defaults = dict(enter=1.0, leave=0.5, memory=0.8, min_timestep=0.7, num_bins=10, half_life=1000, warmup=20)
     rule = ZScoreEvidence(**(defaults | options))
     rule.setup(num_samples=num_samples, latent_numel=16, num_timesteps=1000)
     return rule
@@ -32,9 +30,7 @@ def with_own_part(num_samples=100, **options) -> LikelihoodEvidence:
 RULES = (z_scores, likelihood, with_own_part)
 
 
-def warm(
-    rule, seed: int = 0, group: int = REFERENCE, mean: float = 0.0, index: int = 99, count: int = 2000
-) -> None:
+def warm(rule, seed: int = 0, group: int = REFERENCE, mean: float = 0.0, index: int = 99, count: int = 2000) -> None:
     """Scores whose logarithm is normal with deviation 1, in every bin."""
     log_score = torch.randn(count, generator=torch.Generator().manual_seed(seed)) + mean
     rule.update(observe(log_score.exp(), torch.arange(count) % 1000, torch.full((count,), index), group))
@@ -78,9 +74,7 @@ def test_canaries_that_are_not_sacrificed_teach_nothing(make):
     before = {name: value.clone() for name, value in rule.state_dict().items()}
     warm(rule, group=CANARY, mean=3.0, index=1)
     after = rule.state_dict()
-    assert all(
-        torch.equal(after[name], before[name]) for name in before if name in ("reference", "memorized")
-    )
+    assert all(torch.equal(after[name], before[name]) for name in before if name in ("reference", "memorized"))
 
 
 @pytest.mark.parametrize("make", RULES)
@@ -141,9 +135,7 @@ def test_the_option_that_is_wrong_is_named(make, option, value):
 
 
 def test_rates_that_a_coin_keeps_are_refused():
-    with pytest.raises(
-        ValueError, match=r"exclusion\.false_positive_rate \+ exclusion\.miss_rate must be < 1"
-    ):
+    with pytest.raises(ValueError, match=r"exclusion\.false_positive_rate \+ exclusion\.miss_rate must be < 1"):
         likelihood(false_positive_rate=0.6, miss_rate=0.5)
 
 

@@ -44,9 +44,7 @@ def test_best_accuracy_equals_trying_all_thresholds():
     candidates = torch.cat([positive, negative, torch.tensor([math.inf])])
     tried = [((positive >= c).sum() + (negative < c).sum()).item() / 81 for c in candidates]
     assert best_accuracy(positive, negative) == pytest.approx(max(tried))
-    assert (
-        best_accuracy(torch.tensor([0.0]), torch.tensor([1.0, 1.0, 1.0])) == 0.75
-    )  # never below the larger group
+    assert best_accuracy(torch.tensor([0.0]), torch.tensor([1.0, 1.0, 1.0])) == 0.75  # never below the larger group
     assert math.isnan(best_accuracy(positive, negative[:0]))
 
 

@@ -173,9 +173,7 @@ def test_a_shard_that_vanishes_is_named_and_its_neighbours_are_read(healthy):
     assert [shard.complete for shard in report.shards] == [0, 3]
 
 
-@pytest.mark.parametrize(
-    "stats", [b"", b"{", b"[]", b'{"count": 3}', b'{"successes": "3"}', b'{"successes": NaN}']
-)
+@pytest.mark.parametrize("stats", [b"", b"{", b"[]", b'{"count": 3}', b'{"successes": "3"}', b'{"successes": NaN}'])
 def test_stats_that_say_nothing_are_as_good_as_none(healthy, stats):
     (healthy / "00001_stats.json").write_bytes(stats)
     (fault,) = check_folder(healthy).faults

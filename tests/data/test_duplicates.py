@@ -134,9 +134,7 @@ def test_near_copies_are_found_and_different_pictures_are_not(tmp_path):
 def test_a_near_group_takes_its_exact_copies_in(tmp_path):
     image = textured(0, (320, 240))
     copy = encode(image, quality=95)
-    write_tar(
-        tmp_path / "x.tar", [*sample("a", copy), *sample("b", encode(image, quality=60)), *sample("c", copy)]
-    )
+    write_tar(tmp_path / "x.tar", [*sample("a", copy), *sample("b", encode(image, quality=60)), *sample("c", copy)])
     assert groups_of(tmp_path) == {frozenset(f"x.tar/{key}" for key in "abc"): "near"}
 
 

@@ -29,16 +29,10 @@ def test_who_is_on_the_list_is_gone_and_the_rest_unchanged(corpus, tmp_path, cap
     caplog.set_level(logging.INFO, "memtrain")
     whole = ShardSamples(str(corpus), 64, where=where)
     every = names(whole)
-    gone = [
-        every[i] for i in (0, 1, 5, len(every) - 1)
-    ]  # two that follow one another, the first and the last
-    left = ShardSamples(
-        str(corpus), 64, where=where, exclude_keys=write_list(tmp_path / "list.parquet", gone)
-    )
+    gone = [every[i] for i in (0, 1, 5, len(every) - 1)]  # two that follow one another, the first and the last
+    left = ShardSamples(str(corpus), 64, where=where, exclude_keys=write_list(tmp_path / "list.parquet", gone))
     assert names(left) == [name for name in every if name not in gone]
-    assert (
-        len(left) == len(whole) - 4 == sum(left.counts) and "data.exclude_keys drops 4 samples" in caplog.text
-    )
+    assert len(left) == len(whole) - 4 == sum(left.counts) and "data.exclude_keys drops 4 samples" in caplog.text
     assert np.array_equal(left.find(names(left)), np.arange(len(left)))
     with pytest.raises(ValueError, match=r"no sample 00000\.tar"):
         left.find(gone[:1])
@@ -54,12 +48,8 @@ def test_what_was_cached_serves_the_rest(pipeline_folder, corpus, tmp_path):
         model, whole, range(3), str(tmp_path / "cache"),
         dtype="float32", flip=False, batch_size=16, num_workers=0, device="cpu", progress=False,
     )  # fmt: skip
-    left = ShardSamples(
-        str(corpus), 64, exclude_keys=write_list(tmp_path / "list.parquet", names(whole)[3:20:4])
-    )
-    ours, theirs = (
-        LatentCache(str(tmp_path / "cache"), samples, "center", False) for samples in (left, whole)
-    )
+    left = ShardSamples(str(corpus), 64, exclude_keys=write_list(tmp_path / "list.parquet", names(whole)[3:20:4]))
+    ours, theirs = (LatentCache(str(tmp_path / "cache"), samples, "center", False) for samples in (left, whole))
     for cache, samples in ((ours, left), (theirs, whole)):
         cache.check(made_with(model, samples))
     for index in range(len(left)):

@@ -86,14 +86,10 @@ def test_keys_of_any_bytes_are_spelt_out(tmp_path):
 def test_what_is_drawn_is_a_function_of_seed_step_and_sample():
     draw = np.random.default_rng(0)
     step, index = draw.integers(0, 10**6, 2000), draw.integers(0, 10**10, 2000)
-    expected = [
-        place_seed(3, 40, s, i) < 0.1 * 2**63 for s, i in zip(step.tolist(), index.tolist(), strict=True)
-    ]
+    expected = [place_seed(3, 40, s, i) < 0.1 * 2**63 for s, i in zip(step.tolist(), index.tolist(), strict=True)]
     assert drawn(3, step, index, 0.1).tolist() == expected and 100 < sum(expected) < 300
     assert drawn(3, step, index, 1.0).all() and not np.array_equal(drawn(4, step, index, 0.1), expected)
-    assert not (
-        drawn(3, step, index, 0.1) & ~drawn(3, step, index, 0.5)
-    ).any()  # the larger holds the smaller
+    assert not (drawn(3, step, index, 0.1) & ~drawn(3, step, index, 0.5)).any()  # the larger holds the smaller
 
 
 def test_a_run_begins_with_what_was_before_it(tmp_path):
@@ -119,10 +115,7 @@ def test_parts_are_taken_from_another_file_system(tmp_path, monkeypatch):
     monkeypatch.setattr("os.link", lambda *paths: (_ for _ in ()).throw(OSError("cross-device link")))
     write(tmp_path / "one", visits(64))
     begin(tmp_path / "two" / "ledger", 1, [tmp_path / "nowhere", tmp_path / "one" / "ledger"])
-    assert (
-        len(read_ledger(tmp_path / "two").to_table()) == 32
-        and len(read_ledger(tmp_path / "one").to_table()) == 64
-    )
+    assert len(read_ledger(tmp_path / "two").to_table()) == 32 and len(read_ledger(tmp_path / "one").to_table()) == 64
 
 
 def test_many_rows_are_closed_before_a_checkpoint(tmp_path, monkeypatch):
@@ -169,11 +162,7 @@ def test_the_three_questions_of_the_readme(tmp_path):
     ]
     excluded = ledger.to_table(filter=trained)
     excluded = excluded.append_column("out", pc.cast(pc.invert(excluded["kept"]), pa.int64()))
-    often = (
-        excluded.group_by("key")
-        .aggregate([("out", "sum"), ("out", "mean")])
-        .sort_by([("out_sum", "descending")])
-    )
+    often = excluded.group_by("key").aggregate([("out", "sum"), ("out", "mean")]).sort_by([("out_sum", "descending")])
     assert often.to_pylist()[0] == {"key": "a", "out_sum": 2, "out_mean": 0.5}
     visits = ledger.to_table(columns=["step", "score"], filter=pc.field("key") == "a").sort_by("step")
     assert visits["score"].to_pylist() == [3, 9, 5, None]

@@ -114,9 +114,7 @@ def test_one_of_several_captions_is_drawn(tmp_path):
 
 def test_views_depend_on_step_and_place_alone(tmp_path):
     write_tar(tmp_path / "x.tar", sample("a", image=picture(size=(64, 32))))
-    data = from_shards(
-        str(tmp_path), 16, 1, 0, seed=5, canaries=0, repeats=1, reference=0, crop="random", flip=0.5
-    )
+    data = from_shards(str(tmp_path), 16, 1, 0, seed=5, canaries=0, repeats=1, reference=0, crop="random", flip=0.5)
     views = [data.views.view(step, place) for step in range(20) for place in range(20)]
     assert len({view.crop for view in views}) == 400 and 150 < sum(view.flip for view in views) < 250
     assert data.views.view(3, 4) == views[64]
@@ -176,7 +174,7 @@ def test_a_remote_corpus_is_the_local_one(corpus, tmp_path):
 
 def test_an_index_is_written_once_and_read_from_beside_or_cache(tmp_path):
     cache = tmp_path / "cache"
-    tar = write_tar(tmp_path / "x.tar", sample("a") + [("c.jpg", picture())])
+    tar = write_tar(tmp_path / "x.tar", [*sample("a"), ("c.jpg", picture())])
     assert open_index(tar, cache) is None
     ShardSamples(str(tmp_path), 16, cache_dir=cache)
     assert not list(tmp_path.glob("*.index.*"))  # training writes nothing among the user's data
@@ -232,8 +230,6 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
     data.check_bad(20, 200)
     with pytest.raises(ValueError, match=r"21 of 200 samples.*max_bad_fraction=0\.1.*1 image cannot be decoded"):
         data.check_bad(21, 200)
-
-
 
 
 # ---- aspect-ratio buckets

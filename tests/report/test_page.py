@@ -113,9 +113,7 @@ def write_ledger(run, excludes: bool, with_reference: bool, fixed: bool) -> None
     writer.close_part()
 
 
-def make_run(
-    folder, shards="gone", rule="Evidence", copies=0.25, heldout=0.059, finished=True, **ledger_options
-):
+def make_run(folder, shards="gone", rule="Evidence", copies=0.25, heldout=0.059, finished=True, **ledger_options):
     folder.mkdir(parents=True)
     config = {
         "run_dir": str(folder), "exclusion": {"_target_": f"memtrain.core.exclusion.{rule}"}, "seed": 0,

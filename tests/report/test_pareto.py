@@ -29,7 +29,8 @@ def test_what_is_not_on_the_front_is_worse_than_something_on_it(trials):
     for one in trials:
         if one.memorization is not None and one not in on_front:
             assert any(
-                best.memorization <= one.memorization and best.quality <= one.quality and best != one for best in on_front
+                best.memorization <= one.memorization and best.quality <= one.quality and best != one
+                for best in on_front
             )
     for one in on_front:
         assert not any(other.memorization < one.memorization and other.quality < one.quality for other in on_front)
@@ -50,7 +51,8 @@ def test_the_rule_of_the_choice():
     assert choose(trials, 0.02).name == "trial_001"
     assert choose(trials, 0.0).name == "trial_000"
     assert choose(trials, 0.2).name == "trial_002"
-    assert "lowest copy rate (20.0%)" in why(trials, 0.02) and "within 2% of the best (0.0500, trial_000)" in why(trials, 0.02)
+    assert "lowest copy rate (20.0%)" in why(trials, 0.02)
+    assert "within 2% of the best (0.0500, trial_000)" in why(trials, 0.02)
     assert "nothing to take" in why(tried(None), 0.02)
 
 

@@ -30,5 +30,5 @@ def test_runs_that_differ_in_the_seed_alone_share_a_line(tmp_path):
 
 
 def test_a_folder_that_names_no_seed_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="SETTING_seedN, got .*other"):
+    with pytest.raises(ValueError, match=r"SETTING_seedN, got .*other"):
         table_over_seeds([make_run(tmp_path / "other", 0.1)])

@@ -25,7 +25,9 @@ def test_every_good_sample_is_seen_and_every_bad_one_counted(pipeline_folder, tm
 
     seen = {}
     for batch in record.window:
-        for index, caption, valid in zip(batch.sample_index.tolist(), batch.captions, batch.valid.tolist(), strict=True):
+        for index, caption, valid in zip(
+            batch.sample_index.tolist(), batch.captions, batch.valid.tolist(), strict=True
+        ):
             if valid:
                 seen[data.samples.key(index)] = caption
     assert seen == faulty.captions
@@ -75,5 +77,5 @@ def test_natural_duplicates_serve_as_canaries(pipeline_folder, tmp_path):
         from_shards(str(tmp_path / "shards"), 64, 2, 0, canaries=0, reference=3, **options)
     other = tmp_path / "other"
     write_tar(other / "y.tar", sample("a", pictures[0]) + sample("b", pictures[1]))
-    with pytest.raises(ValueError, match="no sample x.tar/0.*made from another corpus"):
+    with pytest.raises(ValueError, match=r"no sample x\.tar/0.*made from another corpus"):
         from_shards(str(other), 64, 1, 0, canaries=1, reference=0, **options)

@@ -41,9 +41,7 @@ def found(pipeline_folder, corpus, tmp_path_factory):
     worlds[2] += [job(rule, 1, COUNTED.stop, count=list(COUNTED), name=f"counted-{rule}") for rule in rules]
     spec = out / "spec.json"
     spec.write_text(
-        json.dumps(
-            dict(pipeline=str(pipeline_folder), corpus=str(corpus), out=str(out), worlds=list(worlds.items()))
-        )
+        json.dumps(dict(pipeline=str(pipeline_folder), corpus=str(corpus), out=str(out), worlds=list(worlds.items())))
     )
     subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.training.worlds", str(spec)],

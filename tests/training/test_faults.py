@@ -44,7 +44,9 @@ def visits(folder: Path) -> list[tuple]:
     return sorted(zip(*rows.to_pydict().values(), strict=True))
 
 
-def train(pipeline, corpus, folder, steps, accumulate=1, batch_size=4, every=4, callbacks=(), ckpt_path=None, **options):
+def train(
+    pipeline, corpus, folder, steps, accumulate=1, batch_size=4, every=4, callbacks=(), ckpt_path=None, **options
+):
     module = build_module(pipeline, quick_evidence(), **options)
     callbacks = [*callbacks, checkpoint(every, str(folder / "checkpoints"))]
     fit(module, build_data(corpus, batch_size), folder, steps, accumulate, callbacks=callbacks, ckpt_path=ckpt_path)
@@ -61,14 +63,15 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(forks, run, tmp_pa
     wait_until(lambda: saved(tmp_path))
     os.kill(process, number)
     assert forks.wait() == [code], forks.said()
-    assert f"{number.name}: this step is finished" in forks.said() and f"stopped after step {saved(tmp_path)[-1]}" in forks.said()
+    assert f"{number.name}: this step is finished" in forks.said()
+    assert f"stopped after step {saved(tmp_path)[-1]}" in forks.said()
     folder = tmp_path / "faults" / "one"
     assert set(read_ledger(folder).to_table()["step"].to_pylist()) == set(range(saved(tmp_path)[-1]))
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_the_run_goes_on(forks, run, tmp_path):
-    first, second = forks.start(run("data.batch_size=2", steps=5000), tmp_path / "log", ranks=2)
+    _, second = forks.start(run("data.batch_size=2", steps=5000), tmp_path / "log", ranks=2)
     wait_until(lambda: saved(tmp_path))
     os.kill(second, signal.SIGUSR1)
     assert forks.wait() == [75, 75], forks.said()
@@ -173,7 +176,9 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line_and_it_goes_on_when_there_i
     assert codes == [2] and said.count("error:") == 1 and "space" in said and "Traceback" not in said, said
     filler.unlink()
     reached = saved(small_disk)[-1]
-    assert reached >= 8 and all(damage(path) is None for path in checkpoints_in(small_disk / "faults/one/checkpoints").values())
+    assert reached >= 8 and all(
+        damage(path) is None for path in checkpoints_in(small_disk / "faults/one/checkpoints").values()
+    )
     codes, said = forks.run(run(reached + 4, "resume=auto", "resume.allow=all"), tmp_path / "space")
     assert codes == [0] and saved(small_disk)[-1] == reached + 4, said
     undisturbed = small_run(corpus, pipeline_folder, tmp_path, "run_id=one", steps=reached + 4)
@@ -187,7 +192,13 @@ def test_every_damage_is_found_and_a_checkpoint_holds_every_part(pipeline_folder
     assert list(checkpoints_in(folder)) == [2, 3]
     newest = folder / "step-00000003.ckpt"
     whole = newest.read_bytes()
-    for spoilt in (whole[:-100], whole[: len(whole) // 2], b"", b"x" * 1000, whole[:5000] + bytes(5000) + whole[10000:]):
+    for spoilt in (
+        whole[:-100],
+        whole[: len(whole) // 2],
+        b"",
+        b"x" * 1000,
+        whole[:5000] + bytes(5000) + whole[10000:],
+    ):
         newest.write_bytes(spoilt)
         assert damage(newest) is not None
     assert whole_checkpoint(folder / "last.ckpt").name == "step-00000002.ckpt"
@@ -215,7 +226,15 @@ def test_the_random_state_goes_on(pipeline_folder, corpus, tmp_path):
     for folder, draw, steps in (("whole", whole, 4), ("cut", first, 2)):
         torch.manual_seed(5)
         train(pipeline_folder, corpus, tmp_path / folder, steps, every=2, callbacks=[draw])
-    train(pipeline_folder, corpus, tmp_path / "cut", 4, every=2, callbacks=[rest], ckpt_path=str(tmp_path / "cut/checkpoints/last.ckpt"))
+    train(
+        pipeline_folder,
+        corpus,
+        tmp_path / "cut",
+        4,
+        every=2,
+        callbacks=[rest],
+        ckpt_path=str(tmp_path / "cut/checkpoints/last.ckpt"),
+    )
     assert whole.drawn == first.drawn + rest.drawn
 
 
@@ -291,7 +310,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(pipeline_folder,
     fit(module, data, tmp_path / "a", 3, callbacks=callbacks)
     assert torch.equal(weights(module), weights(clean))  # two steps as if nothing were, the third none
     assert module.stops.bad_steps == 1 and module.updates_skipped == 0 and module.global_step == 3
-    assert data.samples.key(record.keys[2][0]) in caplog.text and "step 2: a loss or gradient is not finite" in caplog.text
+    assert data.samples.key(record.keys[2][0]) in caplog.text
+    assert "step 2: a loss or gradient is not finite" in caplog.text
     assert all(value.isfinite().all() for value in module.exclusion.state_dict().values() if value.is_floating_point())
     table = read_ledger(tmp_path / "a").to_table().to_pylist()
     assert all(abs(row["loss"]) < 1e6 for row in table)

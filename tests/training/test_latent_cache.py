@@ -63,7 +63,7 @@ def test_a_stopped_cache_goes_on_and_a_foreign_one_is_refused(pipelines, corpus,
     header = made_with(model, samples)
     assert missing_shards(samples, str(tmp_path), header, False, False) == [1]
     assert missing_shards(samples, str(tmp_path), header, False, True) == [0, 1, 2]
-    with pytest.raises(ValueError, match="no mirror images.*overwrite=true"):
+    with pytest.raises(ValueError, match=r"no mirror images.*overwrite=true"):
         missing_shards(samples, str(tmp_path), header, True, False)
     with pytest.raises(ValueError, match=r"data\.cache has no 00001\.tar.*run `memtrain cache`"):
         data(corpus, cache=str(tmp_path)).check_cache(model.fingerprint, False)
@@ -114,7 +114,9 @@ def test_a_bad_sample_stays_bad_and_an_empty_shard_empty(pipeline_folder, tmp_pa
     record = Record()
     fit(module, batches, tmp_path / "run", 2, callbacks=[record])
     for batch in record.window:
-        by_sample = dict(zip(batch.sample_index.tolist(), zip(batch.valid.tolist(), batch.captions), strict=True))
+        by_sample = dict(
+            zip(batch.sample_index.tolist(), zip(batch.valid.tolist(), batch.captions, strict=True), strict=True)
+        )
         assert by_sample == {0: (True, "good é"), 1: (False, ""), 2: (True, "")}
     assert module.samples_seen == 4 and list(batches.problems) == ["1.tar/b"]
 
@@ -134,5 +136,5 @@ def test_a_list_of_captions_is_refused(tmp_path):
     write_tar(tmp_path / "00000.tar", [("0.jpg", picture()), ("0.txt", b"fox"), ("0.json", metadata)])
     for column in ("txt", "one", "single"):
         check_captions(ShardSamples(str(tmp_path), 64, column), [0])
-    with pytest.raises(ValueError, match="data.caption=many is a list of captions in 00000.tar"):
+    with pytest.raises(ValueError, match=r"data\.caption=many is a list of captions in 00000\.tar"):
         check_captions(ShardSamples(str(tmp_path), 64, "many"), [0])

@@ -67,9 +67,7 @@ def test_a_caption_depends_on_seed_step_and_place_alone(method, model):
     method = method(probability=1.0, count=2)
     captions = [f"{CAPTION} {number}" for number in range(8)]
     whole = rewritten(method, captions, model)
-    halves = [
-        method.captions(captions[rows], generators(8)[rows], model) for rows in (slice(0, 4), slice(4, 8))
-    ]
+    halves = [method.captions(captions[rows], generators(8)[rows], model) for rows in (slice(0, 4), slice(4, 8))]
     assert halves[0] + halves[1] == whole == rewritten(method, captions, model)
     assert rewritten(method, captions, model, step=1) != whole
     assert len(set(rewritten(method, [CAPTION] * 8, model))) > 4  # rows differ among themselves
@@ -205,9 +203,7 @@ def test_two_ranks_rewrite_as_one(pipeline_folder, corpus, tmp_path):
     script = tmp_path / "two_ranks.py"
     names = dict(root=str(ROOT), pipeline=str(pipeline_folder), corpus=str(corpus), out=str(tmp_path))
     script.write_text(TWO_RANKS.format(**names))
-    subprocess.run(
-        [sys.executable, str(script)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
-    )
+    subprocess.run([sys.executable, str(script)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900)
     module = build_module(pipeline_folder, method=RandomTokensAdded(0.5, 2), reference_batch=4)
     fit(module, build_data(corpus, 4), tmp_path, 3)
     two = torch.load(tmp_path / "two.pt", weights_only=True)

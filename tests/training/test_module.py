@@ -145,7 +145,8 @@ trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_
     default_root_dir={out!r})
 trainer.fit(module, datamodule=build_data({corpus!r}, 2))
 if trainer.is_global_zero:
-    torch.save(dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.samples_seen), {out!r} + "/two.pt")
+    found = dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.samples_seen)
+    torch.save(found, {out!r} + "/two.pt")
 """
 
 
@@ -156,9 +157,7 @@ def test_two_ranks_equal_one_process(pipeline_folder, corpus, tmp_path, rule):
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     script = tmp_path / "two_ranks.py"
     script.write_text(
-        TWO_RANKS.format(
-            root=root, pipeline=str(pipeline_folder), rule=rule, out=str(tmp_path), corpus=str(corpus)
-        )
+        TWO_RANKS.format(root=root, pipeline=str(pipeline_folder), rule=rule, out=str(tmp_path), corpus=str(corpus))
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=300)
@@ -247,4 +246,5 @@ def test_gradient_checkpointing_changes_nothing(pipeline_folder, corpus, tmp_pat
 def test_v_prediction_trains(pipelines, corpus, tmp_path):
     module, record, before = run(pipelines["v_prediction"], corpus, tmp_path, min_snr_gamma=5.0, noise_offset=0.1)
     assert module.model.prediction_type == "v_prediction"
-    assert (weights(module) - before).abs().max() > 1e-4 and torch.cat([o.loss for o in record.observed]).isfinite().all()
+    assert (weights(module) - before).abs().max() > 1e-4
+    assert torch.cat([observed.loss for observed in record.observed]).isfinite().all()

@@ -79,15 +79,15 @@ def seen(folder: Path) -> dict[int, set]:
     for file in sorted(folder.glob("seen-*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
-            rows[row["step"]].append((file.name, tuple(zip(*(row[k] for k in ("place", "index", "loss", "score"))))))
+            rows[row["step"]].append(
+                (file.name, tuple(zip(*(row[k] for k in ("place", "index", "loss", "score")), strict=True)))
+            )
     return {step: {account for _, account in accounts} for step, accounts in rows.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_at_random_steps_sees_what_the_uninterrupted_run_sees(
-    pipeline_folder, corpus, tmp_path, workers
-):
+def test_a_run_killed_at_random_steps_sees_what_the_uninterrupted_run_sees(pipeline_folder, corpus, tmp_path, workers):
     """SIGKILL ten times with each number of workers; bit for bit."""
     generator = random.Random(workers)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -124,7 +124,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(pipeline_folder, corpus, tmp
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     for folder in (whole, changed):
         folder.mkdir()
-    subprocess.run([*script(whole, pipeline_folder, corpus), "0", "1", "12"], check=True, env=environment(), timeout=300)
+    subprocess.run(
+        [*script(whole, pipeline_folder, corpus), "0", "1", "12"], check=True, env=environment(), timeout=300
+    )
     for ranks, steps in ((first, 5), (then, 12)):
         command = [*script(changed, pipeline_folder, corpus), "0", str(ranks), str(steps)]
         subprocess.run(command, check=True, env=environment(), timeout=300)

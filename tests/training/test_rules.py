@@ -19,9 +19,7 @@ def quick_rules() -> dict[str, ExclusionRule]:
     """Warm after a few steps, and with thresholds in the midst of the scores."""
     return {
         "quantile": Quantile(0.5, num_bins=2, half_life=50, warmup=4),
-        "calibrated": Calibrated(
-            0.4, num_bins=2, level_half_life=20, half_life=50, pooling=20, warmup=4, start_step=2
-        ),
+        "calibrated": Calibrated(0.4, num_bins=2, level_half_life=20, half_life=50, pooling=20, warmup=4, start_step=2),
         "agc": Agc(1.02, num_bins=2, half_life=50, warmup=4),
         "evidence": LikelihoodEvidence(
             0.4,
@@ -37,9 +35,7 @@ def quick_rules() -> dict[str, ExclusionRule]:
             own_limit=1.0,
             warmup=2,
         ),
-        "z_scores": ZScoreEvidence(
-            0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2
-        ),
+        "z_scores": ZScoreEvidence(0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2),
     }
 
 
@@ -99,9 +95,7 @@ torch.save(dict(said=panel.said(), state=panel.state()), {out!r} + f"/rank{{trai
 def test_two_ranks_decide_as_one(pipeline_folder, corpus, tmp_path):
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     script = tmp_path / "two_ranks.py"
-    script.write_text(
-        TWO_RANKS.format(root=root, pipeline=str(pipeline_folder), out=str(tmp_path), corpus=str(corpus))
-    )
+    script.write_text(TWO_RANKS.format(root=root, pipeline=str(pipeline_folder), out=str(tmp_path), corpus=str(corpus)))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=600)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

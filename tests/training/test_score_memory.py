@@ -174,9 +174,7 @@ def test_a_remembered_score_excludes_at_visits_that_are_not_scored(pipeline_fold
 
 def test_a_range_restricts_what_is_scored(pipeline_folder, corpus, tmp_path):
     scoring = Scoring(timesteps=(700, 1000))
-    _, record = run(
-        pipeline_folder, corpus, tmp_path, 12, scoring, FixedThreshold(math.inf), caption_dropout=0.0
-    )
+    _, record = run(pipeline_folder, corpus, tmp_path, 12, scoring, FixedThreshold(math.inf), caption_dropout=0.0)
     observed = Observations.concatenate(record.observed)
     inside = observed.timesteps >= 700
     assert torch.equal(observed.scored, inside) and inside.any() and not inside.all()
@@ -185,9 +183,7 @@ def test_a_range_restricts_what_is_scored(pipeline_folder, corpus, tmp_path):
 
 
 def test_scoring_every_third_step_acts_on_what_is_remembered(pipeline_folder, corpus, tmp_path):
-    _, record = run(
-        pipeline_folder, corpus, tmp_path, 12, Scoring(every=3), FixedThreshold(1e-6), caption_dropout=0.0
-    )
+    _, record = run(pipeline_folder, corpus, tmp_path, 12, Scoring(every=3), FixedThreshold(1e-6), caption_dropout=0.0)
     for step, (observed, kept) in enumerate(zip(record.observed, record.kept, strict=True)):
         assert observed.scored.all() if step % 3 == 0 else not observed.scored.any()
         assert torch.equal(kept, ~observed.known)
@@ -214,11 +210,7 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path):
     callbacks = [found, checkpoint(5, str(tmp_path / "a"))]
     fit(rest, data, tmp_path / "b", 14, callbacks=callbacks, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
     for a, b in zip(found.observed, expected.observed[7:], strict=True):
-        assert (
-            torch.equal(a.score, b.score)
-            and torch.equal(a.scored, b.scored)
-            and torch.equal(a.known, b.known)
-        )
+        assert torch.equal(a.score, b.score) and torch.equal(a.scored, b.scored) and torch.equal(a.known, b.known)
     assert all(torch.equal(a, b) for a, b in zip(found.kept, expected.kept[7:], strict=True))
     assert torch.equal(weights(rest), weights(whole))
     for name, tensor in rest.memory.state_dict().items():
@@ -250,17 +242,11 @@ def test_two_ranks_remember_what_one_does(pipeline_folder, corpus, tmp_path):
     script = tmp_path / "two_ranks.py"
     names = dict(root=str(ROOT), pipeline=str(pipeline_folder), corpus=str(corpus), out=str(tmp_path))
     script.write_text(TWO_RANKS.format(**names))
-    subprocess.run(
-        [sys.executable, str(script)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
-    )
-    one, record = run(
-        pipeline_folder, corpus, tmp_path, 8, Scoring(every_visits=2), FixedThreshold(1.0), batch_size=8
-    )
+    subprocess.run([sys.executable, str(script)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900)
+    one, record = run(pipeline_folder, corpus, tmp_path, 8, Scoring(every_visits=2), FixedThreshold(1.0), batch_size=8)
     assert not torch.cat(record.kept).all()
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, tensor in one.memory.state_dict().items():
-        torch.testing.assert_close(
-            ranks[0]["memory"][name], ranks[1]["memory"][name], atol=0, rtol=0, equal_nan=True
-        )
+        torch.testing.assert_close(ranks[0]["memory"][name], ranks[1]["memory"][name], atol=0, rtol=0, equal_nan=True)
         torch.testing.assert_close(ranks[0]["memory"][name], tensor, atol=1e-4, rtol=1e-4, equal_nan=True)
     torch.testing.assert_close(ranks[0]["weights"], weights(one), atol=1e-6, rtol=0)

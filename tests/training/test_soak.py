@@ -70,7 +70,9 @@ def test_killed_again_and_again_it_ends_with_the_same_weights_and_ledger(pipelin
         assert codes == [0, 0], said
         run, ways = tmp_path / "killed" / "one", []
         for kill in range(KILLS):
-            processes = forks.start([*argv, "name=killed", "run_id=one", "resume=auto"], tmp_path / "killed.log", ranks=2)
+            processes = forks.start(
+                [*argv, "name=killed", "run_id=one", "resume=auto"], tmp_path / "killed.log", ranks=2
+            )
             there = set(run.glob("checkpoints/step-*"))
             fresh, pause = generator.randrange(3), generator.uniform(0, 0.5)
             number = generator.choice([signal.SIGKILL, signal.SIGTERM])

@@ -1,0 +1,86 @@
+"""The average of the trained weights over steps (EMA): begun, advanced, put in their place, saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from memtrain.models.base import DiffusionModel, trained_parameters
+from memtrain.training import strategy
+
+
+class AveragedWeights:
+    """Where no average is kept, the trained weights stand for it.
+
+    Args:
+        decay: with warm-up; 0 keeps no average.
+    """
+
+    def __init__(self, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema.decay must be in [0, 1), got {decay:g}; 0 keeps no average")
+        self.decay = decay
+        self._ema: EMAModel | None = None
+
+    @property
+    def shadow_params(self) -> list[Tensor]:
+        return self._ema.shadow_params if self._ema else trained_parameters(self._model)
+
+    def begin(self, model: DiffusionModel, bones: dict[str, nn.Module]) -> None:
+        """Start from the weights as they are now; `bones` as `strategy.shard_trained` gives them."""
+        self._model, self._bones = model, bones
+        if self.decay:
+            parameters = trained_parameters(model)
+            self._ema = EMAModel(parameters, decay=self.decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+
+    def to(self, device: torch.device) -> None:
+        if self._ema:
+            self._ema.to(device)
+
+    def step(self) -> None:
+        if self._ema:
+            self._ema.step(trained_parameters(self._model))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average in place of the trained weights; all ranks enter together.
+
+        Where weights are sharded, whole networks take their place, which each rank may run as often as it
+        likes.
+        """
+        if self._bones:
+            sharded = {name: getattr(self._model, name) for name in self._bones}
+            weights = iter(self.shadow_params)
+            for name, bones in self._bones.items():
+                setattr(self._model, name, strategy.filled(bones, weights))
+            try:
+                yield
+            finally:
+                for name, module in sharded.items():
+                    setattr(self._model, name, module)
+        elif self._ema is None:
+            yield
+        else:
+            parameters = trained_parameters(self._model)
+            self._ema.store(parameters)
+            self._ema.copy_to(parameters)
+            try:
+                yield
+            finally:
+                self._ema.restore(parameters)
+
+    def state_dict(self) -> dict | None:
+        if self._ema is None:
+            return None
+        whole = [strategy.whole(parameter) for parameter in self._ema.shadow_params]
+        return self._ema.state_dict() | {"shadow_params": whole}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        if self._ema and state:
+            parts = zip(state["shadow_params"], self._ema.shadow_params, strict=True)
+            shadow = [strategy.cut_like(loaded, own) for loaded, own in parts]
+            self._ema.load_state_dict(state | {"shadow_params": shadow})
