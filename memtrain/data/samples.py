@@ -163,7 +163,8 @@ class ShardSamples:
                 path = self.local_path(number)
                 keys = [key_of(record) for record in shard.records]
                 rows, dropped = apply_filter(
-                    clauses, read_columns(path, keys, columns, lambda row: _json_of(shard, shard.records[row]))
+                    clauses,
+                    read_columns(path, keys, columns, lambda row, shard=shard: _json_of(shard, shard.records[row])),
                 )
                 np.save(stem.with_suffix(".npy"), rows.astype(np.int32))
                 stem.with_suffix(".json").write_text(json.dumps(dropped))
@@ -212,7 +213,10 @@ class ShardSamples:
                 shard, count = self._shard(number), int(self.counts[number])
                 keys = [key_of(shard.record(row)) for row in range(count)]
                 table = read_columns(
-                    self.local_path(number), keys, ("height", "width"), lambda row: _json_of(shard, shard.record(row))
+                    self.local_path(number),
+                    keys,
+                    ("height", "width"),
+                    lambda row, shard=shard: _json_of(shard, shard.record(row)),
                 )
                 shapes = list(zip(*(table[name].to_pylist() for name in ("height", "width")), strict=True))
                 shapes = [
