@@ -14,10 +14,14 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from memtrain.callbacks.logging import dashboard_name
+from memtrain.cli import schema
 from memtrain.cli.main import config_folder, main
 from memtrain.cli.sweep import spelled
 from memtrain.data.ledger import read_ledger
@@ -28,6 +32,7 @@ from memtrain.sweep.space import Parameter, check_space, merged, spell, suggest
 from memtrain.sweep.standing import spoken, tried
 from memtrain.sweep.study import Search
 from memtrain.sweep.trial import Process, environment_of
+from memtrain.training.checks import check_reference
 from tests.cli.test_main import fails, small
 
 REPO = Path(__file__).resolve().parents[2]
@@ -441,6 +446,24 @@ def test_a_wrong_key_is_named_before_anything_is_started(capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("study", [path.stem for path in (config_folder() / "study").glob("*.yaml")])
+@pytest.mark.parametrize("experiment", [None, "wen2024"])
+def test_a_study_says_what_its_trials_need_and_leaves_the_rest_to_the_experiment(study, experiment):
+    schema.register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        sweep = OmegaConf.to_container(compose("sweep", [f"study={study}", f"name={study}"]))
+        own = [] if experiment is None else [f"experiment={experiment}"]
+        for rule in sweep["study"]["space"]["rule"]["choices"]:
+            cfg = compose("train", merged(sweep["study"]["overrides"], own, [f"exclusion={rule}"]))
+            check_reference(instantiate(cfg.exclusion), cfg.reference.count)
+            callbacks = cfg.callbacks
+            assert cfg.canaries.sacrificed < cfg.canaries.count and cfg.reference.count and "csv" in cfg.logger
+            assert callbacks.copies.every == callbacks.checkpoint.every == callbacks.validation.every
+            assert cfg.trainer.max_steps % callbacks.validation.every == 0
+        alone = compose("train", own or ["experiment=demo_sweep"])
+    assert cfg.optimizer == alone.optimizer and cfg.canaries.repeats == alone.canaries.repeats
+
+
 @pytest.mark.slow
 def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, tmp_path):
     """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes it and the study."""
@@ -448,7 +471,7 @@ def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, t
         o for o in small(corpus, pipeline_folder, tmp_path)[2:] if not o.startswith(("run_id", "callbacks.sample_grid"))
     ]
     command = [sys.executable, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
-    command += ["callbacks.copies.every=2", "callbacks.curves.every=1", "study.prune=null", "trainer.max_steps=8"]
+    command += ["callbacks.copies.reference=4", "callbacks.curves.every=1", "study.prune=null", "trainer.max_steps=8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     study = tmp_path / "runs" / "thresholds"
     run = study / "trial_000"
@@ -511,10 +534,7 @@ def test_wandbs_sweep_file_fits_its_schema():
 
 
 def test_what_wandbs_agent_starts_composes():
-    from hydra import compose, initialize_config_dir
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
-
-    from memtrain.cli import schema
 
     assert WANDB["metric"]["name"] == dashboard_name("copy_rate/canary")
     drawn = {k: {"value": p.get("min", (p.get("values") or [0])[0])} for k, p in WANDB["parameters"].items()}
