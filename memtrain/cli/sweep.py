@@ -28,9 +28,13 @@ _REPORTED = 20  # runs that the study's report compares; more make a page that n
 
 def spelled(arguments: list[str]) -> list[str]:
     """`study=thresholds trials=6 exclusion=evidence` as Hydra takes it: what is for every trial in a list."""
-    others = [argument for argument in arguments if re.match(r"~|[^-].*=", argument) and not re.match(_OWN, argument)]
-    own = [argument for argument in arguments if argument not in others]
-    return [f"overrides=[{','.join(map(quoted, others))}]", *own] if others else own
+    overrides = [argument for argument in arguments if re.match(r"~|[^-].*=", argument)]
+    others = [override for override in overrides if not re.match(_OWN, override)]
+    if not others:
+        return arguments
+    first = arguments.index(overrides[0])  # overrides stay in a row, between options; Hydra's parser wants them so
+    own = [argument for argument in arguments[first:] if argument not in others]
+    return [*arguments[:first], f"overrides=[{','.join(map(quoted, others))}]", *own]
 
 
 def sweep(cfg: DictConfig) -> None:

@@ -28,7 +28,7 @@ from memtrain.data.ledger import read_ledger
 from memtrain.report.curves import read_metrics
 from memtrain.sweep.plan import Plan
 from memtrain.sweep.pruning import MedianRule, Objectives
-from memtrain.sweep.space import Parameter, check_space, merged, spell, suggest
+from memtrain.sweep.space import Parameter, check_space, merged, quoted, spell, suggest
 from memtrain.sweep.standing import spoken, tried
 from memtrain.sweep.study import Search
 from memtrain.sweep.trial import Process, environment_of
@@ -437,6 +437,22 @@ def test_what_is_said_beside_the_sweeps_own_keys_is_for_the_trials():
     own = ["study=thresholds", "trials=6", "study.space.fixed.high=3", "--cfg", "job"]
     assert spelled([*own, "seed=3", "w='a'"]) == [r"overrides=['seed=3','w=\'a\'']", *own]
     assert spelled(own) == own
+    assert spelled(["--config-dir", "mine", "seed=3", "study=mine"]) == ["--config-dir", "mine", "overrides=['seed=3']", "study=mine"]
+
+
+def test_a_study_of_your_own(capsys, tmp_path):
+    """A file in a folder of yours, with what it changes, and lists as choices."""
+    runs = tmp_path / "a b,c's"
+    (tmp_path / "study").mkdir()
+    space = "{lr: {key: optimizer.lr, low: 1e-5, high: 1e-3, log: true}, ts: {key: score.timesteps, choices: [[700, 1000]]}}"
+    (tmp_path / "study" / "mine.yaml").write_text(f"defaults: [thresholds, _self_]\nspace: {space}\n")
+    own = ["--config-dir", str(tmp_path), "study=mine", f"runs_dir={quoted(str(runs))}", "study.prune=null"]
+    assert "no such shard" in fails(capsys, "sweep", *own, "data.shards='/nowhere/it,s.tar'", "exclusion=agc")
+    study = runs / "mine"
+    (trial,) = optuna.load_study(study_name="mine", storage=f"sqlite:///{study}/study.db").get_trials()
+    rate, timesteps = trial.user_attrs["overrides"]
+    assert rate == f"optimizer.lr={trial.params['lr']:.4g}" and timesteps == "score.timesteps=[700,1000]"
+    assert "/nowhere/it,s.tar" in (study / "trial_000" / "trial.log").read_text()
 
 
 def test_a_wrong_key_is_named_before_anything_is_started(capsys, tmp_path):
