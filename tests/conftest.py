@@ -21,6 +21,7 @@ from memtrain.demo.make_base import untrained_pipeline
 from memtrain.models.stable_diffusion import StableDiffusion
 from memtrain.training.methods import Method
 from memtrain.training.module import DiffusionTraining
+from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import Scoring
 
@@ -63,13 +64,11 @@ def build_module(
     pipeline: Path, exclusion=None, model: dict | None = None, method=None, **options
 ) -> DiffusionTraining:
     model_options = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
+    objective = dict(denominator="kept", caption_dropout=0.1, min_snr_gamma=None, noise_offset=0.0)
+    objective |= {name: options.pop(name) for name in objective.keys() & options}
     defaults = dict(
         seed=7,
         resolution=64,
-        caption_dropout=0.1,
-        min_snr_gamma=None,
-        noise_offset=0.0,
-        denominator="kept",
         scoring=Scoring(),
         reference_every=2,
         reference_batch=4,
@@ -81,6 +80,7 @@ def build_module(
         # a large eps: with 1e-8 Adam turns gradients that are rounding noise into steps of the full rate
         AdamW(1e-3, (0.9, 0.999), 0.01, 1e-3, "constant", 0, eight_bit=False),
         method or Method(),
+        objective=Objective(**objective),
         **(defaults | options),
     )
 

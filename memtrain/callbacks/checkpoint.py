@@ -153,7 +153,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
 def _is_between_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """Whether weights, average, rule, schedule and position are those of one step."""
     (schedule,) = trainer.lr_scheduler_configs
-    return not pl_module.mid_step and schedule.scheduler.last_epoch == trainer.global_step
+    return not pl_module.accumulation.mid_step and schedule.scheduler.last_epoch == trainer.global_step
 
 
 def get_random_state() -> dict[str, Any]:

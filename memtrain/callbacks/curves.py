@@ -50,7 +50,7 @@ class MemorizationCurves(pl.Callback):
         if not self.clock_runs:
             self.clock_runs = True
             pl_module.scoring_time.take()
-            self.samples_at_log, self.began = pl_module.samples_seen, time.perf_counter()
+            self.samples_at_log, self.began = pl_module.accumulation.samples_seen, time.perf_counter()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.last_step:
@@ -86,10 +86,10 @@ class MemorizationCurves(pl.Callback):
             self.late += point.sums
         self.seconds, self.seconds_scoring = self.seconds + seconds, self.seconds_scoring + scoring
         metrics = point.metrics() | {
-            "samples_per_second": (pl_module.samples_seen - self.samples_at_log) / seconds,
+            "samples_per_second": (pl_module.accumulation.samples_seen - self.samples_at_log) / seconds,
             "scoring_share": scoring / seconds,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "updates_skipped": float(pl_module.updates_skipped),
+            "updates_skipped": float(pl_module.accumulation.updates_skipped),
         }
         log_metrics(trainer, metrics)
         log_histograms(trainer, point.score_histograms())

@@ -52,7 +52,7 @@ def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
 
     Each row also says how many samples all ranks have seen, so that it can be the x-axis.
     """
-    metrics = {SAMPLES_SEEN: float(trainer.lightning_module.samples_seen)} | metrics
+    metrics = {SAMPLES_SEEN: float(trainer.lightning_module.accumulation.samples_seen)} | metrics
     trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()})
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger | TensorBoardLogger):

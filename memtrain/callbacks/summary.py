@@ -25,7 +25,7 @@ class Summary(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = self.trained_until = time.perf_counter()
-        self.samples_before = pl_module.samples_seen
+        self.samples_before = pl_module.accumulation.samples_seen
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.trained_until = time.perf_counter()
@@ -53,9 +53,9 @@ class Summary(pl.Callback):
         seconds = max(self.trained_until - self.started, 1e-9)  # validation included, what follows the last step not
         return {
             "steps": trainer.global_step,
-            "samples_seen": pl_module.samples_seen,
-            "updates_skipped": pl_module.updates_skipped,
-            "samples_per_second": (pl_module.samples_seen - self.samples_before) / seconds,
+            "samples_seen": pl_module.accumulation.samples_seen,
+            "updates_skipped": pl_module.accumulation.updates_skipped,
+            "samples_per_second": (pl_module.accumulation.samples_seen - self.samples_before) / seconds,
             "heldout_loss": figure("heldout_loss"),
             "score": {
                 GROUP_NAMES[group]: {

@@ -26,6 +26,7 @@ def train(cfg: DictConfig) -> None:
     from memtrain.callbacks.signals import Signals
     from memtrain.training.checks import check_accelerator, check_checkpoint, check_disk, check_reference
     from memtrain.training.module import DiffusionTraining
+    from memtrain.training.objective import Objective
     from memtrain.training.resume import find_run, same_wandb_run, write_aside
     from memtrain.training.score_memory import Scoring
     from memtrain.training.stops import ended_clearly
@@ -68,7 +69,7 @@ def train(cfg: DictConfig) -> None:
         scoring=Scoring(**cfg.score),
         ema_decay=cfg.ema.decay,
         max_bad_steps=cfg.max_bad_steps,
-        **cfg.loss,
+        objective=Objective(**cfg.loss),
     )
     datamodule.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     run_dir = Path(cfg.run_dir)

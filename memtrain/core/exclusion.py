@@ -34,6 +34,11 @@ class Observations:
     known: Tensor  # (B,) bool, the score was taken at this visit or is remembered from an earlier one
     score_timesteps: Tensor  # (B,) int64, where the score was taken; `timesteps`, unless it is remembered
 
+    @classmethod
+    def of_visit(cls, *, timesteps: Tensor, scored: Tensor, **rest: Tensor) -> Observations:
+        """Where nothing is remembered: a score is known if it was taken now."""
+        return cls(timesteps=timesteps, scored=scored, known=scored, score_timesteps=timesteps, **rest)
+
     @staticmethod
     def concatenate(parts: list[Observations]) -> Observations:
         return Observations(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Observations)))
@@ -43,6 +48,10 @@ class Observations:
 class Decision:
     keep_mask: Tensor  # (B,) bool, True = trained on
     threshold: Tensor  # (B,) float32, what each sample was held against, in the rule's own unit
+
+    @staticmethod
+    def concatenate(parts: list[Decision]) -> Decision:
+        return Decision(torch.cat([part.keep_mask for part in parts]), torch.cat([part.threshold for part in parts]))
 
 
 class ExclusionRule(ABC):

@@ -25,6 +25,7 @@ from memtrain.demo.stream import from_composites
 from memtrain.models.stable_diffusion import StableDiffusion
 from memtrain.training.methods import Method
 from memtrain.training.module import DiffusionTraining
+from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import ScoreMemory, Scoring
 
@@ -199,10 +200,7 @@ def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
         Method(),
         seed=0,
         resolution=resolution,
-        caption_dropout=0.1,
-        min_snr_gamma=None,
-        noise_offset=0.0,
-        denominator="kept",
+        objective=Objective("kept", caption_dropout=0.1, min_snr_gamma=None, noise_offset=0.0),
         scoring=Scoring(),
         reference_every=1,
         reference_batch=1,

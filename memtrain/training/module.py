@@ -1,12 +1,14 @@
 """The LightningModule: what happens to a batch, in order.
 
 encode -> noise -> predict with the caption -> predict with the empty caption -> score -> exclude -> loss
+
+What makes an optimizer step of the losses of micro-batches and ranks is in accumulation.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,23 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.core import diffusion, losses
-from memtrain.core.diffusion import METHOD, REFERENCE, TRAIN, Draws, draw, place_seed
-from memtrain.core.exclusion import REFERENCE as REFERENCE_GROUP
+from memtrain.core.diffusion import METHOD, TRAIN, Draws, draw, place_seed
 from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.data.batches import Batch
 from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
+from memtrain.training.accumulation import Accumulation
 from memtrain.training.average import AveragedWeights
+from memtrain.training.encoded import encode_samples
 from memtrain.training.methods import Method
+from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
+from memtrain.training.reference import ReferenceSet
 from memtrain.training.score_memory import ScoreMemory, Scoring
-from memtrain.training.stops import Stops, are_finite, only_finite
+from memtrain.training.stops import Stops
 from memtrain.training.stopwatch import Stopwatch
 
-log = logging.getLogger(__name__)
-
-DENOMINATORS = ("kept", "all")
 FROZEN_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -44,10 +46,7 @@ class DiffusionTraining(pl.LightningModule):
         optimizer: optimizer and schedule of the trained weights.
         seed: of noise, timesteps and caption dropout; a row's draws depend on (seed, step, place) alone.
         resolution: side of the pictures, px.
-        caption_dropout: share of captions replaced by the empty one.
-        min_snr_gamma: gamma of the min-SNR weights; None weights every timestep alike.
-        noise_offset: amplitude of offset noise, one value a channel (Guttenberg 2023); 0 for none.
-        denominator: divide the summed loss by the `kept` samples of the optimizer step, or by `all`.
+        objective: how captions, noise and losses are weighed.
         scoring: which visits are scored.
         reference_every: score reference samples after every k-th step.
         reference_batch: how many of them, over all ranks.
@@ -64,10 +63,7 @@ class DiffusionTraining(pl.LightningModule):
         *,
         seed: int,
         resolution: int,
-        caption_dropout: float,
-        min_snr_gamma: float | None,
-        noise_offset: float,
-        denominator: str,
+        objective: Objective,
         scoring: Scoring,
         reference_every: int,
         reference_batch: int,
@@ -75,37 +71,21 @@ class DiffusionTraining(pl.LightningModule):
         max_bad_steps: int = 10,
     ):
         super().__init__()
-        if denominator not in DENOMINATORS:
-            raise ValueError(f"loss.denominator must be one of {', '.join(DENOMINATORS)}, got {denominator}")
-        if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"loss.caption_dropout is a share in [0, 1], got {caption_dropout:g}")
-        if min_snr_gamma is not None and not min_snr_gamma > 0:
-            raise ValueError(f"loss.min_snr_gamma must be > 0 or null, got {min_snr_gamma:g}")
         if scoring.every == 0 and exclusion.needs_score:
             raise ValueError("score.every=0 (never) is for rules that need no score, none and agc; set it to 1")
         if scoring.timesteps is not None and scoring.timesteps[1] > len(model.alphas_cumprod):
             raise ValueError(f"score.timesteps ends at {len(model.alphas_cumprod)} at most, got {scoring.timesteps[1]}")
-        if reference_every < 1 or reference_batch < 1:
-            raise ValueError(
-                f"reference.every and reference.batch_size must be >= 1, got {reference_every} and {reference_batch}"
-            )
         self.model, self.exclusion, self.optimizer_config, self.method = model, exclusion, optimizer, method
         self.seed = seed
         self.latent_shape = model.latent_shape(resolution, resolution)
-        self.caption_dropout, self.min_snr_gamma, self.noise_offset = caption_dropout, min_snr_gamma, noise_offset
-        self.denominator, self.scoring = denominator, scoring
+        self.objective, self.scoring = objective, scoring
         self.memory: ScoreMemory | None = None
         self.scoring_time = Stopwatch()
-        self.reference_every, self.reference_batch = reference_every, reference_batch
+        self.reference = ReferenceSet(reference_every, reference_batch)
         self.ema = AveragedWeights(ema_decay)
         self.stops = Stops(max_bad_steps)
-        self.mid_step = False  # weights, average and rule are not yet all those of one step
+        self.accumulation = Accumulation(objective.denominator, self.stops)
         self.strict_loading = False  # checkpoints hold trained weights alone
-        self.updates_skipped = 0
-        self.samples_seen = 0
-        self.samples_bad = 0
-        self._reference: tuple[Tensor, Tensor, list[str]] | None = None
-        self._start_window()
 
     # ---- set-up
 
@@ -153,64 +133,58 @@ class DiffusionTraining(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.trainer.datamodule.report(batch)
         mean, std = batch.posterior.unbind(1) if batch.is_cached else self.model.encode_posterior(batch.images)
-        draws = self._draw(TRAIN, self.global_step, batch.place.tolist(), mean.shape[1:])
+        draws = self.draw(TRAIN, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
+        hidden, has_caption = self._caption(batch, draws)
+
+        noise = draws.noise + self.objective.noise_offset * draws.offset_noise
+        due = self._due(batch.sample_index, draws.timesteps, has_caption)
+        loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, due)
+
+        captioned = has_caption.to(self.device) & batch.valid
+        scored = captioned if due is None else captioned & due.to(self.device)
+        observed = Observations.of_visit(
+            sample_index=batch.sample_index,
+            timesteps=draws.timesteps,
+            score=torch.where(scored, score, 0.0),
+            loss=loss.detach(),
+            group=batch.group,
+            captioned=captioned,
+            scored=scored,
+        )
+        if self.memory:
+            observed = self.memory.fill(observed)
+        decision = self._decide(observed, batch.valid)
+        self.accumulation.add(observed, decision, batch.valid)
+        self._log_progress(observed, decision, batch.valid)
+        return losses.masked_sum(loss, self.objective.weights(draws.timesteps, self.model), decision.keep_mask)
+
+    def _caption(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """encoder_hidden_states (B, L, D), and whose caption is not empty: (B,) bool, on the CPU."""
         generators = [
             np.random.default_rng(place_seed(self.seed, METHOD, self.global_step, place))
             for place in batch.place.tolist()
         ]
         captions = self.method.captions(batch.captions, generators, self.model)
-        dropped = draws.uniform < self.caption_dropout
-        captions = ["" if drop else c for c, drop in zip(captions, dropped.tolist(), strict=True)]
-        captioned = torch.tensor([bool(caption) for caption in captions], device=self.device) & batch.valid
+        dropped = (draws.uniform < self.objective.caption_dropout).tolist()
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        has_caption = torch.tensor([bool(caption) for caption in captions])
+        captioned = has_caption.to(self.device)
         if batch.is_cached and not self.model.text_encoder_is_trained and not self.method.rewrites:
             hidden = torch.where(captioned[:, None, None], batch.hidden, self.model.null_caption().float())
         else:
             hidden = self.encode_captions(captions)
-        hidden = self.method.embeddings(hidden, captioned, generators)
+        return self.method.embeddings(hidden, captioned, generators), has_caption
 
-        noise = draws.noise + self.noise_offset * draws.offset_noise
-        due = self._due(batch.sample_index, draws.timesteps)
-        if due is not None:
-            due &= torch.tensor([bool(caption) for caption in captions])
-        loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, due)
-        weights = torch.ones_like(loss)
-        if self.min_snr_gamma is not None:
-            weights = losses.min_snr_weights(
-                draws.timesteps, self.model.alphas_cumprod, self.min_snr_gamma, self.model.prediction_type
-            )
-        scored = captioned if due is None else captioned & due.to(self.device)
-        known, score_timesteps = scored, draws.timesteps
-        if self.memory:
-            last, last_timesteps = self.memory.recall(batch.sample_index)
-            remembered = captioned & ~scored & ~last.isnan()
-            known = scored | remembered
-            score = torch.where(remembered, last, score)
-            score_timesteps = torch.where(remembered, last_timesteps, score_timesteps)
-        observed = Observations(
-            sample_index=batch.sample_index,
-            timesteps=draws.timesteps,
-            score=torch.where(known, score, 0.0),
-            loss=loss.detach(),
-            group=batch.group,
-            captioned=captioned,
-            scored=scored,
-            known=known,
-            score_timesteps=score_timesteps,
-        )
-        decision = self._decide(observed, batch.valid, self.global_step)
-        self._window.append((observed, decision, batch.valid))
-        self._log_progress(observed, decision, batch.valid)
-        return losses.masked_sum(loss, weights, decision.keep_mask)
-
-    def _due(self, sample_index: Tensor, timesteps: Tensor) -> Tensor | None:
+    def _due(self, sample_index: Tensor, timesteps: Tensor, has_caption: Tensor) -> Tensor | None:
         """Which rows are scored now: (B,) bool on the CPU; None for all of them, without a look at the data."""
         if self.scoring.every == 0 or self.global_step % self.scoring.every:
-            return torch.zeros(len(timesteps), dtype=torch.bool)
-        return self.memory.due(sample_index, timesteps) if self.memory else None
+            return torch.zeros_like(has_caption)
+        return self.memory.due(sample_index, timesteps) & has_caption if self.memory else None
 
-    def _draw(self, stream: int, step: int, places: list[int], latent_shape: tuple[int, int, int]) -> Draws:
-        return draw(self.seed, stream, step, places, latent_shape, self.num_timesteps).to(self.device)
+    def draw(self, stream: int, places: list[int], latent_shape: tuple[int, int, int]) -> Draws:
+        """What is random about the rows at these places of this step."""
+        return draw(self.seed, stream, self.global_step, places, latent_shape, self.num_timesteps).to(self.device)
 
     def encode_captions(self, captions: list[str]) -> Tensor:
         """(B, L, D) encoder_hidden_states."""
@@ -249,12 +223,12 @@ class DiffusionTraining(pl.LightningModule):
         )
         return text_conditional_magnitude(cond, uncond)
 
-    def _decide(self, observed: Observations, valid: Tensor, step: int) -> Decision:
+    def _decide(self, observed: Observations, valid: Tensor) -> Decision:
         """The rule's decision; what says nothing is kept, what cannot be decoded is not trained on."""
         decision = self.exclusion.decide(observed)
         decidable = observed.known if self.exclusion.needs_score else observed.captioned
         free = ~decidable | (observed.group == SACRIFICED)
-        if step < self.exclusion.start_step:
+        if self.global_step < self.exclusion.start_step:
             free = torch.ones_like(free)
         return Decision((decision.keep_mask | free) & valid, decision.threshold)
 
@@ -273,138 +247,53 @@ class DiffusionTraining(pl.LightningModule):
 
     # ---- one optimizer step: all ranks, all micro-batches
 
-    def _start_window(self) -> None:
-        self._window: list[tuple[Observations, Decision, Tensor]] = []
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the summed gradient by the samples of the whole optimizer step (METHOD: "the right denominator").
-
-        Lightning has divided each micro-batch's sum by the number of micro-batches and DDP by the number of
-        ranks; both are undone here. Runs before clipping, and after fp16 gradients are unscaled.
-        """
-        counts = torch.stack(
-            [sum(d.keep_mask.sum() for _, d, _ in self._window), sum(valid.sum() for _, _, valid in self._window)]
-        ).float()
-        gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
-        observed = torch.cat([valid & ~(o.loss + o.score).isfinite() for o, _, valid in self._window])
-        reported = self.stops.report(observed.any() | ~are_finite([strategy.own_part(g) for g in gradients]))
-        kept, rows, *reported = ranks.all_reduce(self.trainer, torch.cat([counts, reported])).tolist()
-        seen = self.samples_seen + round(rows)
-        bad = self.samples_bad + self.trainer.datamodule.global_batch_size - round(rows)
-        self.trainer.datamodule.check_bad(bad, bad + seen)
-        self.mid_step, self.samples_seen, self.samples_bad = True, seen, bad
-        self.last_step_bad = self.stops.agree(reported, self.global_step, self._blamed(observed) if reported[0] else ())
-        self.last_update_skipped = kept == 0 or self.last_step_bad
-        if self.last_update_skipped:
-            for parameter in self.trained_parameters():
-                parameter.grad = None  # optimizers pass over it: no momentum step, no weight decay
-            self.updates_skipped += not self.last_step_bad
-            if self.updates_skipped == 1 and not self.last_step_bad:
-                log.warning(
-                    "step %d: every sample was excluded, so there is no update (this is counted; said once)",
-                    self.global_step,
-                )
-            return
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        torch._foreach_mul_(gradients, factor / (kept if self.denominator == "kept" else rows))
-
-    def _blamed(self, rows: Tensor) -> list[str]:
-        """Keys of these rows (bool) of the step on this rank; of all, where none is marked."""
-        index = torch.cat([observed.sample_index for observed, _, _ in self._window])
-        return [self.trainer.datamodule.samples.key(i) for i in (index[rows] if rows.any() else index).tolist()]
+        """Before clipping, and after fp16 gradients are unscaled."""
+        self.accumulation.settle(self.trainer, self.trained_parameters())
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
-        if not self.last_update_skipped:
+        if not self.accumulation.is_skipped:
             self.ema.step()
-        self.step_observed = Observations.concatenate([observed for observed, _, _ in self._window])
-        if self.last_step_bad:
-            self.step_observed = only_finite(self.step_observed)
-        self.step_kept = torch.cat([decision.keep_mask for _, decision, _ in self._window])
-        self.step_threshold = torch.cat([decision.threshold for _, decision, _ in self._window])
-        self._start_window()
+        self.step_observed, decision = self.accumulation.take()
+        self.step_kept, self.step_threshold = decision.keep_mask, decision.threshold
         self._observe_reference()
-        if (self.exclusion.learns or self.memory) and not self.last_step_bad:
-            trained, reference = self._gather_step()
-            if self.memory:
-                self.memory.update(trained)
-            if self.exclusion.learns:
-                self.exclusion.update(Observations.concatenate([trained, *reference]))
-        self.mid_step = False
+        if (self.exclusion.learns or self.memory) and not self.accumulation.step_is_bad:
+            self._learn()
+        self.accumulation.mid_step = False
+
+    def _observe_reference(self) -> None:
+        observed = self.reference.observe(self) if self.scoring.every else None
+        self.reference_observed, self.reference_kept, self.reference_threshold = observed, None, None
+        if observed is not None:
+            decision = self._decide(observed, torch.ones_like(observed.captioned))
+            self.reference_kept, self.reference_threshold = decision.keep_mask, decision.threshold
+
+    def _learn(self) -> None:
+        """Rule and memory see all ranks' rows, by their place in the global batch, then the reference set's."""
+        trained = ranks.gather(self.trainer, self.step_observed, self.trainer.accumulate_grad_batches)
+        reference = [] if self.reference_observed is None else [ranks.gather(self.trainer, self.reference_observed, 1)]
+        if self.memory:
+            self.memory.update(trained)
+        if self.exclusion.learns:
+            self.exclusion.update(Observations.concatenate([trained, *reference]))
 
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
         """Where the run is to stop, it does so here: the callbacks, the checkpoint last, are done with the step."""
         if self.stops.reason is not None:
             raise self.stops.reason
 
-    def _observe_reference(self) -> None:
-        """Score the next reference samples, with the weights as they are now; they are never trained on."""
-        self.reference_observed, self.reference_kept, self.reference_threshold = None, None, None
-        step = self.global_step
-        held_out = self.trainer.datamodule.groups.reference
-        if self.scoring.every == 0 or len(held_out) == 0 or step % self.reference_every:
-            return
-        latents, index, captions = self.reference_set()
-        per_rank = -(-self.reference_batch // self.trainer.world_size)
-        places = [self.trainer.global_rank * per_rank + row for row in range(per_rank)]
-        turn = step // self.reference_every * per_rank * self.trainer.world_size
-        rows = [(turn + place) % len(index) for place in places]
-        draws = self._draw(REFERENCE, step, places, self.latent_shape)
-        captions = [captions[row] for row in rows]
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            loss, score = self.predict_and_score(
-                latents[rows].to(self.device), draws.noise, draws.timesteps, self.encode_captions(captions)
-            )
-        captioned = torch.tensor([bool(caption) for caption in captions], device=self.device)
-        self.reference_observed = Observations(
-            sample_index=index[rows],
-            timesteps=draws.timesteps,
-            score=score,
-            loss=loss,
-            group=torch.full_like(index[rows], REFERENCE_GROUP),
-            captioned=captioned,
-            scored=captioned,
-            known=captioned,
-            score_timesteps=draws.timesteps,
-        )
-        decision = self._decide(self.reference_observed, torch.ones_like(captioned), step)
-        self.reference_kept, self.reference_threshold = decision.keep_mask, decision.threshold
+    # ---- for those who look on
 
-    def reference_set(self) -> tuple[Tensor, Tensor, list[str]]:
-        """Latents (R, C, H, W) on the CPU, positions (R,) on the device, captions. Encoded once: the VAE is frozen."""
-        if self._reference is None:
-            self._reference = self.encode_samples(self.trainer.datamodule.groups.reference)
-        return self._reference
-
-    @torch.no_grad()
-    def encode_samples(self, positions, batch_size: int = 32) -> tuple[Tensor, Tensor, list[str]]:
+    def encode_samples(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
         """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples."""
-        latents, index, captions = [], [], []
-        for first in range(0, len(positions), batch_size):
-            batch = self.trainer.datamodule.decode(positions[first : first + batch_size])
-            valid = batch.valid
-            images = batch.images[valid].to(self.device)
-            if len(images) == 0:
-                continue
-            mean, std = self.model.encode_posterior(images)
-            latents.append(self.model.sample_latents(mean, std, torch.zeros_like(std)).cpu())
-            index.append(batch.sample_index[valid])
-            captions += [c for c, ok in zip(batch.captions, valid.tolist(), strict=True) if ok]
-        if not index:
-            return torch.zeros(0, *self.latent_shape), torch.zeros(0, dtype=torch.long, device=self.device), []
-        return torch.cat(latents), torch.cat(index).to(self.device), captions
-
-    def _gather_step(self) -> tuple[Observations, list[Observations]]:
-        """The observations of all ranks: the trained rows by place in the global batch, and the reference set's."""
-        trained = ranks.gather(self.trainer, self.step_observed, self.trainer.accumulate_grad_batches)
-        reference = [] if self.reference_observed is None else [ranks.gather(self.trainer, self.reference_observed, 1)]
-        return trained, reference
-
-    # ---- averaged weights, checkpoints
+        return encode_samples(self.model, self.trainer.datamodule, positions)
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """The averaged weights in place of the trained ones, where there are any; all ranks enter together."""
         return self.ema.in_place()
+
+    # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -412,11 +301,8 @@ class DiffusionTraining(pl.LightningModule):
         checkpoint["memtrain"] = {
             "exclusion": self.exclusion.state_dict(),
             "scores": self.memory.state_dict() if self.memory else None,
-            "updates_skipped": self.updates_skipped,
-            "samples_seen": self.samples_seen,
-            "samples_bad": self.samples_bad,
-            "bad_steps": self.stops.bad_steps,
             "ema": self.ema.state_dict(),
+            **self.accumulation.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -429,9 +315,7 @@ class DiffusionTraining(pl.LightningModule):
         self.exclusion.load_state_dict(state["exclusion"])
         if self.memory and state["scores"]:
             self.memory.load_state_dict(state["scores"])
-        for name in ("updates_skipped", "samples_seen", "samples_bad"):
-            setattr(self, name, state[name])
-        self.stops.bad_steps = state["bad_steps"]
+        self.accumulation.load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,17 @@ class ScoreMemory:
         """Last score, NaN where there is none, and its timestep. (B,) float32, (B,) int64, on their device"""
         index = sample_index.cpu()
         return self.score[index].to(sample_index.device), self.score_timestep[index].long().to(sample_index.device)
+
+    def fill(self, observed: Observations) -> Observations:
+        """The same rows; those that were not scored now have the sample's last score, where there is one."""
+        last, last_timesteps = self.recall(observed.sample_index)
+        remembered = observed.captioned & ~observed.scored & ~last.isnan()
+        return replace(
+            observed,
+            score=torch.where(remembered, last, observed.score),
+            known=observed.scored | remembered,
+            score_timesteps=torch.where(remembered, last_timesteps, observed.score_timesteps),
+        )
 
     def update(self, observed: Observations) -> None:
         """Note the visits of one optimizer step, all ranks, in the order of the global batch; the last one counts."""

@@ -32,7 +32,7 @@ def test_every_good_sample_is_seen_and_every_bad_one_counted(pipeline_folder, tm
                 seen[data.samples.key(index)] = caption
     assert seen == faulty.captions
     unreadable = {fault.name for fault in faulty.faults if fault.kind == "unreadable_image"}
-    assert set(data.problems) == unreadable and module.samples_bad >= len(unreadable)
+    assert set(data.problems) == unreadable and module.accumulation.samples_bad >= len(unreadable)
     lost = Counter(fault.kind for fault in faulty.faults if fault.lost)
     counted = data.problems_by_cause()
     assert sum(number for cause, number in counted.items() if cause.startswith("image cannot")) == len(unreadable)

@@ -265,7 +265,7 @@ def test_what_breaks_off_in_a_window_goes_on_with_a_whole_one(pipeline_folder, c
         folder = tmp_path / f"rest{accumulate}"
         rest = train(pipeline_folder, corpus, folder, 6, accumulate, batch_size, callbacks=[seen], ckpt_path=last)
         assert [i for batch in seen.keys for i in batch] == [i for batch in record.keys[6:] for i in batch]
-        assert rest.global_step == 6 and rest.samples_seen == whole.samples_seen
+        assert rest.global_step == 6 and rest.accumulation.samples_seen == whole.accumulation.samples_seen
         torch.testing.assert_close(weights(rest), weights(whole), atol=1e-5, rtol=0)
 
 
@@ -309,7 +309,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(pipeline_folder,
     data = build_data(corpus)
     fit(module, data, tmp_path / "a", 3, callbacks=callbacks)
     assert torch.equal(weights(module), weights(clean))  # two steps as if nothing were, the third none
-    assert module.stops.bad_steps == 1 and module.updates_skipped == 0 and module.global_step == 3
+    assert module.stops.bad_steps == 1 and module.accumulation.updates_skipped == 0 and module.global_step == 3
     assert data.samples.key(record.keys[2][0]) in caplog.text
     assert "step 2: a loss or gradient is not finite" in caplog.text
     assert all(value.isfinite().all() for value in module.exclusion.state_dict().values() if value.is_floating_point())

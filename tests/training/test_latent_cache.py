@@ -118,7 +118,7 @@ def test_a_bad_sample_stays_bad_and_an_empty_shard_empty(pipeline_folder, tmp_pa
             zip(batch.sample_index.tolist(), zip(batch.valid.tolist(), batch.captions, strict=True), strict=True)
         )
         assert by_sample == {0: (True, "good é"), 1: (False, ""), 2: (True, "")}
-    assert module.samples_seen == 4 and list(batches.problems) == ["1.tar/b"]
+    assert module.accumulation.samples_seen == 4 and list(batches.problems) == ["1.tar/b"]
 
 
 def test_a_file_holds_what_its_header_says(pipeline_folder, corpus, tmp_path):

@@ -67,7 +67,7 @@ def test_scoring_does_not_touch_training(pipeline_folder, corpus, tmp_path):
 def test_everything_excluded_changes_nothing_and_is_counted(pipeline_folder, corpus, tmp_path, caplog):
     module, _, before = run(pipeline_folder, corpus, tmp_path, steps=3, exclusion=KeepNothing(), caption_dropout=0.0)
     assert torch.equal(weights(module), before)
-    assert module.updates_skipped == 3 and module.samples_seen == 12
+    assert module.accumulation.updates_skipped == 3 and module.accumulation.samples_seen == 12
     assert all(torch.equal(a, b) for a, b in zip(module.ema.shadow_params, module.trained_parameters(), strict=True))
     state = module.trainer.optimizers[0].state
     assert not any(state.values())  # no momentum
@@ -82,7 +82,7 @@ def test_dropped_captions_score_zero_are_kept_and_enter_no_statistic(pipeline_fo
     for observed, kept in zip(record.observed, record.kept, strict=True):
         assert observed.score.eq(0).all() and not observed.scored.any() and kept.all()
     assert rule.evidence.eq(0).all() and not rule.excluded.any()
-    assert module.updates_skipped == 0
+    assert module.accumulation.updates_skipped == 0
     # even a rule that excludes everything keeps them
     _, record, _ = run(pipeline_folder, corpus, tmp_path, exclusion=KeepNothing(), caption_dropout=1.0)
     assert torch.cat(record.kept).all()
@@ -145,7 +145,7 @@ trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_
     default_root_dir={out!r})
 trainer.fit(module, datamodule=build_data({corpus!r}, 2))
 if trainer.is_global_zero:
-    found = dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.samples_seen)
+    found = dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.accumulation.samples_seen)
     torch.save(found, {out!r} + "/two.pt")
 """
 
@@ -166,7 +166,7 @@ def test_two_ranks_equal_one_process(pipeline_folder, corpus, tmp_path, rule):
     one, record, _ = run(
         pipeline_folder, corpus, tmp_path, steps=8, batch_size=8, exclusion=exclusion, min_snr_gamma=5.0
     )
-    assert two["seen"] == one.samples_seen == 64
+    assert two["seen"] == one.accumulation.samples_seen == 64
     assert not torch.cat(record.kept).all()
     torch.testing.assert_close(two["weights"], weights(one), atol=1e-6, rtol=0)
     for name, value in one.exclusion.state_dict().items():
@@ -194,7 +194,7 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path, workers
     assert torch.equal(weights(rest), weights(whole))
     for a, b in zip(rest.ema.shadow_params, whole.ema.shadow_params, strict=True):
         assert torch.equal(a, b)
-    assert rest.samples_seen == whole.samples_seen and rest.global_step == 14
+    assert rest.accumulation.samples_seen == whole.accumulation.samples_seen and rest.global_step == 14
 
 
 class Killed(Exception):

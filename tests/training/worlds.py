@@ -54,7 +54,7 @@ class Steps(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.alone_with_nothing += not pl_module.step_kept.any() and not pl_module.last_update_skipped
+            self.alone_with_nothing += not pl_module.step_kept.any() and not pl_module.accumulation.is_skipped
 
 
 class Collectives(pl.Callback):
@@ -119,8 +119,8 @@ def train(spec: dict, job: dict, world: int, rank: int) -> None:
         weights=flat(module.trained_parameters()),
         average=flat(module.ema.shadow_params),
         held=sum(own_part(p).numel() for p in module.trained_parameters()),
-        seen=module.samples_seen,
-        skipped=module.updates_skipped,
+        seen=module.accumulation.samples_seen,
+        skipped=module.accumulation.updates_skipped,
         alone_with_nothing=steps.alone_with_nothing,
         asked=dict(counting.asked) if counting else {},
         sizes=sorted(counting.sizes) if counting else [],

@@ -1,0 +1,109 @@
+"""One optimizer step out of micro-batches and ranks: what the gradient is divided by, and when there is no update."""
+
+from __future__ import annotations
+
+import logging
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from memtrain.core.exclusion import Decision, Observations
+from memtrain.data.batches import Samples
+from memtrain.training import ranks, strategy
+from memtrain.training.stops import Stops, are_finite, only_finite
+
+log = logging.getLogger(__name__)
+
+
+class Accumulation:
+    """Gathers the rows of a step's micro-batches on this rank, settles its gradient with the others, and counts.
+
+    Args:
+        denominator: divide the summed gradient by the `kept` samples of the optimizer step, or by `all`.
+        stops: told of steps that are not finite.
+    """
+
+    def __init__(self, denominator: str, stops: Stops):
+        self.denominator, self.stops = denominator, stops
+        self.samples_seen = 0  # all ranks, as the other counts
+        self.samples_bad = 0  # that could not be decoded
+        self.updates_skipped = 0  # because every sample was excluded
+        self.step_is_bad = False  # the newest step: a loss or gradient was not finite
+        self.is_skipped = False  # the newest step made no update
+        self.mid_step = False  # weights, average and rule are not yet all those of one step
+        self._begin()
+
+    def _begin(self) -> None:
+        self._observed: list[Observations] = []
+        self._decisions: list[Decision] = []
+        self._valid: list[Tensor] = []
+
+    def add(self, observed: Observations, decision: Decision, valid: Tensor) -> None:
+        """One micro-batch. `valid` (B,) bool: the sample could be decoded."""
+        self._observed.append(observed)
+        self._decisions.append(decision)
+        self._valid.append(valid)
+
+    def settle(self, trainer: pl.Trainer, parameters: list[nn.Parameter]) -> None:
+        """Divide the summed gradient by the samples of the whole optimizer step (METHOD: "the right denominator").
+
+        Lightning has divided each micro-batch's sum by the number of micro-batches and DDP by the number of
+        ranks; both are undone here. Where no sample anywhere is kept, or a number is not finite, all ranks drop it.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        parts = zip(self._observed, self._valid, strict=True)
+        suspect = torch.cat([valid & ~(observed.loss + observed.score).isfinite() for observed, valid in parts])
+        reported = self.stops.report(suspect.any() | ~are_finite([strategy.own_part(g) for g in gradients]))
+        counts = torch.stack(
+            [sum(d.keep_mask.sum() for d in self._decisions), sum(valid.sum() for valid in self._valid)]
+        ).float()
+        kept, rows, *reported = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()
+        self._count(trainer.datamodule, round(rows))
+        blamed = self._blamed(suspect, trainer.datamodule.samples) if reported[0] else ()
+        self.step_is_bad = self.stops.agree(reported, trainer.global_step, blamed)
+        self.is_skipped = kept == 0 or self.step_is_bad
+        if self.is_skipped:
+            self._skip(trainer.global_step, parameters)
+            return
+        factor = trainer.accumulate_grad_batches * trainer.world_size
+        torch._foreach_mul_(gradients, factor / (kept if self.denominator == "kept" else rows))
+
+    def _count(self, datamodule: pl.LightningDataModule, rows: int) -> None:
+        """Rows of the step that could be decoded."""
+        seen = self.samples_seen + rows
+        bad = self.samples_bad + datamodule.global_batch_size - rows
+        datamodule.check_bad(bad, bad + seen)
+        self.mid_step, self.samples_seen, self.samples_bad = True, seen, bad
+
+    def _blamed(self, suspect: Tensor, samples: Samples) -> list[str]:
+        """Keys of these rows (bool) of this rank; of all, where none is marked."""
+        index = torch.cat([observed.sample_index for observed in self._observed])
+        return [samples.key(position) for position in (index[suspect] if suspect.any() else index).tolist()]
+
+    def _skip(self, step: int, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad = None  # optimizers pass over it: no momentum step, no weight decay
+        if self.step_is_bad:
+            return  # `stops` counts these
+        self.updates_skipped += 1
+        if self.updates_skipped == 1:
+            log.warning("step %d: every sample was excluded, so there is no update (this is counted; said once)", step)
+
+    def take(self) -> tuple[Observations, Decision]:
+        """The step's rows on this rank, one micro-batch after the other; the next step begins."""
+        observed, decision = Observations.concatenate(self._observed), Decision.concatenate(self._decisions)
+        self._begin()
+        return only_finite(observed) if self.step_is_bad else observed, decision
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "updates_skipped": self.updates_skipped,
+            "samples_seen": self.samples_seen,
+            "samples_bad": self.samples_bad,
+            "bad_steps": self.stops.bad_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updates_skipped, self.samples_seen = state["updates_skipped"], state["samples_seen"]
+        self.samples_bad, self.stops.bad_steps = state["samples_bad"], state["bad_steps"]
