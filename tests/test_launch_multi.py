@@ -67,9 +67,7 @@ def composed(overrides: list[str]):
 # ---- what launchers say
 
 
-@pytest.mark.parametrize(
-    ("environment", "kind"), [(SRUN, SLURMEnvironment), (TORCHRUN, TorchElasticEnvironment)]
-)
+@pytest.mark.parametrize(("environment", "kind"), [(SRUN, SLURMEnvironment), (TORCHRUN, TorchElasticEnvironment)])
 def test_the_trainer_has_the_ranks_that_the_launcher_started(said, environment, kind, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)  # the trainer sets it, for all who come after
     said(environment)
@@ -129,58 +127,6 @@ def checkout(tmp_path) -> Path:
     return root
 
 
-def test_bash_reads_the_batch_script_and_slurm_its_lines():
-    subprocess.run(["bash", "-n", LAUNCH / "slurm.sbatch"], check=True)
-    text = (LAUNCH / "slurm.sbatch").read_text()
-    lines = text.splitlines()
-    first_command = next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
-    asked = {n: line for n, line in enumerate(lines) if line.startswith("#SBATCH")}
-    assert max(asked) < first_command  # SLURM reads no further
-    options = dict(re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(.+))?", line).groups() for line in asked.values())
-    assert {"nodes", "ntasks-per-node", "requeue", "signal"} <= options.keys()
-    assert options["ntasks-per-node"] == options["gpus-per-node"]  # a rank a GPU, as Lightning asks
-    assert options["signal"].startswith("USR1@") and options["job-name"] not in ("bash", "interactive")
-
-
-STAND_IN = """#!/bin/sh
-for rank in 0 1; do
-    SLURM_STEP_ID=0 SLURM_PROCID=$rank "$@" & tasks="$tasks $!"
-done
-code=0
-for task in $tasks; do wait "$task" || code=$?; done
-exit $code
-"""
-
-
-@pytest.mark.parametrize("code", [0, 2, 75, 143])
-def test_slurm_a_job_that_asks_for_it_goes_back_into_the_queue(checkout, tmp_path, code):
-    """`srun` and `scontrol` stand in: two tasks, and a note of what was asked."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    scripts = {
-        tools / "srun": STAND_IN.replace(
-            "#!/bin/sh", '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done'
-        ),
-        tools / "scontrol": f'#!/bin/sh\necho "$@" >>"{tmp_path}/scontrol"\n',
-        checkout / ".venv/bin/memtrain": (
-            f'#!/bin/sh\necho "$SLURM_PROCID $@" >>"{tmp_path}/tasks"\nexit {code}\n'
-        ),
-    }
-    for path, text in scripts.items():
-        path.write_text(text)
-        path.chmod(0o755)
-    path = os.environ | SRUN | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(checkout)}
-    done = subprocess.run(
-        ["bash", checkout / "launch/slurm.sbatch", "experiment=demo", "a=b c"], cwd=tmp_path, env=path
-    )
-    assert done.returncode == code
-    tasks = sorted((tmp_path / "tasks").read_text().splitlines())
-    assert [task.split()[:2] for task in tasks] == [["0", "train"], ["1", "train"]]
-    assert all("resume=auto" in task and "experiment=demo a=b c" in task for task in tasks)
-    asked = (tmp_path / "scontrol").read_text() if (tmp_path / "scontrol").exists() else ""
-    assert asked == ("requeue 4242\n" if code == 75 else "")
-
-
 @pytest.mark.slow
 def test_two_torchrun_agents_as_two_nodes_train_as_one_process(checkout, pipeline_folder, corpus, tmp_path):
     """`bash launch/torchrun_node.sh` twice on loopback: one run folder, and the losses of one process."""
@@ -207,9 +153,7 @@ def test_two_torchrun_agents_as_two_nodes_train_as_one_process(checkout, pipelin
     assert one.returncode == 0, one.stderr
     assert [agent.returncode for agent in agents] == [0, 0], said_by
     (folder,) = (tmp_path / "runs" / "two").iterdir()
-    summaries = [
-        json.loads((path / "summary.json").read_text()) for path in (folder, tmp_path / "runs/one/1")
-    ]
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (folder, tmp_path / "runs/one/1")]
     assert summaries[0]["samples_seen"] == summaries[1]["samples_seen"] == 48
     assert abs(summaries[0]["heldout_loss"] - summaries[1]["heldout_loss"]) < 1e-5
     tables = []
@@ -325,9 +269,7 @@ def test_the_training_operator_reads_its_template():
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     assert worker["restartPolicy"] in ("Always", "OnFailure", "Never", "ExitCode")
-    assert (
-        job["spec"]["elasticPolicy"]["minReplicas"] == worker["replicas"]
-    )  # the global batch is that of all
+    assert job["spec"]["elasticPolicy"]["minReplicas"] == worker["replicas"]  # the global batch is that of all
     assert container()["name"] == "pytorch"  # the operator sets the environment of no other
     assert container()["resources"]["limits"]["nvidia.com/gpu"] == int(job["spec"]["nprocPerNode"])
     volumes = {volume["name"] for volume in worker["template"]["spec"]["volumes"]}

@@ -12,6 +12,7 @@ import time
 from types import FrameType
 
 import pytorch_lightning as pl
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 
 from memtrain.training.stops import EXIT_CODES
 
@@ -52,12 +53,12 @@ class Signals(pl.Callback):
         self.is_training = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.is_training = False
-        environment = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
-        launched = environment is not None and not environment.creates_processes_externally
-        if isinstance(exception, SystemExit) and launched and trainer.global_rank > 0:
-            exception.code = 0  # Lightning kills the first rank where one that it has started ends with another
+        self.is_training, listened = False, bool(self.before)
         self._restore()
+        if isinstance(exception, SystemExit) and not _speaks(trainer, exception is self.stops.reason):
+            exception.code = 0  # at another, launchers kill the ranks that are still writing, the first among them
+            if listened:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as they do, too, when the first has ended with its own
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore()
@@ -103,3 +104,13 @@ class Signals(pl.Callback):
                     launcher.kill(signal.SIGKILL)  # the ranks that Lightning has started would wait for this one
                 os._exit(EXIT_CODES[number])
         arrived.close()
+
+
+def _speaks(trainer: pl.Trainer, agreed: bool) -> bool:
+    """Whether this rank's exit code counts: where all end, that of the first; each of torchrun's agents wants one."""
+    if trainer.world_size == 1 or trainer.is_global_zero:
+        return True
+    environment = trainer.strategy.cluster_environment
+    if isinstance(environment, TorchElasticEnvironment):
+        return not agreed or trainer.local_rank == 0
+    return not agreed and environment.creates_processes_externally

@@ -33,6 +33,8 @@ def train(cfg: DictConfig) -> None:
 
     for name in ("pytorch_lightning", "lightning_fabric"):  # they set their own level when imported
         logging.getLogger(name).setLevel(logging.WARNING)
+    if rank_zero_only.rank > 0:
+        logging.getLogger("memtrain").setLevel(logging.WARNING)  # what all ranks would say, the first says
     past = find_run(cfg.resume.run, Path(cfg.runs_dir, cfg.name))
     if past is not None:
         if past.is_finished(cfg.trainer.max_steps):
