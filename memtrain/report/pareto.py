@@ -79,11 +79,11 @@ def why(tried: Sequence[Tried], tolerance: float) -> str:
 def table(tried: Sequence[Tried], tolerance: float) -> Table:
     """Trials that finished, best quality first, then the others; the front and the choice are marked."""
     on_front, chosen = front(tried), choose(tried, tolerance)
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits into 80 columns
     shown.add_column("")
     shown.add_column("trial", no_wrap=True)
-    shown.add_column("setting", overflow="fold", min_width=30)
-    for name in ("copy rate, canaries", "held-out loss", "steps"):
+    shown.add_column("setting", overflow="fold")
+    for name in ("copy rate,\ncanaries", "held-out\nloss", "steps"):
         shown.add_column(name, justify="right")
     shown.add_column("")
     rest = [one for one in tried if one.memorization is None]
@@ -134,8 +134,8 @@ def draw_pareto(path: Path, tried: Sequence[Tried], tolerance: float, memorizati
     within = best + tolerance * abs(best)
     axis.axvspan(best - beyond, within, color=_LINE, alpha=0.08, linewidth=0)
     axis.annotate(
-        f"within {tolerance:.0%} of the best", (within, 1), xycoords=("data", "axes fraction"),
-        xytext=(-4, -12), textcoords="offset points", ha="right", fontsize=8, color=MUTED,
+        f"within {tolerance:.0%} of the best", (0, 1), xycoords="axes fraction",
+        xytext=(4, -12), textcoords="offset points", fontsize=8, color=MUTED,
     )  # fmt: skip
     axis.step(
         [one.quality for one in on_front], [one.memorization for one in on_front], where="post", color=_LINE,
