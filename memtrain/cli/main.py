@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -237,6 +238,9 @@ def one_line(error: BaseException) -> str | None:
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__
+    override = _override_of(chain[0])
+    if override and not isinstance(chain[0], HydraException):
+        return _unexpected(override, chain[0])
     for link in reversed(chain):  # the innermost says it best
         if isinstance(link, (ValueError, OSError)) and not isinstance(link, OmegaConfBaseException):
             if isinstance(link, OSError) and link.strerror:
@@ -251,6 +255,22 @@ def one_line(error: BaseException) -> str | None:
             causes = [_joined(str(part)) for part in chain[chain.index(link) :]]
             return "; ".join(dict.fromkeys(causes))
     return None
+
+
+def _override_of(error: BaseException) -> str | None:
+    """What Hydra was merging when this was raised. It says so itself, but for errors that it does not expect."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config" and "override" in frame.f_locals:
+            return frame.f_locals["override"].input_line
+    return None
+
+
+def _unexpected(override: str, error: BaseException) -> str:
+    """What is wrong with an override where OmegaConf fails with an error of another kind than its own."""
+    above = override.split("=")[0].lstrip("+").rpartition(".")[0]
+    if isinstance(error, AssertionError) and above:  # it looks for a key in what has none
+        return f"{override} sets a part of {above}, which is null; leave it out, or give {above} a value"
+    return f"{override} cannot be set ({_joined(str(error))})"
 
 
 def _joined(text: str) -> str:

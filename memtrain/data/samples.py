@@ -6,27 +6,24 @@ import hashlib
 import json
 import logging
 import os
-import time
-import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from rich.progress import track
 
 from memtrain.data.buckets import bucket_sizes, nearest_bucket
 from memtrain.data.columns import Clause, apply_filter, parse_filter, parse_json, read_columns, read_keys
 from memtrain.data.images import BadSample, decode_image, picture_shape
 from memtrain.data.index import IndexFile, key_of, open_indexes, open_remote_indexes
+from memtrain.data.open_shards import OpenShard, OpenShards
 from memtrain.data.remote import ShardCache, ShardMissing
 from memtrain.data.sources import Shard, find_sources
 
 log = logging.getLogger(__name__)
-
-_OPEN_SHARDS = 32  # a process holds so many tars and their indexes open
-_TRIES, _BACKOFF_S = 3, 1.0  # for a shard on disk that cannot be opened
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
@@ -44,27 +41,6 @@ class View:
 
 
 STRAIGHT = View()
-
-
-class _OpenShard:
-    """A shard that a process reads from: its descriptor, its records, and which of them a filter chose."""
-
-    def __init__(self, path: Path, index: IndexFile, chosen: str | None):
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
-        self.is_indexed = index.is_of(os.fstat(self.descriptor))
-        self.records = index.records()
-        self.rows = None if chosen is None else np.load(f"{chosen}.npy", mmap_mode="r")
-
-    def record(self, row: int) -> np.void:
-        return self.records[row if self.rows is None else self.rows[row]]
-
-    def read(self, extent: np.void) -> bytes:
-        """A member's bytes. Raises BadSample where the tar is not the one that was indexed."""
-        data = os.pread(self.descriptor, extent["size"], extent["offset"])  # no shared position: safe after a fork
-        if not self.is_indexed or len(data) < extent["size"]:
-            raise BadSample("shard has changed since it was indexed")
-        return data
 
 
 class ShardSamples:
@@ -110,14 +86,13 @@ class ShardSamples:
         self.cache_dir = cache_folder(cache_dir)
         self.remote = ShardCache(self.cache_dir / "shards", cache_bytes)
         self.shards: list[Shard] = find_sources(shards)
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._keys: dict[int, np.ndarray] = {}  # of one shard
         self._lost: set[int] = set()  # shards that could not be opened, where that is no reason to stop
         self.indexes = self._open_indexes(workers)
+        self._open = OpenShards(self.shards, self.indexes, self.remote)
         self.counts = np.array([index.samples for index in self.indexes], dtype=np.int64)
         self.ends = self.counts.cumsum()
         self.dropped: Counter[str] = Counter()  # samples that each condition of the filter drops
-        self._chosen: list[str] | None = None
         if clauses:
             self._apply_filter(clauses)
         self._buckets: list[str] | None = self._assign_buckets(where) if len(self.sizes) > 1 else None
@@ -149,31 +124,30 @@ class ShardSamples:
             found.update(zip(remote, open_remote_indexes(remote, self.cache_dir, self.remote), strict=True))
         return [found[shard.url] for shard in self.shards]
 
+    def _columns(self, number: int, names: Sequence[str]) -> pa.Table:
+        """These columns, of the samples of a shard that the filter chose."""
+        shard = self._open[number]
+        keys = [key_of(shard.record(row)) for row in range(self.counts[number])]
+        return read_columns(self._open.path(number), keys, names, lambda row: shard.read_json(shard.record(row)))
+
     def _apply_filter(self, clauses: Sequence[Clause]) -> None:
         """Choose each shard's rows, or find them chosen before in the cache folder."""
         columns = list(dict.fromkeys(column for clause in clauses for column in clause.columns))
         text = " and ".join(clause.text for clause in clauses)
         (self.cache_dir / "where").mkdir(parents=True, exist_ok=True)
-        self._chosen, chosen = None, []
+        chosen = []
         numbers = range(len(self.shards))
         for number in track(numbers, "Filtering shards", disable=len(numbers) < 20):
             stem = self.cache_dir / "where" / self._identity(number, text)
             if not stem.with_suffix(".json").exists():
-                shard = self._shard(number)
-                path = self.local_path(number)
-                keys = [key_of(record) for record in shard.records]
-                rows, dropped = apply_filter(
-                    clauses,
-                    read_columns(path, keys, columns, lambda row, shard=shard: _json_of(shard, shard.records[row])),
-                )
+                rows, dropped = apply_filter(clauses, self._columns(number, columns))
                 np.save(stem.with_suffix(".npy"), rows.astype(np.int32))
                 stem.with_suffix(".json").write_text(json.dumps(dropped))
             self.dropped.update(json.loads(stem.with_suffix(".json").read_text()))
             self.counts[number] = len(np.load(stem.with_suffix(".npy"), mmap_mode="r"))
             chosen.append(str(stem))
         self.ends = self.counts.cumsum()
-        self._open.clear()
-        self._chosen = chosen
+        self._open.choose(chosen)
 
     def _exclude(self, listed: frozenset[str], path: str | Path) -> None:
         """Leave these samples out. Rows keep their numbers, so what was cached of a shard stays true."""
@@ -186,9 +160,7 @@ class ShardSamples:
             names = [as_text(f"{shard}/{key.decode('utf-8', 'surrogateescape')}") for key in keys]
             unknown.difference_update(names)
             is_listed = np.array([name in listed for name in names], dtype=bool)
-            if self._chosen is not None:
-                is_listed = is_listed[np.load(f"{self._chosen[number]}.npy")]
-            self._excluded[number] = np.flatnonzero(is_listed)
+            self._excluded[number] = np.flatnonzero(is_listed[self._open.chosen(number)])
             self.counts[number] -= len(self._excluded[number])
         self.ends = self.counts.cumsum()
         if len(unknown) == len(listed):
@@ -210,14 +182,7 @@ class ShardSamples:
         for number in track(range(len(self.shards)), "Sorting into buckets", disable=len(self.shards) < 20):
             file = self.cache_dir / "buckets" / f"{self._identity(number, f'{where} {self.sizes}')}.npy"
             if not file.exists():
-                shard, count = self._shard(number), int(self.counts[number])
-                keys = [key_of(shard.record(row)) for row in range(count)]
-                table = read_columns(
-                    self.local_path(number),
-                    keys,
-                    ("height", "width"),
-                    lambda row, shard=shard: _json_of(shard, shard.record(row)),
-                )
+                shard, table = self._open[number], self._columns(number, ("height", "width"))
                 shapes = list(zip(*(table[name].to_pylist() for name in ("height", "width")), strict=True))
                 shapes = [
                     shape if all(isinstance(side, (int, float)) and side > 0 for side in shape)
@@ -275,49 +240,15 @@ class ShardSamples:
             row += int(np.searchsorted(excluded - np.arange(len(excluded)), row, side="right"))
         return shard, row
 
-    def local_path(self, number: int) -> Path:
-        """Where a shard lies on disk; fetched first where it is remote."""
-        shard = self.shards[number]
-        return self.remote.fetch(shard.url) if shard.is_remote else Path(shard.url)
-
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Fetch these shards in the background, where they are remote."""
-        urls = [self.shards[number].url for number in numbers if self.shards[number].is_remote]
-        if urls:
-            self.remote.prefetch(urls)
-
-    def _shard(self, number: int) -> _OpenShard:
-        """A shard, open. Raises ShardMissing after three tries."""
-        if number not in self._open:
-            while len(self._open) >= _OPEN_SHARDS:
-                self._open.popitem(last=False)
-            self._open[number] = self._open_shard(number)
-        self._open.move_to_end(number)
-        return self._open[number]
-
-    def _open_shard(self, number: int) -> _OpenShard:
-        chosen = None if self._chosen is None else self._chosen[number]
-        for attempt in range(_TRIES):
-            try:
-                return _OpenShard(self.local_path(number), self.indexes[number], chosen)
-            except ShardMissing:
-                raise  # it has had its tries
-            except OSError as error:
-                name, reason = self.shards[number].name, error.strerror or error
-                log.warning("%s cannot be opened (%s), try %d of %d", name, reason, attempt + 1, _TRIES)
-                time.sleep(_BACKOFF_S * 2**attempt if attempt + 1 < _TRIES else 0)
-        raise ShardMissing(
-            f"data.shards: {name} cannot be opened any more ({reason}); put it back and resume, "
-            "or use data.missing_shards=skip"
-        )
+        self._open.prefetch(numbers)
 
     def key(self, index: int) -> str:
         """Shard path, relative to the shards' common folder, and `__key__`: who a sample is."""
         number, row = self.locate(index)
         if number not in self._keys:  # the last shard's stay, for those who ask shard by shard
-            records = self.indexes[number].records()
-            chosen = slice(None) if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
-            self._keys = {number: records["key"][chosen]}
+            self._keys = {number: self.indexes[number].records()["key"][self._open.chosen(number)]}
         return f"{self.shards[number].name}/{self._keys[number][row].decode('utf-8', 'surrogateescape')}"
 
     def find(self, names: Sequence[str]) -> np.ndarray:
@@ -332,8 +263,7 @@ class ShardSamples:
         for number, shard in enumerate(self.shards):
             if shard.name in homes:
                 records = self.indexes[number].records()
-                chosen = None if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
-                rows = np.arange(len(records)) if chosen is None else chosen
+                rows = np.arange(len(records))[self._open.chosen(number)]
                 for row, record in enumerate(np.delete(rows, self._excluded.get(number, []))):
                     name = f"{shard.name}/{key_of(records[record])}"
                     if name in wanted:
@@ -353,7 +283,7 @@ class ShardSamples:
         if number in self._lost:
             raise BadSample("shard is missing")
         try:
-            shard = self._shard(number)
+            shard = self._open[number]
         except ShardMissing:
             if self.missing_shards == "stop":
                 raise
@@ -366,22 +296,22 @@ class ShardSamples:
     def captions(self, index: int) -> list[str]:
         """All captions of a sample, of which `get` draws one."""
         number, row = self.locate(index)
-        shard = self._shard(number)
+        shard = self._open[number]
         return self._captions(shard, shard.record(row))
 
-    def _caption(self, shard: _OpenShard, record: np.void, view: View) -> str:
+    def _caption(self, shard: OpenShard, record: np.void, view: View) -> str:
         texts = self._captions(shard, record)
         return texts[int(view.caption * len(texts))] if texts else ""
 
-    def _captions(self, shard: _OpenShard, record: np.void) -> list[str]:
+    def _captions(self, shard: OpenShard, record: np.void) -> list[str]:
         if self.caption == "txt":
             return [shard.read(record["caption"]).decode("utf-8", errors="replace").strip()]
-        found = parse_json(_json_of(shard, record)).get(self.caption)
+        found = parse_json(shard.read_json(record)).get(self.caption)
         many = found if isinstance(found, list) else [found]
         return [text.strip() for text in many if isinstance(text, str)]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict(), "_keys": {}}  # descriptors stay where they are
+        return {**self.__dict__, "_keys": {}}
 
 
 def _home(name: str) -> str:
@@ -392,7 +322,3 @@ def _home(name: str) -> str:
 def as_text(name: str) -> str:
     """A sample's key as a table can hold it: bytes that are not UTF-8 are spelt out."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _json_of(shard: _OpenShard, record: np.void) -> bytes | None:
-    return shard.read(record["metadata"]) if record["metadata"]["size"] >= 0 else None

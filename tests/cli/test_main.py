@@ -128,6 +128,12 @@ def test_every_choice_composes(choice):
         (["score.every=0"], "score.every"),
         (["logger=wandb", "logger.wandb.mode=on"], "logger.wandb.mode must be offline or online, got on"),
         (["seed=1", "=3"], "."),
+        (
+            ["callbacks.copies=null", "callbacks.copies.num_steps=3"],
+            r"copies\.num_steps=3 sets a part of callbacks\.copies, which is null",
+        ),
+        (["score.timesteps.1=900"], r"score\.timesteps\.1=900 sets a part of score\.timesteps, which is null"),
+        (["callbacks.sample_grid.prompts.first=fox"], r"callbacks\.sample_grid\.prompts\.first=fox cannot be set"),
     ],
 )
 def test_wrong_things_end_in_one_line(capsys, corpus, pipeline_folder, tmp_path, overrides, says):

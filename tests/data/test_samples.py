@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from memtrain.data import samples as samples_module
+from memtrain.data import open_shards
 from memtrain.data.batches import BatchDecoder
 from memtrain.data.buckets import bucket_sizes, nearest_bucket
 from memtrain.data.columns import parse_filter
@@ -30,7 +30,7 @@ def keys(samples: ShardSamples) -> list[str]:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(samples_module, "_BACKOFF_S", 0.0)
+    monkeypatch.setattr(open_shards, "_BACKOFF_S", 0.0)
 
 
 # ---- filters

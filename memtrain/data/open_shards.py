@@ -1,0 +1,109 @@
+"""Shards that a process reads from: fetched where they are remote, opened when needed, the last few kept open."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from memtrain.data.images import BadSample
+from memtrain.data.index import IndexFile
+from memtrain.data.remote import ShardCache, ShardMissing
+from memtrain.data.sources import Shard
+
+log = logging.getLogger(__name__)
+
+_OPEN_SHARDS = 32  # a process holds so many tars and their indexes open
+_TRIES, _BACKOFF_S = 3, 1.0  # for a shard on disk that cannot be opened
+
+
+class OpenShard:
+    """A shard's descriptor, its records, and which of them a filter chose."""
+
+    def __init__(self, path: Path, index: IndexFile, chosen: str | None):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.is_indexed = index.is_of(os.fstat(self.descriptor))
+        self.records = index.records()
+        self.rows = None if chosen is None else np.load(f"{chosen}.npy", mmap_mode="r")
+
+    def record(self, row: int) -> np.void:
+        return self.records[row if self.rows is None else self.rows[row]]
+
+    def read(self, extent: np.void) -> bytes:
+        """A member's bytes. Raises BadSample where the tar is not the one that was indexed."""
+        data = os.pread(self.descriptor, extent["size"], extent["offset"])  # no shared position: safe after a fork
+        if not self.is_indexed or len(data) < extent["size"]:
+            raise BadSample("shard has changed since it was indexed")
+        return data
+
+    def read_json(self, record: np.void) -> bytes | None:
+        return self.read(record["metadata"]) if record["metadata"]["size"] >= 0 else None
+
+
+class OpenShards:
+    """The shards of a corpus by their number.
+
+    Args:
+        shards, indexes: of the corpus, in its order.
+        remote: fetches and keeps those that are not on disk.
+    """
+
+    def __init__(self, shards: Sequence[Shard], indexes: Sequence[IndexFile], remote: ShardCache):
+        self.shards, self.indexes, self.remote = shards, indexes, remote
+        self._chosen: Sequence[str] | None = None
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+
+    def choose(self, stems: Sequence[str]) -> None:
+        """From now on `record` counts the rows of these files alone, one a shard, named without .npy."""
+        self._chosen = stems
+        self._open.clear()
+
+    def chosen(self, number: int) -> np.ndarray | slice:
+        """Which of a shard's records are chosen, as an index into them."""
+        return slice(None) if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
+
+    def path(self, number: int) -> Path:
+        """Where a shard lies on disk; fetched first where it is remote."""
+        shard = self.shards[number]
+        return self.remote.fetch(shard.url) if shard.is_remote else Path(shard.url)
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Fetch these shards in the background, where they are remote."""
+        urls = [self.shards[number].url for number in numbers if self.shards[number].is_remote]
+        if urls:
+            self.remote.prefetch(urls)
+
+    def __getitem__(self, number: int) -> OpenShard:
+        """Raises ShardMissing after three tries."""
+        if number not in self._open:
+            while len(self._open) >= _OPEN_SHARDS:
+                self._open.popitem(last=False)
+            self._open[number] = self._try_to_open(number)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _try_to_open(self, number: int) -> OpenShard:
+        chosen = None if self._chosen is None else self._chosen[number]
+        for attempt in range(_TRIES):
+            try:
+                return OpenShard(self.path(number), self.indexes[number], chosen)
+            except ShardMissing:
+                raise  # it has had its tries
+            except OSError as error:
+                name, reason = self.shards[number].name, error.strerror or error
+                log.warning("%s cannot be opened (%s), try %d of %d", name, reason, attempt + 1, _TRIES)
+                time.sleep(_BACKOFF_S * 2**attempt if attempt + 1 < _TRIES else 0)
+        raise ShardMissing(
+            f"data.shards: {name} cannot be opened any more ({reason}); put it back and resume, "
+            "or use data.missing_shards=skip"
+        )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}  # descriptors stay where they are
