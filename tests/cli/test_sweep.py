@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -191,30 +193,35 @@ sys.exit(EXIT_CODES[received[0]] if received else 0)
 """
 
 
-def swept(folder: Path, *overrides: str) -> tuple[subprocess.Popen, Path]:
+@contextmanager
+def swept(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen, Path]]:
     """A sweep whose first trial has made its first step, and that trial's folder."""
     start = [sys.executable, "-c", SWEEP, str(folder), *overrides]
-    sweep = subprocess.Popen(start, env=os.environ | {"PYTHONPATH": str(REPO)})
     run = folder / "runs" / "s" / "trial_000"
-    while not (run / "steps").exists():
-        assert sweep.poll() is None
-        time.sleep(0.02)
-    return sweep, run
+    with subprocess.Popen(start, env=os.environ | {"PYTHONPATH": str(REPO)}) as sweep:
+        try:
+            while not (run / "steps").exists():
+                assert sweep.poll() is None
+                time.sleep(0.02)
+            yield sweep, run
+        finally:
+            sweep.kill()
 
 
 def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
 def test_a_signal_stops_a_sweep_and_a_scheduler_may_send_it_to_every_process(tmp_path, number, code):
     """Then a trial gets it once, not a second time from the sweep: it would end at once, without a checkpoint."""
-    sweep, run = swept(tmp_path, "hang=1")
-    (guard,) = children(sweep.pid)
-    everyone = [sweep.pid, guard, *children(guard)] if number == signal.SIGUSR1 else [sweep.pid]
-    for process in everyone:
-        os.kill(process, number)
-    assert sweep.wait(timeout=30) == code
+    with swept(tmp_path, "hang=1") as (sweep, run):
+        (guard,) = children(sweep.pid)
+        everyone = [sweep.pid, guard, *children(guard)] if number == signal.SIGUSR1 else [sweep.pid]
+        for process in everyone:
+            os.kill(process, number)
+        assert sweep.wait(timeout=60) == code
     assert (run / "signals").read_text().split() == [str(int(signal.SIGTERM if everyone == [sweep.pid] else number))]
     again = search(tmp_path, "hang=1", patience=2.0)
     assert states(again) == ["FAIL", "WAITING"]
@@ -222,14 +229,15 @@ def test_a_signal_stops_a_sweep_and_a_scheduler_may_send_it_to_every_process(tmp
     assert (run / "steps").read_text() == "123" and states(again) == ["FAIL", "COMPLETE"]
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_sweep_at_once_and_its_trial_is_taken_back(tmp_path):
-    sweep, run = swept(tmp_path, "hang=1", "stubborn=10")
-    sweep.send_signal(signal.SIGINT)
-    while not (run / "signals").exists():
-        time.sleep(0.02)
-    began = time.monotonic()
-    sweep.send_signal(signal.SIGINT)
-    assert sweep.wait(timeout=30) == 130 and time.monotonic() - began < 8
+    with swept(tmp_path, "hang=1", "stubborn=10") as (sweep, run):
+        sweep.send_signal(signal.SIGINT)
+        while not (run / "signals").exists():
+            time.sleep(0.02)
+        began = time.monotonic()
+        sweep.send_signal(signal.SIGINT)
+        assert sweep.wait(timeout=60) == 130 and time.monotonic() - began < 8
     again = search(tmp_path, "hang=1", "stubborn=10")
     assert states(again) == ["RUNNING"]
     again.run(1, workers=1)
@@ -273,6 +281,7 @@ def test_two_trials_never_write_one_folder_at_once(tmp_path):
     assert said == ["on", "waiting for the trial that still ends in this folder", "first", "second", ""]
 
 
+@pytest.mark.slow
 def test_sweeps_that_start_at_once_share_a_study(tmp_path):
     """One of them makes the tables, and no trial is done twice or too often."""
     code = """
@@ -303,6 +312,7 @@ def test_a_storage_that_cannot_be_used_is_named(tmp_path, url):
         search(tmp_path, storage=url)
 
 
+@pytest.mark.slow
 def test_a_storage_that_is_lost_for_a_while_ends_no_trial(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("memtrain.sweep.study._LOST", 0.1)
     one = search(tmp_path, "pause=1")
@@ -440,6 +450,7 @@ def test_what_is_said_beside_the_sweeps_own_keys_is_for_the_trials():
     assert spelled(["--config-dir", "mine", "seed=3", "study=mine"]) == ["--config-dir", "mine", "overrides=['seed=3']", "study=mine"]
 
 
+@pytest.mark.slow
 def test_a_study_of_your_own(capsys, tmp_path):
     """A file in a folder of yours, with what it changes, and lists as choices."""
     runs = tmp_path / "a b,c's"
