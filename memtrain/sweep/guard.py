@@ -8,6 +8,7 @@ takes a second signal as the wish to end without a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -23,10 +24,8 @@ _told = threading.Event()
 
 
 def _end(group: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass  # it has ended
 
 
 def _end_with_the_sweep(group: int) -> None:

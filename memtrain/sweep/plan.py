@@ -54,7 +54,7 @@ class Plan:
         for override in self.overrides:
             if key_of(override) in _OWN:
                 raise ValueError(
-                    f"{override}: a sweep names its runs itself, and goes on by itself; name=… runs_dir=… name the study"
+                    f"{override}: a sweep names its runs itself and goes on by itself; name=… runs_dir=… name the study"
                 )
 
     @property
@@ -73,7 +73,7 @@ class Plan:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Sweeps that share the folder take turns: SQLite lets two of them make its tables, or take one trial, at once."""
+        """Sweeps that share the folder take turns: SQLite lets two make its tables, or take one trial, at once."""
         with (self.folder / "study.lock").open("a") as file:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -110,7 +110,7 @@ def open_study(plan: Plan, storage: str | None) -> optuna.Study:
 
 
 def _opened(name: str, storage: str) -> optuna.Study:
-    """Tried several times: where machines begin a study at once, one makes the tables, and the others fail meanwhile."""
+    """Tried several times: where machines begin a study at once, one makes the tables, and others fail meanwhile."""
     for last in (False, False, True):
         try:
             return optuna.create_study(

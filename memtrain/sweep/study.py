@@ -225,7 +225,7 @@ class Search:
         return True
 
     def _refused(self, going: Going) -> None:
-        """What was trained before is not lost: the run begins anew in its folder, or goes on when the user has mended it.
+        """What was trained is not lost: the run begins anew in its folder, or goes on when the user has mended it.
 
         Raises:
             ValueError: it began anew, or for the first time, so the checkpoint is not what is wrong.

@@ -380,7 +380,10 @@ def test_the_rule_of_giving_up():
 
 
 def test_a_group_ends_whole_when_it_is_let_go(tmp_path):
-    child = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '100']); print(p.pid, flush=True); time.sleep(100)"
+    child = (
+        "import subprocess, sys, time; p = subprocess.Popen(['sleep', '100']); "
+        "print(p.pid, flush=True); time.sleep(100)"
+    )
     process = Process([sys.executable, "-c", child], tmp_path / "run", dict(os.environ))
     log = tmp_path / "run" / "trial.log"
     while not log.read_text().strip():
@@ -447,7 +450,12 @@ def test_what_is_said_beside_the_sweeps_own_keys_is_for_the_trials():
     own = ["study=thresholds", "trials=6", "study.space.fixed.high=3", "--cfg", "job"]
     assert spelled([*own, "seed=3", "w='a'"]) == [r"overrides=['seed=3','w=\'a\'']", *own]
     assert spelled(own) == own
-    assert spelled(["--config-dir", "mine", "seed=3", "study=mine"]) == ["--config-dir", "mine", "overrides=['seed=3']", "study=mine"]
+    assert spelled(["--config-dir", "mine", "seed=3", "study=mine"]) == [
+        "--config-dir",
+        "mine",
+        "overrides=['seed=3']",
+        "study=mine",
+    ]
 
 
 @pytest.mark.slow
@@ -455,7 +463,8 @@ def test_a_study_of_your_own(capsys, tmp_path):
     """A file in a folder of yours, with what it changes, and lists as choices."""
     runs = tmp_path / "a b,c's"
     (tmp_path / "study").mkdir()
-    space = "{lr: {key: optimizer.lr, low: 1e-5, high: 1e-3, log: true}, ts: {key: score.timesteps, choices: [[700, 1000]]}}"
+    lr, timesteps = "lr: {key: optimizer.lr, low: 1e-5, high: 1e-3, log: true}", "[[700, 1000]]"
+    space = f"{{{lr}, ts: {{key: score.timesteps, choices: {timesteps}}}}}"
     (tmp_path / "study" / "mine.yaml").write_text(f"defaults: [thresholds, _self_]\nspace: {space}\n")
     own = ["--config-dir", str(tmp_path), "study=mine", f"runs_dir={quoted(str(runs))}", "study.prune=null"]
     assert "no such shard" in fails(capsys, "sweep", *own, "data.shards='/nowhere/it,s.tar'", "exclusion=agc")
