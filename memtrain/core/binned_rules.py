@@ -54,7 +54,7 @@ class BinnedThreshold(ExclusionRule):
         at_least(0, start_step=start_step)
         self.num_bins, self.warmup, self.start_step = num_bins, warmup, start_step
 
-    def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:
+    def setup(self, num_samples: int, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
 
     def bins(self, timesteps: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Evidence(ExclusionRule):
         self.num_bins, self.warmup, self.start_step = num_bins, warmup, start_step
         self.reference = BinnedMoments(num_bins, half_life)
 
-    def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:
+    def setup(self, num_samples: int, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
         self.evidence = torch.zeros(num_samples)
         self.excluded = torch.zeros(num_samples, dtype=torch.bool)
@@ -188,8 +188,8 @@ class LikelihoodEvidence(Evidence):
         self.own_visits, self.own_limit = own_visits, positive("own_limit", own_limit)
         self.memorized = BinnedMoments(num_bins, canary_half_life)
 
-    def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:
-        super().setup(num_samples, latent_numel, num_timesteps)
+    def setup(self, num_samples: int, num_timesteps: int) -> None:
+        super().setup(num_samples, num_timesteps)
         self.own = torch.zeros(num_samples, dtype=torch.float16)  # mean z-score of the first visits
         self.seen = torch.zeros(num_samples, dtype=torch.uint8)  # these
 

@@ -33,6 +33,7 @@ class Observations:
     scored: Tensor  # (B,) bool, the score was taken at this visit
     known: Tensor  # (B,) bool, the score was taken at this visit or is remembered from an earlier one
     score_timesteps: Tensor  # (B,) int64, where the score was taken; `timesteps`, unless it is remembered
+    latent_numel: Tensor  # (B,) int64, elements of the sample's latents; they differ between aspect-ratio buckets
 
     @classmethod
     def of_visit(cls, *, timesteps: Tensor, scored: Tensor, **rest: Tensor) -> Observations:
@@ -62,7 +63,7 @@ class ExclusionRule(ABC):
     needs_reference = False  # True: useless without a reference set
     start_step = 0  # before this optimizer step every sample is kept; rules learn from the first step on
 
-    def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:  # noqa: B027
+    def setup(self, num_samples: int, num_timesteps: int) -> None:  # noqa: B027
         """Called once, before the first step, with what the corpus and the model are like."""
 
     @abstractmethod
@@ -149,18 +150,15 @@ class FixedThreshold(ExclusionRule):
 class NormalizedThreshold(ExclusionRule):
     """`exclusion=normalized`: left out where d / sqrt(n) >= threshold, n latent elements of a sample.
 
-    Carries over between resolutions: d grows with sqrt(n).
+    Carries over between resolutions and aspect-ratio buckets: d grows with sqrt(n).
     """
 
     def __init__(self, threshold: float, start_step: int = 0):
         at_least(0, start_step=start_step)
         self.threshold, self.start_step = positive("threshold", threshold), start_step
 
-    def setup(self, num_samples: int, latent_numel: int, num_timesteps: int) -> None:
-        self.root_n = math.sqrt(latent_numel)
-
     def decide(self, observed: Observations) -> Decision:
         return Decision(
-            keep_mask=observed.score / self.root_n < self.threshold,
+            keep_mask=observed.score / observed.latent_numel.sqrt() < self.threshold,
             threshold=torch.full_like(observed.score, self.threshold),
         )

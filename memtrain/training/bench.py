@@ -159,9 +159,8 @@ class Interleave(pl.Callback):
             yield from ((name, number // self.steps) for name in names[first:] + names[:first])
 
     def on_fit_start(self, trainer: pl.Trainer, module: DiffusionTraining) -> None:
-        numel = math.prod(module.latent_shape)
         for name, variant in self.variants.items():
-            variant.exclusion.setup(SAMPLES, numel, module.num_timesteps)
+            variant.exclusion.setup(SAMPLES, module.num_timesteps)
             self._memories[name] = ScoreMemory(SAMPLES, variant.scoring) if variant.scoring.remembers else None
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: DiffusionTraining, batch, batch_idx: int) -> None:

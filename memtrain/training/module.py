@@ -102,11 +102,10 @@ class DiffusionTraining(pl.LightningModule):
                 f"trainer.precision must be one of {', '.join(FROZEN_DTYPES)}, got {self.trainer.precision}"
             )
         self.model.prepare_frozen(FROZEN_DTYPES[self.trainer.precision])
-        numel = self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2]
         for size in self.trainer.datamodule.samples.sizes:
             self.model.latent_shape(*size)  # raises where the model cannot have it
         num_samples = self.trainer.datamodule.groups.num_samples
-        self.exclusion.setup(num_samples, numel, self.num_timesteps)
+        self.exclusion.setup(num_samples, self.num_timesteps)
         if self.scoring.remembers:
             self.memory = ScoreMemory(num_samples, self.scoring)
 
@@ -151,6 +150,7 @@ class DiffusionTraining(pl.LightningModule):
             group=batch.group,
             captioned=captioned,
             scored=scored,
+            latent_numel=torch.full_like(batch.sample_index, latents[0].numel()),
         )
         if self.memory:
             observed = self.memory.fill(observed)

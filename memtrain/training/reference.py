@@ -57,4 +57,5 @@ class ReferenceSet:
             group=torch.full_like(index[rows], REFERENCE_GROUP),
             captioned=captioned,
             scored=captioned,
+            latent_numel=torch.full_like(index[rows], latents[0].numel()),
         )

@@ -36,6 +36,7 @@ def observed(rows: int, seed: int = 0, **columns) -> Observations:
         scored=yes,
         known=yes,
         score_timesteps=timesteps,
+        latent_numel=torch.full((rows,), 16),
     )
     return Observations(**(defaults | columns))
 

@@ -5,7 +5,9 @@ import torch
 from memtrain.core.exclusion import TRAINED, Observations
 
 
-def observe(score, timesteps=900, index=None, group=TRAINED, scored=True, loss=1.0, captioned=True) -> Observations:
+def observe(
+    score, timesteps=900, index=None, group=TRAINED, scored=True, loss=1.0, captioned=True, latent_numel=16
+) -> Observations:
     """Scores of fresh visits; a number stands for all of them."""
     score = torch.as_tensor(score, dtype=torch.float32)
     n = len(score)
@@ -13,15 +15,13 @@ def observe(score, timesteps=900, index=None, group=TRAINED, scored=True, loss=1
     def column(value, dtype):
         return torch.as_tensor(value, dtype=dtype).expand(n).clone()
 
-    timesteps, scored = column(timesteps, torch.long), column(scored, torch.bool)
-    return Observations(
+    return Observations.of_visit(
         sample_index=torch.arange(n) if index is None else torch.as_tensor(index),
-        timesteps=timesteps,
+        timesteps=column(timesteps, torch.long),
         score=score,
         loss=column(loss, torch.float32),
         group=column(group, torch.long),
         captioned=column(captioned, torch.bool),
-        scored=scored,
-        known=scored,
-        score_timesteps=timesteps,
+        scored=column(scored, torch.bool),
+        latent_numel=column(latent_numel, torch.long),
     )

@@ -24,7 +24,7 @@ def agc(**options) -> Agc:
 
 
 def ready(rule):
-    rule.setup(num_samples=100, latent_numel=16, num_timesteps=1000)
+    rule.setup(num_samples=100, num_timesteps=1000)
     return rule
 
 

@@ -11,7 +11,7 @@ from tests.core.observe import observe
 def z_scores(num_samples=100, **options) -> ZScoreEvidence:
     defaults = dict(enter=1.0, leave=0.5, memory=0.8, min_timestep=0.7, num_bins=10, half_life=1000, warmup=20)
     rule = ZScoreEvidence(**(defaults | options))
-    rule.setup(num_samples=num_samples, latent_numel=16, num_timesteps=1000)
+    rule.setup(num_samples=num_samples, num_timesteps=1000)
     return rule
 
 
@@ -19,7 +19,7 @@ def likelihood(num_samples=100, **options) -> LikelihoodEvidence:
     defaults = dict(false_positive_rate=0.05, miss_rate=0.1, memory=0.95, clip=3.0, shift=1.0, shift_weight=5)
     defaults |= dict(num_bins=10, half_life=1000, canary_half_life=1000, own_visits=0, own_limit=1.0, warmup=20)
     rule = LikelihoodEvidence(**(defaults | options))
-    rule.setup(num_samples=num_samples, latent_numel=16, num_timesteps=1000)
+    rule.setup(num_samples=num_samples, num_timesteps=1000)
     return rule
 
 

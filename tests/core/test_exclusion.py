@@ -15,18 +15,21 @@ def test_fixed_leaves_out_at_and_above_the_threshold():
 def test_an_infinite_threshold_keeps_what_none_keeps():
     observed = observe([0.0, 5.0, 1e30])
     for rule in (FixedThreshold(math.inf), NormalizedThreshold(math.inf)):
-        rule.setup(10, 16, 1000)
+        rule.setup(10, 1000)
         assert torch.equal(rule.decide(observed).keep_mask, KeepAll().decide(observed).keep_mask)
 
 
 def test_normalized_carries_over_between_resolutions():
-    small, large = NormalizedThreshold(0.5), NormalizedThreshold(0.5)
-    small.setup(10, 4 * 8 * 8, 1000)
-    large.setup(10, 4 * 16 * 16, 1000)
-    per_element = torch.tensor([0.1, 0.4, 0.6])
-    kept = small.decide(observe(per_element * 16)).keep_mask
-    assert torch.equal(kept, large.decide(observe(per_element * 32)).keep_mask)
-    assert kept.tolist() == [True, True, False]
+    rule, per_element = NormalizedThreshold(0.5), torch.tensor([0.1, 0.4, 0.6])
+    for side in (8, 16):
+        numel = 4 * side * side
+        decision = rule.decide(observe(per_element * math.sqrt(numel), latent_numel=numel))
+        assert decision.keep_mask.tolist() == [True, True, False]
+
+
+def test_normalized_goes_by_each_samples_own_latents():
+    decision = NormalizedThreshold(0.5).decide(observe([15.0, 15.0], latent_numel=[4 * 16 * 16, 4 * 12 * 16]))
+    assert decision.keep_mask.tolist() == [True, False]  # 15 / 32 and 15 / 27.7
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan])

@@ -11,9 +11,10 @@ import torch
 
 from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.core.evidence import ZScoreEvidence
-from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, FixedThreshold, KeepAll
+from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, FixedThreshold, KeepAll, NormalizedThreshold
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
+from tests.data.corpora import encode, sample, textured, write_tar
 
 
 class Record(pl.Callback):
@@ -86,6 +87,20 @@ def test_dropped_captions_score_zero_are_kept_and_enter_no_statistic(pipeline_fo
     # even a rule that excludes everything keeps them
     _, record, _ = run(pipeline_folder, corpus, tmp_path, exclusion=KeepNothing(), caption_dropout=1.0)
     assert torch.cat(record.kept).all()
+
+
+def test_normalized_goes_by_the_latents_of_the_bucket(pipeline_folder, tmp_path):
+    pictures = [encode(textured(n, size=(64, 64) if n % 2 else (112, 64))) for n in range(24)]
+    write_tar(tmp_path / "0.tar", [part for n, picture in enumerate(pictures) for part in sample(str(n), picture)])
+    options = dict(max_aspect_ratio=2.0, bucket_multiple=16, canaries=0, reference=3)
+    data, rule = build_data(tmp_path, **options), NormalizedThreshold(0.02)
+    _, record, _ = run(pipeline_folder, None, tmp_path, steps=12, data=data, exclusion=rule)
+    numel = [4 * batch.images[0, 0].numel() // 4**2 for batch in record.window]  # 4 channels, a quarter of the side
+    assert len(set(numel)) > 1
+    for n, observed, kept in zip(numel, record.observed, record.kept, strict=True):
+        assert (observed.latent_numel == n).all()
+        assert torch.equal(kept, ~observed.captioned | (observed.score / math.sqrt(n) < 0.02))
+    assert 0 < torch.cat(record.kept).float().mean() < 1
 
 
 def test_the_null_forward_agrees_with_a_dropped_caption(pipeline_folder, corpus, tmp_path):

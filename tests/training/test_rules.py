@@ -47,9 +47,9 @@ class Panel(ExclusionRule):
     def __init__(self):
         self.rules, self.rows = quick_rules(), []
 
-    def setup(self, num_samples, latent_numel, num_timesteps):
+    def setup(self, num_samples, num_timesteps):
         for rule in self.rules.values():
-            rule.setup(num_samples, latent_numel, num_timesteps)
+            rule.setup(num_samples, num_timesteps)
 
     def decide(self, observed: Observations) -> Decision:
         decisions = [rule.decide(observed) for rule in self.rules.values()]

@@ -24,7 +24,7 @@ def visits(index, score=1.0, timesteps=500, captioned=True, scored=True) -> Obse
     index = torch.as_tensor(index)
     values = (score, timesteps, captioned, scored)
     score, timesteps, captioned, scored = (torch.as_tensor(value).expand(len(index)) for value in values)
-    return Observations(
+    return Observations.of_visit(
         sample_index=index,
         timesteps=timesteps,
         score=score.float(),
@@ -32,8 +32,7 @@ def visits(index, score=1.0, timesteps=500, captioned=True, scored=True) -> Obse
         group=torch.full_like(index, TRAINED),
         captioned=captioned,
         scored=scored & captioned,
-        known=scored & captioned,
-        score_timesteps=timesteps,
+        latent_numel=torch.full_like(index, 16),
     )
 
 
