@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memtrain.callbacks.generation import Compared, compare, decode
 from memtrain.callbacks.logging import log_metrics, log_picture
+from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
 from memtrain.data.samples import as_text
 from memtrain.report.pictures import draw_samples
@@ -18,7 +19,7 @@ from memtrain.report.pictures import draw_samples
 MEMORIZED = 0.5  # of a canary's generations are copies
 
 
-class Copies(pl.Callback):
+class Copies(AfterEachStep):
     """Generate from the captions of canaries and reference samples, with the averaged weights.
 
     A generation is a copy when the root mean square difference between its latents and the mean latents of
@@ -75,13 +76,8 @@ class Copies(pl.Callback):
         self.memorized: dict[int, int | None] = {}
         self._watched: list[tuple[int, tuple[Tensor, Tensor, list[str]]]] | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.last_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.last_step:
-            return  # in the middle of an accumulation window
-        self.last_step = step = trainer.global_step
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = trainer.global_step
         if self.every and step % self.every == 0 and step != trainer.max_steps:
             self._watch(trainer, pl_module)
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from memtrain.callbacks.live_statistics import CAPTIONED, EXCLUDED, LiveStatistics
 from memtrain.callbacks.logging import log_histograms, log_metrics
+from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.exclusion import Observations
 from memtrain.training import ranks
 
 _HELD = 16  # steps whose observations are kept as they are, to be added up in one go
 
 
-class MemorizationCurves(pl.Callback):
+class MemorizationCurves(AfterEachStep):
     """Every `every` steps, over the rows of all ranks since the last point: what `LiveStatistics` says.
 
     Also samples/s and `scoring_share`, the share of the time that the second forward took. Both leave out
@@ -39,11 +40,12 @@ class MemorizationCurves(pl.Callback):
         self.seconds, self.seconds_scoring = 0.0, 0.0  # of the whole run; the latter is the mean of the ranks
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self.recent = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
         if self.total is None:
             self.total, self.late = (self.recent.sums.double().cpu() for _ in range(2))
         self.held: list[tuple[Observations, Tensor, Tensor]] = []
-        self.last_step = self.step_at_log = trainer.global_step
+        self.step_at_log = trainer.global_step
         self.clock_runs = False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -52,10 +54,7 @@ class MemorizationCurves(pl.Callback):
             pl_module.scoring_time.take()
             self.samples_at_log, self.began = pl_module.accumulation.samples_seen, time.perf_counter()
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.last_step:
-            return  # in the middle of an accumulation window
-        self.last_step = trainer.global_step
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.held.append((pl_module.step_observed, pl_module.step_kept, pl_module.step_threshold))
         if pl_module.reference_observed is not None:
             self.held.append((pl_module.reference_observed, pl_module.reference_kept, pl_module.reference_threshold))

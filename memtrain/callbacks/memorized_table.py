@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memtrain.callbacks.generation import compare, decode
 from memtrain.callbacks.logging import log_picture, log_table
+from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.exclusion import GROUP_NAMES, Observations
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 from memtrain.data.samples import as_text
@@ -59,7 +60,7 @@ class VisitedSamples:
         return order[self.sums[1, order] > 0]
 
 
-class MemorizedTable(pl.Callback):
+class MemorizedTable(AfterEachStep):
     """The trained samples that stand out most, with their nearest generation: W&B table and `memorized.png`.
 
     A visit counts at high noise, as a z-score of log d against the reference set's in its timestep bin
@@ -97,14 +98,12 @@ class MemorizedTable(pl.Callback):
         self.visited, self.moments = VisitedSamples(), BinnedMoments(_BINS, _HALF_LIFE)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self.held: list[Observations] = []
         self.held_reference: list[Observations] = []
-        self.last_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.last_step:
-            return  # in the middle of an accumulation window
-        self.last_step = step = trainer.global_step
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = trainer.global_step
         self.held.append(pl_module.step_observed)
         if pl_module.reference_observed is not None:
             self.held_reference.append(pl_module.reference_observed)

@@ -8,11 +8,12 @@ import pytorch_lightning as pl
 
 from memtrain.callbacks.generation import decode, generate
 from memtrain.callbacks.logging import log_picture
+from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.diffusion import GENERATION, place_seed
 from memtrain.report.pictures import draw_grid
 
 
-class SampleGrid(pl.Callback):
+class SampleGrid(AfterEachStep):
     """Writes `grids/step-<step>.png`: a row a prompt, the same start noise every time, averaged weights.
 
     Args:
@@ -29,13 +30,7 @@ class SampleGrid(pl.Callback):
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.drawn_at = -1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.last_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.last_step:
-            return  # in the middle of an accumulation window
-        self.last_step = trainer.global_step
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.every and trainer.global_step % self.every == 0:
             self._draw(trainer, pl_module)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, log_metrics, share_of_rank
+from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.diffusion import HELD_OUT, draw
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.statistics import auc, tpr_at_fpr
@@ -16,7 +17,7 @@ from memtrain.core.statistics import auc, tpr_at_fpr
 log = logging.getLogger(__name__)
 
 
-class Validation(pl.Callback):
+class Validation(AfterEachStep):
     """Every `every` steps and at the end, with the averaged weights: what the model does to each group.
 
     Each sample is noised to `timesteps_per_sample` timesteps, evenly spread over the schedule; noise depends on
@@ -42,14 +43,11 @@ class Validation(pl.Callback):
         self._groups: list[tuple[int, Tensor, Tensor, list[str]]] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.last_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
             self._validate(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.last_step:
-            return  # in the middle of an accumulation window
-        self.last_step = trainer.global_step
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step % self.every == 0:
             self._validate(trainer, pl_module)
 
