@@ -37,7 +37,11 @@ class Cluster:
         installed = self.folder / ".venv" / "bin" / "memtrain"
         installed.write_text(program)
         installed.chmod(0o755)
-        inherited = {k: v for k, v in os.environ.items() if k != "MEMTRAIN_RUN_ID" and not k.startswith("SLURM_")}
+        ours = (
+            "MEMTRAIN_RUN_ID",
+            "WANDB_SERVICE",
+        )  # W&B's process of these tests, where they have one, is not the job's
+        inherited = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("SLURM_")}
         self.environment = (
             inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)} | slurm.install(folder / "slurm")
         )
