@@ -40,7 +40,7 @@ class Cluster:
         ours = (
             "MEMTRAIN_RUN_ID",
             "WANDB_SERVICE",
-        )  # W&B's process of these tests, where they have one, is not the job's
+        )  # the W&B process of these tests is not the job's
         inherited = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("SLURM_")}
         self.environment = (
             inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)} | slurm.install(folder / "slurm")
