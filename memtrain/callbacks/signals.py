@@ -14,7 +14,7 @@ from types import FrameType
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 
-from memtrain.training.stops import EXIT_CODES
+from memtrain.training.exit_codes import EXIT_CODES
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +22,26 @@ _ONE_SIGNAL = 1.0  # seconds; a scheduler may deliver one to the process and to 
 
 
 class Signals(pl.Callback):
-    """SIGTERM, SIGINT, SIGUSR1: the optimizer step is finished, a checkpoint written, the run ends.
+    """SIGTERM, SIGINT, SIGUSR1, SIGUSR2: the optimizer step is finished, a checkpoint written, the run ends.
 
     The exit code is that of `EXIT_CODES`. A signal that reaches one rank ends all at the same step. A second
     one exits at once, also out of a collective that never returns; so does the first before and after training,
     when there is no step to finish. Comes first of the callbacks, so that their work at the end can be broken off.
+
+    `with signals:` around the training leaves the handlers as they were; Lightning's teardown brings ours back.
     """
 
     def __init__(self):
         self.is_training = False
+        self.listening = False
         self.process = os.getpid()
         self.before: dict[int, signal.Handlers] = {}
+
+    def __enter__(self) -> Signals:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._hand_back()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.trainer, self.stops = trainer, pl_module.stops
@@ -45,7 +54,7 @@ class Signals(pl.Callback):
             self._listen()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.before:
+        if self.listening:
             self._listen()  # Lightning's own handler for SIGTERM broadcasts, and hangs where one rank alone is told
         self.is_training = True
 
@@ -53,12 +62,12 @@ class Signals(pl.Callback):
         self.is_training = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.is_training, listened = False, bool(self.before)
-        self._restore()
+        self.is_training = False
         if isinstance(exception, SystemExit) and not _speaks(trainer, exception is self.stops.reason):
             exception.code = 0  # at another, launchers kill the ranks that are still writing, the first among them
-            if listened:
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as they do, too, when the first has ended with its own
+            if self.listening:  # as they do, too, when the first has ended with its own
+                self.before[signal.SIGTERM] = signal.SIG_IGN
+        self._restore()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore()
@@ -67,14 +76,18 @@ class Signals(pl.Callback):
         for number in EXIT_CODES:
             before = signal.signal(number, self._receive)
             self.before.setdefault(number, before)
+        self.listening = True
 
     def _restore(self) -> None:
-        if self.before:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+        self._hand_back()
+        if self.listening:
             signal.set_wakeup_fd(self.before_wakeup)
             self.arriving.close()  # ends the thread
-            self.before = {}
+            self.listening = False
+
+    def _hand_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, when Python has the word again."""

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from memtrain.core.exclusion import Observations
+from memtrain.training.exit_codes import EXIT_CODES
 
 log = logging.getLogger(__name__)
 
-# what a scheduler understands: 75 (EX_TEMPFAIL) start me again, 143 and 130 ended by SIGTERM and SIGINT
-EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
 _KEYS_NAMED = 8
 _LOST_RANK = re.compile(r"gloo|NCCL|Connection closed by peer|Connection reset by peer|Broken pipe", re.I)
 
@@ -40,7 +39,7 @@ class Stops:
         self.reason: BaseException | None = None  # raised when the step is over and the checkpoint written
 
     def report(self, bad: Tensor) -> Tensor:
-        """What this rank has seen at this step. () bool -> (4,) float32"""
+        """What this rank has seen at this step. () bool -> (1 + signals,) float32"""
         signals = torch.tensor([float(self.received == number) for number in EXIT_CODES], device=bad.device)
         return torch.cat([bad.float()[None], signals])
 
