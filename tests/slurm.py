@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,8 +56,8 @@ def shut_down(environment: dict[str, str]) -> None:
 def sbatch(*arguments: str) -> None:
     options, (script, *words) = _options(arguments)
     text = Path(script).read_text()
-    asked = re.findall(r"^#SBATCH +(\S+)$", text, re.M)
-    options = _options([word.replace("'", "") for word in asked])[0] | options
+    asked = [word for line in re.findall("^#SBATCH (.*)", text, re.M) for word in shlex.split(line, comments=True)]
+    options = _options(asked)[0] | options
     number = int(os.environ["STAND_IN_FIRST"]) + len(list(_jobs().iterdir()))
     first, last = map(int, re.match(r"(\d+)-(\d+)", options["array"]).groups()) if "array" in options else (0, 0)
     for index in range(first, last + 1):

@@ -12,9 +12,11 @@ import secrets
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+
+from memtrain.cli import jobs
 
 HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
 
@@ -64,15 +66,7 @@ def _job_run_id() -> str:
     """The run's id; jobs of -m add their number to the one that they have in common."""
     from hydra.core.hydra_config import HydraConfig
 
-    return f"{new_run_id()}-{HydraConfig.get().job.num}" if _is_job() else new_run_id()
-
-
-def _is_job() -> bool:
-    """One of several that `-m` starts."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    return f"{new_run_id()}-{HydraConfig.get().job.num}" if jobs.is_job() else new_run_id()
 
 
 def _agreed_on(name: str, proposed: str) -> str:
@@ -185,44 +179,37 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     # Hydra's grammar spells infinity inf; YAML's spelling is .inf
     spelled = [re.sub(r"=([+-]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"=\1\2", override) for override in overrides]
 
-    if {"-m", "--multirun"} & set(overrides):
+    several = bool({"-m", "--multirun"} & set(overrides))
+    if several:
+        jobs.check(overrides)
         new_run_id()  # here: so that the jobs, in this process or in others, have it in common
     failures: list[Exception] = []
+    here = os.getpid()
 
     def with_argv(cfg):  # Lightning starts further ranks with sys.argv as it was
         sys.argv = original
-        if _is_job():  # Hydra says whose an error is, and brings it here from another process
-            with _apart():
-                return task(cfg)
+        if jobs.is_job():
+            try:
+                return jobs.run(task, cfg, here)
+            except Exception as error:  # Hydra says whose it is, and brings it here, if need be without its cause
+                said = one_line(error)
+                if said is None:
+                    raise
+                raise ValueError(said) from error
         try:
             task(cfg)
         except Exception as error:  # raised below: Hydra would print a line of its own
             failures.append(error)
 
     sys.argv = [original[0], *spelled]
+    program = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(with_argv)
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(with_argv)()
+        with jobs.stopped_together() if several else nullcontext():
+            program()
     finally:
         sys.argv = original
     if failures:
         raise failures[0]
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Jobs of -m, in one process or each in its own, log to their own run alone."""
-    quiet()
-    logger = logging.getLogger("memtrain")
-    before = list(logger.handlers)
-    try:
-        yield
-    finally:
-        for handler in [handler for handler in logger.handlers if handler not in before]:
-            logger.removeHandler(handler)
-            handler.close()
-        wandb = sys.modules.get("wandb")
-        if wandb is not None and wandb.run is not None:
-            wandb.finish()
 
 
 def demo_pipeline() -> str:

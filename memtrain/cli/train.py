@@ -6,10 +6,10 @@ import logging
 import re
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+
+from memtrain.cli.jobs import is_job
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def train(cfg: DictConfig) -> None:
     from memtrain.training.checks import check_accelerator, check_checkpoint, check_disk, check_reference
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.objective import Objective
-    from memtrain.training.resume import find_run, same_wandb_run, write_aside
+    from memtrain.training.resume import same_wandb_run, write_aside
     from memtrain.training.score_memory import Scoring
     from memtrain.training.stops import ended_clearly
 
@@ -35,7 +35,7 @@ def train(cfg: DictConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     if rank_zero_only.rank > 0:
         logging.getLogger("memtrain").setLevel(logging.WARNING)  # what all ranks would say, the first says
-    past = find_run(cfg.resume.run, Path(cfg.runs_dir, cfg.name))
+    past = _earlier(cfg)
     if past is not None:
         if past.is_finished(cfg.trainer.max_steps):
             log.info("%s is finished, at step %d: nothing to do", past.folder, past.state.finished_at)
@@ -48,7 +48,8 @@ def train(cfg: DictConfig) -> None:
     exclusion = instantiate(cfg.exclusion)
     optimizer = instantiate(cfg.optimizer)
     # the ledger first: the report reads it
-    callbacks = [Signals(), *(instantiate(c) for c in (cfg.ledger, *cfg.callbacks.values()) if c is not None)]
+    signals = Signals()
+    callbacks = [signals, *(instantiate(c) for c in (cfg.ledger, *cfg.callbacks.values()) if c is not None)]
     check_reference(exclusion, cfg.reference.count)
     datamodule = instantiate(
         cfg.data,
@@ -82,7 +83,7 @@ def train(cfg: DictConfig) -> None:
     if rank_zero_only.rank == 0:
         logging.getLogger("memtrain").addHandler(logging.FileHandler(run_dir / "run.log"))
         write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        if cfg.resume.run is not None:
+        if past is not None or cfg.resume.run is not None:
             log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")
     trainer = instantiate(
         cfg.trainer,
@@ -97,13 +98,22 @@ def train(cfg: DictConfig) -> None:
         log_every_n_steps=1,
     )
     _check_job(trainer)
-    with ended_clearly(trainer, module.stops):
+    with signals, ended_clearly(trainer, module.stops):
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+
+def _earlier(cfg: DictConfig):
+    """The run to go on with. A job of -m that a scheduler starts again has the id, and so the run, that it had."""
+    from memtrain.training.resume import find_run
+
+    if is_job() and cfg.resume.run in (None, "auto"):
+        return find_run(cfg.run_dir, Path(cfg.runs_dir)) if Path(cfg.run_dir, "config.yaml").exists() else None
+    return find_run(cfg.resume.run, Path(cfg.runs_dir, cfg.name))
 
 
 def _check_job(trainer) -> None:
     """A job of -m has one rank: Lightning would start the others as the whole command, all jobs again."""
-    if HydraConfig.get().mode is not RunMode.MULTIRUN or trainer.world_size == 1:
+    if not is_job() or trainer.world_size == 1:
         return
     if not trainer.strategy.cluster_environment.creates_processes_externally:
         raise ValueError(

@@ -144,7 +144,8 @@ class Past:
         if asked:
             raise ValueError(
                 f"the config differs from that of {self.folder}: {', '.join(told)}; say "
-                f"resume.allow=[{','.join(asked)}] or resume.allow=all to go on with it, or resume=null for a new run"
+                f"resume.allow=[{','.join(asked)}] or resume.allow=all to go on with it, or begin "
+                "a new run: resume=null; for jobs of -m another MEMTRAIN_RUN_ID"
             )
         if told:
             log.warning("going on with a changed config: %s", ", ".join(told))
