@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it. `install_memtrain [EXTRA]` makes .venv and installs memtrain into it with
 # the versions of constraints.txt; where that was done before, it does nothing. Afterwards $repo is this
-# repository and $python the interpreter of its .venv.
+# repository and $python the interpreter of its .venv. `let_ranks_stop` sets what torchrun reads.
 
 unset CDPATH
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -152,4 +152,10 @@ install_memtrain() {
     printf '%s\n' "$state" >"$venv/memtrain-installed${extra:+-$extra}"
     rm -f "$unfinished"
     printf 'installed in %d s\n' "$((SECONDS - began))"
+}
+
+# torchrun would pass SIGUSR1 on to nobody, and kill ranks 30 s after a signal, a large checkpoint half written.
+let_ranks_stop() {
+    export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}"
 }

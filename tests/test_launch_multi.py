@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,9 @@ import memtrain
 from memtrain.cli import schema
 from memtrain.cli.main import config_folder, new_run_id, nodes, processes_per_node
 from memtrain.cli.train import spelled
+from memtrain.training.resume import checkpoints_in
 from tests.cli.test_main import small
+from tests.training.forks import small_run, wait_until
 
 REPO = Path(__file__).resolve().parents[1]
 LAUNCH = REPO / "launch"
@@ -167,6 +170,23 @@ def test_two_torchrun_agents_as_two_nodes_train_as_one_process(checkout, pipelin
     assert sum(text.count("steps, 48 samples seen") for text in said_by) == 1  # rank 0 alone
 
 
+@pytest.mark.slow
+def test_local_hands_a_signal_on_to_its_ranks(checkout, pipeline_folder, corpus, tmp_path):
+    """SIGUSR1, of which torchrun by itself dies, leaving the ranks alone."""
+    said = small_run(corpus, pipeline_folder, tmp_path / "runs", "data.batch_size=2", steps=5000)[1:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "MEMTRAIN_RUN_ID": "one", "NPROC": "2"}
+    started = subprocess.Popen(
+        ["bash", checkout / "launch/local.sh", *said],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    checkpoints = tmp_path / "runs" / "faults" / "one" / "checkpoints"
+    wait_until(lambda: checkpoints_in(checkpoints) or started.poll() is not None, 400)
+    started.send_signal(signal.SIGUSR1)
+    text = started.communicate(timeout=200)[0]  # ends when all who write there have ended
+    assert started.returncode == 1 and text.count("SIGUSR1: this step is finished") == 2, text
+    assert text.count(f"stopped after step {list(checkpoints_in(checkpoints))[-1]}") == 1
+
+
 # ---- templates
 
 
@@ -250,8 +270,8 @@ def test_the_training_operator_reads_its_template():
     """Against the part of PyTorchJob v1 that is used (kubeflow/training-operator, apis/kubeflow.org/v1)."""
     mounts = [{"!name": str, "!mountPath": str}]
     one = {
-        "!name": str, "!image": str, "!command": [str], "resources": {"limits": {"*": (int, str)}},
-        "volumeMounts": mounts,
+        "!name": str, "!image": str, "!command": [str], "env": [{"!name": str, "value": str}],
+        "resources": {"limits": {"*": (int, str)}}, "volumeMounts": mounts,
     }  # fmt: skip
     pod = {
         "!containers": [one], "volumes": [{"!name": str, "*": dict}], "securityContext": {"fsGroup": int},
