@@ -34,10 +34,19 @@ class Jobs:
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "MEMTRAIN_RUN_ID": "mine"}
         self.environment = inherited | own | environment
         self.log = folder / "log"
+        self.started: list[subprocess.Popen] = []
 
     def start(self, *more: str) -> subprocess.Popen:
         with self.log.open("w") as log:
-            return subprocess.Popen([*self.command, *more], env=self.environment, stdout=log, stderr=log)
+            process = subprocess.Popen([*self.command, *more], env=self.environment, stdout=log, stderr=log)
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """What a test that failed has left going on."""
+        for process in self.started:
+            process.terminate()
+            process.wait(PATIENCE)
 
     def saved(self, job: int) -> list[int]:
         return list(checkpoints_in(self.folder / f"mine-{job}" / "checkpoints"))
@@ -56,14 +65,27 @@ class Jobs:
             config = yaml.safe_load((run / "config.yaml").read_text())
             assert (state["finished_at"], config["exclusion"]["threshold"]) == (steps, threshold)
             assert set(memtrain.read_ledger(run).to_table()["step"].to_pylist()) == set(range(steps))
-            ids |= {state["wandb_id"]} | {path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")}
+            ids |= {state["wandb_id"] or run.name}
+            ids |= {path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")}
         assert len(ids) == len(thresholds)
 
 
+@pytest.fixture
+def jobs_of(corpus, pipeline_folder, tmp_path):
+    made: list[Jobs] = []
+    yield (
+        lambda *more, **environment: (
+            made.append(Jobs(tmp_path, corpus, pipeline_folder, *more, **environment)) or made[0]
+        )
+    )
+    for one in made:
+        one.end()
+
+
 @pytest.mark.slow
-def test_joblib_stops_all_jobs_and_goes_on_with_each(corpus, pipeline_folder, tmp_path):
+def test_joblib_stops_all_jobs_and_goes_on_with_each(jobs_of):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    several = Jobs(tmp_path, corpus, pipeline_folder, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    several = jobs_of("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     process = several.start("exclusion.threshold=1,3")
     several.wait(process, 0, 1)
     process.send_signal(signal.SIGTERM)  # the program alone: it tells its jobs
@@ -83,21 +105,19 @@ def test_joblib_stops_all_jobs_and_goes_on_with_each(corpus, pipeline_folder, tm
 
 
 @pytest.mark.slow
-def test_submitit_runs_jobs_on_this_machine(corpus, pipeline_folder, tmp_path):
+def test_submitit_runs_jobs_on_this_machine(jobs_of):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    more = ("hydra/launcher=submitit_local", "trainer.max_steps=2")
-    several = Jobs(tmp_path, corpus, pipeline_folder, *more)
+    several = jobs_of("hydra/launcher=submitit_local", "trainer.max_steps=2", "logger=csv")
     assert several.start("exclusion.threshold=1,3").wait(PATIENCE) == 0, several.log.read_text()
     several.check(1, 3, steps=2)
 
 
 @pytest.mark.slow
-def test_jobs_of_slurm_go_back_into_the_queue_and_on_with_their_run(corpus, pipeline_folder, tmp_path):
+def test_jobs_of_slurm_go_back_into_the_queue_and_on_with_their_run(jobs_of, tmp_path):
     """One gets submitit's signal, for its time is over; SLURM preempts the other."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     cluster = slurm.install(tmp_path / "slurm")
-    more = ("hydra/launcher=slurm", "trainer.max_steps=60")
-    several = Jobs(tmp_path, corpus, pipeline_folder, *more, **cluster)
+    several = jobs_of("hydra/launcher=slurm", "trainer.max_steps=60", **cluster)
     process = several.start("exclusion.threshold=1,3")
     try:
         wait_until(lambda: len(list(Path(cluster["STAND_IN_JOBS"]).iterdir())) == 2, PATIENCE)
@@ -110,7 +130,6 @@ def test_jobs_of_slurm_go_back_into_the_queue_and_on_with_their_run(corpus, pipe
         assert process.wait(PATIENCE) == 0, several.log.read_text()
         wait_until(lambda: all(slurm.state(cluster, job) == "COMPLETED" for job in (first, second)))
     finally:
-        process.kill()
         slurm.shut_down(cluster)
     codes = [(Path(cluster["STAND_IN_JOBS"]) / job / "codes").read_text() for job in (first, second)]
     assert codes == ["[255]\n[0]\n", "[143]\n[0]\n"]

@@ -133,6 +133,18 @@ def test_a_damaged_checkpoint_and_a_changed_config(forks, run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_on_keeps_its_wandb_id(forks, run, tmp_path):
+    folder, ids = tmp_path / "faults" / "one", []
+    for steps in (4, 6):
+        codes, said = forks.run(run("logger=wandb", "resume=auto", "resume.allow=all", steps=steps), tmp_path / "log")
+        assert codes == [0], said
+        newest = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        ids += [newest["callbacks"]["Checkpoints"]["wandb_id"], RunState.read(folder).wandb_id]
+    ids += [path.name.rsplit("-", 1)[1] for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(set(ids)) == 1 and len(ids) == 6, ids
+
+
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(forks, run, tmp_path):
     assert forks.run(run(steps=4), tmp_path / "log")[0] == [0]
     more = ("resume=auto", "resume.allow=all")
