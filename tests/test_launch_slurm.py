@@ -38,10 +38,7 @@ class Cluster:
         installed = self.folder / ".venv" / "bin" / "memtrain"
         installed.write_text(program)
         installed.chmod(0o755)
-        ours = (
-            "MEMTRAIN_RUN_ID",
-            "WANDB_SERVICE",
-        )  # the W&B process of these tests is not the job's
+        ours = ("MEMTRAIN_RUN_ID", "WANDB_SERVICE")  # W&B's process of these tests, too, is not the job's
         inherited = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("SLURM_")}
         self.environment = (
             inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)} | slurm.install(folder / "slurm")

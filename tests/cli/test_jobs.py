@@ -30,7 +30,7 @@ class Jobs:
         more = ("exclusion=fixed", "logger=[csv,wandb]", *more)
         train, *words = small_run(corpus, pipeline, folder / "runs", *more, steps=5000)
         self.command = [sys.executable, "-m", "memtrain.cli.main", train, "-m", *words]
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_", "WANDB_SERVICE"))}
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "MEMTRAIN_RUN_ID": "mine"}
         self.environment = inherited | own | environment
         self.log = folder / "log"

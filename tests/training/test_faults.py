@@ -136,7 +136,8 @@ def test_a_damaged_checkpoint_and_a_changed_config(forks, run, tmp_path):
 def test_a_run_that_goes_on_keeps_its_wandb_id(forks, run, tmp_path):
     folder, ids = tmp_path / "faults" / "one", []
     for steps in (4, 6):
-        codes, said = forks.run(run("logger=wandb", "resume=auto", "resume.allow=all", steps=steps), tmp_path / "log")
+        words = run("logger=wandb", "resume=auto", "resume.allow=all", steps=steps)
+        codes, said = forks.run(words, tmp_path / "log", WANDB_SERVICE="")  # each with a W&B process of its own
         assert codes == [0], said
         newest = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
         ids += [newest["callbacks"]["Checkpoints"]["wandb_id"], RunState.read(folder).wandb_id]
