@@ -1,6 +1,7 @@
 """Tiny real things: a corpus of tars, a Stable Diffusion of a few thousand weights, a training run over both."""
 
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -114,3 +115,11 @@ def fit(module, data, run_dir: Path, max_steps: int, accumulate: int = 1, callba
 
 def weights(module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.trained_parameters()])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_open_wandb_run():
+    """What the tests of another file left open in this process is not the run of these."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
