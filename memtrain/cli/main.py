@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         elif command in COMMANDS:
             COMMANDS[command](command, rest)
         else:
-            sys.exit(f"error: no command {command!r}; memtrain --help lists them")
+            raise ValueError(f"no command {command!r}; memtrain --help lists them")
         sys.stdout.flush()
     except BrokenPipeError:  # `memtrain … | head`: nobody listens any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
