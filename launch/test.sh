@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 install_memtrain test
 cd "$repo"
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1
-exec "$python" -m pytest -n "${JOBS:-2}" --dist loadfile "$@"
+exec "$python" -m pytest -n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder "$@"

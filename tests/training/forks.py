@@ -126,6 +126,14 @@ class Forks:
         return path.read_text() if path.exists() else ""
 
 
+def ended(process: int) -> bool:
+    """Whether it has, waited for or not yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
 def wait_until(condition, timeout: float = 120.0) -> None:
     """Raises AssertionError where it does not come true."""
     end = time.monotonic() + timeout

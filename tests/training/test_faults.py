@@ -18,7 +18,7 @@ from memtrain.training.checks import check_accelerator
 from memtrain.training.methods import Method
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run, whole_checkpoint
 from tests.conftest import build_data, build_module, fit, weights
-from tests.training.forks import ROOT, Forks, small_run, wait_until
+from tests.training.forks import ROOT, Forks, ended, small_run, wait_until
 from tests.training.test_module import Record, quick_evidence
 
 
@@ -94,7 +94,7 @@ def test_a_second_signal_exits_at_once_out_of_a_collective_too(forks, run, tmp_p
     time.sleep(4)  # well over what counts as one signal, on a busy machine too
     os.kill(first, signal.SIGTERM)
     began = time.monotonic()
-    wait_until(lambda: Path(f"/proc/{first}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z", timeout=10)
+    wait_until(lambda: ended(first), timeout=10)
     assert time.monotonic() - began < 10
     os.kill(second, signal.SIGKILL)
     assert forks.wait() == [143, -9]

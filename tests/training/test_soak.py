@@ -11,17 +11,10 @@ import torch
 
 from memtrain.data.ledger import read_ledger
 from memtrain.training.resume import RunState
-from tests.training.forks import Forks, small_run, wait_until
+from tests.training.forks import Forks, ended, small_run, wait_until
 
 KILLS = int(os.environ.get("MEMTRAIN_SOAK_KILLS", "6"))
 STEPS = 8 * KILLS
-
-
-def ended(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 def end_as_torchrun_does(processes: list[int]) -> None:
