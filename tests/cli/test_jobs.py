@@ -132,7 +132,8 @@ def test_jobs_of_slurm_go_back_into_the_queue_and_on_with_their_run(jobs_of, tmp
     finally:
         slurm.shut_down(cluster)
     codes = [(Path(cluster["STAND_IN_JOBS"]) / job / "codes").read_text() for job in (first, second)]
-    assert codes == ["[255]\n[0]\n", "[143]\n[0]\n"]
+    # submitit's handler asks for the requeue and exits with 255, unless the SIGTERM of the requeue is there before
+    assert codes[0] in ("[255]\n[0]\n", "[143]\n[0]\n") and codes[1] == "[143]\n[0]\n"
     several.check(1, 3, steps=60)
 
 
