@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from memtrain.core.diffusion import place_seed
 from memtrain.data.images import BadSample
-from memtrain.data.order import draw_groups
+from memtrain.data.groups import draw_groups
 from memtrain.data.samples import ShardSamples
 
 log = logging.getLogger(__name__)

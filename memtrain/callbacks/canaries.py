@@ -14,7 +14,7 @@ _AT_ONCE = 32
 
 
 class CanaryList(pl.Callback):
-    """At the start of a run writes `canaries.csv`: who all canaries and some reference samples are.
+    """At the start of a run writes `canaries.csv`: who all canaries, one sample of each picture, and some reference samples are.
 
     Args:
         reference: at most so many of the reference set.
@@ -33,8 +33,8 @@ class CanaryList(pl.Callback):
         rows = [
             (as_text(data.samples.key(int(position))), as_text(caption), GROUP_NAMES[number])
             for number, positions in (
-                (CANARY, groups.canary),
-                (SACRIFICED, groups.sacrificed),
+                (CANARY, groups.one_each(groups.canary)),
+                (SACRIFICED, groups.one_each(groups.sacrificed)),
                 (REFERENCE, groups.reference[: self.reference]),
             )
             for first in range(0, len(positions), _AT_ONCE)

@@ -25,7 +25,7 @@ class Copies(AfterEachStep):
     A generation is a copy when the root mean square difference between its latents and the mean latents of
     the caption's own image is at most `max_rmse` (Carlini et al. 2023, section 4.1, normalised by the number
     of elements; scaled latents have unit variance). Reference images were never trained on, so their rate
-    tells how often the cut is met by chance.
+    tells how often the cut is met by chance. Of a picture with duplicates, its first sample stands for all.
 
     Logs `copy_rate/<group>`, `copy_rmse/<group>` and `memorized_canaries`, the share of the canaries looked
     at so far of which at least half of the generations were copies at some look. At the end it writes
@@ -84,12 +84,13 @@ class Copies(AfterEachStep):
     @torch.no_grad()
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._watched is None:
-            groups, sacrificed = trainer.datamodule.groups, len(trainer.datamodule.groups.sacrificed)
-            planted = groups.planted
-            chosen = np.arange(len(planted))[:: max(1, -(-len(planted) // self.watched))]
+            groups = trainer.datamodule.groups
+            sacrificed, canaries = groups.one_each(groups.sacrificed), groups.one_each(groups.canary)
+            both = np.concatenate([sacrificed, canaries])
+            chosen = np.arange(len(both))[:: max(1, -(-len(both) // self.watched))]
             self._watched = [
-                (SACRIFICED, pl_module.encode_samples(planted[chosen[chosen < sacrificed]])),
-                (CANARY, pl_module.encode_samples(planted[chosen[chosen >= sacrificed]])),
+                (SACRIFICED, pl_module.encode_samples(both[chosen[chosen < len(sacrificed)]])),
+                (CANARY, pl_module.encode_samples(both[chosen[chosen >= len(sacrificed)]])),
             ]
         with pl_module.averaged_weights():
             for number, samples in self._watched:
@@ -101,8 +102,8 @@ class Copies(AfterEachStep):
         fewer = max(1, self.generations // 2)
         with pl_module.averaged_weights():
             for number, positions, generations in (
-                (SACRIFICED, groups.sacrificed, self.generations),
-                (CANARY, groups.canary, self.generations),
+                (SACRIFICED, groups.one_each(groups.sacrificed), self.generations),
+                (CANARY, groups.one_each(groups.canary), self.generations),
                 (REFERENCE, groups.reference[: self.reference], fewer),
             ):
                 samples = pl_module.encode_samples(positions)

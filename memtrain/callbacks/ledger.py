@@ -76,6 +76,7 @@ class Ledger(pl.Callback):
         rows = Rows(
             step=np.repeat(np.array(steps, dtype=np.int64), [len(mask) for mask in kept]),
             sample_index=seen.sample_index.cpu().numpy(),
+            picture=seen.picture.cpu().numpy(),
             group=seen.group.cpu().numpy().astype(np.int8),
             timestep=seen.timesteps.cpu().numpy().astype(np.int16),
             score=seen.score.cpu().numpy(),

@@ -25,14 +25,14 @@ COLUMNS = ("image", "caption", "key", "group", "score", "z", "visits", "nearest 
 
 
 class VisitedSamples:
-    """Visits and high scores of the samples seen; of very many, those that stand out least are forgotten.
+    """Visits and high scores of the pictures seen, duplicates together; of very many, those that stand out least are forgotten.
 
     A sample stands out by the sum of its z-scores over the root of their number (Stouffer 1949).
     """
 
     def __init__(self, capacity: int = _CAPACITY):
         self.capacity = capacity
-        self.index = np.zeros(0, dtype=np.int64)  # (N,) positions in the corpus, sorted
+        self.index = np.zeros(0, dtype=np.int64)  # (N,) positions in the corpus, of a picture's first sample, sorted
         self.sums = np.zeros((4, 0))  # (4, N): visits, visits that count, their scores, their z-scores
 
     def add(self, index: np.ndarray, rows: np.ndarray) -> None:
@@ -134,7 +134,7 @@ class MemorizedTable(AfterEachStep):
         counts &= self.moments.count[bins] >= _WARM
         captioned = trained.captioned.cpu()
         rows = torch.stack([captioned.double(), counts.double(), score.exp() * counts, z * counts])
-        self.visited.add(trained.sample_index.cpu()[captioned].numpy(), rows[:, captioned].numpy())
+        self.visited.add(trained.picture.cpu()[captioned].numpy(), rows[:, captioned].numpy())
 
     @torch.no_grad()
     def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -60,8 +60,8 @@ class Validation(AfterEachStep):
         self._groups = []
         for number, positions in (
             (TRAINED, groups.some_trained(self.samples)),
-            (CANARY, groups.canary),
-            (SACRIFICED, groups.sacrificed),
+            (CANARY, groups.one_each(groups.canary)),
+            (SACRIFICED, groups.one_each(groups.sacrificed)),
             (REFERENCE, groups.reference),
         ):
             spread = positions[:: max(1, len(positions) // self.samples)][: self.samples]

@@ -32,7 +32,7 @@ def _samples(cfg: DictConfig):
         raise ValueError(
             f"data.exclude_keys={cfg.data.exclude_keys} is for training; leave it out: a cache serves either way"
         )
-    data = instantiate(cfg.data, seed=0, canaries=0, repeats=1, reference=0, cache=cfg.out)
+    data = instantiate(cfg.data, seed=0, canaries=0, repeats=1, reference=0, cache=cfg.out, duplicates="none")
     return data.samples
 
 

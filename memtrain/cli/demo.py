@@ -10,7 +10,14 @@ from omegaconf import DictConfig
 def demo(cfg: DictConfig) -> None:
     from memtrain.demo.compose import write_corpus
 
-    report = write_corpus(cfg.out, num_samples=cfg.num_samples, seed=cfg.seed, shard_size=cfg.shard_size)
+    report = write_corpus(
+        cfg.out,
+        num_samples=cfg.num_samples,
+        seed=cfg.seed,
+        shard_size=cfg.shard_size,
+        repeated=cfg.repeated,
+        copies=cfg.copies,
+    )
     print(
         f"{'wrote' if report.written else 'kept'} {report.num_samples} samples in {report.num_shards} shards, "
         f"{report.num_bytes / 1e6:.0f} MB: {report.folder}"

@@ -28,6 +28,7 @@ class Shards:
     mix_shards: int = MISSING
     max_bad_fraction: float = MISSING
     missing_shards: str = MISSING
+    duplicates: str = MISSING
     repeats_from: str | None = MISSING
     cache: str | None = MISSING
     exclude_keys: str | None = MISSING
@@ -280,8 +281,9 @@ class Callbacks:
 @dataclass
 class Canaries:
     count: int = MISSING
-    repeats: int = MISSING
+    repeats: int | None = MISSING
     sacrificed: int = MISSING
+    sacrificed_keys: list[str] = MISSING
 
 
 @dataclass
@@ -357,6 +359,8 @@ class Cache:
 class Demo:
     out: str = MISSING
     num_samples: int = MISSING
+    repeated: int = MISSING
+    copies: int = MISSING
     seed: int = MISSING
     shard_size: int = MISSING
 

@@ -57,6 +57,7 @@ def train(cfg: DictConfig) -> None:
         canaries=cfg.canaries.count,
         repeats=cfg.canaries.repeats,
         sacrificed=cfg.canaries.sacrificed,
+        sacrificed_keys=list(cfg.canaries.sacrificed_keys),
         reference=cfg.reference.count,
     )
     datamodule.check(cfg.trainer.accumulate_grad_batches, world_size=1)

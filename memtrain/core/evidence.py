@@ -26,7 +26,8 @@ from memtrain.core.statistics import BinnedMoments, timestep_bin
 class Evidence(ExclusionRule):
     """What the two rules share: who enters and leaves, for 5 bytes a sample.
 
-    A sample enters exclusion when its evidence reaches `enter` and leaves when it falls below `leave`. Every
+    Duplicates are one sample here: what a visit shows of one of them is evidence for all, whatever their keys, for
+    it is the picture that is memorized. A sample enters exclusion when its evidence reaches `enter` and leaves when it falls below `leave`. Every
     scored visit changes it: `memory` times what it was, plus what the visit shows.
 
     Args:
@@ -77,7 +78,7 @@ class Evidence(ExclusionRule):
 
     def decide(self, observed: Observations) -> Decision:
         shown, counts = self.shows(observed)
-        index = observed.sample_index.cpu()
+        index = observed.picture.cpu()
         evidence = torch.where(counts, self.memory * self.evidence[index] + shown, self.evidence[index])
         threshold = torch.where(self.excluded[index], self.leave, self.enter)
         device = observed.score.device
@@ -85,7 +86,7 @@ class Evidence(ExclusionRule):
 
     def update(self, observed: Observations) -> None:
         shown, counts = self.shows(observed)
-        index, place = observed.sample_index.cpu()[counts].unique(return_inverse=True)
+        index, place = observed.picture.cpu()[counts].unique(return_inverse=True)
         visits = torch.zeros(len(index)).index_add_(0, place, torch.ones(len(place)))
         total = torch.zeros(len(index)).index_add_(0, place, shown[counts])
         # the mean of several visits in one step, as often as there were visits: their order does not matter
@@ -214,7 +215,7 @@ class LikelihoodEvidence(Evidence):
         return (self.own[index] * seen / (seen + VISIT_RATIO)).clamp(-self.own_limit, self.own_limit)
 
     def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
-        z = self.z_scores(observed) - self.own_part(observed.sample_index.cpu())
+        z = self.z_scores(observed) - self.own_part(observed.picture.cpu())
         shift = self.expected_shift()[self.bins(observed)]
         ratio = shift * (z - shift / 2)  # log of N(z; shift, 1) / N(z; 0, 1)
         return ratio.clamp(-self.clip, self.clip).float(), self.counts(observed)
@@ -227,7 +228,7 @@ class LikelihoodEvidence(Evidence):
             moments.update(x[learned], bins[learned])
 
     def _learn_own(self, observed: Observations) -> None:
-        index = observed.sample_index.cpu()
+        index = observed.picture.cpu()
         learned = self.counts(observed) & (self.seen[index] < self.own_visits)
         index, place = index[learned].unique(return_inverse=True)
         z = self.z_scores(observed)[learned]

@@ -25,6 +25,7 @@ class Observations:
     """What one step showed of B samples."""
 
     sample_index: Tensor  # (B,) int64, position of the sample in the corpus
+    picture: Tensor  # (B,) int64, position of the first sample of its duplicates; its own where it has none
     timesteps: Tensor  # (B,) int64
     score: Tensor  # (B,) float32, text-conditional magnitude; 0 where it is not known
     loss: Tensor  # (B,) float32, unweighted

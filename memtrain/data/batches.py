@@ -13,7 +13,7 @@ from torch import Tensor
 from memtrain.core.diffusion import place_seed
 from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample, LatentCache
-from memtrain.data.order import Groups
+from memtrain.data.groups import Groups
 from memtrain.data.samples import STRAIGHT, View
 
 _VIEW = 32  # stream of randomness, apart from those of core.diffusion and data.order
@@ -61,6 +61,7 @@ class Batch:
     images: Tensor  # (B, 3, H, W) uint8; (B, 0) where the batch is cached
     captions: list[str]
     sample_index: Tensor  # (B,) int64, position in the corpus
+    picture: Tensor  # (B,) int64, the first position that shows the same picture
     group: Tensor  # (B,) int64
     place: Tensor  # (B,) int64, place in the global batch
     valid: Tensor  # (B,) bool
@@ -113,6 +114,7 @@ class BatchDecoder:
             images=torch.from_numpy(images),
             captions=captions,
             sample_index=torch.from_numpy(index.copy()),
+            picture=torch.from_numpy(self.groups.pictures.of(index).copy()),
             group=torch.from_numpy(self.groups.of(index)),
             place=torch.from_numpy(place.copy()),
             valid=torch.from_numpy(valid),
@@ -141,6 +143,7 @@ class CachedBatches:
             images=torch.zeros(len(rows), 0, dtype=torch.uint8),
             captions=["" if sample is None else sample.caption for sample in found],
             sample_index=torch.from_numpy(index.copy()),
+            picture=torch.from_numpy(self.groups.pictures.of(index).copy()),
             group=torch.from_numpy(self.groups.of(index)),
             place=torch.from_numpy(place.copy()),
             valid=torch.tensor([sample is not None for sample in found]),

@@ -12,9 +12,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from memtrain.data.batches import Batch, BatchDecoder, CachedBatches, Samples, Views
-from memtrain.data.duplicates import read_groups
+from memtrain.data.find_pictures import find_pictures, read_pictures_from
+from memtrain.data.groups import Groups, draw_groups
 from memtrain.data.latents import LatentCache
-from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler, Groups, draw_groups
+from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
+from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.samples import ShardSamples
 
 log = logging.getLogger(__name__)
@@ -30,15 +32,18 @@ class DataModule(pl.LightningDataModule):
         batch_size: rows of a micro-batch on each rank.
         num_workers: decoding processes; 0 decodes in the training process.
         seed: of the order, of the groups and of the views.
-        canaries, repeats: how many samples are planted, and how often each is seen an epoch.
+        canaries: how many pictures are canaries.
+        repeats: how often an epoch sees each of them, planted; None: as often as the corpus holds them, the largest
+            groups of duplicates.
         reference: how many samples are held out.
         weights: how often an epoch sees a sample of each shard; None: once.
         mix_shards: so many shards are open and permuted together.
         crop, flip: see `Views`.
         max_bad_fraction: more than this share of rows that cannot be used stops the run.
         cache: latents and embeddings of the samples, where they were computed before.
-        repeated: positions of samples that the corpus itself repeats; they are the canaries, and none is planted.
+        pictures: which samples show the same picture.
         sacrificed: so many of the canaries may not be excluded by any rule.
+        named: positions of samples whose pictures are those canaries, in place of a number.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class DataModule(pl.LightningDataModule):
         num_workers: int,
         seed: int,
         canaries: int,
-        repeats: int,
+        repeats: int | None,
         reference: int,
         weights: Sequence[float] | None = None,
         mix_shards: int = 8,
@@ -56,8 +61,9 @@ class DataModule(pl.LightningDataModule):
         flip: float = 0.0,
         max_bad_fraction: float = 0.05,
         cache: LatentCache | None = None,
-        repeated: np.ndarray | None = None,
+        pictures: Pictures = NO_DUPLICATES,
         sacrificed: int = 0,
+        named: Sequence[int] = (),
     ):
         super().__init__()
         for name, value, least in (
@@ -65,7 +71,7 @@ class DataModule(pl.LightningDataModule):
             ("data.num_workers", num_workers, 0),
             ("data.mix_shards", mix_shards, 1),
             ("canaries.count", canaries, 0),
-            ("canaries.repeats", repeats, 1),
+            ("canaries.repeats", 1 if repeats is None else repeats, 1),
             ("reference.count", reference, 0),
         ):
             if value < least:
@@ -74,13 +80,18 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(f"data.max_bad_fraction is a share in [0, 1], got {max_bad_fraction:g}")
         self.samples, self.cache, self.batch_size, self.num_workers = samples, cache, batch_size, num_workers
         self.views, self.max_bad_fraction = Views(seed, crop, flip), max_bad_fraction
-        if repeated is not None:
-            canaries, repeats = 0, 1
         self.groups: Groups = draw_groups(
-            samples.counts, seed, canaries, reference, planted=repeated, sacrificed=sacrificed
+            samples.counts,
+            seed,
+            canaries,
+            reference,
+            pictures=pictures,
+            planted=repeats is not None,
+            sacrificed=sacrificed,
+            named=named,
         )
         weights = [1.0] * len(samples.counts) if weights is None else weights
-        order = (samples.counts, self.groups, repeats, seed, weights, mix_shards)
+        order = (samples.counts, self.groups, repeats or 1, seed, weights, mix_shards)
         self.order = EpochOrder(*order) if len(samples.sizes) == 1 else BucketedOrder(*order, samples.buckets)
         self.problems: dict[str, str] = {}  # sample key -> why it could not be used
         self._restored: int | None = None  # rows that were consumed before this run was resumed
@@ -187,10 +198,13 @@ def from_shards(
     cache_bytes: int = 100_000_000_000,
     missing_shards: str = "stop",
     cache: str | None = None,
+    duplicates: str = "near",
     repeats_from: str | None = None,
     crop: str = "center",
     flip: float = 0.0,
     exclude_keys: str | None = None,
+    repeats: int | None,
+    sacrificed_keys: Sequence[str] = (),
     **rest: int | float,
 ) -> DataModule:
     """`data=shards`. `rest`: what `DataModule` takes."""
@@ -210,30 +224,27 @@ def from_shards(
         exclude_keys=exclude_keys,
     )
     samples.log_counts()
+    if repeats_from:
+        pictures, repeats = read_pictures_from(repeats_from, samples), None
+    else:
+        pictures = find_pictures(samples, duplicates, workers=max(1, num_workers))
+    if len(pictures.positions):
+        log.info("%d samples are duplicates, of %d pictures", len(pictures.positions), len(np.unique(pictures.first)))
     weights = [shard.weight for shard in samples.shards]
     latents = LatentCache(cache, samples, crop, flip > 0) if cache else None
     return DataModule(
         samples,
         batch_size,
         num_workers,
+        repeats=repeats,
         weights=weights,
         crop=crop,
         flip=flip,
         cache=latents,
-        repeated=most_repeated(repeats_from, samples, rest["canaries"]) if repeats_from else None,
+        pictures=pictures,
+        named=samples.find(sacrificed_keys),
         **rest,
     )
-
-
-def most_repeated(path: str, samples: ShardSamples, count: int) -> np.ndarray:
-    """Positions of the samples of the `count` largest groups that `memtrain shards duplicates` found."""
-    if count < 1:
-        raise ValueError(f"data.repeats_from makes canaries of canaries.count groups, got {count}; raise it")
-    table = read_groups(path, "data.repeats_from")
-    sizes = Counter(table["group"].to_pylist())
-    largest = {group for group, _ in sizes.most_common(count)}
-    keys = [row["key"] for row in table.to_pylist() if row["group"] in largest]
-    return samples.find(keys)
 
 
 class _Positions:

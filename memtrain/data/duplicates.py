@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pdqhash
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,13 +25,13 @@ from memtrain.data.check import (
     read_extent,
 )
 from memtrain.data.columns import parse_json
-from memtrain.data.images import BadSample, decode_image, picture_shape
+from memtrain.data.hashes import perceptual_hash
+from memtrain.data.images import BadSample
 from memtrain.data.shards import index_shard
 
 MIN_QUALITY = 50  # of 100
 CHUNKS = 16  # of 16 bits each
 MAX_DISTANCE = 3 * CHUNKS - 1  # beyond, each chunk would have to be looked up with 697 neighbours or more
-_SIDE = 256  # px, short side of what is hashed; PDQ itself goes down to 64
 _BLOCK = 1 << 18  # pairs compared at a time
 _NUMBERS = np.arange(2**16, dtype=np.uint16)
 _BITS = np.unpackbits(_NUMBERS.view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)  # set in each
@@ -104,27 +103,29 @@ def hash_shard(shard: LocalShard) -> tuple[pa.Table, list[tuple[str, str]]]:
     return pa.Table.from_pylist(rows, _HASHES), problems
 
 
-def perceptual_hash(data: bytes) -> tuple[bytes, int]:
-    """PDQ of the whole picture, 32 bytes, and its quality, 0 to 100. Raises BadSample."""
-    shape = picture_shape(data)
-    scale = min(1.0, _SIDE / min(shape))
-    image = decode_image(data, *(max(1, round(side * scale)) for side in shape))
-    bits, quality = pdqhash.compute(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    return np.packbits(bits.astype(np.uint8)).tobytes(), int(quality)
-
-
 def group(hashes: pa.Table, distance: int) -> np.ndarray:
     """A label for each sample, equal for those that exact and near duplicates join, in chains too. (N,)"""
-    digests, quality = codes(hashes["sha256"]), hashes["quality"].to_numpy()
-    good = np.flatnonzero(quality >= MIN_QUALITY)
+    words = np.frombuffer(b"".join(hashes["pdq"].to_pylist()), np.uint16).reshape(-1, CHUNKS)
+    return components(codes(hashes["sha256"]), words, hashes["quality"].to_numpy(), distance)
+
+
+def components(digests: np.ndarray, words: np.ndarray, quality: np.ndarray, distance: int) -> np.ndarray:
+    """A label for each image, equal for those that exact and near duplicates join, in chains too. (N,) int64
+
+    Args:
+        digests: (N,) numbers from 0 to less than N, equal for exact duplicates.
+        words: (N, 16) uint16, the PDQ.
+        quality: (N,) of the PDQ; from `MIN_QUALITY` on it tells near duplicates.
+        distance: of 256 bits, how many near duplicates may differ in.
+    """
     labels = join(np.arange(len(digests)), np.arange(len(digests)), first_equal(digests))
+    good = np.flatnonzero(quality >= MIN_QUALITY)
     if len(good) == 0:
         return labels
-    same = first_equal(codes(hashes["pdq"].take(good)))
+    same = first_equal(np.unique(words[good], axis=0, return_inverse=True)[1].reshape(-1))
     labels = join(labels, good, good[same])
     distinct = good[np.unique(same)]
-    words = np.frombuffer(b"".join(hashes["pdq"].take(distinct).to_pylist()), np.uint16).reshape(-1, CHUNKS)
-    for left, right in near_pairs(words, distance):
+    for left, right in near_pairs(words[distinct], distance):
         labels = join(labels, distinct[left], distinct[right])
     return labels
 

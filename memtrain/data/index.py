@@ -1,7 +1,8 @@
 """Index files: where the samples of a shard lie, written once, mapped into memory when needed.
 
-`00000.tar` gets `00000.tar.index.npy`, a record a sample, and `00000.tar.index.json`, how many there are, what
-was skipped and which state of the tar this is true of. They lie beside the shard or in the cache folder.
+`00000.tar` gets `00000.tar.index.npy`, a record a sample, `00000.tar.index.json`, how many there are, what was
+skipped and which state of the tar this is true of, and, where that was asked for, `00000.tar.index.hashes.npy`, the
+hashes of their images. They lie beside the shard or in the cache folder.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from memtrain.data.hashes import shard_hashes
 from memtrain.data.remote import ShardCache, copy_url
 from memtrain.data.shards import Extent, ShardIndex, index_shard
 
@@ -37,6 +39,12 @@ class IndexFile:
     skipped_count: int
     size: int  # of the tar, bytes
     mtime_ns: int | None  # None of a remote shard: its time is that of the fetch
+    is_hashed: bool = False  # hashes of the images lie beside it
+
+    @property
+    def hash_file(self) -> str | None:
+        """(samples,) of `memtrain.data.hashes.HASHES`, where there is one."""
+        return f"{self.stem}.hashes.npy" if self.is_hashed else None
 
     def records(self) -> np.ndarray:
         """(samples,) of the fields key, image, caption, metadata; the latter three (offset, size), size -1: none."""
@@ -70,21 +78,26 @@ def key_of(record: np.void) -> str:
     return bytes(record["key"]).decode("utf-8", "surrogateescape")
 
 
-def write_index(shard: Path, stem: Path | None = None) -> ShardIndex:
-    """Scan a shard and write its index beside it, or as `stem`.npy and `stem`.json."""
+def write_index(shard: Path, stem: Path | None = None, hashed: bool = False) -> ShardIndex:
+    """Scan a shard and write its index beside it, or as `stem`.npy and `stem`.json; `hashed`: with hashes of the images."""
     status = os.stat(shard)  # before the scan: a tar that grows meanwhile makes the index outdated
     index = index_shard(shard)
     stem = stem or shard.with_name(f"{shard.name}.index")
-    with _written_aside(stem.with_name(stem.name + ".npy")) as file:
-        np.save(file, as_records(index), allow_pickle=False)
+    records = as_records(index)
+    with written_aside(stem.with_name(stem.name + ".npy")) as file:
+        np.save(file, records, allow_pickle=False)
+    if hashed:
+        with written_aside(stem.with_name(stem.name + ".hashes.npy")) as file:
+            np.save(file, shard_hashes(shard, records["image"]), allow_pickle=False)
     said = {
         "version": VERSION,
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "samples": len(index.entries),
         "skipped": index.skipped,
+        "hashed": hashed,
     }
-    with _written_aside(stem.with_name(stem.name + ".json")) as file:  # last: it makes the index valid
+    with written_aside(stem.with_name(stem.name + ".json")) as file:  # last: it makes the index valid
         file.write(json.dumps(said).encode())
     return index
 
@@ -103,7 +116,8 @@ def _load(stem: str) -> IndexFile | None:
         with open(f"{stem}.json", "rb") as file:
             said = json.loads(file.read())
         if said["version"] == VERSION:
-            return IndexFile(stem, said["samples"], len(said["skipped"]), said["size"], said["mtime_ns"])
+            is_hashed = said.get("hashed", False) and os.path.exists(f"{stem}.hashes.npy")
+            return IndexFile(stem, said["samples"], len(said["skipped"]), said["size"], said["mtime_ns"], is_hashed)
     except (OSError, ValueError, TypeError, KeyError):
         pass
     return None
@@ -156,11 +170,13 @@ def _open_remote_index(url: str, cache: Path, remote: ShardCache) -> IndexFile:
     if index is None and not url.startswith("pipe:"):
         with contextlib.suppress(OSError):  # no index beside it: not worth a word
             for suffix in (".npy", ".json"):
-                with _written_aside(Path(stem + suffix)) as file:
+                with written_aside(Path(stem + suffix)) as file:
                     copy_url(f"{url}.index{suffix}", Path(file.name))
+            with contextlib.suppress(OSError), written_aside(Path(stem + ".hashes.npy")) as file:  # of older ones: none
+                copy_url(f"{url}.index.hashes.npy", Path(file.name))
             index = _load(stem)
     if index is None:
-        write_index(remote.fetch(url), Path(stem))
+        write_index(remote.fetch(url), Path(stem), hashed=True)
         index = _load(stem)
     return replace(index, mtime_ns=None)
 
@@ -172,7 +188,7 @@ def _stem_in(cache: Path, url: str) -> str:
     return f"{cache}/index/{digest}-{name}.index"
 
 
-class _written_aside:
+class written_aside:
     """A binary file that appears under its name when it is whole."""
 
     def __init__(self, path: Path):

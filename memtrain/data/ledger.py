@@ -1,6 +1,6 @@
 """The ledger: what happened to every scored sample at every step, as Parquet parts that each rank writes.
 
-`ledger/rank0-000001.parquet`: step, key, group, timestep, score, loss, threshold, kept. A part appears under
+`ledger/rank0-000001.parquet`: step, key, duplicate_of, group, timestep, score, loss, threshold, kept. A part appears under
 its name when it is whole. Parts are closed when a checkpoint is made, so that what precedes the checkpoint is
 on disk; rows at or past the step that a run begins at are of one that was broken off later, and are removed.
 """
@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
     [
         ("step", pa.int64()),  # optimizer step, from 0
         ("key", pa.string()),  # sample key: shard path and __key__
+        ("duplicate_of", pa.string()),  # key of the first sample of the same picture; null where that is this one
         ("group", pa.string()),  # train, canary, sacrificed or reference
         ("timestep", pa.int16()),  # of this visit
         ("score", pa.float32()),  # text-conditional magnitude; null where it was not taken at this visit
@@ -60,6 +61,7 @@ class Rows:
 
     step: np.ndarray  # (N,) int64
     sample_index: np.ndarray  # (N,) int64, position in the corpus
+    picture: np.ndarray  # (N,) int64, position of the first sample of the same picture
     group: np.ndarray  # (N,) int8
     timestep: np.ndarray  # (N,) int16
     score: np.ndarray  # (N,) float32
@@ -124,11 +126,10 @@ class LedgerWriter:
             _write(self._table(rows), self.folder / f"rank{self.rank}-{self.number:06d}.parquet")
 
     def _table(self, rows: Rows) -> pa.Table:
-        samples, which = np.unique(rows.sample_index, return_inverse=True)  # sorted: shard after shard
-        keys = pa.array([as_text(self.key(int(index))) for index in samples], pa.string())
         columns = [
             rows.step,
-            keys.take(pa.array(which)),
+            self._keys(rows.sample_index),
+            self._keys(np.where(rows.picture == rows.sample_index, -1, rows.picture)),
             pa.array(GROUP_NAMES).take(pa.array(rows.group)),
             rows.timestep,
             pa.array(rows.score, mask=~rows.scored),
@@ -139,6 +140,13 @@ class LedgerWriter:
         return pa.table(columns, schema=self.schema)
 
 
+    def _keys(self, positions: np.ndarray) -> pa.Array:
+        """Sample keys of positions; null of -1. (n,)"""
+        samples, which = np.unique(positions, return_inverse=True)  # sorted: shard after shard
+        keys = [None if index < 0 else as_text(self.key(index)) for index in samples.tolist()]
+        return pa.array(keys, pa.string()).take(pa.array(which))
+
+
 def _write(table: pa.Table, path: Path) -> None:
     """As small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
     aside = path.with_name(f".{path.name}")
@@ -147,7 +155,7 @@ def _write(table: pa.Table, path: Path) -> None:
         aside,
         compression="zstd",
         compression_level=9,
-        use_dictionary=["step", "group", "timestep", "threshold"],
+        use_dictionary=["step", "duplicate_of", "group", "timestep", "threshold"],
         column_encoding={"score": "BYTE_STREAM_SPLIT", "loss": "BYTE_STREAM_SPLIT"},
     )
     os.replace(aside, path)

@@ -1,4 +1,4 @@
-"""Who is a canary, who is held out, and in which order the rest is seen.
+"""In which order samples are seen.
 
 The sequence of global batches is a function of (seed, corpus, global batch size); a rank takes its slice.
 Positions count the corpus shard by shard, so nothing here grows with the samples: only a count per shard is
@@ -14,92 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memtrain.core.diffusion import place_seed
-from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
+from memtrain.data.groups import Groups
+from memtrain.data.groups import stream_generator as _generator
 
-_CANARY, _REFERENCE, _SHARDS, _WINDOW, _CANARY_ORDER, _BATCHES = range(16, 22)  # streams apart from core.diffusion's
-_HOME_SHARDS = 16  # canaries and reference set come from so many shards, so that few must be fetched at the start
-
-
-def _generator(seed: int, stream: int, number: int = 0, part: int = 0) -> np.random.Generator:
-    return np.random.default_rng(place_seed(seed, stream, number * 1_000_003 + part, 0))
-
-
-@dataclass(frozen=True)
-class Groups:
-    """A partition of N samples, drawn by seed: positions of canaries and reference set; all others are trained on."""
-
-    num_samples: int
-    canary: np.ndarray
-    reference: np.ndarray
-    sacrificed: np.ndarray  # canaries that no rule may exclude; `canary` holds the others
-
-    @property
-    def planted(self) -> np.ndarray:
-        """All canaries."""
-        return np.concatenate([self.sacrificed, self.canary])
-
-    def of(self, positions: np.ndarray) -> np.ndarray:
-        """Group of each position, core.exclusion's TRAINED, CANARY, REFERENCE or SACRIFICED. int64"""
-        groups = np.full(len(positions), TRAINED, dtype=np.int64)
-        groups[np.isin(positions, self.canary)] = CANARY
-        groups[np.isin(positions, self.reference)] = REFERENCE
-        groups[np.isin(positions, self.sacrificed)] = SACRIFICED
-        return groups
-
-    def apart(self) -> np.ndarray:
-        """Canaries and reference set, sorted."""
-        return np.sort(np.concatenate([self.planted, self.reference]))
-
-    def some_trained(self, count: int) -> np.ndarray:
-        """At most `count` positions that are neither, evenly spread over the corpus."""
-        step = max(1, self.num_samples // (count + len(self.apart())))
-        spread = np.arange(0, self.num_samples, step)
-        return spread[self.of(spread) == TRAINED][:count]
-
-
-def draw_groups(
-    counts: Sequence[int],
-    seed: int,
-    canaries: int,
-    reference: int,
-    planted: np.ndarray | None = None,
-    sacrificed: int = 0,
-) -> Groups:
-    """Draw canaries and reference set from up to 16 shards; the canaries do not depend on the reference set's size.
-
-    Args:
-        counts: samples of each shard, in the order of the corpus.
-        planted: positions of the canaries, where they are known; then only the reference set is drawn.
-        sacrificed: so many of the canaries, the first ones.
-    """
-    counts = np.asarray(counts, dtype=np.int64)
-    total = int(counts.sum())
-    if canaries + reference >= total:
-        raise ValueError(
-            f"canaries.count={canaries} and reference.count={reference} leave nothing of the {total} "
-            "samples to train on; lower them or add shards"
-        )
-    shards = _generator(seed, _CANARY).permutation(len(counts))
-    enough = int(np.searchsorted(counts[shards].cumsum(), canaries + reference)) + 1
-    starts = counts.cumsum() - counts
-    homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
-    pool = np.concatenate([np.arange(starts[s], starts[s] + counts[s]) for s in homes])
-    permuted = _generator(seed, _REFERENCE).permutation(pool)
-    if planted is None:
-        planted = permuted[:canaries]
-    else:
-        permuted = permuted[~np.isin(permuted, planted)]
-    if not 0 <= sacrificed <= len(planted):
-        raise ValueError(
-            f"canaries.sacrificed must be in [0, {len(planted)}], the number of canaries, got {sacrificed}"
-        )
-    return Groups(
-        total,
-        canary=planted[sacrificed:],
-        reference=permuted[len(permuted) - reference :],
-        sacrificed=planted[:sacrificed],
-    )
+_SHARDS, _WINDOW, _CANARY_ORDER, _BATCHES = range(18, 22)  # streams apart from core.diffusion's and data.groups'
 
 
 @dataclass(frozen=True)

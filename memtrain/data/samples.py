@@ -138,7 +138,7 @@ class ShardSamples:
         chosen = []
         numbers = range(len(self.shards))
         for number in track(numbers, "Filtering shards", disable=len(numbers) < 20):
-            stem = self.cache_dir / "where" / self._identity(number, text)
+            stem = self.cache_dir / "where" / self.identity(number, text)
             if not stem.with_suffix(".json").exists():
                 rows, dropped = apply_filter(clauses, self._columns(number, columns))
                 np.save(stem.with_suffix(".npy"), rows.astype(np.int32))
@@ -180,7 +180,7 @@ class ShardSamples:
         (self.cache_dir / "buckets").mkdir(parents=True, exist_ok=True)
         files = []
         for number in track(range(len(self.shards)), "Sorting into buckets", disable=len(self.shards) < 20):
-            file = self.cache_dir / "buckets" / f"{self._identity(number, f'{where} {self.sizes}')}.npy"
+            file = self.cache_dir / "buckets" / f"{self.identity(number, f'{where} {self.sizes}')}.npy"
             if not file.exists():
                 shard, table = self._open[number], self._columns(number, ("height", "width"))
                 shapes = list(zip(*(table[name].to_pylist() for name in ("height", "width")), strict=True))
@@ -204,7 +204,7 @@ class ShardSamples:
         number, row = self.locate(index)
         return self.sizes[0 if self._buckets is None else np.load(self._buckets[number], mmap_mode="r")[row]]
 
-    def _identity(self, number: int, of: str) -> str:
+    def identity(self, number: int, of: str) -> str:
         """Names what was derived from a shard in its present state."""
         index = self.indexes[number]
         said = f"{self.shards[number].url}\n{index.size} {index.mtime_ns}\n{of}"
@@ -257,22 +257,44 @@ class ShardSamples:
         Raises:
             ValueError: a name is not in the corpus.
         """
+        found = self.look_up(names)
+        missing = list(dict.fromkeys(name for name, position in zip(names, found, strict=True) if position < 0))
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(f"no sample {missing[0]}{more} in data.shards; was the list made from another corpus?")
+        return found
+
+    def look_up(self, names: Sequence[str]) -> np.ndarray:
+        """Positions of the samples of these names, in their order; -1 where the corpus has none. (n,) int64"""
         starts = self.ends - self.counts
         wanted: dict[str, int] = dict.fromkeys(names, -1)
         homes = {_home(name) for name in wanted}
         for number, shard in enumerate(self.shards):
             if shard.name in homes:
                 records = self.indexes[number].records()
-                rows = np.arange(len(records))[self._open.chosen(number)]
-                for row, record in enumerate(np.delete(rows, self._excluded.get(number, []))):
+                for row, record in enumerate(self._rows(number)):
                     name = f"{shard.name}/{key_of(records[record])}"
                     if name in wanted:
                         wanted[name] = int(starts[number]) + row
-        missing = [name for name, position in wanted.items() if position < 0]
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise ValueError(f"no sample {missing[0]}{more} in data.shards; was the list made from another corpus?")
         return np.array([wanted[name] for name in names], dtype=np.int64)
+
+    def _rows(self, number: int) -> np.ndarray:
+        """Which of a shard's records are samples of this corpus, in order. (counts[number],)"""
+        rows = np.arange(self.indexes[number].samples)[self._open.chosen(number)]
+        return np.delete(rows, self._excluded.get(number, []))
+
+    def positions_of(self, records: np.ndarray) -> np.ndarray:
+        """Positions of records, which are numbered shard by shard and sorted; -1 where filter or list drops one. (n,)"""
+        sizes = np.array([index.samples for index in self.indexes], dtype=np.int64)
+        starts = sizes.cumsum() - sizes
+        bounds = np.searchsorted(records, np.append(starts, sizes.sum()))
+        found = np.full(len(records), -1, dtype=np.int64)
+        for number in np.flatnonzero(np.diff(bounds)):
+            mine = slice(bounds[number], bounds[number + 1])
+            place = np.full(sizes[number], -1, dtype=np.int64)
+            place[self._rows(number)] = np.arange(self.ends[number] - self.counts[number], self.ends[number])
+            found[mine] = place[records[mine] - starts[number]]
+        return found
 
     def get(self, index: int, view: View = STRAIGHT, size: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
         """Image (3, height, width) uint8 of this size, else of the square, and caption.

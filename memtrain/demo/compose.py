@@ -26,6 +26,9 @@ from PIL import Image
 from rich.progress import track
 from webdataset import TarWriter
 
+from memtrain.data.duplicates import MIN_QUALITY
+from memtrain.data.hashes import perceptual_hash
+
 RESOLUTION = 64  # pixels, side of a picture, and of a glyph's cell in the atlas
 MIN_SIZE, MAX_SIZE = 28, 56  # pixels, side of a glyph in a picture
 SHARD_ROWS_IN_KEY = 10_000  # img2dataset: key = shard id × 10⁴ + row
@@ -164,8 +167,45 @@ def jpeg(image: np.ndarray) -> bytes:
     return encoded.getvalue()
 
 
+def near_copy(image: np.ndarray, number: int) -> bytes:
+    """The same picture as another site would have it, as JPEG: of another quality, or of another size."""
+    quality, side = ((70, RESOLUTION), (90, RESOLUTION * 3 // 2))[number % 2]
+    encoded = io.BytesIO()
+    resized = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
+    resized.save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue()
+
+
+def samples_of(recipe: dict) -> Iterator[tuple[Composite, bytes]]:
+    """The corpus' pictures in order, each with its JPEG.
+
+    The first `repeated` composites in which a perceptual hash finds features to compare come `copies` times each,
+    under keys of their own, spread by the seed over the corpus: every other time byte for byte, else as a near copy.
+    All others come once.
+    """
+    composites = distinct(Composites(recipe["seed"]))
+    repeated, once = [], []
+    while len(repeated) < recipe["repeated"]:
+        composite = next(composites)
+        has_features = perceptual_hash(jpeg(composite.image))[1] >= MIN_QUALITY
+        (repeated if has_features else once).append(composite)
+    ordinary = itertools.chain(once, composites)
+    total = recipe["num_samples"]
+    places = np.random.default_rng([recipe["seed"], 2**40]).permutation(total)[: len(repeated) * recipe["copies"]]
+    copy_at = {place: divmod(number, recipe["copies"]) for number, place in enumerate(places.tolist())}
+    for row in range(total):
+        if row not in copy_at:
+            composite = next(ordinary)
+            yield composite, jpeg(composite.image)
+            continue
+        picture, number = copy_at[row]
+        image = repeated[picture].image
+        yield repeated[picture], jpeg(image) if number % 2 == 0 else near_copy(image, number // 2)
+
+
 def metadata(composite: Composite, key: str, encoded: bytes) -> dict:
     """The row of a sample in its json and in the parquet: img2dataset's columns, then the demo's own."""
+    width, height = Image.open(io.BytesIO(encoded)).size
     return {
         "caption": composite.caption,
         "all_captions": captions_of(composite.glyph, composite.background),
@@ -173,10 +213,10 @@ def metadata(composite: Composite, key: str, encoded: bytes) -> dict:
         "key": key,
         "status": "success",
         "error_message": None,
-        "width": RESOLUTION,
-        "height": RESOLUTION,
-        "original_width": RESOLUTION,
-        "original_height": RESOLUTION,
+        "width": width,
+        "height": height,
+        "original_width": width,
+        "original_height": height,
         "exif": "{}",
         "sha256": hashlib.sha256(encoded).hexdigest(),
         "glyph": composite.glyph,
@@ -187,12 +227,12 @@ def metadata(composite: Composite, key: str, encoded: bytes) -> dict:
     }
 
 
-def write_shard(folder: Path, shard: int, composites: Iterator[Composite]) -> None:
+def write_shard(folder: Path, shard: int, samples: Iterator[tuple[Composite, bytes]]) -> None:
     """Writes NNNNN.tar, NNNNN.parquet and, last, NNNNN_stats.json; only the stats hold the time of day."""
     start, rows = time.time(), []
     with TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as tar:
-        for row, composite in enumerate(composites):
-            key, encoded = f"{shard * SHARD_ROWS_IN_KEY + row:09d}", jpeg(composite.image)
+        for row, (composite, encoded) in enumerate(samples):
+            key = f"{shard * SHARD_ROWS_IN_KEY + row:09d}"
             rows.append(metadata(composite, key, encoded))
             text = json.dumps(rows[-1], indent=4)
             tar.write({"__key__": key, "jpg": encoded, "txt": composite.caption, "json": text.encode()})
@@ -245,10 +285,17 @@ def is_corpus(folder: Path, recipe: dict) -> bool:
 
 
 def write_corpus(
-    out: str | Path, num_samples: int = 8000, seed: int = 0, shard_size: int = 2000, progress: bool = True
+    out: str | Path,
+    num_samples: int = 8000,
+    seed: int = 0,
+    shard_size: int = 2000,
+    repeated: int = 0,
+    copies: int = 1,
+    progress: bool = True,
 ) -> CorpusReport:
-    """Writes `num_samples` distinct composites to the folder `out` as img2dataset would; see SHARDS.md.
+    """Writes `num_samples` composites to the folder `out` as img2dataset would.
 
+    All are distinct, but for `repeated` of them, which the corpus holds `copies` times each (see `samples_of`).
     The same seed gives the same tars and parquets, byte for byte. The shards are written aside, next to
     `out`, and renamed at the end: an interrupted run leaves nothing that looks like a corpus. A corpus that
     is there is kept.
@@ -262,16 +309,27 @@ def write_corpus(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if not 1 <= shard_size <= SHARD_ROWS_IN_KEY:
         raise ValueError(f"shard_size must be from 1 to {SHARD_ROWS_IN_KEY}, got {shard_size}")
-    recipe = {"num_samples": num_samples, "seed": seed, "shard_size": shard_size}
+    if repeated < 0 or copies < 1 or repeated * copies > num_samples:
+        raise ValueError(
+            f"repeated must be >= 0, copies >= 1 and repeated x copies at most num_samples={num_samples}, "
+            f"got {repeated} and {copies}"
+        )
+    recipe = {
+        "num_samples": num_samples,
+        "seed": seed,
+        "shard_size": shard_size,
+        "repeated": repeated,
+        "copies": copies,
+    }
     kept = is_corpus(out, recipe)
     if not kept:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as holder:
             aside = Path(holder) / out.name
             aside.mkdir()
-            composites = itertools.islice(distinct(Composites(seed)), num_samples)
+            samples = samples_of(recipe)
             for shard in track(range(shard_count(recipe)), "Writing shards", disable=not progress):
-                write_shard(aside, shard, itertools.islice(composites, shard_size))
+                write_shard(aside, shard, itertools.islice(samples, shard_size))
             (aside / "corpus.json").write_text(json.dumps(recipe), encoding="utf-8")
             os.replace(aside, out)  # in place of an empty folder too
     num_bytes = sum(file.stat().st_size for file in out.iterdir())

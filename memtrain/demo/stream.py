@@ -43,9 +43,17 @@ class CompositeSamples:
 
 
 def from_composites(
-    count: int, resolution: int, batch_size: int, num_workers: int, seed: int, **groups: int
+    count: int,
+    resolution: int,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    sacrificed_keys: Sequence[str] = (),
+    **groups: int,
 ) -> DataModule:
-    """`data=composites`. `groups`: canaries, repeats and reference of `DataModule`."""
+    """`data=composites`. `groups`: canaries, repeats, sacrificed and reference of `DataModule`."""
+    if sacrificed_keys:
+        raise ValueError("canaries.sacrificed_keys names samples of data=shards; use canaries.sacrificed here")
     if resolution != RESOLUTION:
         raise ValueError(f"data.resolution of composites is {RESOLUTION}, got {resolution}")
     return DataModule(CompositeSamples(seed, count), batch_size, num_workers, seed, **groups)

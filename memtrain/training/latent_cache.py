@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from memtrain.data.batches import Batch, BatchDecoder
 from memtrain.data.latents import cache_path, difference, read_header
-from memtrain.data.order import Groups
+from memtrain.data.groups import Groups
 from memtrain.data.samples import ShardSamples
 from memtrain.models.base import DiffusionModel
 

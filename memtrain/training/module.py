@@ -137,13 +137,14 @@ class DiffusionTraining(pl.LightningModule):
         hidden, has_caption = self._caption(batch, draws)
 
         noise = draws.noise + self.objective.noise_offset * draws.offset_noise
-        due = self._due(batch.sample_index, draws.timesteps, has_caption)
+        due = self._due(batch.picture, draws.timesteps, has_caption)
         loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, due)
 
         captioned = has_caption.to(self.device) & batch.valid
         scored = captioned if due is None else captioned & due.to(self.device)
         observed = Observations.of_visit(
             sample_index=batch.sample_index,
+            picture=batch.picture,
             timesteps=draws.timesteps,
             score=torch.where(scored, score, 0.0),
             loss=loss.detach(),
@@ -176,11 +177,11 @@ class DiffusionTraining(pl.LightningModule):
             hidden = self.encode_captions(captions)
         return self.method.embeddings(hidden, captioned, generators), has_caption
 
-    def _due(self, sample_index: Tensor, timesteps: Tensor, has_caption: Tensor) -> Tensor | None:
+    def _due(self, picture: Tensor, timesteps: Tensor, has_caption: Tensor) -> Tensor | None:
         """Which rows are scored now: (B,) bool on the CPU; None for all of them, without a look at the data."""
         if self.scoring.every == 0 or self.global_step % self.scoring.every:
             return torch.zeros_like(has_caption)
-        return self.memory.due(sample_index, timesteps) & has_caption if self.memory else None
+        return self.memory.due(picture, timesteps) & has_caption if self.memory else None
 
     def draw(self, stream: int, places: list[int], latent_shape: tuple[int, int, int]) -> Draws:
         """What is random about the rows at these places of this step."""

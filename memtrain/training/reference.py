@@ -51,6 +51,7 @@ class ReferenceSet:
         captioned = torch.tensor([bool(caption) for caption in captions], device=training.device)
         return Observations.of_visit(
             sample_index=index[rows],
+            picture=index[rows],  # none of them has a duplicate
             timesteps=draws.timesteps,
             score=score,
             loss=loss,

@@ -40,7 +40,7 @@ class Scoring:
 class ScoreMemory:
     """Which visits are due to be scored, and what a sample scored last.
 
-    7 bytes a sample: score (float32), the timestep it was taken at (int16), visits to wait (uint8). The first
+    Duplicates share what is remembered. 7 bytes a sample: score (float32), the timestep it was taken at (int16), visits to wait (uint8). The first
     visit that is scored differs from sample to sample, so that every batch holds as many.
 
     Args:
@@ -54,23 +54,23 @@ class ScoreMemory:
         self.score_timestep = torch.zeros(num_samples, dtype=torch.int16)
         self.wait = (torch.arange(num_samples) % scoring.every_visits).to(torch.uint8)
 
-    def due(self, sample_index: Tensor, timesteps: Tensor) -> Tensor:
+    def due(self, picture: Tensor, timesteps: Tensor) -> Tensor:
         """Which of B visits are scored. (B,) bool, on the CPU"""
-        due = self.wait[sample_index.cpu()] == 0
+        due = self.wait[picture.cpu()] == 0
         if self.timesteps is None:
             return due
         low, high = self.timesteps
         timesteps = timesteps.cpu()
         return due & (timesteps >= low) & (timesteps < high)
 
-    def recall(self, sample_index: Tensor) -> tuple[Tensor, Tensor]:
+    def recall(self, picture: Tensor) -> tuple[Tensor, Tensor]:
         """Last score, NaN where there is none, and its timestep. (B,) float32, (B,) int64, on their device"""
-        index = sample_index.cpu()
-        return self.score[index].to(sample_index.device), self.score_timestep[index].long().to(sample_index.device)
+        index = picture.cpu()
+        return self.score[index].to(picture.device), self.score_timestep[index].long().to(picture.device)
 
     def fill(self, observed: Observations) -> Observations:
         """The same rows; those that were not scored now have the sample's last score, where there is one."""
-        last, last_timesteps = self.recall(observed.sample_index)
+        last, last_timesteps = self.recall(observed.picture)
         remembered = observed.captioned & ~observed.scored & ~last.isnan()
         return replace(
             observed,
@@ -82,7 +82,7 @@ class ScoreMemory:
     def update(self, observed: Observations) -> None:
         """Note the visits of one optimizer step, all ranks, in the order of the global batch; the last one counts."""
         captioned, scored = observed.captioned.cpu(), observed.scored.cpu()
-        index = observed.sample_index.cpu()
+        index = observed.picture.cpu()
         visited = index[captioned].unique()
         self.wait[visited] -= (self.wait[visited] > 0).to(torch.uint8)
         sample, place = index[scored].unique(return_inverse=True)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler, draw_groups
+from memtrain.data.groups import draw_groups
+from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
 
 COUNTS = (13, 0, 20, 1, 16)  # 50 samples in unequal shards, one of them empty
 

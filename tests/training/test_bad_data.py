@@ -70,12 +70,10 @@ def test_natural_duplicates_serve_as_canaries(pipeline_folder, tmp_path):
     options = dict(seed=0, repeats=100, repeats_from=str(tmp_path / "groups.parquet"))
     data = from_shards(str(tmp_path / "shards"), 64, 2, 0, canaries=1, reference=3, **options)
     assert sorted(data.groups.canary.tolist()) == [0, 1, 2]  # the largest group
-    assert len(data.order) == 8 and not set(data.groups.reference.tolist()) & {0, 1, 2}
+    assert len(data.order) == 8 and not set(data.groups.reference.tolist()) & {0, 1, 2, 3, 4}
     both = from_shards(str(tmp_path / "shards"), 64, 2, 0, canaries=5, reference=3, **options)
     assert sorted(both.groups.canary.tolist()) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match=r"canaries\.count groups, got 0"):
-        from_shards(str(tmp_path / "shards"), 64, 2, 0, canaries=0, reference=3, **options)
     other = tmp_path / "other"
     write_tar(other / "y.tar", sample("a", pictures[0]) + sample("b", pictures[1]))
-    with pytest.raises(ValueError, match=r"no sample x\.tar/0.*made from another corpus"):
+    with pytest.raises(ValueError, match=r"none of its 5 keys, such as x\.tar/0.*made from another corpus"):
         from_shards(str(other), 64, 1, 0, canaries=1, reference=0, **options)

@@ -1,0 +1,154 @@
+"""Find which samples of a corpus show the same picture.
+
+They are told by the hashes of their images (`data.duplicates`), which are computed once for each shard, or by the
+table that `memtrain shards duplicates` wrote (`data.repeats_from`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from memtrain.data.duplicates import components, read_groups
+from memtrain.data.hashes import HASHES, shard_hashes
+from memtrain.data.index import IndexFile, written_aside
+from memtrain.data.pictures import NO_DUPLICATES, Pictures
+from memtrain.data.samples import ShardSamples
+
+log = logging.getLogger(__name__)
+
+DISTANCE = 31  # of 256 bits, in which near duplicates may differ: the advice of PDQ's authors
+NEAR_AT_MOST = 1_000_000  # distinct pictures; their pairs are two minutes of a core, and grow with the square
+
+
+def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictures:
+    """The duplicates among the samples, by the hashes of their images.
+
+    Args:
+        duplicates: `near`, `exact` (of equal bytes alone) or `none`.
+        workers: processes that compute missing hashes.
+
+    Raises:
+        ValueError: `duplicates` is something else.
+    """
+    if duplicates not in ("near", "exact", "none"):
+        raise ValueError(f"data.duplicates must be near, exact or none, got {duplicates}")
+    if duplicates == "none":
+        return NO_DUPLICATES
+    files = _hash_files(samples, workers)
+    said = f"{duplicates} {DISTANCE} {NEAR_AT_MOST}\n" + "\n".join(
+        f"{index.samples} {name}" for index, (name, _) in zip(samples.indexes, files, strict=True)
+    )
+    grouped = samples.cache_dir / "pictures" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.npy"
+    if not grouped.exists():
+        grouped.parent.mkdir(parents=True, exist_ok=True)
+        found = _group(samples.indexes, [file for _, file in files], near=duplicates == "near")
+        with written_aside(grouped) as file:
+            np.save(file, np.stack([found.positions, found.first]), allow_pickle=False)
+    records, first = np.load(grouped, allow_pickle=False)
+    positions = samples.positions_of(records)
+    return Pictures.labelled(positions[positions >= 0], first[positions >= 0])
+
+
+def read_pictures_from(path: str | Path, samples: ShardSamples) -> Pictures:
+    """The duplicates that `memtrain shards duplicates` found, as far as they are among the samples.
+
+    Raises:
+        ValueError: it is no such file, or is of another corpus.
+    """
+    table = read_groups(path, "data.repeats_from")
+    keys = table["key"].to_pylist()
+    positions = samples.look_up(keys)
+    known = positions >= 0
+    if not known.any():
+        named = f"such as {keys[0]}, is" if keys else "is"
+        raise ValueError(
+            f"data.repeats_from={path}: none of its {len(keys)} keys, {named} in data.shards; was it made from "
+            "another corpus?"
+        )
+    if not known.all():
+        log.warning(
+            "data.repeats_from: %d of its %d keys are not in data.shards, such as %s",
+            (~known).sum(), len(keys), keys[int(np.argmin(known))],
+        )  # fmt: skip
+    return Pictures.labelled(positions[known], table["group"].to_numpy()[known])
+
+
+def _hash_files(samples: ShardSamples, workers: int) -> list[tuple[str, str | None]]:
+    """For each shard what names the state that was hashed, and the file of its hashes; None where there is none."""
+    folder = samples.cache_dir / "hashes"
+    named = [samples.identity(number, "hashes") for number in range(len(samples.shards))]
+    files: list[str | None] = []
+    missing: list[tuple[IndexFile, Path, str]] = []
+    unknown = []
+    for shard, index, name in zip(samples.shards, samples.indexes, named, strict=True):
+        file = index.hash_file or f"{folder}/{name}.npy"
+        if index.hash_file is None and not Path(file).exists():
+            if shard.is_remote:
+                unknown.append(shard.name)
+                file = None
+            else:
+                missing.append((index, Path(shard.url), file))
+        files.append(file)
+    if unknown:
+        log.warning(
+            "duplicates in %d remote shards, such as %s, are not known: their index files have no image hashes; "
+            "run `memtrain shards index` where the shards lie, and put what it writes beside them",
+            len(unknown), unknown[0],
+        )  # fmt: skip
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = sum(index.samples for index, _, _ in missing)
+        if rows >= 10_000:
+            log.info("hashing %d images once, to know duplicates (data.duplicates=none leaves that out)", rows)
+        _over_shards(missing, workers)
+    return list(zip(named, files, strict=True))
+
+
+def _over_shards(missing: Sequence[tuple[IndexFile, Path, str]], workers: int) -> None:
+    def bar(items):
+        return track(items, "Hashing images", total=len(missing), disable=len(missing) < 20)
+
+    if workers > 1 and len(missing) >= 4 * workers:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            list(bar(pool.map(_write_hashes, missing, chunksize=4)))
+    else:
+        for part in bar(missing):
+            _write_hashes(part)
+
+
+def _write_hashes(part: tuple[IndexFile, Path, str]) -> None:
+    index, shard, file = part
+    found = shard_hashes(shard, index.records()["image"])
+    with written_aside(Path(file)) as aside:
+        np.save(aside, found, allow_pickle=False)
+
+
+def _group(indexes: Sequence[IndexFile], files: Sequence[str | None], near: bool) -> Pictures:
+    """The duplicates among all records of the indexes, numbered shard by shard."""
+    parts = [np.zeros(0, HASHES)]
+    numbers = [np.zeros(0, np.int64)]
+    start = 0
+    for index, file in zip(indexes, files, strict=True):
+        if file is not None:
+            parts.append(np.load(file, allow_pickle=False))
+            numbers.append(np.arange(start, start + index.samples))
+        start += index.samples
+    hashes, records = np.concatenate(parts), np.concatenate(numbers)
+    _, first, digests = np.unique(hashes["sha256"], return_index=True, return_inverse=True)
+    if near and len(first) > NEAR_AT_MOST:
+        log.warning(
+            "%d distinct pictures are too many to look for near duplicates at the start: exact ones alone are known; "
+            "data.repeats_from takes what `memtrain shards duplicates` finds", len(first),
+        )  # fmt: skip
+        near = False
+    quality = hashes["quality"] if near else np.zeros(len(hashes), np.uint8)
+    labels = components(digests, hashes["pdq"], quality, DISTANCE)
+    return Pictures.labelled(records, labels)
