@@ -40,7 +40,7 @@ def simulated(
     order = np.argsort(step, kind="stable")
     score = np.exp(log_score).astype(np.float32)
     rows = Rows(
-        step, index, group.astype(np.int8), timestep.astype(np.int16), score, np.ones(len(index), bool),
+        step, index, index, group.astype(np.int8), timestep.astype(np.int16), score, np.ones(len(index), bool),
         np.full(len(index), 0.1, np.float32), np.full(len(index), 3, np.float32), score < 3,
     )  # fmt: skip
     return rows.where(order)

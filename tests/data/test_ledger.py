@@ -17,9 +17,11 @@ from memtrain.data.ledger import SCHEMA, About, LedgerWriter, Rows, begin, drawn
 def visits(count: int, batch: int = 32, first: int = 0, seed: int = 0, samples: int = 80_000) -> Rows:
     """Random ones, as a run over LAION has them: eight shards of 10,000 samples open, nothing seen twice."""
     draw = np.random.default_rng(seed)
+    sample_index = draw.permutation(samples)[:count]
     return Rows(
         step=first + np.arange(count) // batch,
-        sample_index=draw.permutation(samples)[:count],
+        sample_index=sample_index,
+        picture=np.where(sample_index % 100, sample_index, 0),  # one in a hundred shows the first one's
         group=draw.choice(np.array([TRAINED, CANARY, REFERENCE], np.int8), count, p=[0.8, 0.1, 0.1]),
         timestep=draw.integers(0, 1000, count).astype(np.int16),
         score=np.exp(draw.normal(0.5, 0.5, count)).astype(np.float32),
@@ -50,6 +52,9 @@ def test_what_is_written_comes_back(tmp_path):
     table = memtrain.read_ledger(str(tmp_path)).to_table()
     assert table.schema.equals(SCHEMA) and read_about(tmp_path) == About(1000, 0.5)
     assert table["key"].to_pylist() == [laion_key(index) for index in rows.sample_index.tolist()]
+    assert table["duplicate_of"].to_pylist() == [
+        laion_key(0) if index and index % 100 == 0 else None for index in rows.sample_index.tolist()
+    ]
     assert np.array_equal(table["group"].to_numpy() == "canary", rows.group == CANARY)
     for name in ("step", "timestep", "loss", "threshold", "kept"):
         assert np.array_equal(table[name].to_numpy(), getattr(rows, name))
@@ -139,7 +144,7 @@ def test_a_folder_without_a_ledger_is_named(tmp_path):
 
 def test_the_three_questions_of_the_readme(tmp_path):
     def row(step, index, timestep, score, kept, group=TRAINED):
-        return (step, index, group, timestep, score, score == score, 0.1, 2.0, kept)
+        return (step, index, index, group, timestep, score, score == score, 0.1, 2.0, kept)
 
     nan = float("nan")
     table = [
@@ -148,7 +153,7 @@ def test_the_three_questions_of_the_readme(tmp_path):
         row(0, 1, 900, 1.0, True), row(2, 1, 950, 2.0, True),
         row(0, 2, 900, 8.0, False, REFERENCE),
     ]  # fmt: skip
-    kinds = (np.int64, np.int64, np.int8, np.int16, np.float32, bool, np.float32, np.float32, bool)
+    kinds = (np.int64, np.int64, np.int64, np.int8, np.int16, np.float32, bool, np.float32, np.float32, bool)
     columns = [np.array(column, kind) for column, kind in zip(zip(*table, strict=True), kinds, strict=True)]
     write(tmp_path, Rows(*columns), key="abc".__getitem__)
     ledger = read_ledger(tmp_path)

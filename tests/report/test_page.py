@@ -105,7 +105,7 @@ def write_ledger(run, excludes: bool, with_reference: bool, fixed: bool) -> None
         scored = rng.random(24) < 0.9
         writer.add(
             Rows(
-                np.full(24, step), index, group.astype(np.int8), timestep.astype(np.int16),
+                np.full(24, step), index, index, group.astype(np.int8), timestep.astype(np.int16),
                 score.astype(np.float32), scored, np.full(24, 0.1, np.float32),
                 threshold.astype(np.float32), kept,
             )
