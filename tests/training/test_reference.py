@@ -41,7 +41,7 @@ class Seen(pl.Callback):
 def still(pipeline, exclusion=None, **options):
     """A module that does not learn: the model is the same at every step."""
     module = build_module(pipeline, exclusion, **(dict(caption_dropout=0.0, reference_every=1) | options))
-    module.optimizer_config = AdamW(0.0, (0.9, 0.999), 0.0, 1e-3, "constant", 0, eight_bit=False)
+    module.optimizer_config = AdamW(1e-30, (0.9, 0.999), 0.0, 1e-3, "constant", 0, eight_bit=False)
     return module
 
 
