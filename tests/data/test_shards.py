@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -257,6 +258,32 @@ def test_a_bad_sample_keeps_its_row_and_is_named_once(tmp_path, caplog):
         "bad sample x.tar/b: image cannot be decoded (UnidentifiedImageError)"
     ]
     assert data.problems_by_cause() == {"image cannot be decoded (UnidentifiedImageError)": 1}
+
+
+def test_samples_that_are_closed_have_no_file_open_and_can_be_read_again(tmp_path):
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("this system does not list a process's open files")
+    for name in ("0.tar", "1.tar"):
+        write_tar(tmp_path / name, sample("a", name))
+    samples = ShardSamples(str(tmp_path), 16, cache_dir=tmp_path / "cache")
+
+    def open_files() -> list[str]:
+        names = [os.readlink(link) for link in map(str, Path("/proc/self/fd").iterdir()) if os.path.islink(link)]
+        return [name for name in names if name.startswith(str(tmp_path))]
+
+    for _ in range(2):
+        assert [(samples.key(index), samples.get(index)[1]) for index in range(2)] == [
+            ("0.tar/a", "0.tar"),
+            ("1.tar/a", "1.tar"),
+        ]
+        assert open_files()
+        held = samples._open[0]
+        samples.close()
+        assert not [name for name in open_files() if name.endswith(".tar")]
+        with pytest.raises(ValueError, match="closed"):  # never the file that has its number now
+            held.read(held.record(0)["image"])
+        del held
+        assert not open_files()
 
 
 def test_keys_tell_folders_apart(tmp_path):
