@@ -35,7 +35,7 @@ class RunningQuantiles:
         values (B,), bins (B,) int64 -> (num_bins, num_buckets) float64
         """
         num_buckets = self.counts.shape[1]
-        buckets = ((values.double().cpu() - self.low) / self.width).floor().clamp(0, num_buckets - 1).long()
+        buckets = ((values.cpu().double() - self.low) / self.width).floor().clamp(0, num_buckets - 1).long()
         flat = torch.zeros_like(self.counts).flatten()
         flat.index_add_(0, bins.cpu() * num_buckets + buckets, torch.ones_like(buckets, dtype=torch.float64))
         return flat.view_as(self.counts)
