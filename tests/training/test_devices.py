@@ -86,7 +86,7 @@ def test_score_memory_curves_and_table_look_on():
                 num_timesteps=1000, device=device, step_observed=some(TRAINED, device), reference_observed=None,
                 step_kept=torch.ones(32, dtype=torch.bool).to(device), step_threshold=torch.ones(32).to(device),
                 scoring_time=SimpleNamespace(take=lambda: 0.0),
-                accumulation=SimpleNamespace(samples_seen=32, updates_skipped=0, scaler_backoffs=0),
+                accumulation=SimpleNamespace(samples_seen=32, updates_skipped=0),
             )  # fmt: skip
             curves, memory = MemorizationCurves(every=9, high_noise=0.5), ScoreMemory(32, Scoring(every_visits=2))
             table = MemorizedTable(0, 4, 2, 0.3, 2, 2.0, 0.5, 8)
