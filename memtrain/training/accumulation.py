@@ -31,7 +31,7 @@ class Accumulation:
         self.samples_seen = 0  # all ranks, as the other counts
         self.samples_bad = 0  # that could not be decoded
         self.updates_skipped = 0  # because every sample was excluded
-        self.scaler_backoffs = 0  # updates skipped because the scaled fp16 gradient overflowed; the scale is then halved
+        self.scaler_backoffs = 0  # updates skipped because the scaled fp16 gradient overflowed
         self.step_is_bad = False  # the newest step: a loss or gradient was not finite
         self.is_skipped = False  # the newest step made no update
         self.mid_step = False  # weights, average and rule are not yet all those of one step

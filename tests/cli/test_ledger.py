@@ -55,7 +55,7 @@ def key(index: int) -> str:
 
 @pytest.mark.parametrize("reference", [HELD_OUT, 0])
 def test_a_row_of_the_ledger_takes_few_bytes_to_judge(tmp_path, monkeypatch, reference):
-    """Counted are NumPy's peak and what Arrow holds meanwhile: neither depends on the machine, as resident memory does."""
+    """NumPy's peak, and what Arrow holds meanwhile: unlike resident memory the same on every machine."""
     few = simulated(reference=reference)
     rows = Rows.concatenate([few] * 12)
     write(tmp_path, rows, key=key)

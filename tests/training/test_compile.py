@@ -25,7 +25,7 @@ def counter(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_compiles_two_graphs_and_is_the_run_that_is_not_compiled(pipeline_folder, corpus, tmp_path, counter):
-    """Scores of one to four rows, of a reference set of three, exclusion, validation of fives, generations of threes."""
+    """One to four rows are scored, three of the reference set, five in validation; three are generated."""
     trained = []
     for compile in (False, True):
         module = build_module(
