@@ -44,7 +44,7 @@ class MemorizationCurves(AfterEachStep):
         super().on_train_start(trainer, pl_module)
         self.recent = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
         if self.total is None:
-            self.total, self.late = (self.recent.sums.double().cpu() for _ in range(2))
+            self.total, self.late = (self.recent.sums.cpu().double() for _ in range(2))
         self.held: list[tuple[Observations, Tensor, Tensor]] = []
         self.step_at_log = trainer.global_step
         self.clock_runs = False
@@ -77,7 +77,7 @@ class MemorizationCurves(AfterEachStep):
         if self.held:
             self._add()
         self.recent.flat[-1] = pl_module.scoring_time.take() / trainer.world_size
-        flat = ranks.all_reduce(trainer, self.recent.flat.clone()).double().cpu()
+        flat = ranks.all_reduce(trainer, self.recent.flat.clone()).cpu().double()
         self.recent.flat.zero_()
         seconds, scoring = time.perf_counter() - self.began, flat[-1].item()
         point = LiveStatistics(pl_module.num_timesteps, self.high_noise, flat=flat)

@@ -38,7 +38,8 @@ def generate(
 ) -> Tensor:
     """Latents (B, C, H, W), float32 on the CPU, of one generation a prompt, each from a seed of its own."""
     start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    with trainer.precision_plugin.forward_context():
+    # a compiled UNet would be compiled anew for what a pipeline calls it with
+    with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         latents = pipeline(
             list(prompts),
             latents=start.to(pipeline.device),

@@ -55,6 +55,7 @@ class Summary(pl.Callback):
             "steps": trainer.global_step,
             "samples_seen": pl_module.accumulation.samples_seen,
             "updates_skipped": pl_module.accumulation.updates_skipped,
+            "scaler_backoffs": pl_module.accumulation.scaler_backoffs,
             "samples_per_second": (pl_module.accumulation.samples_seen - self.samples_before) / seconds,
             "heldout_loss": figure("heldout_loss"),
             "score": {

@@ -136,7 +136,7 @@ def reachable(warmup: float, half_life: int, *, bins: int = 1, needed: str = "wa
 
 
 def restored(state: dict[str, Tensor], **own: Tensor) -> list[Tensor]:
-    """Copies of a checkpoint's tensors, each as large as the rule's own."""
+    """The rule's own tensors, each filled with what the checkpoint has of it; no second copy of 100 M samples."""
     for name, tensor in own.items():
         if name not in state or state[name].shape != tensor.shape:
             found = f"{name} of shape {tuple(state[name].shape)}" if name in state else f"no {name}"
@@ -144,7 +144,7 @@ def restored(state: dict[str, Tensor], **own: Tensor) -> list[Tensor]:
                 f"the checkpoint's exclusion rule has {found}, this one's is {tuple(tensor.shape)}; resume with the "
                 "exclusion and the shards that the run was started with"
             )
-    return [state[name].clone() for name in own]
+    return [tensor.copy_(state[name]) for name, tensor in own.items()]
 
 
 # ---- rules that hold every score against one threshold

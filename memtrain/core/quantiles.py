@@ -36,7 +36,7 @@ class RunningQuantiles:
         values (B,), bins (B,) int64 -> (num_bins, num_buckets) float64
         """
         num_buckets = self.counts.shape[1]
-        values, bins = values.double().cpu(), bins.cpu()
+        values, bins = values.cpu().double(), bins.cpu()
         finite = values.isfinite()
         values, bins = values[finite], bins[finite]
         buckets = ((values - self.low) / self.width).floor().clamp(0, num_buckets - 1).long()

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -227,6 +227,31 @@ def read_ledger(run: str | Path) -> pyarrow.dataset.Dataset:
             f"{run} has no ledger; name a run's folder (written at the first checkpoint, unless ledger=off)"
         )
     return pyarrow.dataset.dataset(parts, format="parquet", schema=pq.read_schema(parts[0]))
+
+
+def batches(
+    ledger: pyarrow.dataset.Dataset, columns: list[str], rows: pc.Expression | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Columns of a ledger, piece by piece and in order; few pieces are in memory at a time."""
+    scanned = ledger.to_batches(columns, rows, batch_size=2**16, batch_readahead=1, fragment_readahead=1)
+    return (batch for batch in scanned if len(batch))
+
+
+class KeyNumbers:
+    """Numbers samples as their keys come, piece by piece: 4 bytes a row instead of a key."""
+
+    def __init__(self):
+        self.keys = pa.array([], pa.string())  # of each number
+
+    def of(self, keys: pa.Array) -> np.ndarray:
+        """(N,) keys -> (N,) int32"""
+        encoded = keys.dictionary_encode()
+        known = pc.index_in(encoded.dictionary, self.keys)
+        fresh = encoded.dictionary.filter(known.is_null())
+        number = known.fill_null(-1).to_numpy().copy()
+        number[number < 0] = np.arange(len(self.keys), len(self.keys) + len(fresh))
+        self.keys = pa.concat_arrays([self.keys, fresh])
+        return number[encoded.indices.to_numpy()]
 
 
 def read_about(run: str | Path) -> About:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from memtrain.core.exclusion import GROUP_NAMES, TRAINED
-from memtrain.data.ledger import FOLDER, read_about, read_ledger
+from memtrain.data.ledger import FOLDER, batches, read_about, read_ledger
 from memtrain.report.suspects import Judged, judge
 
 BINS = 10  # timestep bins
@@ -101,12 +101,6 @@ def view_ledger(folder: Path) -> LedgerView | None:
     )
 
 
-def _batches(dataset: ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    for batch in dataset.to_batches(columns=columns, filter=pc.field("score") > 0):
-        if batch.num_rows:
-            yield batch
-
-
 def _draw(dataset: ds.Dataset, count: int) -> dict[str, np.ndarray]:
     """Timestep, score, threshold and kept of some scored visits of each group. (V, 4)
 
@@ -115,7 +109,7 @@ def _draw(dataset: ds.Dataset, count: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     drawn: dict[str, list[np.ndarray]] = {}
     share = min(1.0, 2e5 / count)
-    for batch in _batches(dataset, ["group", "timestep", "score", "threshold", "kept"]):
+    for batch in batches(dataset, ["group", "timestep", "score", "threshold", "kept"], pc.field("score") > 0):
         names = ("timestep", "score", "threshold", "kept")
         rows = np.stack([batch[n].to_numpy(zero_copy_only=False).astype(np.float64) for n in names], axis=1)
         group = pc.index_in(batch["group"], pa.array(GROUP_NAMES)).to_numpy(zero_copy_only=False)
@@ -151,18 +145,19 @@ def _threshold(rows: np.ndarray, num_timesteps: int) -> np.ndarray | None:
 def _most_excluded(dataset: ds.Dataset) -> list[dict]:
     parts: list[pa.Table] = []
     trained = ~pc.field("kept") & (pc.field("group") != "reference")
-    for batch in dataset.to_batches(columns=["key", "group"], filter=trained):
+    for batch in batches(dataset, ["key", "group"], trained):
         ones = pa.array(np.ones(len(batch), dtype=np.int64))
         parts.append(pa.Table.from_batches([batch]).append_column("excluded", ones))
-        if sum(map(len, parts)) > 2_000_000:
+        if sum(map(len, parts[1:])) > max(2**17, len(parts[0])):
             parts = [_summed(parts)]
     if not parts:
         return []
     ranked = _summed(parts).sort_by([("excluded", "descending"), ("key", "ascending")])
     found = ranked.slice(0, _LISTED).to_pylist()
     keys = pa.array([row["key"] for row in found], pa.string())
-    visits = dataset.to_table(columns=["key"], filter=pc.field("key").isin(keys))["key"]
-    number = {entry["values"]: entry["counts"] for entry in pc.value_counts(visits).to_pylist()}
+    number = Counter()
+    for batch in batches(dataset, ["key"], pc.field("key").isin(keys)):
+        number.update(batch["key"].to_pylist())
     return [{**row, "visits": number[row["key"]]} for row in found]
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memtrain.core.exclusion import GROUP_NAMES, REFERENCE, TRAINED
-from memtrain.data.ledger import read_about, read_ledger
+from memtrain.data.ledger import KeyNumbers, batches, read_about, read_ledger
 
 HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out (METHOD.md, the trial)
 NUM_BINS = 10  # of timesteps, over the whole schedule
@@ -61,36 +61,21 @@ def judge(run: str | Path) -> Judged:
     Raises:
         ValueError: there is no ledger, or no score at high noise in it.
     """
-    about = read_about(run)
-    table = read_ledger(run).to_table(columns=["step", "key", "group", "timestep", "score", "loss", "kept"])
-    encoded = table["key"].dictionary_encode().combine_chunks()
-    keys, sample = encoded.dictionary, encoded.indices.to_numpy()
-    column = {name: table[name].to_numpy() for name in ("step", "timestep", "score", "loss", "kept")}
+    visits = _read(run)
+    num_timesteps = read_about(run).num_timesteps
+    keys, sample, scored = visits.keys, visits.sample, np.isfinite(visits.score)
     group = np.zeros(len(keys), dtype=np.int64)  # of each sample
-    group[sample] = pc.index_in(table["group"], pa.array(GROUP_NAMES)).to_numpy()
-    step, score = column["step"], column["score"]  # NaN where it was not taken
-    scored = np.isfinite(score)
+    group[sample] = visits.group
 
-    high = scored & (column["timestep"] >= HIGH_NOISE * about.num_timesteps)
+    high = scored & (visits.timestep >= HIGH_NOISE * num_timesteps)
     has_reference = bool((group[sample[high]] == REFERENCE).any())
     compared = group == (REFERENCE if has_reference else TRAINED)
     if not (high & compared[sample]).any():
         raise ValueError(f"{run}: the ledger has no scores at high noise to compare with; train longer")
-    of = sample[high]
-    x = _log(score[high]) - _log(column["loss"][high]) / 2
-    bins = column["timestep"][high].astype(np.int64) * NUM_BINS // about.num_timesteps
-    cells = _periods(step[high], compared[of], len(np.unique(bins))) * NUM_BINS + bins
-    z, counts = z_scores(x, of, cells, compared)
-
-    of, z = of[counts], z[counts]
-    time = (step[high][counts] - step.min() + 1) / (step.max() - step.min() + 1)  # (0, 1] of the run
-    visits = np.bincount(of, minlength=len(keys))
-    judged = visits > 0
+    high_visits, evidence = _evidence(visits, high, compared, num_timesteps)
+    judged = high_visits > 0
     if not (judged & compared).any():
         raise ValueError(f"{run}: too few scores at high noise to compare with; train longer")
-    level = strength(z, time, of, judged & compared)
-    rise = strength(centred(z, of), centred(time, of), of, judged & compared, fitted=2)
-    evidence = np.maximum(level, rise)
     null = np.sort(evidence[judged & compared])
     above = len(null) - np.searchsorted(null, evidence, side="left")
     named = judged & (group != REFERENCE)
@@ -104,20 +89,77 @@ def judge(run: str | Path) -> Judged:
         "key": keys.take(pa.array(order)),
         "group": pa.array(GROUP_NAMES).take(pa.array(group[order])),
         "visits": all_visits[order],
-        "high_noise_visits": visits[order],
+        "high_noise_visits": high_visits[order],
         "evidence": evidence[order],
         "p_value": p_value[order],
-        "mean_score": np.bincount(sample[scored], score[scored], minlength=len(keys))[order] / all_scored[order],
-        "excluded_share": np.bincount(sample, ~column["kept"], minlength=len(keys))[order] / all_visits[order],
+        "mean_score": np.bincount(sample[scored], visits.score[scored], minlength=len(keys))[order] / all_scored[order],
+        "excluded_share": np.bincount(sample, ~visits.kept, minlength=len(keys))[order] / all_visits[order],
     }
     return Judged(
         pa.table(columns),
-        rows=len(table),
-        steps=int(step.max() - step.min()) + 1,
-        sample=about.sample,
+        rows=len(sample),
+        steps=visits.steps,
+        sample=read_about(run).sample,
         compared_with=len(null),
         has_reference=has_reference,
     )
+
+
+@dataclass(frozen=True)
+class _Visits:
+    """All rows of a ledger, at 20 bytes a row; samples are numbered in the order in which they come."""
+
+    keys: pa.Array  # of each sample
+    sample: np.ndarray  # (N,) int32, number
+    group: np.ndarray  # (N,) int8
+    step: np.ndarray  # (N,) int32
+    timestep: np.ndarray  # (N,) int16
+    score: np.ndarray  # (N,) float32, NaN where it was not taken
+    loss: np.ndarray  # (N,) float32
+    kept: np.ndarray  # (N,) bool
+
+    @property
+    def steps(self) -> int:
+        """From the first to the last."""
+        return int(self.step.max() - self.step.min()) + 1
+
+
+def _read(run: str | Path) -> _Visits:
+    """Piece by piece: a key and a group as text take more than all else, and are needed once a sample."""
+    ledger = read_ledger(run)
+    numbers = KeyNumbers()
+    kinds = {"sample": np.int32, "group": np.int8, "step": np.int32, "timestep": np.int16}
+    kinds |= {"score": np.float32, "loss": np.float32, "kept": bool}
+    column = {name: np.empty(ledger.count_rows(), kind) for name, kind in kinds.items()}
+    first = 0
+    for batch in batches(ledger, ["step", "key", "group", "timestep", "score", "loss", "kept"]):
+        rows = slice(first, first := first + len(batch))
+        column["sample"][rows] = numbers.of(batch["key"])
+        column["group"][rows] = pc.index_in(batch["group"], pa.array(GROUP_NAMES)).to_numpy()
+        for name in ("step", "timestep", "score", "loss", "kept"):
+            column[name][rows] = batch[name].to_numpy(zero_copy_only=False)
+    return _Visits(numbers.keys, **column)
+
+
+def _evidence(
+    visits: _Visits, high: np.ndarray, compared: np.ndarray, num_timesteps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Visits that count and evidence of each sample, from the rows `high` (N,) bool. (samples,), (samples,)"""
+    of, step = visits.sample[high], visits.step[high]
+    x = _log(visits.score[high]) - _log(visits.loss[high]) / 2
+    bins = visits.timestep[high].astype(np.int32) * NUM_BINS // num_timesteps
+    cells = _periods(step, compared[of], len(np.unique(bins))).astype(np.int32) * NUM_BINS + bins
+    z, counts = z_scores(x, of, cells, compared)
+    of, z = of[counts], z[counts]
+    time = (step[counts] - visits.step.min() + 1) / visits.steps  # (0, 1] of the run
+    del x, bins, cells, step, counts  # they are as large as what follows
+    number = np.bincount(of, minlength=len(compared))
+    known = (number > 0) & compared
+    if not known.any():
+        return number, np.zeros(len(compared))
+    level = strength(z, time, of, known)
+    rise = strength(centred(z, of), centred(time, of), of, known, fitted=2)
+    return number, np.maximum(level, rise)
 
 
 def _periods(step: np.ndarray, compared: np.ndarray, num_bins: int) -> np.ndarray:
@@ -140,18 +182,23 @@ def z_scores(
         z (N,), and (N,) bool, whether three rows at least were there to compare with.
     """
 
-    def sums(where: np.ndarray, values: np.ndarray) -> np.ndarray:  # (3, len(values)) of the rows with equal `where`
-        _, place = np.unique(where, return_inverse=True)
-        mine = compared[sample]
-        return np.stack([np.bincount(place, mine * power)[place] for power in (1.0, values, values**2)])
-
     centred = log_score - log_score.mean()  # squares of small numbers lose nothing
-    pairs = sample.astype(np.int64) * (cells.max() + 1) + cells
-    count, total, squares = sums(cells, centred) - sums(pairs, centred)
+    mine = compared[sample]
+    held, cell = centred[mine], cells[mine]
+    _, pair = np.unique(sample[mine].astype(np.int64) * (cells.max() + 1) + cell, return_inverse=True)
+
+    def others(power: np.ndarray) -> np.ndarray:  # sums over the rows with equal cell, less those with equal pair too
+        found = np.bincount(cell, power, minlength=cells.max() + 1)[cells]
+        found[mine] -= np.bincount(pair, power)[pair]
+        return found
+
+    count = others(np.ones(len(held)))
     counts = count >= 3
     count = np.maximum(count, 3)
-    mean = total / count
-    variance = np.maximum(squares / count - mean**2, 0) * count / (count - 1)
+    mean = others(held) / count
+    variance = others(held**2) / count
+    variance -= mean**2
+    variance = np.maximum(variance, 0, out=variance) * count / (count - 1)
     return (centred - mean) / np.sqrt(np.maximum(variance, 1e-12)), counts
 
 

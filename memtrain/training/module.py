@@ -220,8 +220,7 @@ class DiffusionTraining(pl.LightningModule):
             if due is None:
                 return loss, self._score(noisy, timesteps, prediction)
             score = torch.zeros_like(loss)
-            rows = due.nonzero()[:, 0]
-            rows = (_padded(rows, len(noisy)) if model.compiled else rows).to(noisy.device)
+            rows = due.nonzero()[:, 0].to(noisy.device)
             if len(rows):  # a UNet cannot have a batch of none
                 score[rows] = self._score(noisy[rows], timesteps[rows], prediction[rows])
             return loss, score
@@ -331,10 +330,3 @@ class DiffusionTraining(pl.LightningModule):
             self.memory.load_state_dict(state["scores"])
         self.accumulation.load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
-
-
-def _padded(rows: Tensor, batch_size: int) -> Tensor:
-    """Row numbers, some said twice, so that their count is one of five shapes: a compiled model sees no more."""
-    quarter = -(-batch_size // 4)
-    count = -(-len(rows) // quarter) * quarter
-    return rows if len(rows) == 0 else torch.cat([rows, rows[:1].expand(count - len(rows))])

@@ -38,26 +38,28 @@ class Stops:
         self.bad_in_a_row = 0
         self.reason: BaseException | None = None  # raised when the step is over and the checkpoint written
 
-    def report(self, bad: Tensor) -> Tensor:
-        """What this rank has seen at this step. () bool -> (1 + signals,) float32"""
-        signals = torch.tensor([float(self.received == number) for number in EXIT_CODES], device=bad.device)
-        return torch.cat([bad.float()[None], signals])
+    def report(self, bad_losses: Tensor, bad_gradients: Tensor) -> Tensor:
+        """What this rank has seen at this step. (), () bool -> (2 + signals,) float32"""
+        signals = torch.tensor([float(self.received == number) for number in EXIT_CODES], device=bad_losses.device)
+        return torch.cat([torch.stack([bad_losses, bad_gradients]).float(), signals])
 
-    def agree(self, reported: Sequence[float], step: int, keys: Sequence[str]) -> bool:
-        """Whether the step is bad on any rank, and so skipped on all.
+    def agree(self, signals: Sequence[float]) -> None:
+        """Whether the run stops at this step: by a signal that any rank received.
 
         Args:
-            reported: the sum over ranks of what each said.
-            step: this one.
-            keys: the rank's own samples that may be to blame.
+            signals: the sum over ranks of what each said of them.
         """
-        bad, *signals = reported
         agreed = [number for number, ranks in zip(EXIT_CODES, signals, strict=True) if ranks]
         if agreed:
             self.reason = SystemExit(EXIT_CODES[agreed[0]])
-        if not bad:
-            self.bad_in_a_row = 0
-            return False
+
+    def count_bad(self, step: int, keys: Sequence[str]) -> None:
+        """One more bad step: a loss or gradient was not finite on any rank, and the step is skipped on all.
+
+        Args:
+            step: this one.
+            keys: the rank's own samples that may be to blame.
+        """
         self.bad_steps += 1
         self.bad_in_a_row += 1
         blamed = ", ".join(keys[:_KEYS_NAMED]) + (f" and {len(keys) - _KEYS_NAMED} more" if keys[_KEYS_NAMED:] else "")
@@ -68,7 +70,6 @@ class Stops:
                 f"{said}; {self.bad_in_a_row} such steps one after the other, max_bad_steps={self.max_bad_steps}; "
                 "lower optimizer.lr, use trainer.precision=32-true, or leave the samples out with data.exclude_keys"
             )
-        return True
 
 
 @contextlib.contextmanager

@@ -1,14 +1,17 @@
 """`memtrain ledger`: who looks memorized is found, at the rate that was asked for, and can be left out."""
 
 import re
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from memtrain.cli.ledger import ledger
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
-from memtrain.data.ledger import Rows
+from memtrain.data.ledger import KeyNumbers, Rows
+from memtrain.report import suspects
 from memtrain.report.suspects import centred, judge, strength, z_scores
 from tests.conftest import build_data
 from tests.data.test_ledger import write
@@ -48,6 +51,36 @@ def simulated(
 
 def key(index: int) -> str:
     return f"00000.tar/{index:09d}"
+
+
+@pytest.mark.parametrize("reference", [HELD_OUT, 0])
+def test_a_row_of_the_ledger_takes_few_bytes_to_judge(tmp_path, monkeypatch, reference):
+    """NumPy's peak, and what Arrow holds meanwhile: unlike resident memory the same on every machine."""
+    few = simulated(reference=reference)
+    rows = Rows.concatenate([few] * 12)
+    write(tmp_path, rows, key=key)
+    judge(tmp_path)  # imports and the like
+    before, held = pa.total_allocated_bytes(), []
+    monkeypatch.setattr(
+        suspects, "z_scores", lambda *rows: held.append(pa.total_allocated_bytes() - before) or z_scores(*rows)
+    )
+    tracemalloc.start()
+    try:
+        judged = judge(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1] + held[0]
+    finally:
+        tracemalloc.stop()
+    assert judged.rows == len(rows) > 150_000 and peak < 60 * len(rows)
+
+
+def test_samples_are_numbered_as_they_come_whatever_the_pieces():
+    keys = pa.array([f"key {n}" for n in np.random.default_rng(0).integers(0, 300, 2000)])
+    whole = keys.dictionary_encode()
+    for size in (1, 7, 2000):
+        numbers = KeyNumbers()
+        found = np.concatenate([numbers.of(keys[first : first + size]) for first in range(0, len(keys), size)])
+        assert np.array_equal(found, whole.indices.to_numpy()) and numbers.keys.equals(whole.dictionary)
+        assert found.dtype == np.int32
 
 
 def test_suspects_are_the_memorized_at_the_rate_asked_for(tmp_path, capsys):

@@ -237,6 +237,16 @@ def test_the_program_itself_fails_within_seconds(corpus, tmp_path):
     assert done.stdout == ""
 
 
+def test_windows_is_told_in_one_line_before_anything_is_imported_that_it_lacks():
+    program = (
+        "import sys, signal, memtrain; sys.platform = 'win32'; sys.modules['fcntl'] = None; del signal.SIGUSR1; "
+        "from memtrain.cli.main import main; main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: memtrain runs on Linux and macOS") and done.stderr.count("\n") == 1
+
+
 def test_yaml_spells_infinity_with_a_dot(capsys):
     main(["train", "--cfg", "job", "exclusion=fixed", "exclusion.threshold=.inf"])
     assert re.search(r"threshold: \.?inf", capsys.readouterr().out)
