@@ -23,7 +23,7 @@ import numpy as np
 from rich.progress import track
 
 from memtrain.data.hashes import read_hashes, shard_hashes
-from memtrain.data.kept import one_at_a_time, read_array, write_array, written_aside
+from memtrain.data.kept import DAMAGED, one_at_a_time, read_array, write_array, written_aside
 from memtrain.data.remote import ShardCache, copy_url, shown
 from memtrain.data.shards import Extent, ShardIndex, index_shard
 
@@ -147,7 +147,7 @@ def _holds_records(path: str, count: int) -> bool:
             if shape != (count,) or width < 1 or dtype != _record_dtype(width):
                 return False
             return os.fstat(file.fileno()).st_size == file.tell() + count * dtype.itemsize
-    except (OSError, ValueError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError):
+    except DAMAGED:
         return False
 
 

@@ -11,10 +11,16 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+# what numpy's reader raises, by what is wrong with a header
+DAMAGED = (
+    OSError, ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError, RecursionError,
+)  # fmt: skip
 
 
 class written_aside:
@@ -45,14 +51,9 @@ def write_array(path: str | Path, values: np.ndarray) -> None:
 def read_array(path: str | Path) -> np.ndarray | None:
     """A .npy, mapped into memory; None where there is none, or none that is whole."""
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, TypeError, EOFError, OverflowError, MemoryError, RecursionError):
+        return np.lib.format.open_memmap(path, mode="r")  # refuses pickles, and what is longer than the file
+    except DAMAGED:
         return None
-    except Exception as error:  # numpy's parser of headers raises tokenize's and zipfile's own
-        if type(error).__module__ not in ("tokenize", "zipfile"):
-            raise
-        return None
-    return found if isinstance(found, np.ndarray) else None  # an archive is none
 
 
 @contextlib.contextmanager
