@@ -26,7 +26,8 @@ class Checkpoints(Checkpoint):
 
     It holds trained weights, optimizer, EMA, rule, remembered scores, position, random state and the W&B id.
     `last.ckpt` is a link to the newest. Where one of several ranks breaks off alone, nothing is written: what
-    the others know of the step is not that of the same moment. Lightning calls this after all other callbacks.
+    the others know of the step is not that of the same moment. Where all do, as at a shard that is gone, the step
+    before is written. Lightning calls this after all other callbacks.
     """
 
     def __init__(self, every: int, folder: str, keep: int):
@@ -65,8 +66,10 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.world_size == 1 and trainer.global_step != self.saved_at and _is_between_steps(trainer, pl_module):
+        alike = trainer.world_size == 1 or exception is pl_module.stops.reason
+        if alike and trainer.global_step != self.saved_at and _is_between_steps(trainer, pl_module):
             self._save(trainer)
+            trainer.strategy.barrier()  # a launcher ends the other ranks once the first of them is gone
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.run_ended = True

@@ -215,6 +215,11 @@ class ShardSamples:
             stems.append(str(self.cache_dir / folder / self.identity(number, of_state)))
         return stems
 
+    def chosen_digest(self, number: int) -> str | None:
+        """Tells which samples of a shard the filter chose; None where there is no filter."""
+        chosen = self._open.chosen(number)
+        return None if isinstance(chosen, slice) else hashlib.sha256(chosen.tobytes()).hexdigest()[:16]
+
     def described(self) -> dict[str, str | int | None]:
         """What decides a sample's centre square and its caption, beside the shards themselves."""
         return {"resolution": self.resolution, "crop": "center", "caption": self.caption, "where": self.where}

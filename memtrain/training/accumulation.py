@@ -59,6 +59,7 @@ class Accumulation:
             [sum(d.keep_mask.sum() for d in self._decisions), sum(valid.sum() for valid in self._valid)]
         ).float()
         kept, rows, *reported = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()
+        self.stops.break_off(trainer, missing=reported[1])
         self._count(trainer.datamodule, round(rows))
         blamed = self._blamed(suspect, trainer.datamodule.samples) if reported[0] else ()
         self.step_is_bad = self.stops.agree(reported, trainer.global_step, blamed)
