@@ -31,12 +31,15 @@ class PrintableFormatter(logging.Formatter):
 
 def as_cell(value: object) -> object:
     """What a cell of a csv may hold: text that a spreadsheet would take for a formula begins with an apostrophe."""
-    return f"'{as_text(value)}" if isinstance(value, str) and _is_formula(value) else value
+    if not isinstance(value, str):
+        return value
+    text = as_text(value)
+    return f"'{text}" if _is_formula(text) else text
 
 
-def of_cell(text: str) -> str:
-    """The text that `as_cell` was given."""
-    return text[1:] if text.startswith("'") and _is_formula(text) else text
+def of_cell(value: object) -> object:
+    """The text that `as_cell` was given; what is no text, as for a cell that is not there, stays."""
+    return value[1:] if isinstance(value, str) and value.startswith("'") and _is_formula(value) else value
 
 
 def _is_formula(text: str) -> bool:

@@ -135,9 +135,7 @@ class ShardSamples:
         """Choose each shard's rows, or find them chosen before in the cache folder."""
         columns = list(dict.fromkeys(column for clause in clauses for column in clause.columns))
         stems = self._kept("where", " and ".join(clause.text for clause in clauses))
-        filtered = kept_filters(
-            stems, self.counts, lambda number: apply_filter(clauses, self._columns(number, columns))
-        )
+        filtered = kept_filters(stems, self.counts, lambda n: apply_filter(clauses, self._columns(n, columns)))
         for number, (left, dropped) in enumerate(filtered):
             self.dropped.update(dropped)
             self.counts[number] = left

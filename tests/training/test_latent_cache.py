@@ -166,6 +166,7 @@ def test_a_cache_of_two_makes_is_refused(pipeline_folder, corpus, tmp_path):
 
 def test_a_rewritten_tar_of_the_same_size_makes_its_latents_outdated(pipeline_folder, tmp_path):
     shards = tmp_path / "shards"
+    shards.mkdir()
     for name in "01":
         write_tar(shards / f"{name}.tar", sample("a", "red", picture((200, 30, 30), form="PNG")))
     size = (shards / "1.tar").stat().st_size
@@ -184,6 +185,7 @@ def test_a_rewritten_tar_of_the_same_size_makes_its_latents_outdated(pipeline_fo
 def test_latents_of_other_rows_are_refused(pipeline_folder, tmp_path):
     """The filter reads the parquet beside the shard: as many samples pass, but others."""
     shards = tmp_path / "shards"
+    shards.mkdir()
     write_tar(shards / "0.tar", [part for key in "abc" for part in sample(key, key, picture((9, 9, ord(key))))])
 
     def score(*values):
