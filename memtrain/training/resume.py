@@ -151,9 +151,7 @@ class Past:
         if told:
             log.warning("going on with a changed config: %s", ", ".join(told))
 
-    def check_global_batch(
-        self, batch_size: int, accumulate: int, ranks: int, allow: str | Sequence[str]
-    ) -> None:
+    def check_global_batch(self, batch_size: int, accumulate: int, ranks: int, allow: str | Sequence[str]) -> None:
         """Raises ValueError where the run would go on with another global batch than it had, unless it may.
 
         `resume.allow=all` is about the config: where it is the same and only the number of ranks is another, nobody
@@ -169,7 +167,8 @@ class Past:
         was = _flat(self._config())
         changed = [key for key, value in zip(_BATCH, (batch_size, accumulate), strict=True) if was.get(key) != value]
         told = f"{batch_size} rows x {accumulate} micro-batches x {ranks} ranks, and before it was {before}"
-        if (changed and allow == "all") or any(_is_under(key, [allow] if isinstance(allow, str) else allow) for key in _BATCH):
+        allowed = [allow] if isinstance(allow, str) else allow
+        if (changed and "all" in allowed) or any(_is_under(key, allowed) for key in _BATCH):
             log.warning("going on with a changed global batch: it is %d now, %s", now, told)
             return
         per_rank, rest = divmod(before, ranks)
@@ -179,7 +178,7 @@ class Past:
             kept = dict(zip(_BATCH, (rows, per_rank // rows), strict=True))
             asked = [key for key, value in kept.items() if was.get(key) != value]
             keeps = " ".join(f"{key}={value}" for key, value in kept.items())
-            keeps += f" resume.allow=[{','.join(asked)}] keeps it" if asked and allow != "all" else " keeps it"
+            keeps += f" resume.allow=[{','.join(asked)}] keeps it" if asked and "all" not in allowed else " keeps it"
         raise ValueError(
             f"the global batch of {self.folder} would be {now}: {told}; {keeps}, and resume.allow=[{_BATCH[0]}] goes "
             "on with the new one"

@@ -1,4 +1,4 @@
-"""What ends a run before its last step: a signal, a shard that is gone, steps that are not finite. All ranks decide alike."""
+"""What ends a run before its last step: a signal, a lost shard, steps that are not finite. All ranks decide alike."""
 
 from __future__ import annotations
 

@@ -233,7 +233,8 @@ def test_a_shard_that_is_gone_before_it_is_hashed_has_no_known_duplicates(corpus
 
 
 def test_arrays_that_are_none_are_read_as_none(tmp_path):
-    for number, data in enumerate([b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x04\x00{'a\n", b"text"]):
+    begun = b"\x93NUMPY\x01\x00"
+    for number, data in enumerate([b"", b"PK\x03\x04", begun, begun + b"\x04\x00{'a\n", b"text"]):
         (tmp_path / f"{number}.npy").write_bytes(data)
         assert read_array(tmp_path / f"{number}.npy") is None
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
