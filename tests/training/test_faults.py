@@ -170,8 +170,9 @@ def test_another_number_of_ranks_keeps_the_global_batch_or_is_refused(forks, run
     kept = ("trainer.accumulate_grad_batches=2", "resume.allow=[trainer.max_steps,trainer.accumulate_grad_batches]")
     codes, said = go(*kept, ranks=1, steps=4)
     assert codes == [0] and consumed() == 4 * 8, said
-    codes, said = go("resume.allow=[trainer.max_steps,data.batch_size]", "data.batch_size=3", ranks=1, steps=6)
-    assert codes == [0] and "going on with a changed global batch: it is 6 now" in said
+    fewer = ("data.batch_size=3", "trainer.accumulate_grad_batches=2")
+    codes, said = go(*fewer, "resume.allow=[trainer.max_steps,data.batch_size]", ranks=1, steps=6)
+    assert codes == [0] and "going on with a changed global batch: it is 6 now" in said, said
     assert consumed() == 4 * 8 + 2 * 6 and RunState.read(tmp_path / "faults" / "one").global_batch_size == 6
 
 
