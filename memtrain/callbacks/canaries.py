@@ -8,7 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
-from memtrain.data.samples import as_text
+from memtrain.data.escaping import as_cell, as_text
 
 _AT_ONCE = 32
 
@@ -48,4 +48,4 @@ class CanaryList(pl.Callback):
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("key", "caption", "group"))
-            writer.writerows(rows)
+            writer.writerows(map(as_cell, row) for row in rows)

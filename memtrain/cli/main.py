@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from memtrain.cli import jobs
+from memtrain.data.escaping import PrintableFormatter, printable
 
 HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
 
@@ -109,6 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 2 after a one-line message where the user can mend what is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     command, *rest = argv or ["--help"]
+    if os.getcwd() not in sys.path:  # for classes of the user's own, as with `python -m`; last, so that it hides nothing
+        sys.path.append(os.getcwd())
     try:
         if command in ("-h", "--help", "help"):
             print(HELP)
@@ -130,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         message = one_line(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -157,7 +160,9 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("memtrain").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch|wandb)\b")
 

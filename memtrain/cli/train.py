@@ -24,6 +24,7 @@ def train(cfg: DictConfig) -> None:
     from pytorch_lightning.utilities import rank_zero_only
 
     from memtrain.callbacks.signals import Signals
+    from memtrain.data.escaping import PrintableFormatter
     from memtrain.training.checks import check_accelerator, check_checkpoint, check_disk, check_reference
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.objective import Objective
@@ -80,12 +81,6 @@ def train(cfg: DictConfig) -> None:
     check_disk(run_dir, module.trained_parameters())
     with same_wandb_run(past and past.state.wandb_id):
         loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if rank_zero_only.rank == 0:
-        logging.getLogger("memtrain").addHandler(logging.FileHandler(run_dir / "run.log"))
-        write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        if past is not None or cfg.resume.run is not None:
-            log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")
     trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
@@ -99,6 +94,17 @@ def train(cfg: DictConfig) -> None:
         log_every_n_steps=1,
     )
     _check_job(trainer)
+    if ckpt_path is not None and past is not None:
+        ranks = trainer.world_size
+        past.check_global_batch(cfg.data.batch_size, trainer.accumulate_grad_batches, ranks, cfg.resume.allow)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank == 0:
+        run_log = logging.FileHandler(run_dir / "run.log", encoding="utf-8")
+        run_log.setFormatter(PrintableFormatter())
+        logging.getLogger("memtrain").addHandler(run_log)
+        write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        if past is not None or cfg.resume.run is not None:
+            log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")
     with signals, ended_clearly(trainer, module.stops):
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
 

@@ -17,6 +17,7 @@ from memtrain.data.groups import Groups, draw_groups
 from memtrain.data.latents import LatentCache
 from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
+from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples
 
 log = logging.getLogger(__name__)
@@ -158,9 +159,15 @@ class DataModule(pl.LightningDataModule):
         return CachedBatches(self.cache, self.groups, views)
 
     def decode(self, positions: Sequence[int]) -> Batch:
-        """The samples at these positions as one batch on the CPU, seen straight; bad ones are reported."""
+        """The samples at these positions as one batch on the CPU, seen straight; bad ones are reported.
+
+        Raises:
+            ShardMissing: a shard is gone.
+        """
         rows = [(0, place, int(position)) for place, position in enumerate(positions)]
         batch = BatchDecoder(self.samples, self.groups, views=None)(rows)
+        if batch.missing is not None:
+            raise ShardMissing(batch.missing)
         self.report(batch)
         return batch
 

@@ -20,6 +20,7 @@ from memtrain.data.sources import Shard
 log = logging.getLogger(__name__)
 
 _OPEN_SHARDS = 32  # a process holds so many tars and their indexes open
+_CHANGED = "shard has changed since it was indexed"
 _TRIES, _BACKOFF_S = 3, 1.0  # for a shard on disk that cannot be opened
 
 
@@ -29,7 +30,8 @@ class OpenShard:
     def __init__(self, path: Path, index: IndexFile, chosen: str | None):
         self.file = path.open("rb", buffering=0)
         self.close = weakref.finalize(self, self.file.close)  # at the latest when nobody has it any more
-        self.is_indexed = index.is_of(os.fstat(self.file.fileno()))
+        status = os.fstat(self.file.fileno())
+        self.size, self.is_indexed = status.st_size, index.is_of(status)
         self.records = index.records()
         self.rows = None if chosen is None else np.load(f"{chosen}.npy", mmap_mode="r")
 
@@ -38,9 +40,12 @@ class OpenShard:
 
     def read(self, extent: np.void) -> bytes:
         """A member's bytes. Raises BadSample where the tar is not the one that was indexed."""
-        data = os.pread(self.file.fileno(), extent["size"], extent["offset"])  # no shared position: safe after a fork
-        if not self.is_indexed or len(data) < extent["size"]:
-            raise BadSample("shard has changed since it was indexed")
+        offset, size = int(extent["offset"]), int(extent["size"])
+        if min(offset, size) < 0 or size > self.size - offset:
+            raise BadSample("shard ends before what its index names" if self.is_indexed else _CHANGED)
+        data = os.pread(self.file.fileno(), size, offset)  # no shared position: safe after a fork
+        if not self.is_indexed or len(data) < size:
+            raise BadSample(_CHANGED)
         return data
 
     def read_json(self, record: np.void) -> bytes | None:

@@ -64,7 +64,8 @@ class Accumulation:
             [sum(d.keep_mask.sum() for d in self._decisions), sum(valid.sum() for valid in self._valid)]
         ).float()
         kept, rows, *reported = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()
-        bad_losses, bad_gradients, *signals = reported
+        bad_losses, bad_gradients, missing, *signals = reported
+        self.stops.break_off(trainer, missing)
         self._count(trainer.datamodule, round(rows))
         self.stops.agree(signals)
         backs_off = bad_gradients > 0 and not bad_losses and _gradient_scale(trainer) > _SCALE_FLOOR

@@ -20,6 +20,7 @@ from memtrain.core.diffusion import METHOD, REFERENCE_METHOD, TRAIN, Draws, draw
 from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.data.batches import Batch
+from memtrain.data.remote import ShardMissing
 from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
 from memtrain.training.accumulation import Accumulation
@@ -132,6 +133,7 @@ class DiffusionTraining(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.trainer.datamodule.report(batch)
+        self.stops.missing = self.stops.missing or batch.missing
         loss, observed = self.visit(batch, TRAIN)
         if self.memory:
             observed = self.memory.fill(observed)
@@ -299,8 +301,17 @@ class DiffusionTraining(pl.LightningModule):
     # ---- for those who look on
 
     def encode_samples(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
-        """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples."""
-        return encode_samples(self.model, self.trainer.datamodule, positions)
+        """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples.
+
+        All ranks call it together. Raises ShardMissing on all where a shard is gone for any.
+        """
+        try:
+            found = encode_samples(self.model, self.trainer.datamodule, positions)
+        except ShardMissing as error:
+            self.stops.missing = str(error)
+        gone = torch.tensor(float(self.stops.missing is not None), device=self.device)
+        self.stops.break_off(self.trainer, ranks.all_reduce(self.trainer, gone).item())
+        return found
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """The averaged weights in place of the trained ones, where there are any; all ranks enter together."""

@@ -18,6 +18,15 @@ def all_reduce(trainer: pl.Trainer, values: Tensor) -> Tensor:
     return values
 
 
+def gather_texts(trainer: pl.Trainer, text: str) -> list[str]:
+    """What each rank says, by rank."""
+    if trainer.world_size == 1:
+        return [text]
+    gathered: list[str] = [""] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, text)
+    return gathered
+
+
 def gather(trainer: pl.Trainer, observed: Observations, micro_batches: int) -> Observations:
     """The observations of all ranks, ordered by place in the global batch, by one collective of constant size.
 

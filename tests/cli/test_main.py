@@ -250,3 +250,21 @@ def test_windows_is_told_in_one_line_before_anything_is_imported_that_it_lacks()
 def test_yaml_spells_infinity_with_a_dot(capsys):
     main(["train", "--cfg", "job", "exclusion=fixed", "exclusion.threshold=.inf"])
     assert re.search(r"threshold: \.?inf", capsys.readouterr().out)
+
+
+def test_a_class_of_the_users_own_folder_is_found_by_the_console_script(tmp_path):
+    """As README says: it stands in mine.py, where the program is started."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom memtrain.core.exclusion import Decision, ExclusionRule\n"
+        "class LowLoss(ExclusionRule):\n"
+        "    def decide(self, observed):\n"
+        "        threshold = torch.full_like(observed.loss, 0.01)\n"
+        "        return Decision(keep_mask=observed.loss > threshold, threshold=threshold)\n"
+        "print('mine is imported')\n"
+    )
+    program = Path(sys.executable).parent / "memtrain"
+    words = ["exclusion=none", "exclusion._target_=mine.LowLoss", "trainer=cpu", "logger=csv"]
+    argv = [program, "train", "experiment=demo", *words, "data.shards=nowhere"]
+    ended = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert "mine is imported" in ended.stdout, ended.stderr  # the rule was built: what comes after it is wrong
+    assert ended.returncode == 2 and "data.shards=nowhere: no such shard" in ended.stderr

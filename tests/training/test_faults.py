@@ -14,6 +14,7 @@ import torch
 from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.callbacks.ledger import Ledger
 from memtrain.data.ledger import read_ledger
+from memtrain.demo.compose import write_corpus
 from memtrain.training.checks import check_accelerator
 from memtrain.training.methods import Method
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run, whole_checkpoint
@@ -108,6 +109,71 @@ def test_a_rank_that_dies_is_said_by_the_others(forks, run, tmp_path):
     assert forks.wait() == [2, -9]
     assert "error: rank 0 lost another rank after step" in forks.said()
     assert all(damage(path) is None for path in checkpoints_in(tmp_path / "faults" / "one" / "checkpoints").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_gone_for_one_rank_ends_all_with_a_checkpoint_and_the_run_goes_on(
+    forks, pipeline_folder, tmp_path, workers
+):
+    """More shards than a process keeps open; a rank still reads what it has open, the other cannot open it."""
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, num_samples=40, seed=3, shard_size=1, progress=False)
+
+    def run(name, steps, *more):
+        options = (f"run_id={name}", f"data.num_workers={workers}", "data.mix_shards=40", *more)
+        return small_run(corpus, pipeline_folder, tmp_path, *options, "callbacks.checkpoint.every=3", steps=steps)
+
+    def checkpoints():
+        return list(checkpoints_in(tmp_path / "faults" / "one" / "checkpoints"))
+
+    forks.start(run("one", 5000, "data.batch_size=2"), tmp_path / "log", ranks=2)
+    wait_until(checkpoints)
+    (corpus / "00017.tar").rename(tmp_path / "00017.tar")
+    assert forks.wait() == [2, 2], forks.said()
+    for rank in (0, 1):  # both name it
+        [error] = [line for line in forks.said(rank).splitlines() if line.startswith("error: ")]
+        assert "00017.tar cannot be opened any more" in error and "put it back and resume" in error
+    stopped = checkpoints()[-1]
+    (tmp_path / "00017.tar").rename(corpus / "00017.tar")
+    more = ("data.batch_size=2", "resume=auto", "resume.allow=all")
+    codes, said = forks.run(run("one", stopped + 3, *more), tmp_path / "again", ranks=2)
+    assert codes == [0, 0] and f"checkpoints/step-{stopped:08d}.ckpt" in said, said
+    assert forks.run(run("whole", stopped + 3), tmp_path / "whole")[0] == [0]
+
+    def seen(name):
+        rows = read_ledger(tmp_path / "faults" / name).to_table(columns=["step", "key", "timestep"])
+        return sorted(zip(*rows.to_pydict().values(), strict=True))
+
+    assert seen("one") == seen("whole") and seen("one")[-1][0] == stopped + 2
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_keeps_the_global_batch_or_is_refused(forks, run, tmp_path):
+    def go(*more, ranks, steps):
+        words = run("resume=auto", "resume.allow=[trainer.max_steps]", *more, steps=steps)
+        return forks.run(words, tmp_path / f"log-{steps}-{ranks}-{len(more)}", ranks=ranks)
+
+    def consumed():
+        newest = torch.load(tmp_path / "faults" / "one" / "checkpoints" / "last.ckpt", weights_only=True)
+        return newest["DataModule"]["samples_consumed"]
+
+    codes, said = forks.run(run(steps=2), tmp_path / "log", ranks=2)  # 2 x 4
+    assert codes == [0, 0], said
+    codes, said = go(ranks=1, steps=4)
+    assert codes == [2] and said.count("error:") == 1
+    assert "would be 4: 4 rows x 1 micro-batches x 1 ranks, and before it was 8" in said
+    assert "data.batch_size=4 trainer.accumulate_grad_batches=2 " in said
+    assert "resume.allow=[trainer.accumulate_grad_batches] keeps it" in said
+    codes, said = forks.run(run("resume=auto", "resume.allow=all", steps=4), tmp_path / "all")
+    assert codes == [2] and "data.batch_size=4 trainer.accumulate_grad_batches=2 keeps it" in said
+    kept = ("trainer.accumulate_grad_batches=2", "resume.allow=[trainer.max_steps,trainer.accumulate_grad_batches]")
+    codes, said = go(*kept, ranks=1, steps=4)
+    assert codes == [0] and consumed() == 4 * 8, said
+    fewer = ("data.batch_size=3", "trainer.accumulate_grad_batches=2")
+    codes, said = go(*fewer, "resume.allow=[trainer.max_steps,data.batch_size]", ranks=1, steps=6)
+    assert codes == [0] and "going on with a changed global batch: it is 6 now" in said, said
+    assert consumed() == 4 * 8 + 2 * 6 and RunState.read(tmp_path / "faults" / "one").global_batch_size == 6
 
 
 # ---- checkpoints
