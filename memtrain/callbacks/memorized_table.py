@@ -12,6 +12,7 @@ from torch import Tensor
 from memtrain.callbacks.generation import compare, decode
 from memtrain.callbacks.logging import log_picture, log_table
 from memtrain.callbacks.steps import AfterEachStep
+from memtrain.core.copies import checked_max_rmse
 from memtrain.core.exclusion import GROUP_NAMES, Observations
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 from memtrain.data.samples import as_text
@@ -89,12 +90,17 @@ class MemorizedTable(AfterEachStep):
     ):
         if every < 0:
             raise ValueError(f"callbacks.memorized_table.every must be >= 0, got {every}; 0 is at the end alone")
-        for name, value in (("samples", samples), ("generations", generations), ("batch_size", batch_size)):
+        for name, value in (
+            ("samples", samples),
+            ("generations", generations),
+            ("num_steps", num_steps),
+            ("batch_size", batch_size),
+        ):
             if value < 1:
                 raise ValueError(f"callbacks.memorized_table.{name} must be >= 1, got {value}")
         self.every, self.samples, self.generations, self.high_noise = every, samples, generations, high_noise
         self.options = (num_steps, guidance_scale, batch_size)
-        self.max_rmse = max_rmse
+        self.max_rmse = checked_max_rmse(max_rmse, "callbacks.memorized_table.max_rmse")
         self.visited, self.moments = VisitedSamples(), BinnedMoments(_BINS, _HALF_LIFE)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
