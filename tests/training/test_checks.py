@@ -44,11 +44,14 @@ def test_a_disk_that_holds_what_a_run_has_at_its_most_is_large_enough_and_a_smal
     free(needed)
     check_disk(tmp_path / "run", module.trained_parameters(), keep)
     free(needed - 1)
-    with pytest.raises(OSError, match=rf"too full for a run.* {keep + 1} checkpoints \(callbacks.checkpoint.keep={keep}"):
+    says = rf"too full for a run.* {keep + 1} checkpoints \(callbacks.checkpoint.keep={keep}"
+    with pytest.raises(OSError, match=says):
         check_disk(tmp_path / "run", module.trained_parameters(), keep)
 
 
-def test_a_run_that_goes_on_needs_no_room_for_the_checkpoints_that_it_has(pipeline_folder, corpus, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_needs_no_room_for_the_checkpoints_that_it_has(
+    pipeline_folder, corpus, tmp_path, monkeypatch
+):
     module = build_module(pipeline_folder)
     count = sum(parameter.numel() for parameter in module.trained_parameters())
     fit(module, build_data(corpus), tmp_path, 3, callbacks=[checkpoint(1, str(tmp_path / "checkpoints"), 2)])

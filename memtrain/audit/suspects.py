@@ -1,12 +1,7 @@
-"""Which samples look memorized, judged from a run's ledger after the fact.
+"""Which pictures look memorized, judged from a run's ledger after the fact.
 
-A visit at high noise gives a z-score: how far x = log(d / sqrt(loss)), the statistic of `exclusion=evidence`,
-lies above what the reference set showed at about the same step and timestep, in its standard deviations. Two
-things are asked of a sample's z-scores: whether they are high, the later the more (memorization grows), and
-whether they have risen since its first visits. How far either strays by chance depends on the visits: a
-coefficient's variance is a + b / (sum of squares of what it is a coefficient of), with a, between samples, and
-b, between visits, estimated on the reference set. A sample's evidence is the larger of the two in standard
-deviations, and the p-value is its rank among the reference set's own.
+The evidence against a picture is that of `core.visits`, over all visits of all its samples; the p-value is its rank
+among the reference set's own.
 """
 
 from __future__ import annotations
@@ -17,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from memtrain.core.exclusion import GROUP_NAMES, REFERENCE, TRAINED
+from memtrain.core.visits import columns_of, evidence, log_ratio, sums_of
 from memtrain.data.ledger import read_about, read_ledger
 
 HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out (METHOD.md, the trial)
@@ -29,17 +26,20 @@ _MAX_PERIODS = 50
 
 @dataclass(frozen=True)
 class Judged:
-    """What a ledger says of its samples."""
+    """What a ledger says of its pictures; samples that are duplicates of one another are one."""
 
-    table: pa.Table  # key, group, visits, high_noise_visits, evidence, p_value, mean_score, excluded_share; worst first
+    # key (of the first sample), samples (that the ledger names), group, visits, high_noise_visits, evidence, p_value,
+    # mean_score, excluded_share; a row a picture, worst first
+    table: pa.Table
+    keys: pa.Table  # key, duplicate_of (a key of `table`): the other samples of pictures that have several
     rows: int  # in the ledger
     steps: int  # from the first to the last in it
     sample: float  # share of the rows that the ledger holds
-    compared_with: int  # samples whose own evidence gives the p-values
-    has_reference: bool  # False: the run had no reference set, samples were compared with one another
+    compared_with: int  # pictures whose own evidence gives the p-values
+    has_reference: bool  # False: the run had no reference set, pictures were compared with one another
 
     def suspects(self, false_positive_rate: float) -> pa.Table:
-        """The rows of samples that look memorized; of others, this share is expected among them.
+        """The rows of pictures that look memorized; of others, this share is expected among them.
 
         Raises:
             ValueError: the rate is no share, or the reference set is too small to tell it.
@@ -54,30 +54,46 @@ class Judged:
             )
         return self.table.filter(pc.field("p_value") <= false_positive_rate)
 
+    def every_sample(self, pictures: pa.Table) -> pa.Table:
+        """A row a sample of these pictures, so that a list of keys leaves out all of them: rows of one are alike.
+
+        The first column is the sample's own key; `duplicate_of` names the first sample, null where it is that one.
+        """
+        place = pc.index_in(self.keys["duplicate_of"], pictures["key"].combine_chunks())
+        others = self.keys.append_column("place", place).filter(pc.is_valid(place))
+        first = pa.table({"key": pictures["key"], "place": pa.array(np.arange(len(pictures)), pa.int32())})
+        first = first.add_column(1, "duplicate_of", pa.nulls(len(pictures), pa.string()))
+        listed = pa.concat_tables([first, others]).sort_by([("place", "ascending")])
+        alike = pictures.drop_columns(["key"]).take(listed["place"])
+        columns = {name: alike[name] for name in alike.column_names}
+        return pa.table({"key": listed["key"], "duplicate_of": listed["duplicate_of"], **columns})
+
 
 def judge(run: str | Path) -> Judged:
-    """Evidence against every sample of a run that was scored at high noise.
+    """Evidence against every picture of a run that was scored at high noise.
 
     Raises:
         ValueError: there is no ledger, or no score at high noise in it.
     """
     about = read_about(run)
-    table = read_ledger(run).to_table(columns=["step", "key", "group", "timestep", "score", "loss", "kept"])
-    encoded = table["key"].dictionary_encode().combine_chunks()
-    keys, sample = encoded.dictionary, encoded.indices.to_numpy()
+    columns = ["step", "key", "duplicate_of", "group", "timestep", "score", "loss", "kept"]
+    table = read_ledger(run).to_table(columns=columns)
+    samples = table.select(["key", "duplicate_of"]).group_by(["key", "duplicate_of"]).aggregate([])
+    encoded = pc.coalesce(table["duplicate_of"], table["key"]).dictionary_encode().combine_chunks()
+    keys, picture = encoded.dictionary, encoded.indices.to_numpy()
     column = {name: table[name].to_numpy() for name in ("step", "timestep", "score", "loss", "kept")}
-    group = np.zeros(len(keys), dtype=np.int64)  # of each sample
-    group[sample] = pc.index_in(table["group"], pa.array(GROUP_NAMES)).to_numpy()
+    group = np.zeros(len(keys), dtype=np.int64)  # of each picture
+    group[picture] = pc.index_in(table["group"], pa.array(GROUP_NAMES)).to_numpy()
     step, score = column["step"], column["score"]  # NaN where it was not taken
     scored = np.isfinite(score)
 
     high = scored & (column["timestep"] >= HIGH_NOISE * about.num_timesteps)
-    has_reference = bool((group[sample[high]] == REFERENCE).any())
+    has_reference = bool((group[picture[high]] == REFERENCE).any())
     compared = group == (REFERENCE if has_reference else TRAINED)
-    if not (high & compared[sample]).any():
+    if not (high & compared[picture]).any():
         raise ValueError(f"{run}: the ledger has no scores at high noise to compare with; train longer")
-    of = sample[high]
-    x = _log(score[high]) - _log(column["loss"][high]) / 2
+    of = picture[high]
+    x = log_ratio(torch.tensor(score[high]), torch.tensor(column["loss"][high])).numpy()
     bins = column["timestep"][high].astype(np.int64) * NUM_BINS // about.num_timesteps
     cells = _periods(step[high], compared[of], len(np.unique(bins))) * NUM_BINS + bins
     z, counts = z_scores(x, of, cells, compared)
@@ -88,30 +104,33 @@ def judge(run: str | Path) -> Judged:
     judged = visits > 0
     if not (judged & compared).any():
         raise ValueError(f"{run}: too few scores at high noise to compare with; train longer")
-    level = strength(z, time, of, judged & compared)
-    rise = strength(centred(z, of), centred(time, of), of, judged & compared, fitted=2)
-    evidence = np.maximum(level, rise)
-    null = np.sort(evidence[judged & compared])
-    above = len(null) - np.searchsorted(null, evidence, side="left")
+    sums = sums_of(columns_of(torch.tensor(z), torch.tensor(time)), torch.tensor(of, dtype=torch.int64), len(keys))
+    found = evidence(sums, torch.tensor(judged & compared)).numpy()
+    null = np.sort(found[judged & compared])
+    above = len(null) - np.searchsorted(null, found, side="left")
     named = judged & (group != REFERENCE)
-    # a sample that is itself compared with has itself in the count
+    # a picture that is itself compared with has itself in the count
     p_value = np.where(compared, above / len(null), (above + 1) / (len(null) + 1))
 
-    all_visits = np.bincount(sample, minlength=len(keys))
-    all_scored = np.bincount(sample[scored], minlength=len(keys))
-    order = np.flatnonzero(named)[np.argsort(-evidence[named], kind="stable")]
-    columns = {
+    others = samples.filter(pc.is_valid(samples["duplicate_of"])).sort_by("key")
+    sizes = 1 + np.bincount(pc.index_in(others["duplicate_of"], keys).to_numpy(), minlength=len(keys))
+    all_visits = np.bincount(picture, minlength=len(keys))
+    all_scored = np.bincount(picture[scored], minlength=len(keys))
+    order = np.flatnonzero(named)[np.argsort(-found[named], kind="stable")]
+    shown = {
         "key": keys.take(pa.array(order)),
+        "samples": sizes[order],
         "group": pa.array(GROUP_NAMES).take(pa.array(group[order])),
         "visits": all_visits[order],
         "high_noise_visits": visits[order],
-        "evidence": evidence[order],
+        "evidence": found[order],
         "p_value": p_value[order],
-        "mean_score": np.bincount(sample[scored], score[scored], minlength=len(keys))[order] / all_scored[order],
-        "excluded_share": np.bincount(sample, ~column["kept"], minlength=len(keys))[order] / all_visits[order],
+        "mean_score": np.bincount(picture[scored], score[scored], minlength=len(keys))[order] / all_scored[order],
+        "excluded_share": np.bincount(picture, ~column["kept"], minlength=len(keys))[order] / all_visits[order],
     }
     return Judged(
-        pa.table(columns),
+        pa.table(shown),
+        keys=others,
         rows=len(table),
         steps=int(step.max() - step.min()) + 1,
         sample=about.sample,
@@ -153,44 +172,3 @@ def z_scores(
     mean = total / count
     variance = np.maximum(squares / count - mean**2, 0) * count / (count - 1)
     return (centred - mean) / np.sqrt(np.maximum(variance, 1e-12)), counts
-
-
-def centred(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Each row less the mean of its sample's rows. (N,)"""
-    visits, total = np.bincount(sample), np.bincount(sample, values)
-    return values - (total / np.maximum(visits, 1))[sample]
-
-
-def strength(z: np.ndarray, x: np.ndarray, sample: np.ndarray, of: np.ndarray, fitted: int = 1) -> np.ndarray:
-    """How strongly each sample's z follows x, in standard deviations of chance; 0 where that cannot be told.
-
-    The coefficient of a sample is sum(x z) / sum(x^2), and by chance varies as a + b / sum(x^2): random effects,
-    a and b by the method of moments (DerSimonian and Laird 1986).
-
-    Args:
-        z, x, sample: (N,) of each row.
-        of: (samples,) bool, those to estimate a and b on.
-        fitted: parameters of a sample that z - coefficient * x has lost.
-
-    Returns:
-        (samples,)
-    """
-    squares = np.bincount(sample, x**2, minlength=len(of))
-    told = squares > 1e-9
-    precision = np.where(told, squares, 1.0)
-    coefficient = np.where(told, np.bincount(sample, x * z, minlength=len(of)) / precision, 0.0)
-    some = of & told
-    if not some.any():
-        return np.zeros(len(of))
-    mine = some[sample]
-    spare = mine.sum() - fitted * some.sum()
-    residual = z[mine] - coefficient[sample[mine]] * x[mine]
-    # with nothing to spare each coefficient rests on a single number, and all of its variance counts as b
-    explained = (coefficient**2 * precision)[some]  # a precision + b in the mean
-    within = float((residual**2).sum() / spare if spare > 0 else explained.mean())
-    between = max(float((explained - within).sum() / precision[some].sum()), 0.0)
-    return coefficient / np.sqrt(np.maximum(between + within / precision, 1e-12))
-
-
-def _log(values: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(values.astype(np.float64), 1e-12))
