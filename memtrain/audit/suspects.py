@@ -6,8 +6,10 @@ among the reference set's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,10 @@ import torch
 
 from memtrain.core.exclusion import GROUP_NAMES, REFERENCE, TRAINED
 from memtrain.core.visits import columns_of, evidence, log_ratio, sums_of
+from memtrain.data.find_pictures import find_pictures, read_pictures_from
 from memtrain.data.ledger import read_about, read_ledger
+from memtrain.data.samples import ShardSamples, as_text
+from memtrain.data.sources import find_sources
 
 HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out (METHOD.md, the trial)
 NUM_BINS = 10  # of timesteps, over the whole schedule
@@ -54,16 +59,22 @@ class Judged:
             )
         return self.table.filter(pc.field("p_value") <= false_positive_rate)
 
-    def every_sample(self, pictures: pa.Table) -> pa.Table:
+    def every_sample(self, pictures: pa.Table, unvisited: pa.Table | None = None) -> pa.Table:
         """A row a sample of these pictures, so that a list of keys leaves out all of them: rows of one are alike.
 
         The first column is the sample's own key; `duplicate_of` names the first sample, null where it is that one.
+
+        Args:
+            unvisited: key, duplicate_of of samples that the ledger need not name, see `duplicates_in_corpus`.
         """
-        place = pc.index_in(self.keys["duplicate_of"], pictures["key"].combine_chunks())
-        others = self.keys.append_column("place", place).filter(pc.is_valid(place))
+        keys = self.keys
+        if unvisited is not None:
+            keys = pa.concat_tables([keys, unvisited]).group_by(["key", "duplicate_of"]).aggregate([])
+        place = pc.index_in(keys["duplicate_of"], pictures["key"].combine_chunks())
+        others = keys.append_column("place", place).filter(pc.is_valid(place))
         first = pa.table({"key": pictures["key"], "place": pa.array(np.arange(len(pictures)), pa.int32())})
         first = first.add_column(1, "duplicate_of", pa.nulls(len(pictures), pa.string()))
-        listed = pa.concat_tables([first, others]).sort_by([("place", "ascending")])
+        listed = pa.concat_tables([first, others]).sort_by([("place", "ascending"), ("key", "ascending")])
         alike = pictures.drop_columns(["key"]).take(listed["place"])
         columns = {name: alike[name] for name in alike.column_names}
         return pa.table({"key": listed["key"], "duplicate_of": listed["duplicate_of"], **columns})
@@ -137,6 +148,39 @@ def judge(run: str | Path) -> Judged:
         compared_with=len(null),
         has_reference=has_reference,
     )
+
+
+def duplicates_in_corpus(data: Mapping[str, Any], keys: Sequence[str]) -> pa.Table:
+    """The other samples of the pictures that these samples show: those, too, that a run has not come to yet.
+
+    Args:
+        data: `data` of the run's config.
+        keys: of the first samples of pictures.
+
+    Returns:
+        key, duplicate_of.
+
+    Raises:
+        ValueError, OSError, ShardMissing: the shards cannot be opened, or would have to be fetched.
+    """
+    if any(shard.is_remote for shard in find_sources(data["shards"])):
+        raise ValueError("the shards are remote, and nothing is fetched")
+    taken = ("resolution", "caption", "where", "cache_dir", "max_aspect_ratio", "bucket_multiple", "exclude_keys")
+    samples = ShardSamples(
+        data["shards"], missing_shards="skip", **{name: data[name] for name in taken if name in data}
+    )
+    if data.get("repeats_from"):
+        pictures = read_pictures_from(data["repeats_from"], samples)
+    else:
+        pictures = find_pictures(samples, data.get("duplicates", "near"), workers=1)
+    positions = samples.look_up(keys)
+    key_of = dict(zip(positions.tolist(), keys, strict=True))
+    others = np.isin(pictures.first, positions[positions >= 0]) & (pictures.positions != pictures.first)
+    columns = {
+        "key": [as_text(samples.key(position)) for position in pictures.positions[others].tolist()],
+        "duplicate_of": [key_of[first] for first in pictures.first[others].tolist()],
+    }
+    return pa.table(columns, pa.schema([("key", pa.string()), ("duplicate_of", pa.string())]))
 
 
 def _periods(step: np.ndarray, compared: np.ndarray, num_bins: int) -> np.ndarray:

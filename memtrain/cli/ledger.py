@@ -33,7 +33,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--top", type=int, default=20, help="rows on the terminal (%(default)s)")
         return added
 
-    added = task(_suspects, "suspects", "write the keys of all samples of the pictures that look memorized, for data.exclude_keys")
+    summary = "write the keys of all samples of the pictures that look memorized, for data.exclude_keys"
+    added = task(_suspects, "suspects", summary)
     added.add_argument("--out", type=Path, required=True, help="a new .parquet, a row a sample, the worst picture first")
     added.add_argument(
         "--false-positive-rate",
@@ -56,7 +57,7 @@ def _suspects(run: Path, top: int, out: Path, false_positive_rate: float) -> Non
         raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first")
     judged = judge(run)
     found = judged.suspects(false_positive_rate)
-    listed = judged.every_sample(found)
+    listed = judged.every_sample(found, _unvisited(run, found["key"].to_pylist()))
     with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as aside:
         pq.write_table(listed, f"{aside}/{out.name}", compression="zstd")
         os.replace(f"{aside}/{out.name}", out)
@@ -67,6 +68,26 @@ def _suspects(run: Path, top: int, out: Path, false_positive_rate: float) -> Non
         f"false-positive rate of {false_positive_rate:g}; their {len(listed)} samples: {shown(str(out))}"
     )
     _print_table(found, top)
+
+
+def _unvisited(run: Path, keys: list[str]):
+    """Duplicates of suspects that the ledger may not name, since the run has not come to them; None: not known."""
+    from omegaconf import OmegaConf
+
+    from memtrain.audit.suspects import duplicates_in_corpus
+    from memtrain.data.remote import ShardMissing
+
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))["data"]
+        return duplicates_in_corpus(data, keys)
+    except (KeyError, TypeError, OSError, ValueError, ShardMissing) as error:
+        why = f"config.yaml has no {error}" if isinstance(error, KeyError) else str(error)
+        print(
+            f"WARNING: the corpus was not asked ({why}): of each picture, the list names the samples that the ledger "
+            "names",
+            file=sys.stderr,
+        )
+        return None
 
 
 def _show(run: Path, top: int) -> None:
