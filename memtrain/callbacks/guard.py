@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import traceback
@@ -14,7 +15,8 @@ from memtrain.training.exit_codes import INCOMPLETE
 
 log = logging.getLogger(__name__)
 
-_HOOKS = ("on_train_batch_end", "on_train_end")  # what is wrong at the start should end the run
+_MIDDLE, _END = "on_train_batch_end", "on_train_end"  # what is wrong at the start should end the run
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ALONE = "_raised_where_nobody_waits"
 
 
@@ -41,26 +43,31 @@ class Guard:
     """Lets a run go on where one of its callbacks fails in a look at the run or at its end.
 
     The failure's traceback goes into `run.log`, one line to the terminal, and the run ends with an exit code that
-    says so, when all that could be saved is. What fails before the first step ends the run. Of several ranks, only
-    what the first does alone (`on_first_rank`) may fail: elsewhere the others would wait for one that goes on.
+    says so, when all that could be saved is. What fails before the first step ends the run, and so does a full disk
+    in the middle: the run goes on from its last checkpoint when there is space. Of several ranks, only what the first
+    does alone (`on_first_rank`) may fail: elsewhere the others would wait for one that goes on.
 
     Args:
-        callbacks: whose hooks are watched. Leave out those without whose work a run is worth nothing.
+        callbacks: that look at the run.
+        records: those whose work in the middle may not have gaps, and fails the run; they are let off at the end.
     """
 
-    def __init__(self, callbacks: Iterable[pl.Callback]):
+    def __init__(self, callbacks: Iterable[pl.Callback], records: Iterable[pl.Callback] = ()):
         self.failed: dict[str, str] = {}  # callback and what was wrong -> where it was first
-        for callback in callbacks:
-            for hook in _HOOKS:
-                setattr(callback, hook, self._watched(callback, getattr(callback, hook)))
+        watched = [(callback, hook) for callback in callbacks for hook in (_MIDDLE, _END)]
+        for callback, hook in [*watched, *((record, _END) for record in records)]:
+            setattr(callback, hook, self._watched(callback, hook))
 
-    def _watched(self, callback: pl.Callback, hook: Callable) -> Callable:
+    def _watched(self, callback: pl.Callback, name: str) -> Callable:
+        hook = getattr(callback, name)
+
         @functools.wraps(hook)
         def watched(trainer: pl.Trainer, *arguments, **named) -> None:
             try:
                 hook(trainer, *arguments, **named)
             except Exception as error:
-                if trainer.world_size > 1 and not getattr(error, _ALONE, False):
+                others_wait = trainer.world_size > 1 and not getattr(error, _ALONE, False)
+                if others_wait or (name == _MIDDLE and getattr(error, "errno", None) in _FULL):
                     raise
                 self._note(trainer, type(callback).__name__, error)
 

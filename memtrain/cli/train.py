@@ -57,7 +57,10 @@ def train(cfg: DictConfig) -> None:
     # the ledger first: the report reads it
     signals = Signals()
     looks = {name: instantiate(c) for name, c in {"ledger": cfg.ledger, **cfg.callbacks}.items() if c is not None}
-    guard = Guard(look for name, look in looks.items() if name != "checkpoint")
+    guard = Guard(
+        callbacks=[look for name, look in looks.items() if name not in ("ledger", "checkpoint")],
+        records=[look for name, look in looks.items() if name == "ledger"],
+    )
     callbacks = [signals, *looks.values()]
     check_reference(exclusion, cfg.reference.count)
     datamodule = instantiate(

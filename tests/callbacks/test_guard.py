@@ -1,13 +1,17 @@
 """What was trained is saved, whatever cannot be drawn; and the exit code says that something failed."""
 
+import errno
 import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import pytorch_lightning as pl
 
 from memtrain.callbacks.guard import Guard
+from memtrain.callbacks.ledger import Ledger
 from memtrain.cli.main import main
 from memtrain.training.exit_codes import INCOMPLETE
 from tests.callbacks.test_callbacks import copies, validation
@@ -36,7 +40,7 @@ def test_no_canary_need_be_shown(pipeline_folder, corpus, tmp_path):
     assert json.loads((run / "summary.json").read_text())["copy_rate"]["canary"] is not None
 
 
-def test_a_picture_that_cannot_be_drawn_loses_nothing_else(pipeline_folder, corpus, tmp_path, capsys):
+def test_a_picture_that_cannot_be_drawn_loses_nothing_else(pipeline_folder, corpus, tmp_path, caplog):
     """There are folders where pictures are to lie: at every look in the middle, and at the end."""
     run = tmp_path / "runs/demo/one"
     for name in ("samples.png", "curves.png", "grids/step-000002.png", "grids/step-000003.png"):
@@ -48,15 +52,14 @@ def test_a_picture_that_cannot_be_drawn_loses_nothing_else(pipeline_folder, corp
     assert (run / "grids/step-000004.png").is_file()
     rates = json.loads((run / "summary.json").read_text())["copy_rate"]
     assert None not in (rates["canary"], rates["reference"])  # measured before it is drawn
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    errors = [line for line in told.splitlines() if line.startswith("ERROR")]
-    assert [error.split(" failed")[0] for error in errors] == [
-        "ERROR SampleGrid",
-        "ERROR SampleGrid",
-        "ERROR Copies",
-        "ERROR Summary",
-        "ERROR trained and saved, but SampleGrid, Copies, Summary",
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert not any("\n" in error.getMessage() or error.exc_info for error in errors)  # one line each
+    assert [error.getMessage().split(" failed")[0] for error in errors] == [
+        "SampleGrid",
+        "SampleGrid",
+        "Copies",
+        "Summary",
+        "trained and saved, but SampleGrid, Copies, Summary",
     ]
     logged = (run / "run.log").read_text()
     assert logged.count("Traceback (most recent call last)") == 4 and "in draw_samples" in logged
@@ -75,6 +78,31 @@ def test_what_is_always_the_same_is_said_once(pipeline_folder, corpus, tmp_path,
     assert (tmp_path / "run/run.log").read_text().count("Traceback") == 1
     with pytest.raises(ValueError, match=r"trained and saved, but Validation failed; .*run\.log tells why"):
         guard.end(tmp_path / "run", is_job=True)
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_in_the_middle_ends_the_run_and_at_the_end_does_not(pipeline_folder, corpus, tmp_path, kind):
+    class Full(pl.Callback):
+        def __init__(self, hook):
+            setattr(self, hook, self.fail)
+
+        def fail(self, *arguments, **named):
+            raise OSError(kind, "no space", "metrics.csv")
+
+    for hook, raises in (("on_train_batch_end", pytest.raises(OSError)), ("on_train_end", nullcontext())):
+        look = Full(hook)
+        guard = Guard([look])
+        with raises:
+            fit(build_module(pipeline_folder), build_data(corpus), tmp_path, 1, callbacks=[look])
+        assert bool(guard.failed) == (hook == "on_train_end")
+
+
+def test_a_record_with_a_gap_ends_the_run(pipeline_folder, corpus, tmp_path):
+    ledger = Ledger(1.0, 7)
+    Guard([], records=[ledger])
+    ledger._take = lambda *arguments: [][0]
+    with pytest.raises(IndexError):
+        fit(build_module(pipeline_folder), build_data(corpus), tmp_path, 1, callbacks=[ledger])
 
 
 def test_training_is_the_same_whatever_fails(pipeline_folder, corpus, tmp_path):
