@@ -69,7 +69,7 @@ class MemorizedTable(AfterEachStep):
 
     They are ranked by the evidence of `core.visits`, as `memtrain ledger` and the report rank them after the run.
     A visit counts at high noise, as a z-score against what the reference set showed of late in its timestep bin
-    (without a reference set: all trained pictures). All ranks gather what they saw.
+    (where no reference set is scored: all trained pictures). All ranks gather what they saw.
 
     Args:
         every: optimizer steps between two tables; 0 makes one at the end alone.
@@ -133,7 +133,7 @@ class MemorizedTable(AfterEachStep):
         trained = self._gather(trainer, self.held)
         against = self._gather(trainer, self.held_reference) if self.held_reference else None
         self.held, self.held_reference = [], []
-        has_reference = len(trainer.datamodule.groups.reference) > 0
+        has_reference = pl_module.reference.size(pl_module) > 0
         learned = against if has_reference else trained
         if learned is not None:
             _, observed = learned
@@ -143,7 +143,7 @@ class MemorizedTable(AfterEachStep):
         if against is not None:
             self._count(self.reference, *against, pl_module)
         if len(self.visited.index) > 2 * _CAPACITY:
-            self.visited.forget(self._evidence(trainer), _CAPACITY)
+            self.visited.forget(self._evidence(pl_module), _CAPACITY)
 
     def _gather(self, trainer: pl.Trainer, held: list[tuple[int, Observations]]) -> tuple[Tensor, Observations]:
         """When in the run each visit was, in (0, 1], and the visits; of all ranks, one after the other. (V,)"""
@@ -165,15 +165,15 @@ class MemorizedTable(AfterEachStep):
         rows = torch.cat([captioned.double()[None], shown])
         visited.add(observed.picture.cpu()[captioned].numpy(), rows[:, captioned].numpy())
 
-    def _evidence(self, trainer: pl.Trainer) -> np.ndarray:
+    def _evidence(self, pl_module: pl.LightningModule) -> np.ndarray:
         """Of each picture visited. (N,)"""
-        has_reference = len(trainer.datamodule.groups.reference) > 0
+        has_reference = pl_module.reference.size(pl_module) > 0
         return self.visited.evidence(self.reference if has_reference else None)
 
     @torch.no_grad()
     def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._add(trainer, pl_module)
-        strength = self._evidence(trainer)
+        strength = self._evidence(pl_module)
         samples = pl_module.encode_samples(self.visited.index[self.visited.highest(strength, self.samples)])
         _, _, captions = samples
         if not captions:

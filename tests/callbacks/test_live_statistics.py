@@ -134,7 +134,7 @@ if trainer.is_global_zero:
     found = {{name: value.item() for name, value in trainer.callback_metrics.items()}}
     found |= {{f"memorized_at/{{key}}": step or -1 for key, step in watching[2].memorized_at(trainer).items()}}
     found |= {{f"visits/{{i}}": n for i, n in zip(watching[3].visited.index.tolist(), watching[3].visited.sums[0])}}
-    strength = watching[3]._evidence(trainer)
+    strength = watching[3]._evidence(module)
     found |= {{f"z/{{i}}": z for i, z in zip(watching[3].visited.index.tolist(), strength.tolist())}}
     json.dump(found, open(sys.argv[2], "w"))
 """
