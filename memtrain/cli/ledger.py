@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
     summary = "write the keys of all samples of the pictures that look memorized, for data.exclude_keys"
     added = task(_suspects, "suspects", summary)
-    added.add_argument("--out", type=Path, required=True, help="a new .parquet, a row a sample, the worst picture first")
+    added.add_argument("--out", type=Path, required=True, help="a new .parquet, a row a sample, the worst first")
     added.add_argument(
         "--false-positive-rate",
         type=float,
