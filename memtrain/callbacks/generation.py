@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, share_of_rank
+from memtrain.core.copies import latent_rmse
 from memtrain.core.diffusion import GENERATION, place_seed
 from memtrain.models.base import DiffusionModel
 
@@ -91,7 +92,7 @@ def compare(
             num_steps,
             guidance_scale,
         )
-        rmse = (generated - latents[[n for n, _ in part]]).square().flatten(1).mean(dim=1).sqrt()  # (B,)
+        rmse = latent_rmse(generated, latents[[n for n, _ in part]])  # (B,)
         for (n, g), distance, image in zip(part, rmse.tolist(), generated, strict=True):
             found.append(Compared(n, g, distance, image.clone() if n < shown else None))
     return from_all_ranks(trainer, found)

@@ -23,9 +23,16 @@ def train(cfg: DictConfig) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities import rank_zero_only
 
+    from memtrain.callbacks.guard import Guard
     from memtrain.callbacks.signals import Signals
     from memtrain.data.escaping import PrintableFormatter
-    from memtrain.training.checks import check_accelerator, check_checkpoint, check_disk, check_reference
+    from memtrain.training.checks import (
+        check_accelerator,
+        check_checkpoint,
+        check_disk,
+        check_reference,
+        warn_of_sacrificed,
+    )
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.objective import Objective
     from memtrain.training.resume import same_wandb_run, write_aside
@@ -50,7 +57,12 @@ def train(cfg: DictConfig) -> None:
     optimizer = instantiate(cfg.optimizer)
     # the ledger first: the report reads it
     signals = Signals()
-    callbacks = [signals, *(instantiate(c) for c in (cfg.ledger, *cfg.callbacks.values()) if c is not None)]
+    looks = {name: instantiate(c) for name, c in {"ledger": cfg.ledger, **cfg.callbacks}.items() if c is not None}
+    guard = Guard(
+        callbacks=[look for name, look in looks.items() if name not in ("ledger", "checkpoint")],
+        records=[look for name, look in looks.items() if name == "ledger"],
+    )
+    callbacks = [signals, *looks.values()]
     check_reference(exclusion, cfg.reference.count)
     datamodule = instantiate(
         cfg.data,
@@ -78,7 +90,8 @@ def train(cfg: DictConfig) -> None:
     )
     datamodule.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     run_dir = Path(cfg.run_dir)
-    check_disk(run_dir, module.trained_parameters())
+    keep = 0 if cfg.callbacks.checkpoint is None else cfg.callbacks.checkpoint.keep
+    check_disk(run_dir, module.trained_parameters(), keep)
     with same_wandb_run(past and past.state.wandb_id):
         loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
     trainer = instantiate(
@@ -103,10 +116,12 @@ def train(cfg: DictConfig) -> None:
         run_log.setFormatter(PrintableFormatter())
         logging.getLogger("memtrain").addHandler(run_log)
         write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        warn_of_sacrificed(datamodule, named=len(cfg.canaries.sacrificed_keys) > 0)
         if past is not None or cfg.resume.run is not None:
             log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")
     with signals, ended_clearly(trainer, module.stops):
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    guard.end(run_dir, is_job())
 
 
 def _earlier(cfg: DictConfig):

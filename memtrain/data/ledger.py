@@ -230,7 +230,7 @@ def read_ledger(run: str | Path) -> pyarrow.dataset.Dataset:
 
 
 def batches(
-    ledger: pyarrow.dataset.Dataset, columns: list[str], rows: pc.Expression | None = None
+    ledger: pyarrow.dataset.Dataset, columns: list[str] | dict[str, pc.Expression], rows: pc.Expression | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Columns of a ledger, piece by piece and in order; few pieces are in memory at a time."""
     scanned = ledger.to_batches(columns, rows, batch_size=2**16, batch_readahead=1, fragment_readahead=1)

@@ -35,6 +35,15 @@ class Pictures:
         place = np.searchsorted(self.positions, positions).clip(max=len(self.positions) - 1)
         return np.where(self.positions[place] == positions, self.first[place], positions)
 
+    def sizes(self, positions: np.ndarray) -> np.ndarray:
+        """How many samples show the same picture, this one among them. (n,) -> (n,) int64"""
+        first, counts = np.unique(self.first, return_counts=True)
+        if len(first) == 0:
+            return np.ones(len(positions), dtype=np.int64)
+        mine = self.of(positions)
+        place = np.searchsorted(first, mine).clip(max=len(first) - 1)
+        return np.where(first[place] == mine, counts[place], 1)
+
     def groups(self) -> list[np.ndarray]:
         """The positions of each group, the largest first; of equally large ones, the one that comes first."""
         order = np.argsort(self.first, kind="stable")

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from memtrain.audit.suspects import Judged, judge
 from memtrain.core.exclusion import GROUP_NAMES, TRAINED
 from memtrain.data.ledger import FOLDER, batches, read_about, read_ledger
-from memtrain.report.suspects import Judged, judge
 
 BINS = 10  # timestep bins
 FALSE_POSITIVE_RATE = 0.01
 _POINTS = 900  # of each group in the scatter
-_LISTED = 18  # samples that were excluded most often
+_LISTED = 18  # pictures that were excluded most often
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LedgerView:
     rows: int
     num_timesteps: int
     judged: Judged | None  # None without scores at high noise
-    excluded: list[dict]  # key, group, visits, excluded (visits) of the samples that were excluded most often
+    excluded: list[dict]  # key, group, samples, visits, excluded (visits) of the pictures that were excluded most often
     points: dict[str, Points]
     threshold: np.ndarray | None  # (BINS,) median; None where it is not held against the score itself
     reference_high: np.ndarray  # (BINS,) the reference set's 1 - FALSE_POSITIVE_RATE quantile of scores
@@ -49,7 +49,7 @@ class LedgerView:
         return max(FALSE_POSITIVE_RATE, 1 / (self.judged.compared_with + 1))
 
     def of(self, *groups: str) -> pa.Table:
-        """The judged samples of these groups, the most memorized first."""
+        """The judged pictures of these groups, the most memorized first."""
         return self.judged.table.filter(pc.is_in(self.judged.table["group"], pa.array(groups)))
 
     def memorized(self, *groups: str) -> pa.Table | None:
@@ -145,7 +145,8 @@ def _threshold(rows: np.ndarray, num_timesteps: int) -> np.ndarray | None:
 def _most_excluded(dataset: ds.Dataset) -> list[dict]:
     parts: list[pa.Table] = []
     trained = ~pc.field("kept") & (pc.field("group") != "reference")
-    for batch in batches(dataset, ["key", "group"], trained):
+    picture = pc.coalesce(pc.field("duplicate_of"), pc.field("key"))  # the key of its first sample
+    for batch in batches(dataset, {"key": picture, "group": pc.field("group")}, trained):
         ones = pa.array(np.ones(len(batch), dtype=np.int64))
         parts.append(pa.Table.from_batches([batch]).append_column("excluded", ones))
         if sum(map(len, parts[1:])) > max(2**17, len(parts[0])):
@@ -155,10 +156,14 @@ def _most_excluded(dataset: ds.Dataset) -> list[dict]:
     ranked = _summed(parts).sort_by([("excluded", "descending"), ("key", "ascending")])
     found = ranked.slice(0, _LISTED).to_pylist()
     keys = pa.array([row["key"] for row in found], pa.string())
-    number = Counter()
-    for batch in batches(dataset, ["key"], pc.field("key").isin(keys)):
-        number.update(batch["key"].to_pylist())
-    return [{**row, "visits": number[row["key"]]} for row in found]
+    visits: Counter[str] = Counter()
+    samples: dict[str, set[str]] = {row["key"]: set() for row in found}
+    for batch in batches(dataset, {"picture": picture, "key": pc.field("key")}, picture.isin(keys)):
+        of = batch["picture"].to_pylist()
+        visits.update(of)
+        for shown, key in zip(of, batch["key"].to_pylist(), strict=True):
+            samples[shown].add(key)
+    return [row | {"visits": visits[row["key"]], "samples": len(samples[row["key"]])} for row in found]
 
 
 def _summed(parts: list[pa.Table]) -> pa.Table:

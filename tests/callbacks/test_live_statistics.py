@@ -28,6 +28,7 @@ def observed(rows: int, seed: int = 0, **columns) -> Observations:
     yes = torch.ones(rows, dtype=torch.bool)
     defaults = dict(
         sample_index=torch.arange(rows),
+        picture=torch.arange(rows),
         timesteps=timesteps,
         score=torch.rand(rows, generator=generator) * 3 + 0.01,
         loss=torch.rand(rows, generator=generator),
@@ -133,7 +134,8 @@ if trainer.is_global_zero:
     found = {{name: value.item() for name, value in trainer.callback_metrics.items()}}
     found |= {{f"memorized_at/{{key}}": step or -1 for key, step in watching[2].memorized_at(trainer).items()}}
     found |= {{f"visits/{{i}}": n for i, n in zip(watching[3].visited.index.tolist(), watching[3].visited.sums[0])}}
-    found |= {{f"z/{{i}}": z for i, z in zip(watching[3].visited.index.tolist(), watching[3].visited.z)}}
+    strength = watching[3]._evidence(module)
+    found |= {{f"z/{{i}}": z for i, z in zip(watching[3].visited.index.tolist(), strength.tolist())}}
     json.dump(found, open(sys.argv[2], "w"))
 """
 

@@ -1,6 +1,7 @@
 """`memtrain ledger`: who looks memorized is found, at the rate that was asked for, and can be left out."""
 
 import re
+
 import tracemalloc
 
 import numpy as np
@@ -8,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from memtrain.audit import suspects
+from memtrain.audit.suspects import judge, z_scores
 from memtrain.cli.ledger import ledger
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
 from memtrain.data.ledger import KeyNumbers, Rows
-from memtrain.report import suspects
-from memtrain.report.suspects import centred, judge, strength, z_scores
 from tests.conftest import build_data
 from tests.data.test_ledger import write
 
@@ -49,10 +50,6 @@ def simulated(
     return rows.where(order)
 
 
-def key(index: int) -> str:
-    return f"00000.tar/{index:09d}"
-
-
 @pytest.mark.parametrize("reference", [HELD_OUT, 0])
 def test_a_row_of_the_ledger_takes_few_bytes_to_judge(tmp_path, monkeypatch, reference):
     """NumPy's peak, and what Arrow holds meanwhile: unlike resident memory the same on every machine."""
@@ -83,6 +80,10 @@ def test_samples_are_numbered_as_they_come_whatever_the_pieces():
         assert found.dtype == np.int32
 
 
+def key(index: int) -> str:
+    return f"00000.tar/{index:09d}"
+
+
 def test_suspects_are_the_memorized_at_the_rate_asked_for(tmp_path, capsys):
     write(tmp_path, simulated(), key=key)
     out = tmp_path / "list.parquet"
@@ -100,7 +101,7 @@ def test_suspects_are_the_memorized_at_the_rate_asked_for(tmp_path, capsys):
     strongest = table.slice(0, 10)["key"].to_pylist()
     assert sum(int(name.split("/")[1]) < MEMORIZED for name in strongest) >= 8
     text = capsys.readouterr().out
-    assert f"{len(found)} of {len(judged.table)} samples look memorized" in text and "00000.tar/" in text
+    assert f"{len(found)} of {len(judged.table)} pictures look memorized" in text and "00000.tar/" in text
     assert "WARNING" not in text
 
 
@@ -136,34 +137,6 @@ def test_z_scores_leave_the_sample_itself_out():
         assert z[row] == pytest.approx((values[row] - values[others].mean()) / values[others].std(ddof=1))
     _, counts = z_scores(values[:6], sample[:6], np.arange(6), compared)
     assert not counts.any()  # nobody to compare with
-
-
-@pytest.mark.parametrize("rises", [False, True])
-def test_strength_is_in_standard_deviations_of_chance_whatever_the_visits(rises):
-    draw = np.random.default_rng(0)
-    often = draw.integers(1, 30, 4000)
-    sample, null = np.repeat(np.arange(4000), often), np.arange(4000) < 2000
-    x = draw.random(len(sample))
-    z = 1.3 * draw.normal(size=len(sample)) + 0.7 * draw.normal(size=4000)[sample] * (1 if rises else x)
-    if rises:
-        found = strength(centred(z, sample), centred(x, sample), sample, null, fitted=2)
-    else:
-        found = strength(z, x, sample, null)
-    for some in (~null & (often == 2), ~null & (often > 2) & (often < 10), ~null & (often >= 10)):
-        assert found[some].std() == pytest.approx(1, abs=0.15)
-    follows = z + 3 * x  # what it is there to find
-    if rises:
-        stronger = strength(centred(follows, sample), centred(x, sample), sample, null & False, fitted=2)
-        assert not stronger.any()  # nobody to compare with
-    else:
-        assert (strength(np.where(null[sample], z, follows), x, sample, null)[~null & (often > 10)] > 2).mean() > 0.9
-
-
-def test_of_single_visits_only_the_level_is_told():
-    z = np.random.default_rng(0).normal(size=200)
-    ones, sample, everybody = np.ones(200), np.arange(200), np.ones(200, bool)
-    assert strength(z, ones, sample, everybody) == pytest.approx(z / np.sqrt((z**2).mean()))
-    assert not strength(centred(z, sample), centred(ones, sample), sample, everybody, fitted=2).any()
 
 
 def test_memorized_samples_that_never_stood_out_are_found_by_their_rise(tmp_path):

@@ -200,7 +200,7 @@ def test_the_figures_hold_the_curves(run, page):
 
 def test_the_most_memorized_come_first_with_picture_and_caption(page):
     text = page.text
-    start, excluded = text.index("Most memorized samples"), text.index("Excluded most often")
+    start, excluded = text.index("Most memorized pictures"), text.index("Excluded most often")
     shown = re.findall(r"00000\.tar/\d{9}", text[start:excluded])
     assert set(map(key, [*range(MEMORIZED), 150, 151, 152, 153])) == set(shown[: MEMORIZED + 4])
     assert text[start:excluded].count("stands out") >= MEMORIZED + 4
@@ -214,7 +214,7 @@ def test_the_most_memorized_come_first_with_picture_and_caption(page):
 
 def test_the_verdict_names_what_was_planted(run):
     sentences = [sentence.text for sentence in verdict(read_run(run), None)]
-    says = r"(\d+) of 1\d\d ordinary training samples look .* about 2, so some are\."
+    says = r"(\d+) of 1\d\d ordinary training pictures look .* about 2, so some are\."
     found = re.fullmatch(says, sentences[0])
     assert found and MEMORIZED <= int(found[1]) <= 3 * MEMORIZED, sentences[0]
     assert sentences[1] == "4 of 4 canaries look memorized by their score."
