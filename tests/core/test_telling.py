@@ -1,4 +1,4 @@
-"""What says nothing enters no rule: scores that are not finite, scores of exactly 0; and rules that could never warm up."""
+"""Scores that say nothing, not finite or exactly 0, enter no rule; a rule that could never warm up is refused."""
 
 import math
 

@@ -383,7 +383,7 @@ class Poison(Method):
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(pipeline_folder, corpus, tmp_path, caplog):
     clean = train(pipeline_folder, corpus, tmp_path / "clean", 2)
     record = Record()
-    module = build_module(pipeline_folder, quick_evidence(), method=Poison({3}))
+    module = build_module(pipeline_folder, quick_evidence(), method=Poison({4}))
     callbacks = [Ledger(1.0, 7), record, checkpoint(3, str(tmp_path / "a" / "checkpoints"))]
     data = build_data(corpus)
     fit(module, data, tmp_path / "a", 3, callbacks=callbacks)

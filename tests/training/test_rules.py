@@ -54,7 +54,8 @@ class Panel(ExclusionRule):
     def decide(self, observed: Observations) -> Decision:
         decisions = [rule.decide(observed) for rule in self.rules.values()]
         said = [c.double() for d in decisions for c in (d.keep_mask, d.threshold)]
-        self.rows.append(torch.stack([observed.timesteps.double(), observed.sample_index.double(), *said], 1))
+        rows = torch.stack([observed.timesteps.double(), observed.sample_index.double(), *said], 1)
+        self.rows.append(rows[observed.captioned])  # the others fill up a rank's turn of the reference set
         return decisions[0]
 
     def update(self, observed):
@@ -62,7 +63,7 @@ class Panel(ExclusionRule):
             rule.update(observed)
 
     def said(self) -> torch.Tensor:
-        """A row for each visit: timestep, sample, and keep and threshold of each rule."""
+        """A row for each visit with a caption: timestep, sample, and keep and threshold of each rule."""
         return torch.cat(self.rows)
 
     def state(self) -> dict[str, torch.Tensor]:
