@@ -1,9 +1,7 @@
 """`memtrain ledger`: who looks memorized is found, at the rate that was asked for, and can be left out."""
 
 import re
-
 import tracemalloc
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
