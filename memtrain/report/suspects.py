@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from memtrain.core.exclusion import GROUP_NAMES, REFERENCE, TRAINED
 from memtrain.data.ledger import read_about, read_ledger
 
-HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out (METHOD.md, the trial)
+HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out (docs/method.md)
 NUM_BINS = 10  # of timesteps, over the whole schedule
 _PERIOD_ROWS = 50  # rows to compare with that each bin of a period has, on average
 _MAX_PERIODS = 50
