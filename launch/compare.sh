@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The first table and the pictures of docs/results.md: the demo without exclusion, with the paper's rule, with calibrated and with
-# evidence; same seed, same steps, as many at a time as there are JOBS (default 2), one core each. About 20 minutes
-# on two. Arguments go to every run.
+# The first table and the pictures of docs/results.md: the demo without exclusion, with the paper's rule, with
+# calibrated and with evidence; same seed, same steps, as many at a time as there are JOBS (default 2), one core each.
+# About 20 minutes on two. Arguments go to every run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -1,4 +1,4 @@
-"""The ledger as files: size, what is drawn, what a run that begins leaves of it; the queries of docs/guides/reading_the_report.md."""
+"""The ledger as files: size, what is drawn, what a run that begins leaves of it; the queries of docs/."""
 
 import time
 
