@@ -81,7 +81,7 @@ from tests.training.test_rules import Panel
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy
 panel = Panel()
-module = build_module({pipeline!r}, panel, reference_batch=4)
+module = build_module({pipeline!r}, panel, reference_batch=5)
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
     max_steps=12, max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
@@ -103,7 +103,7 @@ def test_two_ranks_decide_as_one(pipeline_folder, corpus, tmp_path):
         assert torch.equal(value, ranks[1]["state"][name]), name
 
     panel = Panel()
-    module = build_module(pipeline_folder, panel, reference_batch=4)
+    module = build_module(pipeline_folder, panel, reference_batch=5)
     fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 12)
     for name, value in panel.state().items():
         torch.testing.assert_close(ranks[0]["state"][name], value, atol=1e-3, rtol=1e-3, msg=name)
