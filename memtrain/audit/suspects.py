@@ -23,7 +23,7 @@ from memtrain.data.ledger import KeyNumbers, batches, read_about, read_ledger
 from memtrain.data.samples import ShardSamples, as_text
 from memtrain.data.sources import find_sources
 
-HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out (METHOD.md, the trial)
+HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out
 NUM_BINS = 10  # of timesteps, over the whole schedule
 _PERIOD_ROWS = 50  # rows to compare with that each bin of a period has, on average
 _MAX_PERIODS = 50

@@ -27,7 +27,7 @@ class MemorizationCurves(AfterEachStep):
     Args:
         every: optimizer steps between two points.
         high_noise: timesteps from this share of the schedule on make the `score_high_noise` curves; that is
-            where memorized samples stand out (METHOD.md, the trial).
+            where memorized samples stand out (docs/method.md, "What the score shows").
     """
 
     def __init__(self, every: int, high_noise: float):

@@ -257,7 +257,7 @@ class ZScoreEvidence(Evidence):
     """`exclusion=z_scores`: evidence is the moving average of a sample's z-scores at high noise.
 
     One draw of d says little, and only at high noise does a memorized sample stand above the others
-    (METHOD.md, the trial). So each visit at t >= `min_timestep` gives a z-score, of log d, against what the
+    (docs/method.md). So each visit at t >= `min_timestep` gives a z-score, of log d, against what the
     never-trained reference set scores in the same timestep bin. No canary is needed.
 
     Args:

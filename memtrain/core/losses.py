@@ -23,7 +23,7 @@ def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, pre
 
 
 def masked_sum(loss: Tensor, weights: Tensor, keep_mask: Tensor) -> Tensor:
-    """sum_i keep_i w_i l_i, a scalar with a graph whatever is kept (METHOD: "the right denominator").
+    """sum_i keep_i w_i l_i, a scalar with a graph whatever is kept (docs/method.md, "The right denominator").
 
     The division by the number of kept samples of the *optimizer step*, over all ranks and micro-batches,
     comes when that number is known. An excluded sample's value is replaced, not multiplied by zero, so a loss

@@ -49,7 +49,7 @@ class Accumulation:
         self._valid.append(valid)
 
     def settle(self, trainer: pl.Trainer, parameters: list[nn.Parameter]) -> None:
-        """Divide the summed gradient by the samples of the whole optimizer step (METHOD: "the right denominator").
+        """Divide the summed gradient by the samples of the whole optimizer step (docs/method.md).
 
         Lightning has divided each micro-batch's sum by the number of micro-batches and DDP by the number of
         ranks; both are undone here. Where no sample anywhere is kept, or a number is not finite, all ranks drop it.

@@ -2,6 +2,7 @@
 
 import re
 import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ def simulated(
 ) -> Rows:
     """Scores depend on the timestep and drift; memorized samples rise at high noise and are seen more.
 
-    `memorized_by`: at the end; 3 gives a single visit an AUC of 0.97, as in the trial (METHOD.md).
+    `memorized_by`: at the end; 3 gives a single visit an AUC of 0.97, as docs/method.md says of a diffusion model.
     `spread`: of samples around the mean, whatever the visit, in standard deviations of a visit.
     """
     draw = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The ledger as files: size, what is drawn, what a run that begins leaves of it; the README's queries."""
+"""The ledger as files: size, what is drawn, what a run that begins leaves of it; the queries of docs/."""
 
 import time
 
@@ -139,7 +139,7 @@ def test_a_folder_without_a_ledger_is_named(tmp_path):
         read_ledger(tmp_path)
 
 
-# ---- the README's queries, with pyarrow; they were tried with DuckDB as they stand there
+# ---- the queries of docs/guides/reading_the_report.md, with pyarrow; they were tried with DuckDB as they stand there
 
 
 def test_the_three_questions_of_the_readme(tmp_path):

@@ -94,7 +94,7 @@ def test_an_image_meets_its_own_caption_whatever_lies_between(tmp_path):
 
 @pytest.mark.parametrize("cut", ["header", "member", "padding"])
 def test_a_cut_tar_keeps_its_whole_samples_and_never_borrows(tmp_path, cut):
-    """SHARDS.md: a cut shard followed by one with the same key must not give a chimera."""
+    """docs/shards.md: a cut shard followed by one with the same key must not give a chimera."""
     path = write_tar(tmp_path / "00000.tar", sample("000000000", "first") + sample("000000001", "second"))
     write_tar(tmp_path / "00001.tar", sample("000000001", "other shard") + sample("000000002", "third"))
     with tarfile.open(path) as tar:
