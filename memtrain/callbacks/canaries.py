@@ -14,7 +14,9 @@ _AT_ONCE = 32
 
 
 class CanaryList(pl.Callback):
-    """At the start of a run writes `canaries.csv`: who all canaries, one sample of each picture, and some reference samples are.
+    """At the start of a run writes `canaries.csv`: who all canaries and some reference samples are.
+
+    Of a canary with duplicates, one sample is listed.
 
     Args:
         reference: at most so many of the reference set.

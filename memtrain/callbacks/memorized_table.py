@@ -25,9 +25,10 @@ COLUMNS = ("image", "caption", "key", "group", "score", "z", "visits", "nearest 
 
 
 class VisitedSamples:
-    """Visits and high scores of the pictures seen, duplicates together; of very many, those that stand out least are forgotten.
+    """Visits and high scores of the pictures seen; of very many, those that stand out least are forgotten.
 
-    A sample stands out by the sum of its z-scores over the root of their number (Stouffer 1949).
+    Duplicates are one picture. It stands out by the sum of its z-scores over the root of their number (Stouffer
+    1949).
     """
 
     def __init__(self, capacity: int = _CAPACITY):

@@ -37,10 +37,12 @@ class Watch(pl.Callback):
         ):
             for row in range(0 if observed is None else len(kept)):
                 if observed.known[row] if pl_module.exclusion.needs_score else observed.captioned[row]:
+                    index, picture = int(observed.sample_index[row]), int(observed.picture[row])
                     self.rows.append(
                         {
                             "step": self.last - 1,
-                            "key": key(int(observed.sample_index[row])),
+                            "key": key(index),
+                            "duplicate_of": key(picture) if picture != index else None,
                             "group": GROUP_NAMES[observed.group[row]],
                             "timestep": int(observed.timesteps[row]),
                             "score": observed.score[row].item() if observed.scored[row] else None,
