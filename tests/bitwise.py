@@ -204,8 +204,8 @@ AUDITS = {
         "timesteps_per_sample=3", "fid_samples=32", "out=OUT", "device=cpu",
     ]],
     "shards": [
-        ["shards", "index", "natural"],
-        ["shards", "duplicates", "natural", "--out", "OUT/groups.parquet"],
+        ["shards", "index", "natural", "--workers", "1"],
+        ["shards", "duplicates", "natural", "--out", "OUT/groups.parquet", "--workers", "1"],
         ["ledger", "suspects", "runs/rule_evidence", "--false-positive-rate", "0.3", "--out", "OUT/suspects.parquet"],
     ],
     "demo": [["demo", "OUT/corpus", "num_samples=60", "repeated=2", "copies=5", "shard_size=30"]],
