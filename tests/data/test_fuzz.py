@@ -66,7 +66,7 @@ def original(tmp_path_factory) -> bytes:
 
 
 @given(places=PLACES, cut=st.floats(0, 1), join=st.floats(0, 1), seed=st.integers(0, 2**16))
-@settings(max_examples=120, deadline=10_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_mutation_crashes_or_makes_a_chimera(original, tmp_path_factory, places, cut, join, seed):
     folder = tmp_path_factory.mktemp("mutated")
     half = original[: int(cut * len(original))]
