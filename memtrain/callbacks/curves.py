@@ -20,7 +20,8 @@ _HELD = 16  # steps whose observations are kept as they are, to be added up in o
 class MemorizationCurves(AfterEachStep):
     """Every `every` steps, over the rows of all ranks since the last point: what `LiveStatistics` says.
 
-    Also samples/s and `scoring_share`, the share of the time that the second forward took. Both leave out
+    Also samples/s and `scoring_share`, the share of the time that scoring took: the second forward, and all of
+    what is done for the reference set. Both leave out
     what comes between a point and the next step, validation for one; so this is the first of the callbacks.
 
     Args:
@@ -104,7 +105,7 @@ class MemorizationCurves(AfterEachStep):
 
     @property
     def scoring_share(self) -> float:
-        """Share of the run's time that the second forward took."""
+        """Share of the run's time that scoring took."""
         return self.seconds_scoring / self.seconds if self.seconds else float("nan")
 
     def state_dict(self) -> dict:

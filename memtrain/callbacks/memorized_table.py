@@ -65,7 +65,7 @@ class MemorizedTable(AfterEachStep):
     """The trained samples that stand out most, with their nearest generation: W&B table and `memorized.png`.
 
     A visit counts at high noise, as a z-score of log d against the reference set's in its timestep bin
-    (without a reference set: against all trained samples'). All ranks gather what they saw.
+    (where no reference set is scored: against all trained samples'). All ranks gather what they saw.
 
     Args:
         every: optimizer steps between two tables; 0 makes one at the end alone.
@@ -126,7 +126,7 @@ class MemorizedTable(AfterEachStep):
             against = ranks.gather(trainer, Observations.concatenate(self.held_reference), 1)
         self.held, self.held_reference = [], []
         score, bins = _log_score(against, pl_module.num_timesteps)
-        if len(trainer.datamodule.groups.reference) == 0 or against is not trained:
+        if pl_module.reference.size(pl_module) == 0 or against is not trained:
             scored = against.scored.cpu()
             self.moments.update(score[scored], bins[scored])
         score, bins = _log_score(trained, pl_module.num_timesteps)

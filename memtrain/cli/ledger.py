@@ -84,8 +84,9 @@ def _say(judged) -> None:
     )
     if not judged.has_reference:
         print(
-            "WARNING: the run had no reference set. Samples are compared with one another, so that a "
-            "false-positive rate of 0.01 names the highest 1 %, memorized or not; set reference.count=200",
+            "WARNING: the run scored no reference set. Samples are compared with one another, so that a "
+            "false-positive rate of 0.01 names the highest 1 %, memorized or not; set reference.count=200 "
+            "reference.batch_size=16",
             file=sys.stderr,
         )
 

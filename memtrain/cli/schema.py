@@ -290,7 +290,7 @@ class Canaries:
 class Reference:
     count: int = MISSING
     every: int = MISSING
-    batch_size: int = MISSING
+    batch_size: int | None = MISSING
 
 
 @dataclass

@@ -18,7 +18,9 @@ from memtrain.core.exclusion import (
     log_score,
     open_share,
     positive,
+    reachable,
     restored,
+    telling,
 )
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 
@@ -56,6 +58,7 @@ class Evidence(ExclusionRule):
             raise ValueError(f"exclusion.memory must be in [0, 1], got {memory:g}; 0 acts on single draws")
         at_least(1, num_bins=num_bins, half_life=half_life, warmup=warmup)
         at_least(0, start_step=start_step)
+        reachable(warmup, half_life)
         self.enter, self.leave, self.memory = enter, leave, memory
         self.num_bins, self.warmup, self.start_step = num_bins, warmup, start_step
         self.reference = BinnedMoments(num_bins, half_life)
@@ -73,8 +76,8 @@ class Evidence(ExclusionRule):
         return timestep_bin(observed.timesteps.cpu(), self.num_timesteps, self.num_bins)
 
     def counts(self, observed: Observations) -> Tensor:
-        """Visits that were scored, in bins whose reference is known. (B,) bool"""
-        return observed.scored.cpu() & (self.reference.count[self.bins(observed)] >= self.warmup)
+        """Visits whose score says something, in bins whose reference is known. (B,) bool"""
+        return telling(observed) & (self.reference.count[self.bins(observed)] >= self.warmup)
 
     def decide(self, observed: Observations) -> Decision:
         shown, counts = self.shows(observed)
@@ -184,6 +187,7 @@ class LikelihoodEvidence(Evidence):
         self.floor = leave
         self.clip, self.shift = positive("clip", clip), positive("shift", shift)
         self.shift_weight = positive("shift_weight", shift_weight)
+        reachable(shift_weight, canary_half_life, needed="shift_weight", by="canary_half_life")
         if not 0 <= own_visits <= 255:
             raise ValueError(f"exclusion.own_visits must be in [0, 255], got {own_visits}; 0 compares all alike")
         self.own_visits, self.own_limit = own_visits, positive("own_limit", own_limit)
@@ -224,7 +228,7 @@ class LikelihoodEvidence(Evidence):
         self._learn_own(observed)
         bins, x, group = self.bins(observed), self.statistic(observed), observed.group.cpu()
         for moments, of in ((self.reference, REFERENCE), (self.memorized, SACRIFICED)):
-            learned = observed.scored.cpu() & (group == of)
+            learned = telling(observed) & (group == of)
             moments.update(x[learned], bins[learned])
 
     def _learn_own(self, observed: Observations) -> None:
@@ -289,5 +293,5 @@ class ZScoreEvidence(Evidence):
         return (1 - self.memory) * z.float(), self.counts(observed) & high_noise
 
     def learn(self, observed: Observations) -> None:
-        learned = observed.scored.cpu() & (observed.group.cpu() == REFERENCE)
+        learned = telling(observed) & (observed.group.cpu() == REFERENCE)
         self.reference.update(log_score(observed.score)[learned], self.bins(observed)[learned])

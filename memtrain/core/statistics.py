@@ -91,11 +91,20 @@ def bootstrap_interval(
     return low, high
 
 
+def most_remembered(half_life: float) -> float:
+    """What a count with exponential forgetting tends to and never reaches, one observation at a time: 1 / (1 - decay).
+
+    About half_life / log 2.
+    """
+    return 1 / (1 - 0.5 ** (1 / half_life))
+
+
 class BinnedMoments:
     """Mean and standard deviation of a score in each timestep bin, with exponential forgetting.
 
     An observation's weight halves after `half_life` further observations in its bin, so that the moments
-    follow a model that is being trained; until then they are the plain moments.
+    follow a model that is being trained; until then they are the plain moments. Values that are not finite are
+    passed over.
     """
 
     def __init__(self, num_bins: int, half_life: float):
@@ -105,6 +114,8 @@ class BinnedMoments:
     def update(self, values: Tensor, bins: Tensor) -> None:
         """values (B,), bins (B,) int64: all observations of one step, taken together."""
         values, bins = values.double().cpu(), bins.cpu()
+        finite = values.isfinite()
+        values, bins = values[finite], bins[finite]
         counts = torch.zeros_like(self.sums[0]).index_add_(0, bins, torch.ones_like(values))
         self.sums *= self.decay**counts
         self.sums[0] += counts

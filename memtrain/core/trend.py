@@ -12,7 +12,8 @@ class Trend:
     """A polynomial of the timestep, fitted by least squares with exponential forgetting.
 
     A bin's own mean rests on its own few observations; the level of log d is smooth in t, so that a handful
-    of coefficients, fitted to all observations, follow it with a third of the noise.
+    of coefficients, fitted to all observations, follow it with a third of the noise. Values that are not finite
+    are passed over.
 
     Args:
         degree: of the polynomial, in the Chebyshev basis.
@@ -30,7 +31,8 @@ class Trend:
 
     def update(self, values: Tensor, position: Tensor) -> None:
         """values (B,), position (B,): timesteps as a share of the schedule; all observations of one step."""
-        rows = torch.cat([self._basis(position), values.double()[:, None]], dim=1)
+        finite = values.isfinite()
+        rows = torch.cat([self._basis(position[finite]), values[finite].double()[:, None]], dim=1)
         self.sums = self.sums * self.decay ** len(rows) + rows.T @ rows
 
     @property

@@ -142,19 +142,20 @@ class DataModule(pl.LightningDataModule):
             consumed=self._restored or 0,
             upcoming=self.samples.prefetch,
         )
-        batches = (
-            BatchDecoder(self.samples, self.groups, self.views)
-            if self.cache is None
-            else CachedBatches(self.cache, self.groups, self.views)
-        )
         return DataLoader(
             _Positions(),
             batch_sampler=sampler,
-            collate_fn=batches,
+            collate_fn=self.collate(self.views),
             num_workers=self.num_workers,
             pin_memory=trainer.accelerator.auto_device_count() > 0 and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+    def collate(self, views: Views) -> BatchDecoder | CachedBatches:
+        """Makes (step, place, position) rows a Batch: from pictures, or from cached latents where there are any."""
+        if self.cache is None:
+            return BatchDecoder(self.samples, self.groups, views)
+        return CachedBatches(self.cache, self.groups, views)
 
     def decode(self, positions: Sequence[int]) -> Batch:
         """The samples at these positions as one batch on the CPU, seen straight; bad ones are reported."""

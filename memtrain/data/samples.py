@@ -18,7 +18,7 @@ from rich.progress import track
 from memtrain.data.buckets import bucket_sizes, nearest_bucket
 from memtrain.data.columns import Clause, apply_filter, parse_filter, parse_json, read_columns, read_keys
 from memtrain.data.images import BadSample, decode_image, picture_shape
-from memtrain.data.index import IndexFile, key_of, open_indexes, open_remote_indexes
+from memtrain.data.index import VERSION, IndexFile, key_of, open_indexes, open_remote_indexes
 from memtrain.data.open_shards import OpenShard, OpenShards
 from memtrain.data.remote import ShardCache, ShardMissing
 from memtrain.data.sources import Shard, find_sources
@@ -207,7 +207,7 @@ class ShardSamples:
     def identity(self, number: int, of: str) -> str:
         """Names what was derived from a shard in its present state."""
         index = self.indexes[number]
-        said = f"{self.shards[number].url}\n{index.size} {index.mtime_ns}\n{of}"
+        said = f"{self.shards[number].url}\n{index.size} {index.mtime_ns} {VERSION}\n{of}"
         return hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()[:32]
 
     def described(self) -> dict[str, str | int | None]:
@@ -331,6 +331,11 @@ class ShardSamples:
         found = parse_json(shard.read_json(record)).get(self.caption)
         many = found if isinstance(found, list) else [found]
         return [text.strip() for text in many if isinstance(text, str)]
+
+    def close(self) -> None:
+        """Close the shards that are open; reading opens them again."""
+        self._open.close()
+        self._keys = {}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_keys": {}}

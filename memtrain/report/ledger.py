@@ -76,8 +76,8 @@ def view_ledger(folder: Path) -> LedgerView | None:
         remarks.append(f"Which samples look memorized is not known: {why}.")
     if judged is not None and not judged.has_reference:
         remarks.append(
-            "Without a reference set there is nothing to tell memorized samples from; they are ranked "
-            "against one another (reference.count=200 holds some out)."
+            "No reference set was scored, so there is nothing to tell memorized samples from; they are ranked "
+            "against one another (reference.count=200 reference.batch_size=16 holds some out and scores them)."
         )
     drawn = _draw(dataset, dataset.count_rows())
     points = {group: _points(rows, about.num_timesteps) for group, rows in drawn.items() if len(rows)}

@@ -36,7 +36,7 @@ class Judged:
     steps: int  # from the first to the last in it
     sample: float  # share of the rows that the ledger holds
     compared_with: int  # samples whose own evidence gives the p-values
-    has_reference: bool  # False: the run had no reference set, samples were compared with one another
+    has_reference: bool  # False: the run scored no reference set, samples were compared with one another
 
     def suspects(self, false_positive_rate: float) -> pa.Table:
         """The rows of samples that look memorized; of others, this share is expected among them.

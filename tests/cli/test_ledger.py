@@ -149,7 +149,7 @@ def test_without_a_reference_set_it_says_so(tmp_path, capsys):
     write(tmp_path, simulated(reference=0), key=key)
     ledger(["show", str(tmp_path), "--top", "3"])
     said = capsys.readouterr()
-    assert "WARNING: the run had no reference set" in said.err and "reference.count" in said.err
+    assert "WARNING: the run scored no reference set" in said.err and "reference.batch_size=16" in said.err
     assert len(re.findall(r"00000\.tar/", said.out)) == 3
     judged = judge(tmp_path)
     assert not judged.has_reference and len(judged.suspects(0.05)) >= MEMORIZED

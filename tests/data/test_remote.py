@@ -1,3 +1,4 @@
+import contextlib
 import http.server
 import logging
 import multiprocessing
@@ -5,7 +6,8 @@ import os
 import pickle
 import random
 import re
-import select
+import resource
+import selectors
 import shutil
 import signal
 import threading
@@ -68,7 +70,9 @@ def fifo_in(folder: Path, name: str = "fifo") -> Path:
 def hear(fifo: Path) -> None:
     """Wait until a command writes to it."""
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    heard, _, _ = select.select([reader], [], [], 20)
+    with selectors.DefaultSelector() as selector:  # unlike select.select not bound to descriptors below 1024
+        selector.register(reader, selectors.EVENT_READ)
+        heard = selector.select(20)
     os.close(reader)
     assert heard
 
@@ -307,6 +311,21 @@ def test_a_shard_beyond_the_bound_is_kept_alone_and_told_once(tmp_path, caplog):
 
 
 @pytest.fixture
+def many_open_files():
+    """More than a set of select's can name."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"no process may have more than {hard} files open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with open(os.devnull, "rb") as file:
+            for _ in range(1100):
+                stack.callback(os.close, os.dup(file.fileno()))
+            yield
+
+
+@pytest.fixture
 def signalled(tmp_path):
     """(a shard whose fetch writes to a fifo, wait for that)."""
     fifo = fifo_in(tmp_path, "signal")
@@ -331,6 +350,16 @@ def test_fetch_joins_what_is_just_fetched_ahead(tmp_path):
     cache.prefetch([url])
     hear(fifo)
     assert cache.fetch(url).read_bytes() == source.data and source.runs() == 1
+
+
+def test_a_process_with_many_open_files_fetches_all_the_same(tmp_path, many_open_files, signalled):
+    url, wait = signalled
+    cache, source = cache_of(tmp_path), Source(tmp_path)
+    with source.file.open("rb") as file:
+        assert file.fileno() >= 1024
+    cache.prefetch([url])
+    wait()
+    assert cache.fetch(source.url()).read_bytes() == source.data
 
 
 def test_a_failure_ahead_of_need_is_left_to_fetch(tmp_path, signalled):

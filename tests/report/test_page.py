@@ -262,7 +262,7 @@ def test_what_is_missing_is_said(tmp_path):
     gone = make_run(tmp_path / "gone", with_reference=False, finished=False)
     write_report([gone], gone / "report.html")
     page = read(gone / "report.html")
-    assert "the shards cannot be opened any more" in page.text and "Without a reference set" in page.text
+    assert "the shards cannot be opened any more" in page.text and "No reference set was scored" in page.text
     assert "stands out" not in page.text and "is not known" in page.text
     assert EVIL in page.texts  # the canary's caption is in canaries.csv
     (gone / "config.yaml").write_text("- [no settings")

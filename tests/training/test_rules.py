@@ -71,7 +71,7 @@ def ordered(rows: torch.Tensor) -> torch.Tensor:
 
 def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
     panel = Panel()
-    module = build_module(pipeline, panel, reference_batch=4)
+    module = build_module(pipeline, panel, reference_batch=5)
     trainer = fit(module, build_data(corpus, 2, sacrificed=1), out, 12, accumulate=2, ranks=2)
     torch.save(dict(said=panel.said(), state=panel.state()), f"{out}/rank{trainer.global_rank}.pt")
 
@@ -84,7 +84,7 @@ def test_two_ranks_decide_as_one(forks, pipeline_folder, corpus, tmp_path):
         assert torch.equal(value, ranks[1]["state"][name]), name
 
     panel = Panel()
-    module = build_module(pipeline_folder, panel, reference_batch=4)
+    module = build_module(pipeline_folder, panel, reference_batch=5)
     fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 12)
     for name, value in panel.state().items():
         torch.testing.assert_close(ranks[0]["state"][name], value, atol=1e-3, rtol=1e-3, msg=name)
