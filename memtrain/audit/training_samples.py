@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from memtrain.core.diffusion import place_seed
 from memtrain.data.escaping import of_cell
-from memtrain.data.images import BadSample
 from memtrain.data.groups import draw_groups
+from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
 
 log = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ class Evidence(ExclusionRule):
     """What the two rules share: who enters and leaves, for 5 bytes a sample.
 
     Duplicates are one sample here: what a visit shows of one of them is evidence for all, whatever their keys, for
-    it is the picture that is memorized. A sample enters exclusion when its evidence reaches `enter` and leaves when it falls below `leave`. Every
-    scored visit changes it: `memory` times what it was, plus what the visit shows.
+    it is the picture that is memorized. A sample enters exclusion when its evidence reaches `enter` and leaves when
+    it falls below `leave`. Every scored visit changes it: `memory` times what it was, plus what the visit shows.
 
     Args:
         memory: share of the evidence that outlives a visit, in [0, 1]; 0 acts on single draws.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from memtrain.core.diffusion import place_seed
+from memtrain.data.groups import Groups
 from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample, LatentCache
-from memtrain.data.groups import Groups
 from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import STRAIGHT, View
 

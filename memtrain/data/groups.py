@@ -136,9 +136,7 @@ def draw_groups(
             log.warning("%s: all of them are canaries", few)
     sacrificed = len(named) or sacrificed
     if not 0 <= sacrificed <= len(chosen):
-        raise ValueError(
-            f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {sacrificed}"
-        )
+        raise ValueError(f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {sacrificed}")
     none = np.zeros(0, np.int64)
     return Groups(
         total,

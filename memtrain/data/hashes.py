@@ -37,7 +37,10 @@ def perceptual_hash(data: bytes) -> tuple[bytes, int]:
 
 
 def image_hashes(images: Iterable[bytes]) -> np.ndarray:
-    """Hashes of images by their files' bytes. (N,) of `HASHES`; an image that cannot be decoded equals its bytes alone."""
+    """Hashes of images, given as the bytes of their files. (N,) of `HASHES`
+
+    An image that cannot be decoded equals only those of the same bytes.
+    """
     rows = []
     for data in images:
         try:

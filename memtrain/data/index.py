@@ -87,7 +87,10 @@ def key_of(record: np.void) -> str:
 
 
 def write_index(shard: Path, stem: Path | None = None, hashed: bool = False) -> ShardIndex:
-    """Scan a shard and write its index beside it, or as `stem`.npy and `stem`.json; `hashed`: with hashes of the images."""
+    """Scan a shard and write its index beside it, or as `stem`.npy and `stem`.json.
+
+    `hashed`: with hashes of the images, as `stem`.hashes.npy.
+    """
     status = os.stat(shard)  # before the scan: a tar that grows meanwhile makes the index outdated
     index = index_shard(shard)
     stem = stem or shard.with_name(f"{shard.name}.index")

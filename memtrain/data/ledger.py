@@ -1,7 +1,7 @@
 """The ledger: what happened to every scored sample at every step, as Parquet parts that each rank writes.
 
-`ledger/rank0-000001.parquet`: step, key, duplicate_of, group, timestep, score, loss, threshold, kept. A part appears under
-its name when it is whole. Parts are closed when a checkpoint is made, so that what precedes the checkpoint is
+`ledger/rank0-000001.parquet`: step, key, duplicate_of, group, timestep, score, loss, threshold, kept. A part appears
+under its name when it is whole. Parts are closed when a checkpoint is made, so that what precedes the checkpoint is
 on disk; rows at or past the step that a run begins at are of one that was broken off later, and are removed.
 """
 
@@ -138,7 +138,6 @@ class LedgerWriter:
             rows.kept,
         ]
         return pa.table(columns, schema=self.schema)
-
 
     def _keys(self, positions: np.ndarray) -> pa.Array:
         """Sample keys of positions; null of -1. (n,)"""

@@ -292,7 +292,7 @@ class ShardSamples:
         return np.delete(rows, self._excluded.get(number, []))
 
     def positions_of(self, records: np.ndarray) -> np.ndarray:
-        """Positions of records, which are numbered shard by shard and sorted; -1 where filter or list drops one. (n,)"""
+        """Positions of records, sorted and numbered shard by shard; -1 where filter or list drops one. (n,)"""
         sizes = np.array([index.samples for index in self.indexes], dtype=np.int64)
         starts = sizes.cumsum() - sizes
         bounds = np.searchsorted(records, np.append(starts, sizes.sum()))

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from memtrain.data.batches import Batch, BatchDecoder
-from memtrain.data.latents import cache_path, difference, is_of_state, read_header, shard_state
 from memtrain.data.groups import Groups
+from memtrain.data.latents import cache_path, difference, is_of_state, read_header, shard_state
 from memtrain.data.samples import ShardSamples
 from memtrain.models.base import DiffusionModel
 

@@ -40,8 +40,9 @@ class Scoring:
 class ScoreMemory:
     """Which visits are due to be scored, and what a sample scored last.
 
-    Duplicates share what is remembered. 7 bytes a sample: score (float32), the timestep it was taken at (int16), visits to wait (uint8). The first
-    visit that is scored differs from sample to sample, so that every batch holds as many.
+    Duplicates share what is remembered. 7 bytes a sample: score (float32), the timestep it was taken at (int16),
+    visits to wait (uint8). The first visit that is scored differs from sample to sample, so that every batch holds
+    as many.
 
     Args:
         num_samples: positions in the corpus.

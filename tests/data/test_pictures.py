@@ -83,7 +83,7 @@ def test_a_changed_shard_is_hashed_again(corpus, tmp_path):
     assert firsts(find_pictures(ShardSamples(str(corpus), 64, cache_dir=cache), "near", 1), 11) == SAME
     write_tar(corpus / "00001.tar", [m for row in range(6) for m in sample(f"1{row:03d}", image(2), "2")])
     found = find_pictures(ShardSamples(str(corpus), 64, cache_dir=cache), "near", 1)
-    assert firsts(found, 11) == {0: 0, 3: 0, 2: 2, **{position: 2 for position in range(5, 11)}}
+    assert firsts(found, 11) == {0: 0, 3: 0, 2: 2, **dict.fromkeys(range(5, 11), 2)}
 
 
 def test_what_cannot_be_decoded_or_has_no_features_equals_its_own_bytes_alone(tmp_path):

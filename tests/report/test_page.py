@@ -319,7 +319,7 @@ def test_a_browser_draws_every_figure(run, page, tmp_path):
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
     options += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom"]
     url = (run / "report.html").as_uri()
-    done = subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, timeout=1200)
     assert "CONSOLE" not in done.stderr, done.stderr  # no error, nothing refused
     dom = done.stdout
     assert dom.count("<canvas") == len(page.data) and dom.count("u-legend") >= len(page.data)

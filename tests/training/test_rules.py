@@ -1,9 +1,5 @@
 """All rules that learn, in training: on two ranks as on one, with remembered scores, from a step on."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -74,31 +70,16 @@ def ordered(rows: torch.Tensor) -> torch.Tensor:
     return rows[(rows[:, 0] * 1e6 + rows[:, 1]).argsort()]
 
 
-TWO_RANKS = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from tests.conftest import build_data, build_module
-from tests.training.test_rules import Panel
-import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy
-panel = Panel()
-module = build_module({pipeline!r}, panel, reference_batch=5)
-trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
-    max_steps=12, max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    gradient_clip_val=1.0, default_root_dir={out!r})
-trainer.fit(module, datamodule=build_data({corpus!r}, 2, sacrificed=1))
-torch.save(dict(said=panel.said(), state=panel.state()), {out!r} + f"/rank{{trainer.global_rank}}.pt")
-"""
+def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
+    panel = Panel()
+    module = build_module(pipeline, panel, reference_batch=5)
+    trainer = fit(module, build_data(corpus, 2, sacrificed=1), out, 12, accumulate=2, ranks=2)
+    torch.save(dict(said=panel.said(), state=panel.state()), f"{out}/rank{trainer.global_rank}.pt")
 
 
 @pytest.mark.slow
-def test_two_ranks_decide_as_one(pipeline_folder, corpus, tmp_path):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS.format(root=root, pipeline=str(pipeline_folder), out=str(tmp_path), corpus=str(corpus)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=600)
+def test_two_ranks_decide_as_one(forks, pipeline_folder, corpus, tmp_path):
+    forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, log=tmp_path / "log", ranks=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for name, value in ranks[0]["state"].items():
         assert torch.equal(value, ranks[1]["state"][name]), name
