@@ -157,7 +157,7 @@ class Copies(AfterEachStep):
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]) -> None:
         _, index, captions = samples
         originals = trainer.datamodule.decode(index[: self.shown].tolist()).images.permute(0, 2, 3, 1).numpy()
-        sizes = trainer.datamodule.groups.pictures.sizes(index.cpu().numpy())
+        sizes = trainer.datamodule.groups.pictures.copies(index.cpu().numpy())
         rows = []
         for number, original in enumerate(originals):
             of = sorted((one for one in found if one.sample == number), key=lambda one: one.generation)[:4]

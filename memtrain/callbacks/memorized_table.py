@@ -189,7 +189,7 @@ class MemorizedTable(AfterEachStep):
         originals = data.decode(positions).images.permute(0, 2, 3, 1).numpy()
         nearest = [min((o for o in found if o.sample == n), key=lambda o: o.rmse) for n in range(len(captions))]
         images = decode(pl_module.model, torch.stack([one.latents for one in nearest]))
-        groups, sizes = data.groups.of(positions), data.groups.pictures.sizes(positions)
+        groups, sizes = data.groups.of(positions), data.groups.pictures.copies(positions)
         table, pictures = [], []
         for n, row in enumerate(np.searchsorted(self.visited.index, positions)):
             score, visits, size = self.visited.score[row], int(self.visited.sums[0, row]), int(sizes[n])

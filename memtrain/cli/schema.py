@@ -108,6 +108,7 @@ class Evidence:
     canary_half_life: int = MISSING
     own_visits: int = MISSING
     own_limit: float = MISSING
+    copies_weight: float = MISSING
     warmup: int = MISSING
     start_step: int = MISSING
 

@@ -68,6 +68,10 @@ class Evidence(ExclusionRule):
         self.evidence = torch.zeros(num_samples)
         self.excluded = torch.zeros(num_samples, dtype=torch.bool)
 
+    def prior(self, copies: Tensor) -> Tensor:
+        """Evidence that lies in the number of a picture's samples in the corpus alone. (B,) int64 -> (B,)"""
+        return torch.zeros(len(copies))
+
     @abstractmethod
     def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
         """What each visit adds to its sample's evidence; whether it counts. (B,), (B,) bool, on the CPU"""
@@ -84,6 +88,7 @@ class Evidence(ExclusionRule):
         index = observed.picture.cpu()
         evidence = torch.where(counts, self.memory * self.evidence[index] + shown, self.evidence[index])
         threshold = torch.where(self.excluded[index], self.leave, self.enter)
+        threshold = threshold - self.prior(observed.copies.cpu())
         device = observed.score.device
         return Decision(keep_mask=(evidence < threshold).to(device), threshold=threshold.to(device))
 
@@ -95,8 +100,9 @@ class Evidence(ExclusionRule):
         # the mean of several visits in one step, as often as there were visits: their order does not matter
         gained = sum_of_powers(self.memory, visits) * total / visits
         evidence = self.memory**visits * self.evidence[index] + gained
-        self.excluded[index] = evidence >= torch.where(self.excluded[index], self.leave, self.enter)
-        self.evidence[index] = evidence.clamp(min=self.floor)
+        prior = self.prior(torch.ones_like(index).index_copy_(0, place, observed.copies.cpu()[counts]))
+        self.excluded[index] = evidence + prior >= torch.where(self.excluded[index], self.leave, self.enter)
+        self.evidence[index] = torch.maximum(evidence, self.floor - prior)
         self.learn(observed)
 
     @abstractmethod
@@ -145,6 +151,10 @@ class LikelihoodEvidence(Evidence):
     that a sample which was ordinary for long does not take longer to enter. The two rates hold for one test
     on independent visits; visits of one picture are not, hence the `memory` below 1 and the clipped visits.
 
+    A picture of which the corpus holds n samples is memorized sooner the larger n is, about in proportion to
+    log n (Carlini et al. 2023, "Quantifying memorization", section 4): so `copies_weight` log n is what speaks
+    for it before any visit, as the logarithm of prior odds, and no more than leaves one visit to decide.
+
     Until sacrificed canaries were seen, and without any, a memorized sample's mean is taken to lie `shift`
     deviations above the reference set's: evidence is then a sum of z-scores.
 
@@ -156,6 +166,7 @@ class LikelihoodEvidence(Evidence):
         canary_half_life: visits of sacrificed canaries to a bin after which an older one counts half.
         own_visits: first visits of a sample that tell what is its own, in [0, 255].
         own_limit: of a sample's own part, in the reference set's deviations.
+        copies_weight: of the logarithm of the number of a picture's samples in the corpus, >= 0.
     """
 
     def __init__(
@@ -171,6 +182,7 @@ class LikelihoodEvidence(Evidence):
         canary_half_life: int,
         own_visits: int,
         own_limit: float,
+        copies_weight: float,
         warmup: int,
         start_step: int = 0,
     ):
@@ -191,12 +203,18 @@ class LikelihoodEvidence(Evidence):
         if not 0 <= own_visits <= 255:
             raise ValueError(f"exclusion.own_visits must be in [0, 255], got {own_visits}; 0 compares all alike")
         self.own_visits, self.own_limit = own_visits, positive("own_limit", own_limit)
+        if not copies_weight >= 0:
+            raise ValueError(f"exclusion.copies_weight must be >= 0, got {copies_weight:g}; 0 makes nothing of copies")
+        self.copies_weight = copies_weight
         self.memorized = BinnedMoments(num_bins, canary_half_life)
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:
         super().setup(num_samples, num_timesteps)
         self.own = torch.zeros(num_samples, dtype=torch.float16)  # mean z-score of the first visits
         self.seen = torch.zeros(num_samples, dtype=torch.uint8)  # these
+
+    def prior(self, copies: Tensor) -> Tensor:
+        return (self.copies_weight * copies.float().log()).clamp(max=max(0.0, self.enter - self.clip))
 
     def statistic(self, observed: Observations) -> Tensor:
         """x = log(d / sqrt(loss)). (B,) float64, on the CPU"""

@@ -28,6 +28,7 @@ class Observations:
 
     sample_index: Tensor  # (B,) int64, position of the sample in the corpus
     picture: Tensor  # (B,) int64, position of the first sample of its duplicates; its own where it has none
+    copies: Tensor  # (B,) int64, how many samples of the corpus show the same picture
     timesteps: Tensor  # (B,) int64
     score: Tensor  # (B,) float32, text-conditional magnitude; 0 where it is not known
     loss: Tensor  # (B,) float32, unweighted

@@ -63,6 +63,7 @@ class Batch:
     captions: list[str]
     sample_index: Tensor  # (B,) int64, position in the corpus
     picture: Tensor  # (B,) int64, the first position that shows the same picture
+    copies: Tensor  # (B,) int64, how many positions do
     group: Tensor  # (B,) int64
     place: Tensor  # (B,) int64, place in the global batch
     valid: Tensor  # (B,) bool
@@ -88,6 +89,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+
+def _who(groups: Groups, index: np.ndarray) -> dict[str, Tensor]:
+    """The fields of a batch that tell who the samples at these positions (B,) are."""
+    pictures = groups.pictures
+    fields = dict(sample_index=index, picture=pictures.of(index), copies=pictures.copies(index), group=groups.of(index))
+    return {name: torch.from_numpy(values.copy()) for name, values in fields.items()}
 
 
 class BatchDecoder:
@@ -118,9 +126,7 @@ class BatchDecoder:
         return Batch(
             images=torch.from_numpy(images),
             captions=captions,
-            sample_index=torch.from_numpy(index.copy()),
-            picture=torch.from_numpy(self.groups.pictures.of(index).copy()),
-            group=torch.from_numpy(self.groups.of(index)),
+            **_who(self.groups, index),
             place=torch.from_numpy(place.copy()),
             valid=torch.from_numpy(valid),
             problems=problems,
@@ -150,9 +156,7 @@ class CachedBatches:
         return Batch(
             images=torch.zeros(len(rows), 0, dtype=torch.uint8),
             captions=["" if sample is None else sample.caption for sample in found],
-            sample_index=torch.from_numpy(index.copy()),
-            picture=torch.from_numpy(self.groups.pictures.of(index).copy()),
-            group=torch.from_numpy(self.groups.of(index)),
+            **_who(self.groups, index),
             place=torch.from_numpy(place.copy()),
             valid=torch.tensor([sample is not None for sample in found]),
             problems=problems,

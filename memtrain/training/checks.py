@@ -87,7 +87,7 @@ def warn_of_sacrificed(data: DataModule, named: bool) -> None:
     pictures = groups.one_each(groups.sacrificed)
     if len(pictures) == 0:
         return
-    sizes = groups.pictures.sizes(pictures)
+    sizes = groups.pictures.copies(pictures)
     keys = [
         as_text(data.samples.key(int(position))) + (f" ({size} samples)" if size > 1 else "")
         for position, size in zip(pictures[:_KEYS_NAMED], sizes, strict=False)

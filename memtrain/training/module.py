@@ -164,6 +164,7 @@ class DiffusionTraining(pl.LightningModule):
         return loss, Observations.of_visit(
             sample_index=batch.sample_index,
             picture=batch.picture,
+            copies=batch.copies,
             timesteps=draws.timesteps,
             score=torch.where(scored, score, 0.0),
             loss=loss.detach(),

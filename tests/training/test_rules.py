@@ -29,6 +29,7 @@ def quick_rules() -> dict[str, ExclusionRule]:
             canary_half_life=50,
             own_visits=2,
             own_limit=1.0,
+            copies_weight=0.5,
             warmup=2,
         ),
         "z_scores": ZScoreEvidence(0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2),
