@@ -21,8 +21,9 @@ EVIL = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx", "'=x", "\x1b[2Jx", 
 
 
 @pytest.fixture
-def handled(tmp_path):
-    """A log file as a run has one, and what is in it."""
+def handled(tmp_path, monkeypatch):
+    """A log file as a run has one, and what is in it. Nothing else hears of it: pytest-xdist sends UTF-8 alone."""
+    monkeypatch.setattr(logging.getLogger("memtrain"), "propagate", False)
     file = logging.FileHandler(tmp_path / "run.log", encoding="utf-8")
     file.setFormatter(PrintableFormatter())
     logging.getLogger("memtrain").addHandler(file)
