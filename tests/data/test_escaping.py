@@ -22,13 +22,16 @@ EVIL = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx", "'=x", "\x1b[2Jx", 
 
 @pytest.fixture
 def handled(tmp_path, monkeypatch):
-    """A log file as a run has one, and what is in it. Nothing else hears of it: pytest-xdist sends UTF-8 alone."""
-    monkeypatch.setattr(logging.getLogger("memtrain"), "propagate", False)
-    file = logging.FileHandler(tmp_path / "run.log", encoding="utf-8")
+    """A log file as a run has one, and what is in it. What pytest hears is spelt out: pytest-xdist sends UTF-8 alone."""
+    logger, file = logging.getLogger("memtrain"), logging.FileHandler(tmp_path / "run.log", encoding="utf-8")
+    level = logger.level
     file.setFormatter(PrintableFormatter())
-    logging.getLogger("memtrain").addHandler(file)
+    for heard in logging.getLogger().handlers:
+        monkeypatch.setattr(heard, "formatter", PrintableFormatter())
+    monkeypatch.setattr(logger, "handlers", [file])
+    logger.setLevel(logging.WARNING)
     yield lambda: (tmp_path / "run.log").read_bytes().decode("utf-8")
-    logging.getLogger("memtrain").removeHandler(file)
+    logger.setLevel(level)
     file.close()
 
 
