@@ -9,7 +9,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from memtrain.cli.shards import Parser, shown
+from memtrain.cli.arguments import Parser
+from memtrain.cli.checks import check_new_file
+from memtrain.cli.shards import shown
+from memtrain.data.paths import check_ledger
 
 
 def ledger(argv: list[str]) -> None:
@@ -46,14 +49,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _suspects(run: Path, top: int, out: Path, false_positive_rate: float) -> None:
+    check_new_file("--out", out)
+    check_ledger(run)
     import pyarrow.parquet as pq
 
     from memtrain.report.suspects import judge
 
-    if out.exists():
-        raise ValueError(f"--out={out} is there already; delete it or choose another")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first")
     judged = judge(run)
     found = judged.suspects(false_positive_rate)
     with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as aside:
@@ -69,6 +70,7 @@ def _suspects(run: Path, top: int, out: Path, false_positive_rate: float) -> Non
 
 
 def _show(run: Path, top: int) -> None:
+    check_ledger(run)
     from memtrain.report.suspects import judge
 
     judged = judge(run)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from webdataset.shardlists import expand_urls
+from memtrain.data.paths import expand
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -37,7 +37,7 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
             if not found:
                 raise ValueError(f"data.shards={part}: the folder has no .tar in it; name a folder of shards")
         else:
-            found = [Path(url) for url in expand_urls(str(path))]
+            found = [Path(url) for url in expand(str(path))]
             missing = [str(shard) for shard in found if not shard.is_file()]
             if missing:
                 more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from memtrain.core.exclusion import GROUP_NAMES, TRAINED
-from memtrain.data.ledger import FOLDER, read_about, read_ledger
+from memtrain.data.ledger import read_about, read_ledger
+from memtrain.data.paths import LEDGER
 from memtrain.report.suspects import Judged, judge
 
 BINS = 10  # timestep bins
@@ -61,7 +62,7 @@ class LedgerView:
 
 def view_ledger(folder: Path) -> LedgerView | None:
     """None where the run has no ledger, or none yet."""
-    if not any((folder / FOLDER).glob("rank*.parquet")):
+    if not any((folder / LEDGER).glob("rank*.parquet")):
         return None
     dataset, about = read_ledger(folder), read_about(folder)
     remarks: list[str] = []

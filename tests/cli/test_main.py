@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from memtrain.cli import schema
-from memtrain.cli.main import config_folder, main, one_line
+from memtrain.cli.errors import one_line
+from memtrain.cli.main import config_folder, main
 from memtrain.core.exclusion import ExclusionRule
 
 CONF = config_folder()
