@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The README's table and pictures: the demo without exclusion, with the paper's rule, with calibrated and with
-# evidence; same seed, same steps, as many at a time as there are JOBS (default 2), one core each. About 20 minutes
-# on two. Arguments go to every run.
+# The first table and the pictures of docs/results.md: the demo without exclusion, with the paper's rule, with
+# calibrated and with evidence; same seed, same steps, as many at a time as there are JOBS (default 2), one core each.
+# About 20 minutes on two. Arguments go to every run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -18,10 +18,10 @@ run_id=calibrated exclusion=calibrated exclusion.false_positive_rate=0.01
 run_id=fixed_at_2.5 exclusion=fixed exclusion.threshold=2.5
 END
 runs=(runs/"$folder"/{none,fixed_at_2.5,calibrated,evidence})
-"$python" -m memtrain.report.table "${runs[@]}" --into README.md
-mkdir -p .github
+"$python" -m memtrain.report.table "${runs[@]}" --into docs/results.md
+mkdir -p docs/pictures
 for run in none evidence; do
-    cp "runs/$folder/$run/curves.png" ".github/curves_$run.png"
-    cp "runs/$folder/$run/samples.png" ".github/samples_$run.png"
+    cp "runs/$folder/$run/curves.png" "docs/pictures/curves_$run.png"
+    cp "runs/$folder/$run/samples.png" "docs/pictures/samples_$run.png"
 done
 "$python" -m memtrain.report.table "${runs[@]}"

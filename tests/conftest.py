@@ -14,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from diffusers import AutoencoderKL
+from pytorch_lightning.strategies import DDPStrategy
 
 from memtrain.core.exclusion import KeepAll
 from memtrain.data.datamodule import from_shards
@@ -91,10 +92,14 @@ def build_data(corpus: Path, batch_size: int = 4, num_workers: int = 0, **option
     return from_shards(str(corpus), 64, batch_size, num_workers, **groups)
 
 
-def fit(module, data, run_dir: Path, max_steps: int, accumulate: int = 1, callbacks=(), ckpt_path=None, **options):
+def fit(
+    module, data, run_dir: Path, max_steps: int, accumulate: int = 1, callbacks=(), ckpt_path=None, ranks=1, **options
+):
+    """`ranks` is how many processes do this, each started with the environment of torchrun."""
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=ranks,
+        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -115,6 +120,15 @@ def fit(module, data, run_dir: Path, max_steps: int, accumulate: int = 1, callba
 
 def weights(module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.trained_parameters()])
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Processes that have all imports already; of all tests that need some."""
+    from tests.training.forks import Forks
+
+    with Forks() as server:
+        yield server
 
 
 @pytest.fixture(scope="module", autouse=True)

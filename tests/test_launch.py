@@ -70,7 +70,7 @@ def launch(script: Path, *arguments: str, cwd: Path, **environment: str) -> subp
         env=inherited | {"PIP_CONFIG_FILE": os.devnull} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
 
 

@@ -17,7 +17,6 @@ from tests.training.forks import small_run, wait_until
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "launch" / "slurm.sbatch"
-PATIENCE = 400.0  # seconds, on a busy machine
 
 # The program, but for its first task, which takes a second longer to end, as it does when W&B uploads.
 PROGRAM = """#!{python}
@@ -55,7 +54,7 @@ class Cluster:
 
     def wait(self) -> int:
         """The job's exit code."""
-        wait_until(lambda: slurm.state(self.environment, self.job) in ("COMPLETED", "FAILED"), PATIENCE)
+        wait_until(lambda: slurm.state(self.environment, self.job) in ("COMPLETED", "FAILED"))
         return int(self.note("code"))
 
     def note(self, name: str) -> str:
@@ -113,12 +112,12 @@ def test_a_training_whose_time_is_over_and_that_is_preempted_goes_on_as_one_run(
     def saved() -> list[int]:
         return list(checkpoints_in(folder / "checkpoints"))
 
-    wait_until(lambda: saved() or cluster.note("code"), PATIENCE)
+    wait_until(lambda: saved() or cluster.note("code"))
     cluster.call("scancel", "--signal=USR1", cluster.job)
-    wait_until(lambda: cluster.note("codes") or cluster.note("code"), PATIENCE)
+    wait_until(lambda: cluster.note("codes") or cluster.note("code"))
     assert cluster.note("codes") == "[75, 0]\n", cluster.said()
     stopped = saved()[-1]
-    wait_until(lambda: saved()[-1] > stopped or cluster.note("code"), PATIENCE)
+    wait_until(lambda: saved()[-1] > stopped or cluster.note("code"))
     assert f"going on from {folder}/checkpoints/step-{stopped:08d}.ckpt" in cluster.said()
     cluster.call("scontrol", "requeue", cluster.job)
     assert cluster.wait() == 0, cluster.said()

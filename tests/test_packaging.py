@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import memtrain
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -70,6 +72,7 @@ def test_the_wheel_holds_code_conf_and_demo(wheel):
     sources = [
         *REPO.glob("memtrain/**/*.py"),
         *REPO.glob("memtrain/demo/pipeline/**/*"),
+        REPO / "memtrain/py.typed",  # tells type checkers that memtrain's own annotations count
         REPO / "memtrain/demo/glyphs.zip",
         *REPO.glob("memtrain/report/assets/*"),
     ]
@@ -82,11 +85,17 @@ def test_the_wheel_holds_code_conf_and_demo(wheel):
 
 
 @pytest.mark.slow
+def test_the_wheel_is_of_the_version_that_the_package_says(wheel):
+    assert PROJECT["project"]["dynamic"] == ["version"] and "version" not in PROJECT["project"], "said once"
+    assert wheel.name.split("-")[1] == memtrain.__version__
+
+
+@pytest.mark.slow
 def test_the_installed_command_finds_its_conf(wheel, tmp_path):
     venv, empty = tmp_path / "venv", tmp_path / "empty"
     empty.mkdir()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    python, memtrain = venv / "bin" / "python", venv / "bin" / "memtrain"
+    python, command = venv / "bin" / "python", venv / "bin" / "memtrain"
     pip = [sys.executable, "-m", "pip", "--python", python]
     subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", wheel], check=True)
     # Dependencies come from this environment, by a plain path: the .pth files beside them, the one of an
@@ -103,7 +112,8 @@ def test_the_installed_command_finds_its_conf(wheel, tmp_path):
 
     where = run(python, "-c", "import memtrain; print(memtrain.__file__)")
     assert Path(where.strip()) == site_packages / "memtrain" / "__init__.py"
-    assert "train" in run(memtrain, "--help")
-    composed = OmegaConf.create(run(memtrain, "train", "--cfg", "job", "experiment=demo"))
+    assert "train" in run(command, "--help")
+    assert run(command, "--version") == f"memtrain {memtrain.__version__}\n"
+    composed = OmegaConf.create(run(command, "train", "--cfg", "job", "experiment=demo"))
     assert {"data", "model", "exclusion", "optimizer", "trainer", "logger", "callbacks"} <= composed.keys()
     assert list(empty.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Imports between the rooms run one way (DESIGN: core ← models, data ← training, audit ← report ← callbacks ← cli)."""
+"""Imports between the rooms run one way, as docs/architecture.md draws it."""
 
 import ast
 from pathlib import Path

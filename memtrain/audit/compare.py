@@ -17,6 +17,7 @@ from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.halving import Halving
 from memtrain.audit.mitigate import Generations, Sampling, decode, generate, resolve_target
 from memtrain.audit.mitigations import Mitigation
+from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, copy_rate, is_copy, latent_rmse
 from memtrain.core.diffusion import add_noise, place_seed
 
 MARGIN = 49  # stream of `place_seed`
@@ -42,13 +43,12 @@ class Judges:
     """What generations are judged by, beside their score. None: not judged."""
 
     originals: np.ndarray | None = None  # (P, height, width, 3) uint8, the prompts' training images
-    max_rmse: float = 0.25  # a copy: latents within this of the training image's
+    max_rmse: float = DEFAULT_MAX_RMSE  # a copy: latents within this of the training image's
     judge: Denoiser | None = None  # a model that memorized nothing
     clip: ClipScore | None = None
 
     def __post_init__(self):
-        if not self.max_rmse > 0:
-            raise ValueError(f"max_rmse must be > 0, got {self.max_rmse:g}")
+        checked_max_rmse(self.max_rmse)
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ class Comparison:
         """Generate with a method (None: as it is), and judge."""
         made = generate(self.denoiser, self.prompts, self.seeds, self.sampling, self.halving, method, target, progress)
         images = decode(self.denoiser, made.latents, self.halving)
-        rmse = None if self.originals is None else copy_rmse(made.latents, self.originals)
+        rmse = None if self.originals is None else latent_rmse(made.latents, self.originals)
         judge, clip = self.judges.judge, self.judges.clip
         margin = judge and caption_margin(judge, images, self.prompts, self.seeds, self.halving)
         said = Outcome(
             method=name,
             score=made.scores[:, 0].mean().item(),
             path_score=made.scores.mean().item(),
-            copy_rate=None if rmse is None else (rmse <= self.judges.max_rmse).float().mean().item(),
+            copy_rate=None if rmse is None else copy_rate(rmse, self.judges.max_rmse),
             rmse=None if rmse is None else rmse.median().item(),
             caption_margin=None if margin is None else margin.median().item(),
             clip_score=None if clip is None else self._clip_score(clip, images),
@@ -147,7 +147,7 @@ class Comparison:
         for number in range(min(count, len(self.prompts) // self.num_generations)):
             rows = slice(number * self.num_generations, (number + 1) * self.num_generations)
             copies = [
-                None if result.rmse is None else (result.rmse[rows] <= self.judges.max_rmse).tolist()
+                None if result.rmse is None else is_copy(result.rmse[rows], self.judges.max_rmse).tolist()
                 for result in (before, after)
             ]
             pairs.append(
@@ -175,14 +175,6 @@ def encode_images(denoiser: Denoiser, images: np.ndarray, halving: Halving) -> T
         return (mean.float() * vae.config.scaling_factor).cpu()
 
     return torch.cat(list(halving.over(len(images), work)))
-
-
-def copy_rmse(latents: Tensor, originals: Tensor) -> Tensor:
-    """(R,) root mean square difference between generations and their training images' latents, (R, C, H, W).
-
-    Scaled latents have unit variance (Carlini et al. 2023, section 4.1, normalised by their number).
-    """
-    return (latents - originals).square().flatten(1).mean(dim=1).sqrt()
 
 
 @torch.no_grad()

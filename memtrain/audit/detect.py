@@ -165,7 +165,7 @@ def detect(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Detection:
-    """Score prompts by what a model predicts for them (METHOD.md, detection).
+    """Score prompts by what a model predicts for them (docs/method.md, detection).
 
     A prompt's scores depend on the model, the protocol, the seed and the prompt alone: not on the batch size,
     the order of the list or the other prompts in it. The empty prompt scores 0.

@@ -146,7 +146,7 @@ def _identity(
     digest.update(hash_weights(denoiser.pipeline.vae).encode())
     shards = [(shard.name, index.size) for shard, index in zip(samples.shards, samples.indexes, strict=True)]
     alignment = None if measures.alignment is None else measures.alignment.identity()
-    similarity = (measures.similarity.identity(), measures.similarity.cut)
+    similarity = (measures.similarity.identity(), measures.similarity.bound)
     said = [VERSION, asdict(settings), asdict(chosen), shards, samples.where, similarity]
     digest.update(json.dumps([*said, alignment, measures.features.identity()]).encode())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.denoiser import CHECK, Denoiser, generation_seeds
 from memtrain.audit.halving import Halving
 from memtrain.audit.words import neighbours, replaced, without, words_of
 from memtrain.core.scores import text_conditional_magnitude
@@ -169,10 +169,10 @@ def _edits(
 
 @dataclass(frozen=True)
 class WordCheck:
-    """Does the most significant word matter more than the least? Scores from the same noise."""
+    """Does the most significant word matter more than the least? Three scores from the same noise."""
 
     prompt: str
-    score: float
+    score: float  # not the explanation's, which is of other noise
     top: str
     bottom: str
     score_without_top: float
@@ -197,7 +197,8 @@ def check_words(
 ) -> list[WordCheck]:
     """Drop each prompt's top word, then its bottom word. Prompts of fewer than two words are left out.
 
-    The noise is drawn from `seed`; another than the explanations' asks whether the ranking holds there too.
+    The noise is another than that which ranked the words, also where `seed` is the same: in its own noise a ranking
+    by chance would hold too.
     """
     denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
     path, halving = Path(tuple(steps), num_inference_steps, guidance_scale), Halving(batch_size)
@@ -208,7 +209,7 @@ def check_words(
         for found, (top, bottom) in zip(usable, ends, strict=True)
         for text in (found.prompt, without(found.prompt, top), without(found.prompt, bottom))
     ]
-    seeds = [generation_seeds(found.prompt, num_generations, seed) for found in usable for _ in range(3)]
+    seeds = [generation_seeds(found.prompt, num_generations, seed, CHECK) for found in usable for _ in range(3)]
     scores = mean_scores(denoiser, texts, seeds, path, halving)
     return [
         WordCheck(found.prompt, whole, top.text, bottom.text, without_top, without_bottom)

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from memtrain.data.escaping import of_cell
 from memtrain.data.paths import check_file
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _csv_rows(path: Path, wanted: list[str]) -> list[dict]:
                     f"prompts={path}, line {reader.line_num}: more fields than the header's "
                     f"{len(reader.fieldnames)}; quote a caption that contains the delimiter"
                 )
-            rows.append(row)
+            rows.append({name: of_cell(text) for name, text in row.items()})
         return rows
     except csv.Error as error:
         raise ValueError(f"prompts={path} is no csv: {error}") from error

@@ -21,7 +21,7 @@ from memtrain.core import scores as equations
 
 @dataclass(frozen=True)
 class Protocol:
-    """How generations are made and which of their steps are scored (METHOD.md, detection)."""
+    """How generations are made and which of their steps are scored (docs/method.md, detection)."""
 
     num_generations: int = 4
     num_steps: int = 1  # scored, from the first on

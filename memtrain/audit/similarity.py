@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from memtrain.audit.compare import copy_rmse
+from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, is_copy, latent_rmse
 from memtrain.data.paths import TORCHSCRIPT, check_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,7 +40,7 @@ class Similarity(ABC):
 
     name: str  # as it is shown
     column: str  # of the rows
-    cut: float  # at which a generation counts as a copy
+    bound: float  # where a generation becomes a copy
     is_distance: bool  # True: less is nearer
 
     @abstractmethod
@@ -55,8 +55,9 @@ class Similarity(ABC):
     def identity(self) -> str:
         """Tells measures that give other values apart."""
 
+    @abstractmethod
     def is_copy(self, values: np.ndarray) -> np.ndarray:
-        return values <= self.cut if self.is_distance else values > self.cut
+        """Whether generations that are so near are copies. (B,) -> (B,) bool"""
 
     def nearness(self, value: float) -> float:
         """Larger is nearer, to sort by."""
@@ -64,28 +65,29 @@ class Similarity(ABC):
 
     @property
     def rule(self) -> str:
-        """The cut in words."""
-        return f"{self.name} {'≤' if self.is_distance else '>'} {self.cut:g}"
+        """What a copy is, in words."""
+        return f"{self.name} {'≤' if self.is_distance else '>'} {self.bound:g}"
 
 
 class LatentRmse(Similarity):
-    """The stand-in that needs no weights but the model's: RMSE of scaled latents, see `compare.copy_rmse`.
+    """The stand-in that needs no weights but the model's: RMSE of scaled latents, see `core.copies`.
 
     It knows neither shifts nor flips, and models with different VAEs have different scales.
     """
 
     name, column, is_distance = "RMSE of latents", "latent_rmse", True
 
-    def __init__(self, cut: float | None = None):
-        self.cut = 0.25 if cut is None else cut
-        if not self.cut > 0:
-            raise ValueError(f"cut must be > 0 for an RMSE, got {self.cut:g}")
+    def __init__(self, max_rmse: float = DEFAULT_MAX_RMSE):
+        self.bound = checked_max_rmse(max_rmse)
+
+    def is_copy(self, values: np.ndarray) -> np.ndarray:
+        return is_copy(values, self.bound)
 
     def features(self, pictures: Pictures) -> Tensor:
         return pictures.latents
 
     def compare(self, features: Tensor, others: Tensor) -> Tensor:
-        return copy_rmse(features, others)
+        return latent_rmse(features, others)
 
     def identity(self) -> str:
         return self.column
@@ -98,15 +100,15 @@ class Sscd(Similarity):
         path: of that file.
         device: where it computes.
         resize: `small_288` (short side 288 px) or `skew_320` (320 x 320 px), the two that its authors advise.
-        cut: above it a generation is a copy; 0.5 in Somepalli et al. 2023, 0.7 in Wen et al. 2024.
+        min_sscd: above it a generation is a copy; 0.5 in Somepalli et al. 2023, 0.7 in Wen et al. 2024.
     """
 
     name, column, is_distance = "SSCD", "sscd", False
 
-    def __init__(self, path: str, device: torch.device, resize: str = "small_288", cut: float | None = None):
-        self.cut = 0.5 if cut is None else cut
-        if not -1 < self.cut < 1:
-            raise ValueError(f"cut must lie between -1 and 1 for SSCD, got {self.cut:g}")
+    def __init__(self, path: str, device: torch.device, resize: str = "small_288", min_sscd: float = 0.5):
+        self.bound = min_sscd
+        if not -1 < self.bound < 1:
+            raise ValueError(f"min_sscd must lie between -1 and 1, got {self.bound:g}; 0.5 is usual")
         if resize not in RESIZES:
             raise ValueError(f"sscd_resize must be one of {', '.join(RESIZES)}, got {resize}")
         self.path, self.device, self.resize = path, device, resize
@@ -119,6 +121,9 @@ class Sscd(Similarity):
     def features(self, pictures: Pictures) -> Tensor:
         pixels = sscd_pixels(pictures.pixels, self.resize).to(self.device)
         return normalize(self.network(pixels).float(), dim=1).cpu()
+
+    def is_copy(self, values: np.ndarray) -> np.ndarray:
+        return values > self.bound
 
     def compare(self, features: Tensor, others: Tensor) -> Tensor:
         return (features * others).sum(dim=1)

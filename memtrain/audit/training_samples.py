@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memtrain.core.diffusion import place_seed
+from memtrain.data.escaping import of_cell
 from memtrain.data.groups import draw_groups
 from memtrain.data.images import BadSample
 from memtrain.data.paths import SAMPLES, check_file
@@ -134,7 +135,8 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
-            return list(reader.fieldnames or []), list(reader)
+            rows = [{name: of_cell(text) for name, text in row.items()} for row in reader]
+            return list(reader.fieldnames or []), rows
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"samples={path} is no csv in UTF-8: {error}") from error
 

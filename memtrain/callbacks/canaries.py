@@ -8,13 +8,15 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
-from memtrain.data.samples import as_text
+from memtrain.data.escaping import as_cell, as_text
 
 _AT_ONCE = 32
 
 
 class CanaryList(pl.Callback):
-    """At the start of a run writes `canaries.csv`: who all canaries, one sample of each picture, and some reference samples are.
+    """At the start of a run writes `canaries.csv`: who all canaries and some reference samples are.
+
+    Of a canary with duplicates, one sample is listed.
 
     Args:
         reference: at most so many of the reference set.
@@ -48,4 +50,4 @@ class CanaryList(pl.Callback):
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("key", "caption", "group"))
-            writer.writerows(rows)
+            writer.writerows(map(as_cell, row) for row in rows)

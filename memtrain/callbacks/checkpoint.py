@@ -26,7 +26,8 @@ class Checkpoints(Checkpoint):
 
     It holds trained weights, optimizer, EMA, rule, remembered scores, position, random state and the W&B id.
     `last.ckpt` is a link to the newest. Where one of several ranks breaks off alone, nothing is written: what
-    the others know of the step is not that of the same moment. Lightning calls this after all other callbacks.
+    the others know of the step is not that of the same moment. Where all do, as at a shard that is gone, the step
+    before is written. Lightning calls this after all other callbacks.
     """
 
     def __init__(self, every: int, folder: str, keep: int):
@@ -49,7 +50,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             ids = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
             self.wandb_id = ids[0] if ids else self.wandb_id
-            RunState(self.wandb_id, finished_at=None).write(trainer.default_root_dir)
+            self._write_state(trainer, finished_at=None)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.saved_at:
@@ -65,13 +66,15 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if trainer.world_size == 1 and trainer.global_step != self.saved_at and _is_between_steps(trainer, pl_module):
+        alike = trainer.world_size == 1 or exception is pl_module.stops.reason
+        if alike and trainer.global_step != self.saved_at and _is_between_steps(trainer, pl_module):
             self._save(trainer)
+            trainer.strategy.barrier()  # a launcher ends the other ranks once the first of them is gone
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.run_ended = True
         if trainer.is_global_zero:
-            RunState(self.wandb_id, finished_at=trainer.global_step).write(trainer.default_root_dir)
+            self._write_state(trainer, finished_at=trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning does not end a run that was stopped between its last step and its end: nothing is left to train."""
@@ -82,6 +85,10 @@ class Checkpoints(Checkpoint):
             callback.on_train_start(trainer, pl_module)
         for callback in trainer.callbacks:
             callback.on_train_end(trainer, pl_module)
+
+    def _write_state(self, trainer: pl.Trainer, finished_at: int | None) -> None:
+        state = RunState(self.wandb_id, finished_at, trainer.datamodule.global_batch_size)
+        state.write(trainer.default_root_dir)
 
     def _save(self, trainer: pl.Trainer) -> None:
         path = self.folder / checkpoint_name(trainer.global_step)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from memtrain.callbacks.generation import Compared, compare, decode
+from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_metrics, log_picture
 from memtrain.callbacks.steps import AfterEachStep
+from memtrain.core.copies import checked_max_rmse, is_copy
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
 from memtrain.data.samples import as_text
-from memtrain.report.pictures import draw_samples
+from memtrain.report.pictures import draw_samples, samples_of_picture
 
 MEMORIZED = 0.5  # of a canary's generations are copies
 
@@ -22,10 +24,9 @@ MEMORIZED = 0.5  # of a canary's generations are copies
 class Copies(AfterEachStep):
     """Generate from the captions of canaries and reference samples, with the averaged weights.
 
-    A generation is a copy when the root mean square difference between its latents and the mean latents of
-    the caption's own image is at most `max_rmse` (Carlini et al. 2023, section 4.1, normalised by the number
-    of elements; scaled latents have unit variance). Reference images were never trained on, so their rate
-    tells how often the cut is met by chance. Of a picture with duplicates, its first sample stands for all.
+    A generation is a copy when its latents lie within `max_rmse` of the mean latents of the caption's own image
+    (see `core.copies`). Reference images were never trained on, so their rate tells how often that is met by
+    chance. Of a picture with duplicates, its first sample stands for all: rates count pictures, not samples.
 
     Logs `copy_rate/<group>`, `copy_rmse/<group>` and `memorized_canaries`, the share of the canaries looked
     at so far of which at least half of the generations were copies at some look. At the end it writes
@@ -38,9 +39,9 @@ class Copies(AfterEachStep):
         generations: of each canary at the end; reference captions get half as many, at least one.
         reference: so many reference captions, at the end.
         num_steps, guidance_scale: of the stock pipeline's DDIM sampler.
-        max_rmse: the cut.
+        max_rmse: the distance within which a generation is a copy.
         batch_size: generations at a time.
-        shown: canaries in the picture.
+        shown: canaries in the picture; 0 draws none.
     """
 
     def __init__(
@@ -61,17 +62,18 @@ class Copies(AfterEachStep):
             ("watched", watched, 1),
             ("watched_generations", watched_generations, 1),
             ("generations", generations, 1),
+            ("reference", reference, 0),
             ("num_steps", num_steps, 1),
             ("batch_size", batch_size, 1),
+            ("shown", shown, 0),
         ):
             if value < least:
                 raise ValueError(f"callbacks.copies.{name} must be >= {least}, got {value}")
-        if not max_rmse > 0:
-            raise ValueError(f"callbacks.copies.max_rmse must be > 0, got {max_rmse:g}")
         self.every, self.watched, self.watched_generations = every, watched, watched_generations
         self.generations, self.reference = generations, reference
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
-        self.max_rmse, self.batch_size, self.shown = max_rmse, batch_size, shown
+        self.max_rmse = checked_max_rmse(max_rmse, "callbacks.copies.max_rmse")
+        self.batch_size, self.shown = batch_size, shown
         # here: position of each canary looked at -> first look at which it was memorized, None: not yet
         self.memorized: dict[int, int | None] = {}
         self._watched: list[tuple[int, tuple[Tensor, Tensor, list[str]]]] | None = None
@@ -99,7 +101,7 @@ class Copies(AfterEachStep):
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups = trainer.datamodule.groups
-        fewer = max(1, self.generations // 2)
+        fewer, drawn = max(1, self.generations // 2), None
         with pl_module.averaged_weights():
             for number, positions, generations in (
                 (SACRIFICED, groups.one_each(groups.sacrificed), self.generations),
@@ -109,8 +111,10 @@ class Copies(AfterEachStep):
                 samples = pl_module.encode_samples(positions)
                 shown = self.shown if number == CANARY else 0
                 found = self._look(trainer, pl_module, number, samples, generations, shown)
-                if number == CANARY and found and trainer.is_global_zero:
-                    self._draw(trainer, pl_module, samples, found)
+                if shown and found:
+                    drawn = samples, found
+            if drawn is not None:  # when all is measured
+                self._draw(trainer, pl_module, *drawn)
 
     def _look(
         self,
@@ -129,7 +133,7 @@ class Copies(AfterEachStep):
         found = compare(trainer, pl_module, samples, generations, *options)
         copied = np.zeros((len(captions), generations), dtype=bool)
         for one in found:
-            copied[one.sample, one.generation] = one.rmse <= self.max_rmse
+            copied[one.sample, one.generation] = is_copy(one.rmse, self.max_rmse)
         name = GROUP_NAMES[number]
         metrics = {
             f"copy_rate/{name}": float(copied.mean()),
@@ -149,14 +153,17 @@ class Copies(AfterEachStep):
         key = trainer.datamodule.samples.key
         return {as_text(key(position)): step for position, step in sorted(self.memorized.items())}
 
+    @on_first_rank
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]) -> None:
         _, index, captions = samples
         originals = trainer.datamodule.decode(index[: self.shown].tolist()).images.permute(0, 2, 3, 1).numpy()
+        sizes = trainer.datamodule.groups.pictures.copies(index.cpu().numpy())
         rows = []
         for number, original in enumerate(originals):
             of = sorted((one for one in found if one.sample == number), key=lambda one: one.generation)[:4]
             images = decode(pl_module.model, torch.stack([one.latents for one in of]))
-            rows.append((captions[number], original, images, [one.rmse for one in of]))
+            label = f"{samples_of_picture(sizes[number])}: {captions[number]}".removeprefix(": ")
+            rows.append((label, original, images, [one.rmse for one in of]))
         path = Path(trainer.default_root_dir) / "samples.png"
         draw_samples(path, rows, self.max_rmse)
         log_picture(trainer, "samples", path)

@@ -20,13 +20,14 @@ _HELD = 16  # steps whose observations are kept as they are, to be added up in o
 class MemorizationCurves(AfterEachStep):
     """Every `every` steps, over the rows of all ranks since the last point: what `LiveStatistics` says.
 
-    Also samples/s and `scoring_share`, the share of the time that the second forward took. Both leave out
+    Also samples/s and `scoring_share`, the share of the time that scoring took: the second forward, and all of
+    what is done for the reference set. Both leave out
     what comes between a point and the next step, validation for one; so this is the first of the callbacks.
 
     Args:
         every: optimizer steps between two points.
         high_noise: timesteps from this share of the schedule on make the `score_high_noise` curves; that is
-            where memorized samples stand out (METHOD.md, the trial).
+            where memorized samples stand out (docs/method.md, "What the score shows").
     """
 
     def __init__(self, every: int, high_noise: float):
@@ -43,7 +44,7 @@ class MemorizationCurves(AfterEachStep):
         super().on_train_start(trainer, pl_module)
         self.recent = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
         if self.total is None:
-            self.total, self.late = (self.recent.sums.double().cpu() for _ in range(2))
+            self.total, self.late = (self.recent.sums.cpu().double() for _ in range(2))
         self.held: list[tuple[Observations, Tensor, Tensor]] = []
         self.step_at_log = trainer.global_step
         self.clock_runs = False
@@ -76,7 +77,7 @@ class MemorizationCurves(AfterEachStep):
         if self.held:
             self._add()
         self.recent.flat[-1] = pl_module.scoring_time.take() / trainer.world_size
-        flat = ranks.all_reduce(trainer, self.recent.flat.clone()).double().cpu()
+        flat = ranks.all_reduce(trainer, self.recent.flat.clone()).cpu().double()
         self.recent.flat.zero_()
         seconds, scoring = time.perf_counter() - self.began, flat[-1].item()
         point = LiveStatistics(pl_module.num_timesteps, self.high_noise, flat=flat)
@@ -104,7 +105,7 @@ class MemorizationCurves(AfterEachStep):
 
     @property
     def scoring_share(self) -> float:
-        """Share of the run's time that the second forward took."""
+        """Share of the run's time that scoring took."""
         return self.seconds_scoring / self.seconds if self.seconds else float("nan")
 
     def state_dict(self) -> dict:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
+from memtrain.callbacks.guard import on_first_rank
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Export(pl.Callback):
-    """At the end of a run writes `export/`, with the averaged weights, for `from_pretrained`."""
+    """At the end, before anything is drawn, writes `export/` with the averaged weights, for `from_pretrained`."""
 
     def __init__(self, dtype: str):
         if dtype not in DTYPES:
@@ -20,5 +22,8 @@ class Export(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with pl_module.averaged_weights():
-            if trainer.is_global_zero:
-                pl_module.model.export(Path(trainer.default_root_dir) / "export", self.dtype)
+            self._write(trainer, pl_module)
+
+    @on_first_rank
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.model.export(Path(trainer.default_root_dir) / "export", self.dtype)

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, share_of_rank
+from memtrain.core.copies import latent_rmse
 from memtrain.core.diffusion import GENERATION, place_seed
 from memtrain.models.base import DiffusionModel
 
@@ -38,7 +39,8 @@ def generate(
 ) -> Tensor:
     """Latents (B, C, H, W), float32 on the CPU, of one generation a prompt, each from a seed of its own."""
     start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    with trainer.precision_plugin.forward_context():
+    # a compiled UNet would be compiled anew for what a pipeline calls it with
+    with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         latents = pipeline(
             list(prompts),
             latents=start.to(pipeline.device),
@@ -90,7 +92,7 @@ def compare(
             num_steps,
             guidance_scale,
         )
-        rmse = (generated - latents[[n for n, _ in part]]).square().flatten(1).mean(dim=1).sqrt()  # (B,)
+        rmse = latent_rmse(generated, latents[[n for n, _ in part]])  # (B,)
         for (n, g), distance, image in zip(part, rmse.tolist(), generated, strict=True):
             found.append(Compared(n, g, distance, image.clone() if n < shown else None))
     return from_all_ranks(trainer, found)

@@ -22,7 +22,7 @@ _HISTOGRAM = (2, _GROUPS, SCORE_BINS)
 class LiveStatistics:
     """Sums over (what, noise, group, timestep bin), counts over (noise, group, score bin); noise: low, high.
 
-    A caption that was dropped says nothing (METHOD.md): its row counts for the loss alone. A sample that
+    A caption that was dropped says nothing (docs/method.md): its row counts for the loss alone. A sample that
     could not be read counts for nothing. `flat` holds all of it, so that one all-reduce adds up the ranks;
     its last element is free for the caller.
 

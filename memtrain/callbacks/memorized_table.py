@@ -9,62 +9,67 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from memtrain.callbacks.generation import compare, decode
+from memtrain.callbacks.generation import Compared, compare, decode
+from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture, log_table
 from memtrain.callbacks.steps import AfterEachStep
+from memtrain.core.copies import checked_max_rmse
 from memtrain.core.exclusion import GROUP_NAMES, Observations
 from memtrain.core.statistics import BinnedMoments, timestep_bin
+from memtrain.core.visits import SUMS, columns_of, evidence, log_ratio
 from memtrain.data.samples import as_text
-from memtrain.report.pictures import draw_samples
+from memtrain.report.pictures import draw_samples, samples_of_picture
 from memtrain.training import ranks
 
 _HELD = 64  # steps whose observations are added at a time
 _BINS, _HALF_LIFE, _WARM = 10, 2000, 20
-_CAPACITY = 50_000  # samples that are remembered
-COLUMNS = ("image", "caption", "key", "group", "score", "z", "visits", "nearest generation", "RMSE")
+_CAPACITY = 50_000  # pictures that are remembered
+COLUMNS = ("image", "caption", "key", "samples", "group", "score", "evidence", "visits", "nearest generation", "RMSE")
 
 
 class VisitedSamples:
-    """Visits and high scores of the pictures seen, duplicates together; of very many, those that stand out least are forgotten.
+    """Sums over the visits of each picture seen; duplicates are one picture, by its first sample."""
 
-    A sample stands out by the sum of its z-scores over the root of their number (Stouffer 1949).
-    """
-
-    def __init__(self, capacity: int = _CAPACITY):
-        self.capacity = capacity
+    def __init__(self):
         self.index = np.zeros(0, dtype=np.int64)  # (N,) positions in the corpus, of a picture's first sample, sorted
-        self.sums = np.zeros((4, 0))  # (4, N): visits, visits that count, their scores, their z-scores
+        self.sums = np.zeros((2 + SUMS, 0))  # (2 + SUMS, N): visits, scores of those that count, see core.visits
 
     def add(self, index: np.ndarray, rows: np.ndarray) -> None:
-        """index (B,), rows (4, B): see `sums`."""
+        """index (B,), rows (2 + SUMS, B): see `sums`."""
         rows = np.concatenate([self.sums, rows], axis=1)
         self.index, place = np.unique(np.concatenate([self.index, index]), return_inverse=True)
         self.sums = np.stack([np.bincount(place, row, minlength=len(self.index)) for row in rows])
-        if len(self.index) > 2 * self.capacity:
-            kept = np.sort(np.argsort(self.z, kind="stable")[-self.capacity :])
-            self.index, self.sums = self.index[kept], self.sums[:, kept]
 
-    @property
-    def z(self) -> np.ndarray:
-        """(N,)"""
-        return self.sums[3] / np.sqrt(np.maximum(self.sums[1], 1))
+    def evidence(self, reference: VisitedSamples | None) -> np.ndarray:
+        """Of each picture, see `core.visits`; chance is that of the reference set, None: of all of them. (N,)"""
+        both = [self.sums] if reference is None else [self.sums, reference.sums]
+        sums = torch.from_numpy(np.concatenate(both, axis=1)[2:])
+        compared = torch.arange(sums.shape[1]) >= (0 if reference is None else len(self.index))
+        return evidence(sums, compared & (sums[0] > 0)).numpy()[: len(self.index)]
+
+    def forget(self, evidence: np.ndarray, capacity: int) -> None:
+        """Of very many, those that stand out least."""
+        if len(self.index) > 2 * capacity:
+            kept = np.sort(np.argsort(evidence, kind="stable")[-capacity:])
+            self.index, self.sums = self.index[kept], self.sums[:, kept]
 
     @property
     def score(self) -> np.ndarray:
         """Mean score of the visits that count. (N,)"""
-        return self.sums[2] / np.maximum(self.sums[1], 1)
+        return self.sums[1] / np.maximum(self.sums[2], 1)
 
-    def highest(self, count: int) -> np.ndarray:
+    def highest(self, evidence: np.ndarray, count: int) -> np.ndarray:
         """Rows of the `count` that stand out most, the first one most."""
-        order = np.argsort(-self.z, kind="stable")[:count]
-        return order[self.sums[1, order] > 0]
+        order = np.argsort(-evidence, kind="stable")[:count]
+        return order[self.sums[2, order] > 0]
 
 
 class MemorizedTable(AfterEachStep):
-    """The trained samples that stand out most, with their nearest generation: W&B table and `memorized.png`.
+    """The trained pictures that stand out most, with their nearest generation: W&B table and `memorized.png`.
 
-    A visit counts at high noise, as a z-score of log d against the reference set's in its timestep bin
-    (without a reference set: against all trained samples'). All ranks gather what they saw.
+    They are ranked by the evidence of `core.visits`, as `memtrain ledger` and the report rank them after the run.
+    A visit counts at high noise, as a z-score against what the reference set showed of late in its timestep bin
+    (where no reference set is scored: all trained pictures). All ranks gather what they saw.
 
     Args:
         every: optimizer steps between two tables; 0 makes one at the end alone.
@@ -89,24 +94,30 @@ class MemorizedTable(AfterEachStep):
     ):
         if every < 0:
             raise ValueError(f"callbacks.memorized_table.every must be >= 0, got {every}; 0 is at the end alone")
-        for name, value in (("samples", samples), ("generations", generations), ("batch_size", batch_size)):
+        for name, value in (
+            ("samples", samples),
+            ("generations", generations),
+            ("num_steps", num_steps),
+            ("batch_size", batch_size),
+        ):
             if value < 1:
                 raise ValueError(f"callbacks.memorized_table.{name} must be >= 1, got {value}")
         self.every, self.samples, self.generations, self.high_noise = every, samples, generations, high_noise
         self.options = (num_steps, guidance_scale, batch_size)
-        self.max_rmse = max_rmse
-        self.visited, self.moments = VisitedSamples(), BinnedMoments(_BINS, _HALF_LIFE)
+        self.max_rmse = checked_max_rmse(max_rmse, "callbacks.memorized_table.max_rmse")
+        self.visited, self.reference = VisitedSamples(), VisitedSamples()
+        self.moments = BinnedMoments(_BINS, _HALF_LIFE)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.held: list[Observations] = []
-        self.held_reference: list[Observations] = []
+        self.held: list[tuple[int, Observations]] = []  # (step, what it showed)
+        self.held_reference: list[tuple[int, Observations]] = []
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
-        self.held.append(pl_module.step_observed)
+        self.held.append((step, pl_module.step_observed))
         if pl_module.reference_observed is not None:
-            self.held_reference.append(pl_module.reference_observed)
+            self.held_reference.append((step, pl_module.reference_observed))
         if len(self.held) >= _HELD:
             self._add(trainer, pl_module)
         if self.every and step % self.every == 0 and step != trainer.max_steps:
@@ -119,48 +130,74 @@ class MemorizedTable(AfterEachStep):
         """Add what is held, of all ranks."""
         if not self.held:
             return
-        trained = ranks.gather(trainer, Observations.concatenate(self.held), 1)
-        against = trained
-        if self.held_reference:
-            against = ranks.gather(trainer, Observations.concatenate(self.held_reference), 1)
+        trained = self._gather(trainer, self.held)
+        against = self._gather(trainer, self.held_reference) if self.held_reference else None
         self.held, self.held_reference = [], []
-        score, bins = _log_score(against, pl_module.num_timesteps)
-        if len(trainer.datamodule.groups.reference) == 0 or against is not trained:
-            scored = against.scored.cpu()
-            self.moments.update(score[scored], bins[scored])
-        score, bins = _log_score(trained, pl_module.num_timesteps)
-        z = (score - self.moments.mean[bins]) / self.moments.std[bins]
-        counts = trained.scored.cpu() & (trained.timesteps.cpu() >= self.high_noise * pl_module.num_timesteps)
+        has_reference = pl_module.reference.size(pl_module) > 0
+        learned = against if has_reference else trained
+        if learned is not None:
+            _, observed = learned
+            scored, bins = observed.scored.cpu(), self._bins(observed, pl_module)
+            self.moments.update(log_ratio(observed.score, observed.loss)[scored], bins[scored])
+        self._count(self.visited, *trained, pl_module)
+        if against is not None:
+            self._count(self.reference, *against, pl_module)
+        if len(self.visited.index) > 2 * _CAPACITY:
+            self.visited.forget(self._evidence(pl_module), _CAPACITY)
+
+    def _gather(self, trainer: pl.Trainer, held: list[tuple[int, Observations]]) -> tuple[Tensor, Observations]:
+        """When in the run each visit was, in (0, 1], and the visits; of all ranks, one after the other. (V,)"""
+        time = torch.cat([torch.full((len(observed.score),), step / trainer.max_steps) for step, observed in held])
+        observed = ranks.gather(trainer, Observations.concatenate([observed for _, observed in held]), 1)
+        return time.double().repeat(trainer.world_size), observed
+
+    def _bins(self, observed: Observations, pl_module: pl.LightningModule) -> Tensor:
+        return timestep_bin(observed.timesteps.cpu(), pl_module.num_timesteps, _BINS)
+
+    def _count(self, visited: VisitedSamples, time: Tensor, observed: Observations, pl_module) -> None:
+        """Add visits, those that count with what they showed."""
+        bins = self._bins(observed, pl_module)
+        z = (log_ratio(observed.score, observed.loss) - self.moments.mean[bins]) / self.moments.std[bins]
+        counts = observed.scored.cpu() & (observed.timesteps.cpu() >= self.high_noise * pl_module.num_timesteps)
         counts &= self.moments.count[bins] >= _WARM
-        captioned = trained.captioned.cpu()
-        rows = torch.stack([captioned.double(), counts.double(), score.exp() * counts, z * counts])
-        self.visited.add(trained.picture.cpu()[captioned].numpy(), rows[:, captioned].numpy())
+        captioned, score = observed.captioned.cpu(), observed.score.cpu().double()
+        shown = torch.where(counts, torch.cat([score[None], columns_of(z, time)]), 0.0)
+        rows = torch.cat([captioned.double()[None], shown])
+        visited.add(observed.picture.cpu()[captioned].numpy(), rows[:, captioned].numpy())
+
+    def _evidence(self, pl_module: pl.LightningModule) -> np.ndarray:
+        """Of each picture visited. (N,)"""
+        has_reference = pl_module.reference.size(pl_module) > 0
+        return self.visited.evidence(self.reference if has_reference else None)
 
     @torch.no_grad()
     def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._add(trainer, pl_module)
-        highest = self.visited.highest(self.samples)
-        samples = pl_module.encode_samples(self.visited.index[highest])
-        _, index, captions = samples
+        strength = self._evidence(pl_module)
+        samples = pl_module.encode_samples(self.visited.index[self.visited.highest(strength, self.samples)])
+        _, _, captions = samples
         if not captions:
             return  # nothing was scored
         with pl_module.averaged_weights():
             found = compare(trainer, pl_module, samples, self.generations, *self.options, shown=len(captions))
-        if not trainer.is_global_zero:
-            return
-        data, positions = trainer.datamodule, index.tolist()
+        self._show(trainer, pl_module, samples, found, strength)
+
+    @on_first_rank
+    def _show(self, trainer, pl_module, samples, found: list[Compared], strength: np.ndarray) -> None:
+        _, index, captions = samples
+        data, positions = trainer.datamodule, index.cpu().numpy()
         originals = data.decode(positions).images.permute(0, 2, 3, 1).numpy()
         nearest = [min((o for o in found if o.sample == n), key=lambda o: o.rmse) for n in range(len(captions))]
         images = decode(pl_module.model, torch.stack([one.latents for one in nearest]))
+        groups, sizes = data.groups.of(positions), data.groups.pictures.copies(positions)
         table, pictures = [], []
-        for n, position in enumerate(positions):
-            row = int(np.searchsorted(self.visited.index, position))
-            score, z, visits = self.visited.score[row], self.visited.z[row], int(self.visited.sums[0, row])
-            group = GROUP_NAMES[data.groups.of(np.array([position]))[0]]
-            key = as_text(data.samples.key(position))
+        for n, row in enumerate(np.searchsorted(self.visited.index, positions)):
+            score, visits, size = self.visited.score[row], int(self.visited.sums[0, row]), int(sizes[n])
+            group, key = GROUP_NAMES[groups[n]], as_text(data.samples.key(int(positions[n])))
             caption, rmse = as_text(captions[n]), nearest[n].rmse
-            table.append((originals[n], caption, key, group, score, z, visits, images[n], rmse))
-            label = f"{group}, d {score:.2f}, {visits} visits: {caption}"
+            table.append((originals[n], caption, key, size, group, score, strength[row], visits, images[n], rmse))
+            said = [group, samples_of_picture(size), f"d {score:.2f}", f"{visits} visits"]
+            label = f"{', '.join(filter(None, said))}: {caption}"
             pictures.append((label, originals[n], images[n : n + 1], [rmse]))
         log_table(trainer, "memorized_samples", COLUMNS, table)
         path = Path(trainer.default_root_dir) / "memorized.png"
@@ -168,18 +205,12 @@ class MemorizedTable(AfterEachStep):
         log_picture(trainer, "samples_most_memorized", path)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "index": torch.from_numpy(self.visited.index),
-            "sums": torch.from_numpy(self.visited.sums),
-            "moments": self.moments.sums,
-        }
+        both = {"": self.visited, "reference_": self.reference}
+        arrays = {f"{name}index": torch.from_numpy(of.index) for name, of in both.items()}
+        arrays |= {f"{name}sums": torch.from_numpy(of.sums) for name, of in both.items()}
+        return arrays | {"moments": self.moments.sums}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        self.visited.index, self.visited.sums = state_dict["index"].numpy(), state_dict["sums"].numpy()
+        for name, of in (("", self.visited), ("reference_", self.reference)):
+            of.index, of.sums = state_dict[f"{name}index"].numpy(), state_dict[f"{name}sums"].numpy()
         self.moments.sums = state_dict["moments"].clone()
-
-
-def _log_score(observed: Observations, num_timesteps: int) -> tuple[Tensor, Tensor]:
-    """log d, float64, and timestep bin of B rows, on the CPU."""
-    bins = timestep_bin(observed.timesteps.cpu(), num_timesteps, _BINS)
-    return observed.score.cpu().clamp(min=1e-12).log().double(), bins

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
+from memtrain.callbacks.guard import on_first_rank
 from memtrain.report.page import write_report
 
 
@@ -18,7 +19,10 @@ class Report(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             logger.save()
-        if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "report.html"
-            write_report([path.parent], path)
-            print(f"{'report':10}{path}")
+        self._write(trainer)
+
+    @on_first_rank
+    def _write(self, trainer: pl.Trainer) -> None:
+        path = Path(trainer.default_root_dir) / "report.html"
+        write_report([path.parent], path)
+        print(f"{'report':10}{path}")

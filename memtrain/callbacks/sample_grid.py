@@ -7,6 +7,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from memtrain.callbacks.generation import decode, generate
+from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture
 from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.diffusion import GENERATION, place_seed
@@ -24,8 +25,9 @@ class SampleGrid(AfterEachStep):
     """
 
     def __init__(self, every: int, prompts: list[str], columns: int, num_steps: int, guidance_scale: float):
-        if every < 0 or columns < 1:
-            raise ValueError("callbacks.sample_grid: every must be >= 0 and columns >= 1")
+        for name, value, least in (("every", every, 0), ("columns", columns, 1), ("num_steps", num_steps, 1)):
+            if value < least:
+                raise ValueError(f"callbacks.sample_grid.{name} must be >= {least}, got {value}")
         self.every, self.prompts, self.columns = every, list(prompts), columns
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.drawn_at = -1
@@ -41,9 +43,9 @@ class SampleGrid(AfterEachStep):
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.drawn_at = trainer.global_step
         with pl_module.averaged_weights():
-            if trainer.is_global_zero:
-                self._draw_one(trainer, pl_module)
+            self._draw_one(trainer, pl_module)
 
+    @on_first_rank
     def _draw_one(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         prompts = self.prompts or trainer.datamodule.decode(trainer.datamodule.groups.reference[:4]).captions
         if not prompts:

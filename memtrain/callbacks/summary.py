@@ -13,6 +13,7 @@ from rich.table import Table
 
 from memtrain.callbacks.copies import Copies
 from memtrain.callbacks.curves import MemorizationCurves
+from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.report.curves import draw_curves
@@ -21,7 +22,9 @@ GROUPS_COPIED = ("canary", "reference", "sacrificed")
 
 
 class Summary(pl.Callback):
-    """Gathers what the other callbacks found, so it comes last. Figures that nothing measured are null."""
+    """Gathers what the other callbacks measured, so it comes after them. Figures that nothing measured are null."""
+
+    ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = self.trained_until = time.perf_counter()
@@ -33,21 +36,30 @@ class Summary(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             logger.save()
-        if not trainer.is_global_zero:
-            return
+        self.ended = True
+        self._write(trainer, pl_module)
+
+    @on_first_rank
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         summary = self.summarize(trainer, pl_module)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        print_summary(summary)
         if (folder / "metrics.csv").exists():
             draw_curves(folder / "metrics.csv", folder / "curves.png")
             log_picture(trainer, "curves", folder / "curves.png")
-        print_summary(summary, folder)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """When the other callbacks, too, have written what they write at the end."""
+        if self.ended and trainer.is_global_zero:
+            print_files(Path(trainer.default_root_dir))
 
     def summarize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict:
         def figure(name: str) -> float | None:
             value = trainer.callback_metrics.get(name)
             return None if value is None else _or_none(value.item())
 
+        groups = trainer.datamodule.groups
         curves = next((c for c in trainer.callbacks if isinstance(c, MemorizationCurves)), None)
         copies = next((c for c in trainer.callbacks if isinstance(c, Copies)), None)
         seconds = max(self.trained_until - self.started, 1e-9)  # validation included, what follows the last step not
@@ -55,6 +67,7 @@ class Summary(pl.Callback):
             "steps": trainer.global_step,
             "samples_seen": pl_module.accumulation.samples_seen,
             "updates_skipped": pl_module.accumulation.updates_skipped,
+            "scaler_backoffs": pl_module.accumulation.scaler_backoffs,
             "samples_per_second": (pl_module.accumulation.samples_seen - self.samples_before) / seconds,
             "heldout_loss": figure("heldout_loss"),
             "score": {
@@ -67,6 +80,10 @@ class Summary(pl.Callback):
                     ),
                 }
                 for group in (CANARY, TRAINED, REFERENCE, SACRIFICED)
+            },
+            "canaries": {
+                name: {"pictures": len(groups.one_each(positions)), "samples": len(positions)}
+                for name, positions in (("canary", groups.canary), ("sacrificed", groups.sacrificed))
             },
             "auc_canary_vs_reference": figure("auc_canary_vs_reference"),
             "tpr_at_1pct_fpr": figure("tpr_at_1pct_fpr"),
@@ -82,7 +99,7 @@ def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def print_summary(summary: dict, folder: Path) -> None:
+def print_summary(summary: dict) -> None:
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
@@ -94,7 +111,7 @@ def print_summary(summary: dict, folder: Path) -> None:
     table.add_row("score, all timesteps", *(show(s["mean"], ".3f") for s in scores))
     table.add_row("score, high noise", *(show(s["mean_at_high_noise"], ".3f") for s in scores))
     table.add_row("excluded (reference: would be)", *(show(s["excluded_fraction"], ".1%") for s in scores))
-    copies = summary["copy_rate"]
+    copies, canaries = summary["copy_rate"], summary["canaries"]
     table.add_row("generations that are copies", show(copies["canary"], ".1%"), "", show(copies["reference"], ".1%"))
     console = Console()
     console.print(table)
@@ -103,6 +120,18 @@ def print_summary(summary: dict, folder: Path) -> None:
         f"AUC canary against reference {show(summary['auc_canary_vs_reference'], '.3f')}   "
         f"updates skipped {summary['updates_skipped']}   {summary['samples_per_second']:.0f} samples/s"
     )
+    repeated = canaries["canary"]
+    if repeated["samples"] > repeated["pictures"]:
+        console.print(f"a canary is a picture: {repeated['pictures']} of them, {repeated['samples']} samples")
+    if copies["sacrificed"] is not None:
+        console.print(
+            f"the exported model draws the sacrificed canaries ({canaries['sacrificed']['pictures']}, never excluded): "
+            f"{copies['sacrificed']:.1%} of the generations from their captions are copies"
+        )
+
+
+def print_files(folder: Path) -> None:
+    """Where the run's results lie."""
     for name, what in (
         ("curves.png", "curves"),
         ("samples.png", "samples"),

@@ -35,8 +35,14 @@ class Validation(AfterEachStep):
     """
 
     def __init__(self, every: int, samples: int, timesteps_per_sample: int, high_noise: float, batch_size: int):
-        if every < 1 or samples < 1 or timesteps_per_sample < 1:
-            raise ValueError("callbacks.validation: every, samples and timesteps_per_sample must be >= 1")
+        for name, value in (
+            ("every", every),
+            ("samples", samples),
+            ("timesteps_per_sample", timesteps_per_sample),
+            ("batch_size", batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"callbacks.validation.{name} must be >= 1, got {value}")
         self.every, self.samples, self.timesteps_per_sample = every, samples, timesteps_per_sample
         self.high_noise, self.batch_size = high_noise, batch_size
         self.validated_at = -1

@@ -94,7 +94,7 @@ def _measures(cfg: DictConfig, device) -> Measures:
     from memtrain.audit.similarity import LatentRmse, Sscd
 
     return Measures(
-        similarity=Sscd(cfg.sscd, device, cfg.sscd_resize, cfg.cut) if cfg.sscd else LatentRmse(cfg.cut),
+        similarity=Sscd(cfg.sscd, device, cfg.sscd_resize, cfg.min_sscd) if cfg.sscd else LatentRmse(cfg.max_rmse),
         features=ScriptFeatures(cfg.fid, device) if cfg.fid else LatentGrid(),
         alignment=ClipScore(cfg.clip, device) if cfg.clip else None,
     )

@@ -26,7 +26,7 @@ def ledger(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("memtrain ledger", description="Say from a run's ledger which samples look memorized.")
+    parser = Parser("memtrain ledger", description="Say from a run's ledger which pictures look memorized.")
     tasks = parser.add_subparsers(metavar="suspects | show", required=True)
 
     def task(run: Callable, name: str, summary: str) -> argparse.ArgumentParser:
@@ -36,15 +36,16 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--top", type=int, default=20, help="rows on the terminal (%(default)s)")
         return added
 
-    added = task(_suspects, "suspects", "write the keys that look memorized, for data.exclude_keys")
+    summary = "write the keys of all samples of the pictures that look memorized, for data.exclude_keys"
+    added = task(_suspects, "suspects", summary)
     added.add_argument("--out", type=Path, required=True, help="a new .parquet, a row a sample, the worst first")
     added.add_argument(
         "--false-positive-rate",
         type=float,
         default=0.01,
-        help="share of the samples that are not memorized and may be named all the same (%(default)s)",
+        help="share of the pictures that are not memorized and may be named all the same (%(default)s)",
     )
-    task(_show, "show", "print the samples that look memorized most")
+    task(_show, "show", "print the pictures that look memorized most")
     return parser
 
 
@@ -53,25 +54,46 @@ def _suspects(run: Path, top: int, out: Path, false_positive_rate: float) -> Non
     check_ledger(run)
     import pyarrow.parquet as pq
 
-    from memtrain.report.suspects import judge
+    from memtrain.audit.suspects import judge
 
     judged = judge(run)
     found = judged.suspects(false_positive_rate)
+    listed = judged.every_sample(found, _unvisited(run, found["key"].to_pylist()))
     with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as aside:
-        pq.write_table(found, f"{aside}/{out.name}", compression="zstd")
+        pq.write_table(listed, f"{aside}/{out.name}", compression="zstd")
         os.replace(f"{aside}/{out.name}", out)
     _say(judged)
     by_chance = false_positive_rate * len(judged.table)
     print(
-        f"{len(found)} of {len(judged.table)} samples look memorized, {by_chance:.0f} would by chance at a "
-        f"false-positive rate of {false_positive_rate:g}: {shown(str(out))}"
+        f"{len(found)} of {len(judged.table)} pictures look memorized, {by_chance:.0f} would by chance at a "
+        f"false-positive rate of {false_positive_rate:g}; their {len(listed)} samples: {shown(str(out))}"
     )
     _print_table(found, top)
 
 
+def _unvisited(run: Path, keys: list[str]):
+    """Duplicates of suspects that the ledger may not name, since the run has not come to them; None: not known."""
+    from omegaconf import OmegaConf
+
+    from memtrain.audit.suspects import duplicates_in_corpus
+    from memtrain.data.remote import ShardMissing
+
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))["data"]
+        return duplicates_in_corpus(data, keys)
+    except (KeyError, TypeError, OSError, ValueError, ShardMissing) as error:
+        why = f"config.yaml has no {error}" if isinstance(error, KeyError) else str(error)
+        print(
+            f"WARNING: the corpus was not asked ({why}): of each picture, the list names the samples that the ledger "
+            "names",
+            file=sys.stderr,
+        )
+        return None
+
+
 def _show(run: Path, top: int) -> None:
     check_ledger(run)
-    from memtrain.report.suspects import judge
+    from memtrain.audit.suspects import judge
 
     judged = judge(run)
     _say(judged)
@@ -82,12 +104,14 @@ def _say(judged) -> None:
     share = "" if judged.sample == 1 else f", {judged.sample:.0%} of all, drawn"
     print(
         f"{judged.rows} rows{share}, {judged.steps} steps; "
-        f"p: rank among the {judged.compared_with} samples that are compared with"
+        f"samples that are duplicates of one another count as one picture, under the key of the first; "
+        f"p: rank among the {judged.compared_with} pictures that are compared with"
     )
     if not judged.has_reference:
         print(
-            "WARNING: the run had no reference set. Samples are compared with one another, so that a "
-            "false-positive rate of 0.01 names the highest 1 %, memorized or not; set reference.count=200",
+            "WARNING: the run scored no reference set. Pictures are compared with one another, so that a "
+            "false-positive rate of 0.01 names the highest 1 %, memorized or not; set reference.count=200 "
+            "reference.batch_size=16",
             file=sys.stderr,
         )
 
@@ -99,12 +123,13 @@ def _print_table(found, top: int) -> None:
     from rich.text import Text
 
     table = Table("key", "group", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("visits", "at high\nnoise", "evidence", "p", "mean\nscore", "excluded"):
+    for heading in ("samples", "visits", "at high\nnoise", "evidence", "p", "mean\nscore", "excluded"):
         table.add_column(heading, justify="right")
     for row in found.slice(0, top).to_pylist():
         table.add_row(
             Text(shown(row["key"], 60)),
             row["group"],
+            str(row["samples"]),
             str(row["visits"]),
             str(row["high_noise_visits"]),
             f"{row['evidence']:.2f}",
@@ -114,7 +139,7 @@ def _print_table(found, top: int) -> None:
         )
     if len(found):
         console = Console(highlight=False)
-        console.width = max(console.width, 130)
+        console.width = max(console.width, 140)
         console.print(table)
     if len(found) > top:
         print(f"… and {len(found) - top} more")

@@ -13,6 +13,7 @@ from memtrain.cli.arguments import spelled
 from memtrain.cli.errors import one_line
 from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
 from memtrain.cli.terminal import quiet
+from memtrain.data.escaping import printable
 
 HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 2 after a one-line message where the user can mend what is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     command, *rest = argv or ["--help"]
+    if os.getcwd() not in sys.path:  # for classes of the user's own, as with `python -m`; last, so that it hides nothing
+        sys.path.append(os.getcwd())
     try:
         if command in ("-h", "--help", "help"):
             print(HELP)
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         message = one_line(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -108,6 +108,7 @@ class Evidence:
     canary_half_life: int = MISSING
     own_visits: int = MISSING
     own_limit: float = MISSING
+    copies_weight: float = MISSING
     warmup: int = MISSING
     start_step: int = MISSING
 
@@ -263,17 +264,19 @@ class Progress:
 
 @dataclass
 class Callbacks:
-    """In the order in which they run: what is measured, then what is made of it."""
+    """In the order in which they run: the model is saved, then what is measured, then what is made of it.
+
+    The curves come first, so that their clock leaves out the time that the others take."""
 
     curves: Curves | None = field(default_factory=Curves)
+    export: Export | None = field(default_factory=Export)
     canaries: CanaryList | None = field(default_factory=CanaryList)
     validation: Validation | None = field(default_factory=Validation)
-    sample_grid: SampleGrid | None = field(default_factory=SampleGrid)
     copies: Copies | None = field(default_factory=Copies)
+    summary: Summary | None = field(default_factory=Summary)
+    sample_grid: SampleGrid | None = field(default_factory=SampleGrid)
     memorized_table: MemorizedTable | None = field(default_factory=MemorizedTable)
     checkpoint: Checkpoint | None = field(default_factory=Checkpoint)
-    export: Export | None = field(default_factory=Export)
-    summary: Summary | None = field(default_factory=Summary)
     report: Report | None = field(default_factory=Report)
     progress: Progress | None = field(default_factory=Progress)
 
@@ -290,7 +293,7 @@ class Canaries:
 class Reference:
     count: int = MISSING
     every: int = MISSING
-    batch_size: int = MISSING
+    batch_size: int | None = MISSING
 
 
 @dataclass

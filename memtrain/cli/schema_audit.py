@@ -118,7 +118,8 @@ class Evaluate:
     timesteps_per_sample: int = MISSING
     sscd: str | None = MISSING
     sscd_resize: str = MISSING
-    cut: float | None = MISSING
+    min_sscd: float = MISSING
+    max_rmse: float = MISSING
     clip: str | None = MISSING
     fid: str | None = MISSING
     fid_samples: int = MISSING

@@ -15,6 +15,8 @@ from memtrain.cli.checks import check_new_file
 from memtrain.data.paths import check_empty, check_pictures
 from memtrain.data.sources import local_shards
 
+from memtrain.data.escaping import printable
+
 _LISTED = 20  # faults, failures and groups on the terminal
 _TABLE_ROWS = 50
 
@@ -185,8 +187,7 @@ def _print_some(lines: list[str], rest: str) -> None:
 
 def shown(text: str, limit: int = 200) -> str:
     """Text from a corpus, safe on a terminal: what is not printable is escaped, what is long is cut."""
-    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text if len(text) <= limit else f"{text[: limit - 1]}…")
 
 
 def _progress(description: str) -> Callable[[Iterable, int], Iterable]:

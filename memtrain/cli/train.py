@@ -23,6 +23,7 @@ def train(cfg: DictConfig) -> None:
         check_training(cfg)
     import pytorch_lightning as pl
 
+    from memtrain.callbacks.guard import Guard
     from memtrain.callbacks.signals import Signals
     from memtrain.training.checks import check_accelerator, check_disk, check_job, check_reference
     from memtrain.training.stops import ended_clearly
@@ -38,20 +39,30 @@ def train(cfg: DictConfig) -> None:
     optimizer = instantiate(cfg.optimizer)
     # the ledger first: the report reads it
     signals = Signals()
-    callbacks = [signals, *(instantiate(c) for c in (cfg.ledger, *cfg.callbacks.values()) if c is not None)]
+    looks = {name: instantiate(c) for name, c in {"ledger": cfg.ledger, **cfg.callbacks}.items() if c is not None}
+    guard = Guard(
+        callbacks=[look for name, look in looks.items() if name not in ("ledger", "checkpoint")],
+        records=[look for name, look in looks.items() if name == "ledger"],
+    )
+    callbacks = [signals, *looks.values()]
     check_reference(exclusion, cfg.reference.count)
     datamodule = _data(cfg)
     datamodule.check(cfg.trainer.accumulate_grad_batches, world_size=1)
     module = _module(cfg, exclusion, optimizer)
     datamodule.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
-    check_disk(Path(cfg.run_dir), module.trained_parameters())
+    keep = 0 if cfg.callbacks.checkpoint is None else cfg.callbacks.checkpoint.keep
+    check_disk(Path(cfg.run_dir), module.trained_parameters(), keep)
     with same_wandb_run(past and past.state.wandb_id):
         loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
-    _begin(cfg, past, ckpt_path)
     trainer = _trainer(cfg, callbacks, loggers)
     check_job(trainer, is_job())
+    if ckpt_path is not None and past is not None:
+        ranks = trainer.world_size
+        past.check_global_batch(cfg.data.batch_size, trainer.accumulate_grad_batches, ranks, cfg.resume.allow)
+    _begin(cfg, past, ckpt_path, datamodule)
     with signals, ended_clearly(trainer, module.stops):
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    guard.end(Path(cfg.run_dir), is_job())
 
 
 def _earlier(cfg: DictConfig) -> Past | None:
@@ -114,19 +125,6 @@ def _module(cfg: DictConfig, exclusion, optimizer):
     )
 
 
-def _begin(cfg: DictConfig, past: Past | None, ckpt_path: Path | None) -> None:
-    """The run's folder, with its config and its log."""
-    from pytorch_lightning.utilities import rank_zero_only
-
-    run_dir = Path(cfg.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if rank_zero_only.rank == 0:
-        logging.getLogger("memtrain").addHandler(logging.FileHandler(run_dir / "run.log"))
-        write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-        if past is not None or cfg.resume.run is not None:
-            log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")
-
-
 def _trainer(cfg: DictConfig, callbacks: list, loggers: list):
     return instantiate(
         cfg.trainer,
@@ -140,3 +138,22 @@ def _trainer(cfg: DictConfig, callbacks: list, loggers: list):
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )
+
+
+def _begin(cfg: DictConfig, past: Past | None, ckpt_path: Path | None, datamodule) -> None:
+    """The run's folder, with its config and its log."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from memtrain.data.escaping import PrintableFormatter
+    from memtrain.training.checks import warn_of_sacrificed
+
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank == 0:
+        run_log = logging.FileHandler(run_dir / "run.log", encoding="utf-8")
+        run_log.setFormatter(PrintableFormatter())
+        logging.getLogger("memtrain").addHandler(run_log)
+        write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        warn_of_sacrificed(datamodule, named=len(cfg.canaries.sacrificed_keys) > 0)
+        if past is not None or cfg.resume.run is not None:
+            log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")

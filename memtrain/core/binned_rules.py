@@ -19,7 +19,9 @@ from memtrain.core.exclusion import (
     at_least,
     log_score,
     open_share,
+    reachable,
     restored,
+    telling,
 )
 from memtrain.core.quantiles import RunningQuantiles, histogram_quantile
 from memtrain.core.statistics import BinnedMoments, timestep_bin
@@ -85,6 +87,7 @@ class Quantile(BinnedThreshold):
         super().__init__(num_bins, warmup, start_step)
         self.quantile = open_share("quantile", quantile, "0.9 leaves out the highest tenth")
         check_half_life(half_life, 1 - quantile, "quantile")
+        reachable(warmup, half_life)
         self.scores = RunningQuantiles(num_bins, **LOG_RANGE, half_life=half_life)
 
     def threshold_at(self, timesteps: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ class Quantile(BinnedThreshold):
         return torch.where(known, self.scores.quantile(self.quantile).exp(), torch.inf)[self.bins(timesteps)]
 
     def update(self, observed: Observations) -> None:
-        learned = observed.scored.cpu() & (observed.group.cpu() != REFERENCE)
+        learned = telling(observed) & (observed.group.cpu() != REFERENCE)
         self.scores.update(log_score(observed.score)[learned], self.bins(observed.timesteps.cpu())[learned])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -139,6 +142,7 @@ class Calibrated(BinnedThreshold):
             raise ValueError(f"exclusion.level_half_life must be >= exclusion.warmup ({warmup}), got {level_half_life}")
         at_least(0, pooling=pooling)
         check_half_life(half_life, false_positive_rate, "false_positive_rate")
+        reachable(warmup, half_life, bins=num_bins)  # of all bins together
         self.pooling = pooling
         self.level = Trend(LEVEL_DEGREE, level_half_life)
         self.residuals = BinnedMoments(num_bins, half_life)
@@ -166,7 +170,7 @@ class Calibrated(BinnedThreshold):
         return (centre + deviation * z[self.bins(timesteps)]).exp()
 
     def update(self, observed: Observations) -> None:
-        learned = observed.scored.cpu() & (observed.group.cpu() == REFERENCE)
+        learned = telling(observed) & (observed.group.cpu() == REFERENCE)
         score, timesteps = log_score(observed.score)[learned], observed.timesteps.cpu()[learned]
         position, bins = timesteps / self.num_timesteps, self.bins(timesteps)
         if self.residuals.count.sum() >= self.warmup:
@@ -203,6 +207,7 @@ class Agc(BinnedThreshold):
         if not ratio > 1:
             raise ValueError(f"exclusion.ratio must be > 1, got {ratio:g}; the paper's is 1.25")
         at_least(1, half_life=half_life)
+        reachable(warmup, half_life)
         self.ratio = ratio
         self.losses = BinnedMoments(num_bins, half_life)
 

@@ -68,7 +68,8 @@ def signal_to_noise(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 # ---- randomness: a function of (seed, stream, step, place), never of ranks or workers
 
-TRAIN, REFERENCE, HELD_OUT, GENERATION, METHOD = range(5)  # streams: draws of one never meet draws of another
+# Streams: draws of one never meet draws of another.
+TRAIN, REFERENCE, HELD_OUT, GENERATION, METHOD, REFERENCE_METHOD = range(6)
 
 
 def place_seed(seed: int, stream: int, step: int, place: int) -> int:

@@ -18,7 +18,9 @@ from memtrain.core.exclusion import (
     log_score,
     open_share,
     positive,
+    reachable,
     restored,
+    telling,
 )
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 
@@ -27,8 +29,8 @@ class Evidence(ExclusionRule):
     """What the two rules share: who enters and leaves, for 5 bytes a sample.
 
     Duplicates are one sample here: what a visit shows of one of them is evidence for all, whatever their keys, for
-    it is the picture that is memorized. A sample enters exclusion when its evidence reaches `enter` and leaves when it falls below `leave`. Every
-    scored visit changes it: `memory` times what it was, plus what the visit shows.
+    it is the picture that is memorized. A sample enters exclusion when its evidence reaches `enter` and leaves when
+    it falls below `leave`. Every scored visit changes it: `memory` times what it was, plus what the visit shows.
 
     Args:
         memory: share of the evidence that outlives a visit, in [0, 1]; 0 acts on single draws.
@@ -56,6 +58,7 @@ class Evidence(ExclusionRule):
             raise ValueError(f"exclusion.memory must be in [0, 1], got {memory:g}; 0 acts on single draws")
         at_least(1, num_bins=num_bins, half_life=half_life, warmup=warmup)
         at_least(0, start_step=start_step)
+        reachable(warmup, half_life)
         self.enter, self.leave, self.memory = enter, leave, memory
         self.num_bins, self.warmup, self.start_step = num_bins, warmup, start_step
         self.reference = BinnedMoments(num_bins, half_life)
@@ -65,6 +68,10 @@ class Evidence(ExclusionRule):
         self.evidence = torch.zeros(num_samples)
         self.excluded = torch.zeros(num_samples, dtype=torch.bool)
 
+    def prior(self, copies: Tensor) -> Tensor:
+        """Evidence that lies in the number of a picture's samples in the corpus alone. (B,) int64 -> (B,)"""
+        return torch.zeros(len(copies))
+
     @abstractmethod
     def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
         """What each visit adds to its sample's evidence; whether it counts. (B,), (B,) bool, on the CPU"""
@@ -73,14 +80,15 @@ class Evidence(ExclusionRule):
         return timestep_bin(observed.timesteps.cpu(), self.num_timesteps, self.num_bins)
 
     def counts(self, observed: Observations) -> Tensor:
-        """Visits that were scored, in bins whose reference is known. (B,) bool"""
-        return observed.scored.cpu() & (self.reference.count[self.bins(observed)] >= self.warmup)
+        """Visits whose score says something, in bins whose reference is known. (B,) bool"""
+        return telling(observed) & (self.reference.count[self.bins(observed)] >= self.warmup)
 
     def decide(self, observed: Observations) -> Decision:
         shown, counts = self.shows(observed)
         index = observed.picture.cpu()
         evidence = torch.where(counts, self.memory * self.evidence[index] + shown, self.evidence[index])
         threshold = torch.where(self.excluded[index], self.leave, self.enter)
+        threshold = threshold - self.prior(observed.copies.cpu())
         device = observed.score.device
         return Decision(keep_mask=(evidence < threshold).to(device), threshold=threshold.to(device))
 
@@ -92,8 +100,9 @@ class Evidence(ExclusionRule):
         # the mean of several visits in one step, as often as there were visits: their order does not matter
         gained = sum_of_powers(self.memory, visits) * total / visits
         evidence = self.memory**visits * self.evidence[index] + gained
-        self.excluded[index] = evidence >= torch.where(self.excluded[index], self.leave, self.enter)
-        self.evidence[index] = evidence.clamp(min=self.floor)
+        prior = self.prior(torch.ones_like(index).index_copy_(0, place, observed.copies.cpu()[counts]))
+        self.excluded[index] = evidence + prior >= torch.where(self.excluded[index], self.leave, self.enter)
+        self.evidence[index] = torch.maximum(evidence, self.floor - prior)
         self.learn(observed)
 
     @abstractmethod
@@ -142,6 +151,10 @@ class LikelihoodEvidence(Evidence):
     that a sample which was ordinary for long does not take longer to enter. The two rates hold for one test
     on independent visits; visits of one picture are not, hence the `memory` below 1 and the clipped visits.
 
+    A picture of which the corpus holds n samples is memorized sooner the larger n is, about in proportion to
+    log n (Carlini et al. 2023, "Quantifying memorization", section 4): so `copies_weight` log n is what speaks
+    for it before any visit, as the logarithm of prior odds, and no more than leaves one visit to decide.
+
     Until sacrificed canaries were seen, and without any, a memorized sample's mean is taken to lie `shift`
     deviations above the reference set's: evidence is then a sum of z-scores.
 
@@ -153,6 +166,7 @@ class LikelihoodEvidence(Evidence):
         canary_half_life: visits of sacrificed canaries to a bin after which an older one counts half.
         own_visits: first visits of a sample that tell what is its own, in [0, 255].
         own_limit: of a sample's own part, in the reference set's deviations.
+        copies_weight: of the logarithm of the number of a picture's samples in the corpus, >= 0.
     """
 
     def __init__(
@@ -168,6 +182,7 @@ class LikelihoodEvidence(Evidence):
         canary_half_life: int,
         own_visits: int,
         own_limit: float,
+        copies_weight: float,
         warmup: int,
         start_step: int = 0,
     ):
@@ -184,15 +199,22 @@ class LikelihoodEvidence(Evidence):
         self.floor = leave
         self.clip, self.shift = positive("clip", clip), positive("shift", shift)
         self.shift_weight = positive("shift_weight", shift_weight)
+        reachable(shift_weight, canary_half_life, needed="shift_weight", by="canary_half_life")
         if not 0 <= own_visits <= 255:
             raise ValueError(f"exclusion.own_visits must be in [0, 255], got {own_visits}; 0 compares all alike")
         self.own_visits, self.own_limit = own_visits, positive("own_limit", own_limit)
+        if not copies_weight >= 0:
+            raise ValueError(f"exclusion.copies_weight must be >= 0, got {copies_weight:g}; 0 makes nothing of copies")
+        self.copies_weight = copies_weight
         self.memorized = BinnedMoments(num_bins, canary_half_life)
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:
         super().setup(num_samples, num_timesteps)
         self.own = torch.zeros(num_samples, dtype=torch.float16)  # mean z-score of the first visits
         self.seen = torch.zeros(num_samples, dtype=torch.uint8)  # these
+
+    def prior(self, copies: Tensor) -> Tensor:
+        return (self.copies_weight * copies.float().log()).clamp(max=max(0.0, self.enter - self.clip))
 
     def statistic(self, observed: Observations) -> Tensor:
         """x = log(d / sqrt(loss)). (B,) float64, on the CPU"""
@@ -224,7 +246,7 @@ class LikelihoodEvidence(Evidence):
         self._learn_own(observed)
         bins, x, group = self.bins(observed), self.statistic(observed), observed.group.cpu()
         for moments, of in ((self.reference, REFERENCE), (self.memorized, SACRIFICED)):
-            learned = observed.scored.cpu() & (group == of)
+            learned = telling(observed) & (group == of)
             moments.update(x[learned], bins[learned])
 
     def _learn_own(self, observed: Observations) -> None:
@@ -253,7 +275,7 @@ class ZScoreEvidence(Evidence):
     """`exclusion=z_scores`: evidence is the moving average of a sample's z-scores at high noise.
 
     One draw of d says little, and only at high noise does a memorized sample stand above the others
-    (METHOD.md, the trial). So each visit at t >= `min_timestep` gives a z-score, of log d, against what the
+    (docs/method.md). So each visit at t >= `min_timestep` gives a z-score, of log d, against what the
     never-trained reference set scores in the same timestep bin. No canary is needed.
 
     Args:
@@ -289,5 +311,5 @@ class ZScoreEvidence(Evidence):
         return (1 - self.memory) * z.float(), self.counts(observed) & high_noise
 
     def learn(self, observed: Observations) -> None:
-        learned = observed.scored.cpu() & (observed.group.cpu() == REFERENCE)
+        learned = telling(observed) & (observed.group.cpu() == REFERENCE)
         self.reference.update(log_score(observed.score)[learned], self.bins(observed)[learned])

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from memtrain.core.statistics import most_remembered
+
 # Groups. Canaries are planted; a sacrificed one is never excluded, so that rules learn what memorized looks like;
 # a reference sample is never trained on.
 TRAINED, CANARY, REFERENCE, SACRIFICED = range(4)
@@ -26,6 +28,7 @@ class Observations:
 
     sample_index: Tensor  # (B,) int64, position of the sample in the corpus
     picture: Tensor  # (B,) int64, position of the first sample of its duplicates; its own where it has none
+    copies: Tensor  # (B,) int64, how many samples of the corpus show the same picture
     timesteps: Tensor  # (B,) int64
     score: Tensor  # (B,) float32, text-conditional magnitude; 0 where it is not known
     loss: Tensor  # (B,) float32, unweighted
@@ -85,8 +88,17 @@ class ExclusionRule(ABC):
         """Restore what `state_dict` gave."""
 
 
+def telling(observed: Observations) -> Tensor:
+    """Rows that a rule may learn from: scored, score and loss finite and above 0. (B,) bool, on the CPU
+
+    Where d is exactly 0 nothing could move it, such as a caption of no words; its logarithm is no small d's.
+    """
+    numbers = torch.stack([observed.score, observed.loss]).cpu()
+    return observed.scored.cpu() & (numbers.isfinite() & (numbers > 0)).all(0)
+
+
 def log_score(score: Tensor) -> Tensor:
-    """log d, finite where d is 0. float64, on the CPU"""
+    """log d, finite where d is 0: such rows are not `telling`. float64, on the CPU"""
     return score.cpu().double().clamp(min=1e-12).log()
 
 
@@ -111,8 +123,21 @@ def at_least(least: int, **named: int) -> None:
             raise ValueError(f"exclusion.{name} must be >= {least}, got {value}")
 
 
+def reachable(warmup: float, half_life: int, *, bins: int = 1, needed: str = "warmup", by: str = "half_life") -> None:
+    """Raises ValueError where a count that forgets by halves never comes to what is needed of it."""
+    most = bins * most_remembered(half_life)
+    if not warmup < most:
+        enough = math.floor(warmup / bins * math.log(2)) + 1
+        while enough > 1 and warmup < bins * most_remembered(enough - 1):
+            enough -= 1
+        raise ValueError(
+            f"exclusion.{needed}={warmup:g} is never reached: with exclusion.{by}={half_life} no more than {most:.1f} "
+            f"observations are remembered; raise exclusion.{by} to at least {enough} or lower exclusion.{needed}"
+        )
+
+
 def restored(state: dict[str, Tensor], **own: Tensor) -> list[Tensor]:
-    """Copies of a checkpoint's tensors, each as large as the rule's own."""
+    """The rule's own tensors, each filled with what the checkpoint has of it; no second copy of 100 M samples."""
     for name, tensor in own.items():
         if name not in state or state[name].shape != tensor.shape:
             found = f"{name} of shape {tuple(state[name].shape)}" if name in state else f"no {name}"
@@ -120,7 +145,7 @@ def restored(state: dict[str, Tensor], **own: Tensor) -> list[Tensor]:
                 f"the checkpoint's exclusion rule has {found}, this one's is {tuple(tensor.shape)}; resume with the "
                 "exclusion and the shards that the run was started with"
             )
-    return [state[name].clone() for name in own]
+    return [tensor.copy_(state[name]) for name, tensor in own.items()]
 
 
 # ---- rules that hold every score against one threshold

@@ -14,16 +14,21 @@ def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v (Hang et al., ICCV 2023). (B,)"""
+    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v (Hang et al., ICCV 2023). (B,)
+
+    Where abar_t = 0, the last timestep of a zero-terminal-SNR schedule, they are their limits: 1 and 0.
+    """
     snr = signal_to_noise(timesteps, alphas_cumprod)
-    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
+    return snr.clamp(max=gamma) / (snr + 1) if prediction_type == "v_prediction" else (gamma / snr).clamp(max=1)
 
 
 def masked_sum(loss: Tensor, weights: Tensor, keep_mask: Tensor) -> Tensor:
-    """sum_i keep_i w_i l_i, a scalar with a graph whatever is kept (METHOD: "the right denominator").
+    """sum_i keep_i w_i l_i, a scalar with a graph whatever is kept (docs/method.md, "The right denominator").
 
     The division by the number of kept samples of the *optimizer step*, over all ranks and micro-batches,
-    comes when that number is known. An excluded sample's value is replaced, not multiplied by zero, so a
-    loss that is not finite does not leak.
+    comes when that number is known. An excluded sample's value is replaced, not multiplied by zero, so a loss
+    that is not finite does not enter the sum. It does enter the gradient of weights that all rows share, where
+    its zero meets activations that are not finite; so a step with such a row, excluded or not, makes no update
+    (`memtrain.training.accumulation`).
     """
     return torch.where(keep_mask, weights * loss, 0.0).sum()

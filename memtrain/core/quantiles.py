@@ -15,7 +15,8 @@ class RunningQuantiles:
     relative in d. A quantile is the upper edge of the bucket that holds the exact one of the weighted values,
     so at most `width` above it, whatever their distribution, as long as it lies in [low, high]; values
     outside count at the border. The histograms of two parts add up to the histogram of the whole. An
-    observation's weight halves after `half_life` further observations in its bin.
+    observation's weight halves after `half_life` further observations in its bin. Values that are not finite are
+    passed over.
 
     Args:
         num_bins: timestep bins.
@@ -35,9 +36,12 @@ class RunningQuantiles:
         values (B,), bins (B,) int64 -> (num_bins, num_buckets) float64
         """
         num_buckets = self.counts.shape[1]
-        buckets = ((values.double().cpu() - self.low) / self.width).floor().clamp(0, num_buckets - 1).long()
+        values, bins = values.cpu().double(), bins.cpu()
+        finite = values.isfinite()
+        values, bins = values[finite], bins[finite]
+        buckets = ((values - self.low) / self.width).floor().clamp(0, num_buckets - 1).long()
         flat = torch.zeros_like(self.counts).flatten()
-        flat.index_add_(0, bins.cpu() * num_buckets + buckets, torch.ones_like(buckets, dtype=torch.float64))
+        flat.index_add_(0, bins * num_buckets + buckets, torch.ones_like(buckets, dtype=torch.float64))
         return flat.view_as(self.counts)
 
     def add(self, histogram: Tensor) -> None:

@@ -23,7 +23,7 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     ordered = negative.sort().values
     below = torch.searchsorted(ordered, positive, right=False)
     not_above = torch.searchsorted(ordered, positive, right=True)
-    return ((below + not_above).double() / 2 / len(negative)).mean().item()
+    return ((below + not_above).cpu().double() / 2 / len(negative)).mean().item()
 
 
 def tpr_at_fpr(positive: Tensor, negative: Tensor, max_fpr: float = 0.01) -> float:
@@ -35,7 +35,7 @@ def tpr_at_fpr(positive: Tensor, negative: Tensor, max_fpr: float = 0.01) -> flo
         return float("nan")
     allowed = int(max_fpr * len(negative) + 1e-9)  # negatives that may lie at or above the threshold
     bar = negative.sort(descending=True).values[allowed] if allowed < len(negative) else -torch.inf
-    return (positive > bar).double().mean().item()
+    return (positive > bar).cpu().double().mean().item()
 
 
 def threshold_at_fpr(negative: Tensor, max_fpr: float = 0.01) -> float:
@@ -91,11 +91,20 @@ def bootstrap_interval(
     return low, high
 
 
+def most_remembered(half_life: float) -> float:
+    """What a count with exponential forgetting tends to and never reaches, one observation at a time: 1 / (1 - decay).
+
+    About half_life / log 2.
+    """
+    return 1 / (1 - 0.5 ** (1 / half_life))
+
+
 class BinnedMoments:
     """Mean and standard deviation of a score in each timestep bin, with exponential forgetting.
 
     An observation's weight halves after `half_life` further observations in its bin, so that the moments
-    follow a model that is being trained; until then they are the plain moments.
+    follow a model that is being trained; until then they are the plain moments. Values that are not finite are
+    passed over.
     """
 
     def __init__(self, num_bins: int, half_life: float):
@@ -104,7 +113,9 @@ class BinnedMoments:
 
     def update(self, values: Tensor, bins: Tensor) -> None:
         """values (B,), bins (B,) int64: all observations of one step, taken together."""
-        values, bins = values.double().cpu(), bins.cpu()
+        values, bins = values.cpu().double(), bins.cpu()
+        finite = values.isfinite()
+        values, bins = values[finite], bins[finite]
         counts = torch.zeros_like(self.sums[0]).index_add_(0, bins, torch.ones_like(values))
         self.sums *= self.decay**counts
         self.sums[0] += counts

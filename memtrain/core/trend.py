@@ -12,7 +12,8 @@ class Trend:
     """A polynomial of the timestep, fitted by least squares with exponential forgetting.
 
     A bin's own mean rests on its own few observations; the level of log d is smooth in t, so that a handful
-    of coefficients, fitted to all observations, follow it with a third of the noise.
+    of coefficients, fitted to all observations, follow it with a third of the noise. Values that are not finite
+    are passed over.
 
     Args:
         degree: of the polynomial, in the Chebyshev basis.
@@ -25,12 +26,13 @@ class Trend:
 
     def _basis(self, position: Tensor) -> Tensor:
         """Chebyshev polynomials at positions in [0, 1). (B,) -> (B, degree + 1)"""
-        angle = (2 * position.double() - 1).clamp(-1, 1).acos()
+        angle = (2 * position.cpu().double() - 1).clamp(-1, 1).acos()
         return torch.cos(angle[:, None] * torch.arange(self.degree + 1))
 
     def update(self, values: Tensor, position: Tensor) -> None:
         """values (B,), position (B,): timesteps as a share of the schedule; all observations of one step."""
-        rows = torch.cat([self._basis(position), values.double()[:, None]], dim=1)
+        finite = values.isfinite()
+        rows = torch.cat([self._basis(position[finite]), values[finite].cpu().double()[:, None]], dim=1)
         self.sums = self.sums * self.decay ** len(rows) + rows.T @ rows
 
     @property

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from memtrain.core.diffusion import place_seed
+from memtrain.data.groups import Groups
 from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample, LatentCache
-from memtrain.data.groups import Groups
+from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import STRAIGHT, View
 
 _VIEW = 32  # stream of randomness, apart from those of core.diffusion and data.order
@@ -62,12 +63,14 @@ class Batch:
     captions: list[str]
     sample_index: Tensor  # (B,) int64, position in the corpus
     picture: Tensor  # (B,) int64, the first position that shows the same picture
+    copies: Tensor  # (B,) int64, how many positions do
     group: Tensor  # (B,) int64
     place: Tensor  # (B,) int64, place in the global batch
     valid: Tensor  # (B,) bool
     problems: list[tuple[str, str]]  # (sample key, why) of the rows that are not valid
     posterior: Tensor | None = None  # (B, 2, C, h, w): mean and standard deviation, from the cache
     hidden: Tensor | None = None  # (B, L, D): encoded captions, from the cache
+    missing: str | None = None  # a shard that is gone, in words: the batch is not to be trained on
 
     @property
     def is_cached(self) -> bool:
@@ -88,6 +91,13 @@ class Batch:
         return len(self.captions)
 
 
+def _who(groups: Groups, index: np.ndarray) -> dict[str, Tensor]:
+    """The fields of a batch that tell who the samples at these positions (B,) are."""
+    pictures = groups.pictures
+    fields = dict(sample_index=index, picture=pictures.of(index), copies=pictures.copies(index), group=groups.of(index))
+    return {name: torch.from_numpy(values.copy()) for name, values in fields.items()}
+
+
 class BatchDecoder:
     """Collates (step, place, position) rows into a Batch. Runs in the loader's workers.
 
@@ -100,25 +110,27 @@ class BatchDecoder:
     def __call__(self, rows: Sequence[tuple[int, int, int]]) -> Batch:
         size = self.samples.sizes[0] if self.views is None else self.samples.size_of(rows[0][2])
         images = np.zeros((len(rows), 3, *size), dtype=np.uint8)
-        captions, valid, problems = [], np.ones(len(rows), dtype=bool), []
+        captions, valid, problems = [""] * len(rows), np.zeros(len(rows), dtype=bool), []
+        missing = None
         for row, (step, place, index) in enumerate(rows):
             view = STRAIGHT if self.views is None else self.views.view(step, place)
             try:
-                images[row], caption = self.samples.get(index, view, size)
+                images[row], captions[row] = self.samples.get(index, view, size)
+                valid[row] = True
             except BadSample as problem:
-                caption, valid[row] = "", False
                 problems.append((self.samples.key(index), str(problem)))
-            captions.append(caption)
+            except ShardMissing as error:  # handed on: the ranks have to end at the same step
+                missing = str(error)
+                break
         _, place, index = np.array(rows, dtype=np.int64).T
         return Batch(
             images=torch.from_numpy(images),
             captions=captions,
-            sample_index=torch.from_numpy(index.copy()),
-            picture=torch.from_numpy(self.groups.pictures.of(index).copy()),
-            group=torch.from_numpy(self.groups.of(index)),
+            **_who(self.groups, index),
             place=torch.from_numpy(place.copy()),
             valid=torch.from_numpy(valid),
             problems=problems,
+            missing=missing,
         )
 
 
@@ -129,22 +141,22 @@ class CachedBatches:
         self.cache, self.groups, self.views = cache, groups, views
 
     def __call__(self, rows: Sequence[tuple[int, int, int]]) -> Batch:
-        found: list[CachedSample | None] = []
-        problems = []
-        for step, place, index in rows:
+        found: list[CachedSample | None] = [None] * len(rows)
+        problems, missing = [], None
+        for row, (step, place, index) in enumerate(rows):
             try:
-                found.append(self.cache.get(index, self.views.view(step, place).flip))
+                found[row] = self.cache.get(index, self.views.view(step, place).flip)
             except BadSample as problem:
-                found.append(None)
                 problems.append((self.cache.samples.key(index), str(problem)))
+            except ValueError as error:  # its file is gone, or another by now; handed on, as above
+                missing = str(error)
+                break
         posterior, hidden = self.cache.shapes()
         _, place, index = np.array(rows, dtype=np.int64).T
         return Batch(
             images=torch.zeros(len(rows), 0, dtype=torch.uint8),
             captions=["" if sample is None else sample.caption for sample in found],
-            sample_index=torch.from_numpy(index.copy()),
-            picture=torch.from_numpy(self.groups.pictures.of(index).copy()),
-            group=torch.from_numpy(self.groups.of(index)),
+            **_who(self.groups, index),
             place=torch.from_numpy(place.copy()),
             valid=torch.tensor([sample is not None for sample in found]),
             problems=problems,
@@ -154,4 +166,5 @@ class CachedBatches:
             hidden=torch.from_numpy(
                 np.stack([np.zeros(hidden, np.float32) if sample is None else sample.hidden for sample in found])
             ),
+            missing=missing,
         )

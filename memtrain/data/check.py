@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from memtrain.data.images import BadSample, decode_image
-from memtrain.data.shards import Extent, index_shard
+from memtrain.data.images import FOREIGN, BadSample, decode_image
+from memtrain.data.shards import DAMAGED, Extent, holds_header, index_shard
 from memtrain.data.sources import LocalShard
 
 KINDS = (
-    "damage",  # the tar is empty, cut, no tar, or gone
+    "damage",  # the tar is empty, cut, joined to another, no tar, or gone
     "no_image",
     "no_caption",
     "duplicate_key",
@@ -44,6 +44,7 @@ _SKIPPED = {  # causes of index_shard that are of a sample; all others are damag
     "no image": "no_image",
     "no caption": "no_caption",
     "key occurs twice in the shard": "duplicate_key",
+    DAMAGED: "damage",
 }
 _FINGERPRINTS = pa.schema([("key", pa.binary()), ("sha256", pa.binary(32))])
 _DECODED_SIDE = 64  # px; a JPEG is decoded at 1/8 of its size where that is enough
@@ -186,6 +187,8 @@ def _check_samples(path: Path, report: ShardReport, decode: bool) -> Iterator[tu
                     decode_image(image, _DECODED_SIDE, _DECODED_SIDE)
                 elif not image:
                     raise BadSample("image has no bytes")
+                elif holds_header(image):
+                    raise BadSample(FOREIGN)
             except BadSample as problem:
                 report.note("unreadable_image", entry.key, str(problem), lost=True)
                 continue

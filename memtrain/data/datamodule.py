@@ -17,6 +17,7 @@ from memtrain.data.groups import Groups, draw_groups
 from memtrain.data.latents import LatentCache
 from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
+from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples
 
 log = logging.getLogger(__name__)
@@ -142,24 +143,31 @@ class DataModule(pl.LightningDataModule):
             consumed=self._restored or 0,
             upcoming=self.samples.prefetch,
         )
-        batches = (
-            BatchDecoder(self.samples, self.groups, self.views)
-            if self.cache is None
-            else CachedBatches(self.cache, self.groups, self.views)
-        )
         return DataLoader(
             _Positions(),
             batch_sampler=sampler,
-            collate_fn=batches,
+            collate_fn=self.collate(self.views),
             num_workers=self.num_workers,
             pin_memory=trainer.accelerator.auto_device_count() > 0 and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
 
+    def collate(self, views: Views) -> BatchDecoder | CachedBatches:
+        """Makes (step, place, position) rows a Batch: from pictures, or from cached latents where there are any."""
+        if self.cache is None:
+            return BatchDecoder(self.samples, self.groups, views)
+        return CachedBatches(self.cache, self.groups, views)
+
     def decode(self, positions: Sequence[int]) -> Batch:
-        """The samples at these positions as one batch on the CPU, seen straight; bad ones are reported."""
+        """The samples at these positions as one batch on the CPU, seen straight; bad ones are reported.
+
+        Raises:
+            ShardMissing: a shard is gone.
+        """
         rows = [(0, place, int(position)) for place, position in enumerate(positions)]
         batch = BatchDecoder(self.samples, self.groups, views=None)(rows)
+        if batch.missing is not None:
+            raise ShardMissing(batch.missing)
         self.report(batch)
         return batch
 

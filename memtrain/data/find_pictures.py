@@ -17,8 +17,9 @@ import numpy as np
 from rich.progress import track
 
 from memtrain.data.duplicates import components, read_groups
-from memtrain.data.hashes import HASHES, shard_hashes
-from memtrain.data.index import IndexFile, written_aside
+from memtrain.data.hashes import HASHES, read_hashes, shard_hashes
+from memtrain.data.index import IndexFile
+from memtrain.data.kept import one_at_a_time, read_array, write_array
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.samples import ShardSamples
 
@@ -44,17 +45,27 @@ def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictu
         return NO_DUPLICATES
     files = _hash_files(samples, workers)
     said = f"{duplicates} {DISTANCE} {NEAR_AT_MOST}\n" + "\n".join(
-        f"{index.samples} {name}" for index, (name, _) in zip(samples.indexes, files, strict=True)
+        f"{index.samples} {name}" + (" unknown" if file is None else "")
+        for index, (name, file) in zip(samples.indexes, files, strict=True)
     )
     grouped = samples.cache_dir / "pictures" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.npy"
-    if not grouped.exists():
-        grouped.parent.mkdir(parents=True, exist_ok=True)
-        found = _group(samples.indexes, [file for _, file in files], near=duplicates == "near")
-        with written_aside(grouped) as file:
-            np.save(file, np.stack([found.positions, found.first]), allow_pickle=False)
-    records, first = np.load(grouped, allow_pickle=False)
+    found = _read_groups(grouped)
+    if found is None:
+        with one_at_a_time(grouped.parent, [grouped.name]):
+            found = _read_groups(grouped)  # another rank may have been first
+            if found is None:
+                pictures = _group(samples.indexes, [file for _, file in files], near=duplicates == "near")
+                found = np.stack([pictures.positions, pictures.first])
+                write_array(grouped, found)
+    records, first = found
     positions = samples.positions_of(records)
     return Pictures.labelled(positions[positions >= 0], first[positions >= 0])
+
+
+def _read_groups(file: Path) -> np.ndarray | None:
+    """Records that have a duplicate, and the first of each one's group; None where that is not known yet. (2, M)"""
+    found = read_array(file)
+    return found if found is not None and found.ndim == 2 and len(found) == 2 and found.dtype == np.int64 else None
 
 
 def read_pictures_from(path: str | Path, samples: ShardSamples) -> Pictures:
@@ -85,31 +96,28 @@ def _hash_files(samples: ShardSamples, workers: int) -> list[tuple[str, str | No
     """For each shard what names the state that was hashed, and the file of its hashes; None where there is none."""
     folder = samples.cache_dir / "hashes"
     named = [samples.identity(number, "hashes") for number in range(len(samples.shards))]
-    files: list[str | None] = []
-    missing: list[tuple[IndexFile, Path, str]] = []
-    unknown = []
-    for shard, index, name in zip(samples.shards, samples.indexes, named, strict=True):
-        file = index.hash_file or f"{folder}/{name}.npy"
-        if index.hash_file is None and not Path(file).exists():
-            if shard.is_remote:
-                unknown.append(shard.name)
-                file = None
-            else:
-                missing.append((index, Path(shard.url), file))
-        files.append(file)
-    if unknown:
+    files = [index.hash_file or f"{folder}/{name}.npy" for index, name in zip(samples.indexes, named, strict=True)]
+
+    def lacking() -> set[int]:
+        return {n for n, index in enumerate(samples.indexes) if read_hashes(files[n], index.samples) is None}
+
+    missing = lacking()
+    if any(not samples.shards[number].is_remote for number in missing):
+        with one_at_a_time(folder, named):
+            missing = sorted(number for number in lacking() if not samples.shards[number].is_remote)
+            rows = sum(samples.indexes[number].samples for number in missing)
+            if rows >= 10_000:
+                log.info("hashing %d images once, to know duplicates (data.duplicates=none leaves that out)", rows)
+            _over_shards([(samples.indexes[n], Path(samples.shards[n].url), files[n]) for n in missing], workers)
+        missing = lacking()
+    remote = [samples.shards[number].name for number in sorted(missing) if samples.shards[number].is_remote]
+    if remote:
         log.warning(
             "duplicates in %d remote shards, such as %s, are not known: their index files have no image hashes; "
             "run `memtrain shards index` where the shards lie, and put what it writes beside them",
-            len(unknown), unknown[0],
+            len(remote), remote[0],
         )  # fmt: skip
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = sum(index.samples for index, _, _ in missing)
-        if rows >= 10_000:
-            log.info("hashing %d images once, to know duplicates (data.duplicates=none leaves that out)", rows)
-        _over_shards(missing, workers)
-    return list(zip(named, files, strict=True))
+    return [(name, None if n in missing else file) for n, (name, file) in enumerate(zip(named, files, strict=True))]
 
 
 def _over_shards(missing: Sequence[tuple[IndexFile, Path, str]], workers: int) -> None:
@@ -118,17 +126,25 @@ def _over_shards(missing: Sequence[tuple[IndexFile, Path, str]], workers: int) -
 
     if workers > 1 and len(missing) >= 4 * workers:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(bar(pool.map(_write_hashes, missing, chunksize=4)))
+            causes = list(bar(pool.map(_write_hashes, missing, chunksize=4)))
     else:
-        for part in bar(missing):
-            _write_hashes(part)
+        causes = [_write_hashes(part) for part in bar(missing)]
+    for (_, shard, _), cause in zip(missing, causes, strict=True):
+        if cause is not None:
+            log.warning("duplicates in %s are not known, its images cannot be hashed: %s", shard, cause)
 
 
-def _write_hashes(part: tuple[IndexFile, Path, str]) -> None:
+def _write_hashes(part: tuple[IndexFile, Path, str]) -> str | None:
+    """Why the images of the shard cannot be hashed; training says what becomes of a shard that is gone."""
     index, shard, file = part
-    found = shard_hashes(shard, index.records()["image"])
-    with written_aside(Path(file)) as aside:
-        np.save(aside, found, allow_pickle=False)
+    try:
+        if not index.is_of(shard.stat()):
+            return "it has changed since it was indexed"
+        found = shard_hashes(shard, index.records()["image"])
+    except OSError as error:
+        return error.strerror or str(error)
+    write_array(file, found)
+    return None
 
 
 def _group(indexes: Sequence[IndexFile], files: Sequence[str | None], near: bool) -> Pictures:
@@ -138,7 +154,7 @@ def _group(indexes: Sequence[IndexFile], files: Sequence[str | None], near: bool
     start = 0
     for index, file in zip(indexes, files, strict=True):
         if file is not None:
-            parts.append(np.load(file, allow_pickle=False))
+            parts.append(read_hashes(file, index.samples))
             numbers.append(np.arange(start, start + index.samples))
         start += index.samples
     hashes, records = np.concatenate(parts), np.concatenate(numbers)

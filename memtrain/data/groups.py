@@ -107,7 +107,7 @@ def draw_groups(
     """
     counts = np.asarray(counts, dtype=np.int64)
     total, starts = int(counts.sum()), counts.cumsum() - counts
-    named = np.asarray(named, dtype=np.int64)
+    named = _one_a_picture(np.asarray(named, dtype=np.int64), pictures, canaries, planted)
     bounds = np.searchsorted(pictures.positions, np.append(starts, total))
     single = counts - np.diff(bounds)  # of each shard, samples without a duplicate
     drawn = canaries if planted else 0
@@ -136,9 +136,7 @@ def draw_groups(
             log.warning("%s: all of them are canaries", few)
     sacrificed = len(named) or sacrificed
     if not 0 <= sacrificed <= len(chosen):
-        raise ValueError(
-            f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {sacrificed}"
-        )
+        raise ValueError(f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {sacrificed}")
     none = np.zeros(0, np.int64)
     return Groups(
         total,
@@ -148,3 +146,21 @@ def draw_groups(
         pictures=pictures,
         are_planted=planted,
     )
+
+
+def _one_a_picture(named: np.ndarray, pictures: Pictures, canaries: int, planted: bool) -> np.ndarray:
+    """The first named sample of each picture. Raises ValueError where they cannot all be sacrificed canaries."""
+    _, first = np.unique(pictures.of(named), return_index=True)
+    named = named[np.sort(first)]
+    if len(named) > canaries:
+        raise ValueError(
+            f"canaries.sacrificed_keys names {len(named)} pictures, more than canaries.count={canaries}; raise it"
+        )
+    single = int(np.count_nonzero(~np.isin(named, pictures.positions)))
+    if single and not planted:
+        raise ValueError(
+            f"canaries.sacrificed_keys names {single} sample{'s' * (single > 1)} without a duplicate, and with "
+            "canaries.repeats=null the canaries are groups of duplicates; name one of these, or plant canaries with "
+            "canaries.repeats=100"
+        )
+    return named

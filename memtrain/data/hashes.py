@@ -7,6 +7,7 @@ state of its shard.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pdqhash
 
 from memtrain.data.images import BadSample, decode_image, picture_shape
+from memtrain.data.kept import read_array
 
 HASHES = np.dtype(
     [
@@ -35,7 +37,10 @@ def perceptual_hash(data: bytes) -> tuple[bytes, int]:
 
 
 def image_hashes(images: Iterable[bytes]) -> np.ndarray:
-    """Hashes of images by their files' bytes. (N,) of `HASHES`; an image that cannot be decoded equals its bytes alone."""
+    """Hashes of images, given as the bytes of their files. (N,) of `HASHES`
+
+    An image that cannot be decoded equals only those of the same bytes.
+    """
     rows = []
     for data in images:
         try:
@@ -48,11 +53,25 @@ def image_hashes(images: Iterable[bytes]) -> np.ndarray:
 
 
 def shard_hashes(shard: Path, extents: np.ndarray) -> np.ndarray:
-    """Hashes of a shard's images, which lie at these (offset, size). (N,) of `HASHES`. Raises OSError."""
+    """Hashes of a shard's images, which lie at these (offset, size). (N,) of `HASHES`.
+
+    Raises:
+        OSError: the shard cannot be read, or ends before.
+    """
     with shard.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
 
         def read(extent: np.void) -> bytes:
-            file.seek(extent["offset"])
-            return file.read(extent["size"])
+            offset, size = int(extent["offset"]), int(extent["size"])
+            if min(offset, size) < 0 or size > end - offset:
+                raise OSError("it ends before what its index names")
+            file.seek(offset)
+            return file.read(size)
 
         return image_hashes(map(read, extents))
+
+
+def read_hashes(path: str | Path, count: int) -> np.ndarray | None:
+    """Hashes of so many images, mapped into memory; None where there is no such file, or it is damaged."""
+    found = read_array(path)
+    return found if found is not None and found.dtype == HASHES and found.shape == (count,) else None

@@ -13,9 +13,12 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
+from memtrain.data.shards import holds_header
+
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice the pixels needed on either side,
 # the gap that Pillow keeps for its thumbnails.
 MARGIN = 2
+FOREIGN = "image holds a tar header: the shard was cut inside it and joined to another"
 
 
 class BadSample(Exception):
@@ -37,8 +40,11 @@ def decode_image(
         flip: mirror left to right, after the crop.
 
     Raises:
-        BadSample: the bytes are not a whole picture, or one of more than 179 million pixels (Pillow's cap).
+        BadSample: the bytes are not a whole picture, or one of more than 179 million pixels (Pillow's cap), or a
+            tar's header lies among them.
     """
+    if holds_header(data):
+        raise BadSample(FOREIGN)
     with _decoding():
         pixels, cell = _decode(data, height, width)
     window = np.ascontiguousarray(pixels[_window(pixels.shape[:2], (height, width), crop, cell)])

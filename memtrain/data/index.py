@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,11 +22,16 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from memtrain.data.hashes import shard_hashes
-from memtrain.data.remote import ShardCache, copy_url
+from memtrain.data.hashes import read_hashes, shard_hashes
+from memtrain.data.kept import DAMAGED, one_at_a_time, read_array, write_array, written_aside
+from memtrain.data.remote import ShardCache, copy_url, shown
 from memtrain.data.shards import Extent, ShardIndex, index_shard
 
-VERSION = 1
+log = logging.getLogger(__name__)
+
+VERSION = 2  # raise it where the same tar gives another index
+_EXTENT = np.dtype([("offset", "<i8"), ("size", "<i8")])
+_EXTENTS = ("image", "caption", "metadata")
 _NONE = Extent(0, -1)  # of a sample without a json member
 
 
@@ -63,14 +68,17 @@ class IndexFile:
 def as_records(index: ShardIndex) -> np.ndarray:
     """The entries as an array of fixed-size records. (samples,)"""
     keys = [entry.key.encode("utf-8", "surrogateescape") for entry in index.entries]
-    extent = [("offset", "<i8"), ("size", "<i8")]
-    width = max(map(len, keys), default=1)
-    dtype = np.dtype([("key", f"S{width}"), ("image", extent), ("caption", extent), ("metadata", extent)])
+    dtype = _record_dtype(max(map(len, keys), default=1))
     rows = [
         (key, *((part.offset, part.size) for part in (entry.image, entry.caption, entry.metadata or _NONE)))
         for key, entry in zip(keys, index.entries, strict=True)
     ]
     return np.array(rows, dtype=dtype)
+
+
+def _record_dtype(width: int) -> np.dtype:
+    """Of a shard whose longest key has `width` bytes."""
+    return np.dtype([("key", f"S{width}"), *((name, _EXTENT) for name in _EXTENTS)])
 
 
 def key_of(record: np.void) -> str:
@@ -79,16 +87,17 @@ def key_of(record: np.void) -> str:
 
 
 def write_index(shard: Path, stem: Path | None = None, hashed: bool = False) -> ShardIndex:
-    """Scan a shard and write its index beside it, or as `stem`.npy and `stem`.json; `hashed`: with hashes of the images."""
+    """Scan a shard and write its index beside it, or as `stem`.npy and `stem`.json.
+
+    `hashed`: with hashes of the images, as `stem`.hashes.npy.
+    """
     status = os.stat(shard)  # before the scan: a tar that grows meanwhile makes the index outdated
     index = index_shard(shard)
     stem = stem or shard.with_name(f"{shard.name}.index")
     records = as_records(index)
-    with written_aside(stem.with_name(stem.name + ".npy")) as file:
-        np.save(file, records, allow_pickle=False)
+    write_array(f"{stem}.npy", records)
     if hashed:
-        with written_aside(stem.with_name(stem.name + ".hashes.npy")) as file:
-            np.save(file, shard_hashes(shard, records["image"]), allow_pickle=False)
+        write_array(f"{stem}.hashes.npy", shard_hashes(shard, records["image"]))
     said = {
         "version": VERSION,
         "size": status.st_size,
@@ -112,15 +121,48 @@ def open_index(shard: str | Path, cache: Path) -> IndexFile | None:
 
 
 def _load(stem: str) -> IndexFile | None:
+    """None where there is no index, or none that is whole."""
     try:
         with open(f"{stem}.json", "rb") as file:
             said = json.loads(file.read())
-        if said["version"] == VERSION:
-            is_hashed = said.get("hashed", False) and os.path.exists(f"{stem}.hashes.npy")
-            return IndexFile(stem, said["samples"], len(said["skipped"]), said["size"], said["mtime_ns"], is_hashed)
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    return None
+        if said["version"] != VERSION:
+            return None
+        samples, skipped, size, mtime_ns = said["samples"], said["skipped"], said["size"], said["mtime_ns"]
+        counts = (samples, size, 0 if mtime_ns is None else mtime_ns)
+        named = all(isinstance(text, str) for key, why in skipped for text in (key, why))
+        if not named or not all(type(count) is int and count >= 0 for count in counts):
+            return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    if not _holds_records(f"{stem}.npy", samples):
+        return None
+    is_hashed = said.get("hashed") is True and read_hashes(f"{stem}.hashes.npy", samples) is not None
+    return IndexFile(stem, samples, len(skipped), size, mtime_ns, is_hashed)
+
+
+def _holds_records(path: str, count: int) -> bool:
+    """Whether a .npy is an index of so many samples, as long as they take. Maps nothing: there may be 41,400."""
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
+            width = 0 if dtype is None else dtype.itemsize - len(_EXTENTS) * _EXTENT.itemsize
+            if shape != (count,) or width < 1 or dtype != _record_dtype(width):
+                return False
+            return os.fstat(file.fileno()).st_size == file.tell() + count * dtype.itemsize
+    except DAMAGED:
+        return False
+
+
+def _lies_within(index: IndexFile) -> bool:
+    """Whether all that the records name lies in a tar of the size that the index tells."""
+    records = read_array(f"{index.stem}.npy")
+    for name in _EXTENTS:
+        offset, size = records[name]["offset"], records[name]["size"]
+        there = np.ones(len(records), bool) if name != "metadata" else size != _NONE.size
+        if not ((offset >= 0) & (size >= 0) & (offset <= index.size) & (size <= index.size - offset))[there].all():
+            return False
+    return True
 
 
 def open_indexes(shards: Sequence[str], cache: Path, workers: int) -> list[IndexFile]:
@@ -132,13 +174,14 @@ def open_indexes(shards: Sequence[str], cache: Path, workers: int) -> list[Index
         if index is None
     ]
     if missing:
-        (cache / "index").mkdir(parents=True, exist_ok=True)
-        if workers > 1 and len(missing) >= 4 * workers:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                list(_progress(pool.map(_write, missing, chunksize=4), len(missing)))
-        else:
-            for part in _progress(missing, len(missing)):
-                _write(part)
+        with one_at_a_time(cache / "index", shards):
+            missing = [(shard, stem) for shard, stem in missing if open_index(shard, cache) is None]
+            if workers > 1 and len(missing) >= 4 * workers:
+                with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                    list(_progress(pool.map(_write, missing, chunksize=4), len(missing)))
+            else:
+                for part in _progress(missing, len(missing)):
+                    _write(part)
     return [index or _just_written(shard, cache) for shard, index in zip(shards, found, strict=True)]
 
 
@@ -175,9 +218,15 @@ def _open_remote_index(url: str, cache: Path, remote: ShardCache) -> IndexFile:
             with contextlib.suppress(OSError), written_aside(Path(stem + ".hashes.npy")) as file:  # of older ones: none
                 copy_url(f"{url}.index.hashes.npy", Path(file.name))
             index = _load(stem)
+            if index is None or not _lies_within(index):
+                index = None
+                Path(stem + ".json").unlink(missing_ok=True)  # it would be taken for ours
+                log.warning("the index beside %s is damaged: the shard is fetched, and indexed here", shown(url))
     if index is None:
         write_index(remote.fetch(url), Path(stem), hashed=True)
         index = _load(stem)
+        if index is None:
+            raise ValueError(f"the index of {shown(url)} cannot be read back from {stem}.json; is the disk whole?")
     return replace(index, mtime_ns=None)
 
 
@@ -186,22 +235,3 @@ def _stem_in(cache: Path, url: str) -> str:
     digest = hashlib.sha256(os.fsencode(url)).hexdigest()[:16]
     name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rsplit("/", 1)[-1])[-80:]
     return f"{cache}/index/{digest}-{name}.index"
-
-
-class written_aside:
-    """A binary file that appears under its name when it is whole."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self):
-        self.file = tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=f".{self.path.name}-", delete=False)
-        return self.file
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self.file.close()
-        if kind is None:
-            os.chmod(self.file.name, 0o644)
-            os.replace(self.file.name, self.path)
-        else:
-            os.unlink(self.file.name)

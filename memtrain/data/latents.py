@@ -52,12 +52,15 @@ def read_header(path: Path) -> dict:
     """What the file was made with. Raises ValueError where it is missing or damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return json.loads((file.metadata() or {})["memtrain"])
+            header = json.loads((file.metadata() or {})["memtrain"])
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table")
+        return header
     except FileNotFoundError:
         raise ValueError(
             f"data.cache has no {path.name}; run `memtrain cache` with the same data: it goes on"
         ) from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"data.cache: {path} cannot be read ({error}); delete it and run `memtrain cache`") from error
 
 
@@ -69,6 +72,18 @@ def difference(found: Mapping, wanted: Mapping, ignored: tuple[str, ...] = ()) -
                 return called
             return f"{called}={found.get(name)}, not {wanted.get(name)}"
     return None
+
+
+def shard_state(samples: ShardSamples, number: int) -> dict[str, int | str | None]:
+    """What a file's header says of its shard, so that none is taken for that of another state of it."""
+    index = samples.indexes[number]
+    return {"shard_size": index.size, "shard_mtime_ns": index.mtime_ns, "chosen": samples.chosen_digest(number)}
+
+
+def is_of_state(header: Mapping, state: Mapping) -> bool:
+    """Whether a header is of this state of its shard. What one of the two does not know is not compared."""
+    known = [name for name in state if None not in (header.get(name), state[name])]
+    return "shard_size" in known and all(header[name] == state[name] for name in known)
 
 
 class LatentCache:
@@ -91,22 +106,22 @@ class LatentCache:
         self.samples, self.flip = samples, flip
         self.paths = [str(cache_path(cache, shard.url, shard.name)) for shard in samples.shards]
         self.made_with: dict | None = None
+        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._open: OrderedDict[int, safe_open] = OrderedDict()
 
     def check(self, made_with: Mapping, ignored: tuple[str, ...] = ()) -> None:
         """Raise ValueError where the cache was made with something else, naming it, or lacks a shard."""
         self.made_with = {**made_with}
-        for path in self.paths:
-            if not Path(path).exists():
-                read_header(Path(path))
-        self._check_header(Path(self.paths[0]), 0, ignored)
+        for number, path in enumerate(self.paths):  # all: where `memtrain cache` was stopped they are of two makes
+            self._check_header(Path(path), number, ignored)
+        self._shapes = self.shapes()
 
     def _check_header(self, path: Path, number: int, ignored: tuple[str, ...] = ()) -> None:
         header = read_header(path)
         unlike = difference(header, self.made_with, ignored)
-        if unlike is None and self.flip and not header["flip"]:
+        if unlike is None and self.flip and not header.get("flip"):
             unlike = "data.flip=0: it has no mirror images"
-        if unlike is None and header["shard_size"] != self.samples.indexes[number].size:
+        if unlike is None and not is_of_state(header, shard_state(self.samples, number)):
             unlike = "another state of its shard"
         if unlike is not None:
             raise ValueError(
@@ -124,6 +139,8 @@ class LatentCache:
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of a sample's posterior and of its embedding."""
+        if self._shapes is not None:
+            return self._shapes
         file = self._file(int(self.samples.counts.argmax()))
         return tuple(file.get_slice("posterior").get_shape()[1:]), tuple(file.get_slice("hidden").get_shape()[1:])
 

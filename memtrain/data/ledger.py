@@ -1,7 +1,7 @@
 """The ledger: what happened to every scored sample at every step, as Parquet parts that each rank writes.
 
-`ledger/rank0-000001.parquet`: step, key, duplicate_of, group, timestep, score, loss, threshold, kept. A part appears under
-its name when it is whole. Parts are closed when a checkpoint is made, so that what precedes the checkpoint is
+`ledger/rank0-000001.parquet`: step, key, duplicate_of, group, timestep, score, loss, threshold, kept. A part appears
+under its name when it is whole. Parts are closed when a checkpoint is made, so that what precedes the checkpoint is
 on disk; rows at or past the step that a run begins at are of one that was broken off later, and are removed.
 """
 
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -137,7 +137,6 @@ class LedgerWriter:
         ]
         return pa.table(columns, schema=self.schema)
 
-
     def _keys(self, positions: np.ndarray) -> pa.Array:
         """Sample keys of positions; null of -1. (n,)"""
         samples, which = np.unique(positions, return_inverse=True)  # sorted: shard after shard
@@ -215,6 +214,31 @@ def read_ledger(run: str | Path) -> pyarrow.dataset.Dataset:
     """
     parts = [str(path) for path in check_ledger(run)]
     return pyarrow.dataset.dataset(parts, format="parquet", schema=pq.read_schema(parts[0]))
+
+
+def batches(
+    ledger: pyarrow.dataset.Dataset, columns: list[str] | dict[str, pc.Expression], rows: pc.Expression | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Columns of a ledger, piece by piece and in order; few pieces are in memory at a time."""
+    scanned = ledger.to_batches(columns, rows, batch_size=2**16, batch_readahead=1, fragment_readahead=1)
+    return (batch for batch in scanned if len(batch))
+
+
+class KeyNumbers:
+    """Numbers samples as their keys come, piece by piece: 4 bytes a row instead of a key."""
+
+    def __init__(self):
+        self.keys = pa.array([], pa.string())  # of each number
+
+    def of(self, keys: pa.Array) -> np.ndarray:
+        """(N,) keys -> (N,) int32"""
+        encoded = keys.dictionary_encode()
+        known = pc.index_in(encoded.dictionary, self.keys)
+        fresh = encoded.dictionary.filter(known.is_null())
+        number = known.fill_null(-1).to_numpy().copy()
+        number[number < 0] = np.arange(len(self.keys), len(self.keys) + len(fresh))
+        self.keys = pa.concat_arrays([self.keys, fresh])
+        return number[encoded.indices.to_numpy()]
 
 
 def read_about(run: str | Path) -> About:

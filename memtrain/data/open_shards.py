@@ -20,16 +20,18 @@ from memtrain.data.sources import Shard
 log = logging.getLogger(__name__)
 
 _OPEN_SHARDS = 32  # a process holds so many tars and their indexes open
+_CHANGED = "shard has changed since it was indexed"
 _TRIES, _BACKOFF_S = 3, 1.0  # for a shard on disk that cannot be opened
 
 
 class OpenShard:
-    """A shard's descriptor, its records, and which of them a filter chose."""
+    """A shard's file, its records, and which of them a filter chose."""
 
     def __init__(self, path: Path, index: IndexFile, chosen: str | None):
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
-        self.is_indexed = index.is_of(os.fstat(self.descriptor))
+        self.file = path.open("rb", buffering=0)
+        self.close = weakref.finalize(self, self.file.close)  # at the latest when nobody has it any more
+        status = os.fstat(self.file.fileno())
+        self.size, self.is_indexed = status.st_size, index.is_of(status)
         self.records = index.records()
         self.rows = None if chosen is None else np.load(f"{chosen}.npy", mmap_mode="r")
 
@@ -38,9 +40,12 @@ class OpenShard:
 
     def read(self, extent: np.void) -> bytes:
         """A member's bytes. Raises BadSample where the tar is not the one that was indexed."""
-        data = os.pread(self.descriptor, extent["size"], extent["offset"])  # no shared position: safe after a fork
-        if not self.is_indexed or len(data) < extent["size"]:
-            raise BadSample("shard has changed since it was indexed")
+        offset, size = int(extent["offset"]), int(extent["size"])
+        if min(offset, size) < 0 or size > self.size - offset:
+            raise BadSample("shard ends before what its index names" if self.is_indexed else _CHANGED)
+        data = os.pread(self.file.fileno(), size, offset)  # no shared position: safe after a fork
+        if not self.is_indexed or len(data) < size:
+            raise BadSample(_CHANGED)
         return data
 
     def read_json(self, record: np.void) -> bytes | None:
@@ -104,6 +109,12 @@ class OpenShards:
             f"data.shards: {name} cannot be opened any more ({reason}); put it back and resume, "
             "or use data.missing_shards=skip"
         )
+
+    def close(self) -> None:
+        """Close all shards; one that is asked for again is opened again."""
+        for shard in self._open.values():
+            shard.close()
+        self._open.clear()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": OrderedDict()}  # descriptors stay where they are

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,6 +35,20 @@ class Pictures:
             return np.asarray(positions, dtype=np.int64)
         place = np.searchsorted(self.positions, positions).clip(max=len(self.positions) - 1)
         return np.where(self.positions[place] == positions, self.first[place], positions)
+
+    def copies(self, positions: np.ndarray) -> np.ndarray:
+        """How many samples of the corpus show the same picture; 1 where there is no other. (n,) -> (n,) int64"""
+        firsts, sizes = self._sizes
+        if len(firsts) == 0:
+            return np.ones(len(positions), dtype=np.int64)
+        first = self.of(positions)
+        place = np.searchsorted(firsts, first).clip(max=len(firsts) - 1)
+        return np.where(firsts[place] == first, sizes[place], 1)
+
+    @cached_property
+    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first position of each group, sorted, and how many its members are."""
+        return np.unique(self.first, return_counts=True)
 
     def groups(self) -> list[np.ndarray]:
         """The positions of each group, the largest first; of equally large ones, the one that comes first."""

@@ -16,12 +16,14 @@ import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url, set_options
+
+from memtrain.data.kept import locked
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ class ShardCache:
         reason = ""
         for attempt in range(1, tries + 1):
             # here: nobody else fetches this shard; between tries others may
-            with _locked(_lock_of(path)):
+            with locked(_lock_of(path)):
                 if _touch(path):
                     return path
                 try:
@@ -162,7 +164,7 @@ class ShardCache:
         for path in self.folder.iterdir():
             if _PART.match(path.name):
                 # its owner would hold the lock
-                with contextlib.suppress(BlockingIOError), _locked(path.with_suffix(".lock"), fcntl.LOCK_NB):
+                with contextlib.suppress(BlockingIOError), locked(path.with_suffix(".lock"), fcntl.LOCK_NB):
                     path.unlink(missing_ok=True)
             elif _WHOLE.match(path.name):
                 with contextlib.suppress(FileNotFoundError):  # another process evicts, too
@@ -193,17 +195,6 @@ def _touch(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _locked(path: Path, flags: int = 0) -> Iterator[None]:
-    """Hold a lock file against all other threads and processes; one that dies lets go of it."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | flags)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a worker forked meanwhile has it open
 
 
 def _open(url: str) -> BinaryIO | Pipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
@@ -17,8 +16,10 @@ from rich.progress import track
 
 from memtrain.data.buckets import bucket_sizes, nearest_bucket
 from memtrain.data.columns import Clause, apply_filter, parse_filter, parse_json, read_columns, read_keys
+from memtrain.data.derived import kept_buckets, kept_filters
+from memtrain.data.escaping import as_text
 from memtrain.data.images import BadSample, decode_image, picture_shape
-from memtrain.data.index import IndexFile, key_of, open_indexes, open_remote_indexes
+from memtrain.data.index import VERSION, IndexFile, key_of, open_indexes, open_remote_indexes
 from memtrain.data.open_shards import OpenShard, OpenShards
 from memtrain.data.remote import ShardCache, ShardMissing
 from memtrain.data.sources import Shard, find_sources
@@ -133,21 +134,13 @@ class ShardSamples:
     def _apply_filter(self, clauses: Sequence[Clause]) -> None:
         """Choose each shard's rows, or find them chosen before in the cache folder."""
         columns = list(dict.fromkeys(column for clause in clauses for column in clause.columns))
-        text = " and ".join(clause.text for clause in clauses)
-        (self.cache_dir / "where").mkdir(parents=True, exist_ok=True)
-        chosen = []
-        numbers = range(len(self.shards))
-        for number in track(numbers, "Filtering shards", disable=len(numbers) < 20):
-            stem = self.cache_dir / "where" / self.identity(number, text)
-            if not stem.with_suffix(".json").exists():
-                rows, dropped = apply_filter(clauses, self._columns(number, columns))
-                np.save(stem.with_suffix(".npy"), rows.astype(np.int32))
-                stem.with_suffix(".json").write_text(json.dumps(dropped))
-            self.dropped.update(json.loads(stem.with_suffix(".json").read_text()))
-            self.counts[number] = len(np.load(stem.with_suffix(".npy"), mmap_mode="r"))
-            chosen.append(str(stem))
+        stems = self._kept("where", " and ".join(clause.text for clause in clauses))
+        filtered = kept_filters(stems, self.counts, lambda n: apply_filter(clauses, self._columns(n, columns)))
+        for number, (left, dropped) in enumerate(filtered):
+            self.dropped.update(dropped)
+            self.counts[number] = left
         self.ends = self.counts.cumsum()
-        self._open.choose(chosen)
+        self._open.choose(stems)
 
     def _exclude(self, listed: frozenset[str], path: str | Path) -> None:
         """Leave these samples out. Rows keep their numbers, so what was cached of a shard stays true."""
@@ -177,22 +170,20 @@ class ShardSamples:
 
     def _assign_buckets(self, where: str | None) -> list[str]:
         """Files with each shard's buckets, from the columns width and height, else from the pictures' headers."""
-        (self.cache_dir / "buckets").mkdir(parents=True, exist_ok=True)
-        files = []
-        for number in track(range(len(self.shards)), "Sorting into buckets", disable=len(self.shards) < 20):
-            file = self.cache_dir / "buckets" / f"{self.identity(number, f'{where} {self.sizes}')}.npy"
-            if not file.exists():
-                shard, table = self._open[number], self._columns(number, ("height", "width"))
-                shapes = list(zip(*(table[name].to_pylist() for name in ("height", "width")), strict=True))
-                shapes = [
-                    shape if all(isinstance(side, (int, float)) and side > 0 for side in shape)
-                    else picture_shape(shard.read(shard.record(row)["image"]))
-                    for row, shape in enumerate(shapes)
-                ]  # fmt: skip
-                heights, widths = np.array(shapes, dtype=np.float64).reshape(-1, 2).T
-                np.save(file, nearest_bucket(heights, widths, self.sizes))
-            files.append(str(file))
+        stems = self._kept("buckets", f"{where} {self.sizes}")
+        kept_buckets(files := [f"{stem}.npy" for stem in stems], self.counts, self._sort_into_buckets)
         return files
+
+    def _sort_into_buckets(self, number: int) -> np.ndarray:
+        shard, table = self._open[number], self._columns(number, ("height", "width"))
+        shapes = list(zip(*(table[name].to_pylist() for name in ("height", "width")), strict=True))
+        shapes = [
+            shape if all(isinstance(side, (int, float)) and side > 0 for side in shape)
+            else picture_shape(shard.read(shard.record(row)["image"]))
+            for row, shape in enumerate(shapes)
+        ]  # fmt: skip
+        heights, widths = np.array(shapes, dtype=np.float64).reshape(-1, 2).T
+        return nearest_bucket(heights, widths, self.sizes)
 
     def buckets(self, number: int) -> np.ndarray:
         """Which of `sizes` each sample of a shard has. (counts[number],)"""
@@ -207,8 +198,25 @@ class ShardSamples:
     def identity(self, number: int, of: str) -> str:
         """Names what was derived from a shard in its present state."""
         index = self.indexes[number]
-        said = f"{self.shards[number].url}\n{index.size} {index.mtime_ns}\n{of}"
+        said = f"{self.shards[number].url}\n{index.size} {index.mtime_ns} {VERSION}\n{of}"
         return hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()[:32]
+
+    def _kept(self, folder: str, of: str) -> list[str]:
+        """Where to keep what is derived from each shard's columns, which a parquet beside it may hold."""
+        stems = []
+        for number, shard in enumerate(self.shards):
+            try:
+                status = os.stat(Path(shard.url).with_suffix(".parquet"))
+                of_state = f"{of}\n{status.st_size} {status.st_mtime_ns}"
+            except (OSError, ValueError):  # none, as beside remote shards
+                of_state = of
+            stems.append(str(self.cache_dir / folder / self.identity(number, of_state)))
+        return stems
+
+    def chosen_digest(self, number: int) -> str | None:
+        """Tells which samples of a shard the filter chose; None where there is no filter."""
+        chosen = self._open.chosen(number)
+        return None if isinstance(chosen, slice) else hashlib.sha256(chosen.tobytes()).hexdigest()[:16]
 
     def described(self) -> dict[str, str | int | None]:
         """What decides a sample's centre square and its caption, beside the shards themselves."""
@@ -284,7 +292,7 @@ class ShardSamples:
         return np.delete(rows, self._excluded.get(number, []))
 
     def positions_of(self, records: np.ndarray) -> np.ndarray:
-        """Positions of records, which are numbered shard by shard and sorted; -1 where filter or list drops one. (n,)"""
+        """Positions of records, sorted and numbered shard by shard; -1 where filter or list drops one. (n,)"""
         sizes = np.array([index.samples for index in self.indexes], dtype=np.int64)
         starts = sizes.cumsum() - sizes
         bounds = np.searchsorted(records, np.append(starts, sizes.sum()))
@@ -332,6 +340,11 @@ class ShardSamples:
         many = found if isinstance(found, list) else [found]
         return [text.strip() for text in many if isinstance(text, str)]
 
+    def close(self) -> None:
+        """Close the shards that are open; reading opens them again."""
+        self._open.close()
+        self._keys = {}
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_keys": {}}
 
@@ -339,8 +352,3 @@ class ShardSamples:
 def _home(name: str) -> str:
     """The shard of a sample of this name."""
     return name.rsplit(".tar/", 1)[0] + ".tar"
-
-
-def as_text(name: str) -> str:
-    """A sample's key as a table can hold it: bytes that are not UTF-8 are spelt out."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")

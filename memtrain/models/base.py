@@ -14,7 +14,6 @@ class DiffusionModel(Protocol):
     alphas_cumprod: Tensor  # (T,) float32
     prediction_type: str  # one of core.diffusion.PREDICTION_TYPES
     tokenizer: Any  # of transformers
-    compiled: bool  # another shape is costly
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """(B, L) int64; longer captions are cut, shorter ones padded."""

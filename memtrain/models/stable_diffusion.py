@@ -23,7 +23,8 @@ class StableDiffusion(nn.Module):
         train_text_encoder: train the text encoder too.
         gradient_checkpointing: recompute activations in backward; slower, far less memory.
         channels_last: the UNet's memory format that convolutions prefer on recent GPUs.
-        compile: `torch.compile` the UNet; shapes are static, so once.
+        compile: `torch.compile` the UNet, for each size of picture twice: once for the forward that is trained, of
+            one batch size, and once for forwards without a gradient, of any. Pipelines sample without it.
     """
 
     def __init__(
@@ -124,7 +125,11 @@ class StableDiffusion(nn.Module):
         return self._null_caption
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return self.unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+        inputs = noisy_latents, timesteps, encoder_hidden_states
+        if not self.compiled or torch.is_grad_enabled():
+            return self.unet(*inputs, return_dict=False)[0]
+        rows = len(noisy_latents)
+        return self.unet(*map(_any_rows, inputs), return_dict=False)[0][:rows]
 
     def pipeline(self) -> StableDiffusionPipeline:
         pipeline = StableDiffusionPipeline(
@@ -152,3 +157,11 @@ class StableDiffusion(nn.Module):
             },
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _any_rows(tensor: Tensor) -> Tensor:
+    """B rows as one compiled graph takes them, whatever B is: a graph holds for one memory layout, and not for both
+    one row and several."""
+    rows = tensor.detach().expand(max(2, len(tensor)), *tensor.shape[1:]).contiguous()
+    torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return rows

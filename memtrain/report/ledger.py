@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from memtrain.audit.suspects import Judged, judge
 from memtrain.core.exclusion import GROUP_NAMES, TRAINED
-from memtrain.data.ledger import read_about, read_ledger
+from memtrain.data.ledger import batches, read_about, read_ledger
 from memtrain.data.paths import LEDGER
-from memtrain.report.suspects import Judged, judge
 
 BINS = 10  # timestep bins
 FALSE_POSITIVE_RATE = 0.01
 _POINTS = 900  # of each group in the scatter
-_LISTED = 18  # samples that were excluded most often
+_LISTED = 18  # pictures that were excluded most often
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LedgerView:
     rows: int
     num_timesteps: int
     judged: Judged | None  # None without scores at high noise
-    excluded: list[dict]  # key, group, visits, excluded (visits) of the samples that were excluded most often
+    excluded: list[dict]  # key, group, samples, visits, excluded (visits) of the pictures that were excluded most often
     points: dict[str, Points]
     threshold: np.ndarray | None  # (BINS,) median; None where it is not held against the score itself
     reference_high: np.ndarray  # (BINS,) the reference set's 1 - FALSE_POSITIVE_RATE quantile of scores
@@ -50,7 +50,7 @@ class LedgerView:
         return max(FALSE_POSITIVE_RATE, 1 / (self.judged.compared_with + 1))
 
     def of(self, *groups: str) -> pa.Table:
-        """The judged samples of these groups, the most memorized first."""
+        """The judged pictures of these groups, the most memorized first."""
         return self.judged.table.filter(pc.is_in(self.judged.table["group"], pa.array(groups)))
 
     def memorized(self, *groups: str) -> pa.Table | None:
@@ -77,8 +77,8 @@ def view_ledger(folder: Path) -> LedgerView | None:
         remarks.append(f"Which samples look memorized is not known: {why}.")
     if judged is not None and not judged.has_reference:
         remarks.append(
-            "Without a reference set there is nothing to tell memorized samples from; they are ranked "
-            "against one another (reference.count=200 holds some out)."
+            "No reference set was scored, so there is nothing to tell memorized samples from; they are ranked "
+            "against one another (reference.count=200 reference.batch_size=16 holds some out and scores them)."
         )
     drawn = _draw(dataset, dataset.count_rows())
     points = {group: _points(rows, about.num_timesteps) for group, rows in drawn.items() if len(rows)}
@@ -102,12 +102,6 @@ def view_ledger(folder: Path) -> LedgerView | None:
     )
 
 
-def _batches(dataset: ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    for batch in dataset.to_batches(columns=columns, filter=pc.field("score") > 0):
-        if batch.num_rows:
-            yield batch
-
-
 def _draw(dataset: ds.Dataset, count: int) -> dict[str, np.ndarray]:
     """Timestep, score, threshold and kept of some scored visits of each group. (V, 4)
 
@@ -116,7 +110,7 @@ def _draw(dataset: ds.Dataset, count: int) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     drawn: dict[str, list[np.ndarray]] = {}
     share = min(1.0, 2e5 / count)
-    for batch in _batches(dataset, ["group", "timestep", "score", "threshold", "kept"]):
+    for batch in batches(dataset, ["group", "timestep", "score", "threshold", "kept"], pc.field("score") > 0):
         names = ("timestep", "score", "threshold", "kept")
         rows = np.stack([batch[n].to_numpy(zero_copy_only=False).astype(np.float64) for n in names], axis=1)
         group = pc.index_in(batch["group"], pa.array(GROUP_NAMES)).to_numpy(zero_copy_only=False)
@@ -152,19 +146,25 @@ def _threshold(rows: np.ndarray, num_timesteps: int) -> np.ndarray | None:
 def _most_excluded(dataset: ds.Dataset) -> list[dict]:
     parts: list[pa.Table] = []
     trained = ~pc.field("kept") & (pc.field("group") != "reference")
-    for batch in dataset.to_batches(columns=["key", "group"], filter=trained):
+    picture = pc.coalesce(pc.field("duplicate_of"), pc.field("key"))  # the key of its first sample
+    for batch in batches(dataset, {"key": picture, "group": pc.field("group")}, trained):
         ones = pa.array(np.ones(len(batch), dtype=np.int64))
         parts.append(pa.Table.from_batches([batch]).append_column("excluded", ones))
-        if sum(map(len, parts)) > 2_000_000:
+        if sum(map(len, parts[1:])) > max(2**17, len(parts[0])):
             parts = [_summed(parts)]
     if not parts:
         return []
     ranked = _summed(parts).sort_by([("excluded", "descending"), ("key", "ascending")])
     found = ranked.slice(0, _LISTED).to_pylist()
     keys = pa.array([row["key"] for row in found], pa.string())
-    visits = dataset.to_table(columns=["key"], filter=pc.field("key").isin(keys))["key"]
-    number = {entry["values"]: entry["counts"] for entry in pc.value_counts(visits).to_pylist()}
-    return [{**row, "visits": number[row["key"]]} for row in found]
+    visits: Counter[str] = Counter()
+    samples: dict[str, set[str]] = {row["key"]: set() for row in found}
+    for batch in batches(dataset, {"picture": picture, "key": pc.field("key")}, picture.isin(keys)):
+        of = batch["picture"].to_pylist()
+        visits.update(of)
+        for shown, key in zip(of, batch["key"].to_pylist(), strict=True):
+            samples[shown].add(key)
+    return [row | {"visits": visits[row["key"]], "samples": len(samples[row["key"]])} for row in found]
 
 
 def _summed(parts: list[pa.Table]) -> pa.Table:

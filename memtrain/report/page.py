@@ -21,15 +21,16 @@ from jinja2.utils import htmlsafe_json_dumps
 from memtrain import __version__
 from memtrain.report.comparison import differences, table
 from memtrain.report.figures import figures_of, run_colour, scatter
+from memtrain.report.pictures import samples_of_picture
 from memtrain.report.run import Run, read_run, settings
 from memtrain.report.thumbnails import picture_of, samples_by_key
 from memtrain.report.verdict import PLANTED, Sentence, baseline_of, verdict
 
 EMPTY: Mapping[str, int] = MappingProxyType({})
 ASSETS = Path(__file__).with_name("assets")
-_ORDINARY, _CANARIES = 18, 12  # so many cards of the most memorized samples of a run
+_ORDINARY, _CANARIES = 18, 12  # so many cards of the most memorized pictures of a run
 _TAGS = {
-    "train": "training sample",
+    "train": "training picture",
     "canary": "canary",
     "sacrificed": "sacrificed canary",
     "reference": "reference",
@@ -39,7 +40,7 @@ _PICTURED_RUNS = 8  # more runs than that are shown without their pictures: the 
 
 @dataclass(frozen=True)
 class Card:
-    """A sample on the page. All texts are as untrusted as the corpus."""
+    """A picture on the page, by its first sample. All texts are as untrusted as the corpus."""
 
     key: str
     group: str
@@ -179,7 +180,7 @@ def _pictures(run: Run) -> list[Picture]:
 
 
 def _chosen(run: Run) -> tuple[list[dict], list[dict]]:
-    """Rows of the most memorized samples, canaries among them, and of those excluded most often."""
+    """Rows of the most memorized pictures, canaries among them, and of those excluded most often."""
     view = run.ledger
     if view is None:
         return [], []
@@ -203,6 +204,8 @@ def _card(run: Run, row: dict, images: dict[str, tuple[str, str]], copies: Mappi
         numbers = [evidence, f"score {row['mean_score']:.2f}", *numbers]
     if run.memorized_at.get(key) is not None:
         numbers.append(f"copied since step {run.memorized_at[key]}")
+    if row["samples"] > 1:
+        numbers.insert(0, samples_of_picture(row["samples"]))
     if key in copies:
         numbers.append(f"{copies[key]} times in the corpus")
     told = view.judged is not None and view.judged.has_reference

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from memtrain.core.copies import is_copy
+
 INK, MUTED, ALARM = "#1f2430", "#6b7280", "#c0392b"
 
 
@@ -39,10 +41,15 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(path)
 
 
+def samples_of_picture(count: int) -> str:
+    """`333 samples of this picture`, where a picture is shown that the corpus holds more than once; else nothing."""
+    return f"{count} samples of this picture" if count > 1 else ""
+
+
 def draw_samples(
     path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[float]]], max_rmse: float
 ) -> None:
-    """A row a canary: caption, training image, generations; a copy (RMSE <= `max_rmse`) is framed.
+    """A row a canary: caption, training image, generations; a copy, see `core.copies`, is framed.
 
     Args:
         rows: (caption, image (R, R, 3) uint8, generations (G, R, R, 3) uint8, RMSE of each).
@@ -54,7 +61,7 @@ def draw_samples(
         _label(line[0], caption)
         for axis, image, distance in zip(line[1:], images, distances, strict=False):
             axis.imshow(image)
-            copied = distance <= max_rmse
+            copied = is_copy(distance, max_rmse)
             axis.set_xlabel(
                 f"{'copy, ' if copied else ''}RMSE {distance:.2f}",
                 fontsize=7,

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from memtrain.data.escaping import of_cell
 from memtrain.data.paths import check_run
 from memtrain.report.curves import read_metrics
 from memtrain.report.ledger import LedgerView, view_ledger
@@ -109,7 +110,8 @@ def read_run(folder: Path) -> Run:
     canaries: dict[str, dict[str, str]] = {}
     if (folder / "canaries.csv").is_file():
         with (folder / "canaries.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            canaries = {row["key"]: row for row in csv.DictReader(file)}
+            rows = [{name: of_cell(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        canaries = {row["key"]: row for row in rows}
     ledger = view_ledger(folder)
     if ledger is None:
         remarks.append("No ledger: nothing is known of single samples here (it was off, or has not been closed yet).")

@@ -1,6 +1,6 @@
 """A table of finished runs, and its place in a text.
 
-`python -m memtrain.report.table RUN… [--over-seeds] [--into README.md]`
+`python -m memtrain.report.table RUN… [--over-seeds] [--into docs/results.md]`
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from memtrain.report.ledger import LedgerView
 from memtrain.report.run import Run
 
 PLANTED = ("canary", "sacrificed")
@@ -30,6 +31,7 @@ def verdict(run: Run, baseline: Run | None) -> list[Sentence]:
         _state(run),
         *_memorized(run),
         _copies(run, compared),
+        _sacrificed(run),
         _since(run),
         *_exclusion(run, compared),
         _cost(run, compared),
@@ -48,15 +50,15 @@ def _state(run: Run) -> Sentence | None:
 
 
 def _memorized(run: Run) -> list[Sentence]:
-    """Ordinary samples, with what chance alone would give, and canaries."""
+    """Ordinary pictures, with what chance alone would give, and canaries; duplicates are one picture."""
     view = run.ledger
     if view is None:
-        return [Sentence("How many samples look memorized is not known: there is no ledger.")]
+        return [Sentence("How many pictures look memorized is not known: there is no ledger.")]
     ordinary, planted = view.memorized("train"), view.memorized(*PLANTED)
     if ordinary is None or planted is None:
-        return [Sentence("How many samples look memorized is not known: see the remarks below.")]
+        return [Sentence("How many pictures look memorized is not known: see the remarks below.")]
     sentences = []
-    judged = len(view.of("train"))
+    judged, of_samples = len(view.of("train")), _of_samples(view, "train")
     if judged:
         chance = judged * view.false_positive_rate
         # the cut lies at one of the reference set's own samples, and strays as that one does: a beta-binomial
@@ -64,7 +66,7 @@ def _memorized(run: Run) -> list[Sentence]:
         some = len(ordinary) > chance + 2 * math.sqrt(chance + chance**2 / rank)
         sentences.append(
             Sentence(
-                f"{len(ordinary)} of {judged} ordinary training samples look memorized by their score; "
+                f"{len(ordinary)} of {judged} ordinary training pictures{of_samples} look memorized by their score; "
                 f"chance alone would give about {chance:.0f}"
                 + (", so some are." if some else ", and could give as many."),
                 "bad" if some else "plain",
@@ -73,9 +75,16 @@ def _memorized(run: Run) -> list[Sentence]:
     canaries = len(view.of(*PLANTED))
     if canaries:
         tone = "bad" if 2 * len(planted) > canaries else "plain"
-        text = f"{len(planted)} of {canaries} canaries look memorized by their score."
+        of_samples = _of_samples(view, *PLANTED)
+        text = f"{len(planted)} of {canaries} canaries{of_samples} look memorized by their score."
         sentences.append(Sentence(text, tone))
     return sentences
+
+
+def _of_samples(view: LedgerView, *groups: str) -> str:
+    """How many samples a group's pictures are, where some have duplicates."""
+    pictures, samples = len(view.of(*groups)), sum(view.of(*groups)["samples"].to_pylist())
+    return f" ({samples} samples)" if samples > pictures else ""
 
 
 def _copies(run: Run, baseline: Run | None) -> Sentence | None:
@@ -89,6 +98,20 @@ def _copies(run: Run, baseline: Run | None) -> Sentence | None:
     if before is None:
         return Sentence(f"{text}.", "bad" if rate > max(0.1, 3 * (chance or 0)) else "plain")
     return Sentence(f"{text}, against {before:.1%} in {baseline.name}.", "good" if rate < before else "bad")
+
+
+def _sacrificed(run: Run) -> Sentence | None:
+    """They are never excluded, so the exported model draws them."""
+    rate = run.copy_rate("sacrificed")
+    if rate is None:
+        return None
+    count = run.summary.get("canaries", {}).get("sacrificed", {}).get("pictures")
+    which = "sacrificed canaries" if count is None else f"{count} sacrificed canar{'y' if count == 1 else 'ies'}"
+    return Sentence(
+        f"The exported model draws the {which}, which no rule may exclude: {rate:.1%} of the generations from "
+        "their captions copy the training image. canaries.sacrificed_keys names which pictures these are.",
+        "bad" if rate > 0 else "plain",
+    )
 
 
 def _since(run: Run) -> Sentence | None:

@@ -15,6 +15,8 @@ from memtrain.training.stops import Stops, are_finite, only_finite
 
 log = logging.getLogger(__name__)
 
+_SCALE_FLOOR = 1.0  # a gradient that overflows at this scale does so of itself: no smaller one mends it
+
 
 class Accumulation:
     """Gathers the rows of a step's micro-batches on this rank, settles its gradient with the others, and counts.
@@ -29,6 +31,7 @@ class Accumulation:
         self.samples_seen = 0  # all ranks, as the other counts
         self.samples_bad = 0  # that could not be decoded
         self.updates_skipped = 0  # because every sample was excluded
+        self.scaler_backoffs = 0  # updates skipped because the scaled fp16 gradient overflowed
         self.step_is_bad = False  # the newest step: a loss or gradient was not finite
         self.is_skipped = False  # the newest step made no update
         self.mid_step = False  # weights, average and rule are not yet all those of one step
@@ -46,25 +49,36 @@ class Accumulation:
         self._valid.append(valid)
 
     def settle(self, trainer: pl.Trainer, parameters: list[nn.Parameter]) -> None:
-        """Divide the summed gradient by the samples of the whole optimizer step (METHOD: "the right denominator").
+        """Divide the summed gradient by the samples of the whole optimizer step (docs/method.md).
 
         Lightning has divided each micro-batch's sum by the number of micro-batches and DDP by the number of
         ranks; both are undone here. Where no sample anywhere is kept, or a number is not finite, all ranks drop it.
+        An fp16 gradient that overflows while all losses are finite is nobody's fault: the scaler tries how large a
+        scale it can have, and backs off.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         parts = zip(self._observed, self._valid, strict=True)
         suspect = torch.cat([valid & ~(observed.loss + observed.score).isfinite() for observed, valid in parts])
-        reported = self.stops.report(suspect.any() | ~are_finite([strategy.own_part(g) for g in gradients]))
+        reported = self.stops.report(suspect.any(), ~are_finite([strategy.own_part(g) for g in gradients]))
         counts = torch.stack(
             [sum(d.keep_mask.sum() for d in self._decisions), sum(valid.sum() for valid in self._valid)]
         ).float()
         kept, rows, *reported = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()
+        bad_losses, bad_gradients, missing, *signals = reported
+        self.stops.break_off(trainer, missing)
         self._count(trainer.datamodule, round(rows))
-        blamed = self._blamed(suspect, trainer.datamodule.samples) if reported[0] else ()
-        self.step_is_bad = self.stops.agree(reported, trainer.global_step, blamed)
-        self.is_skipped = kept == 0 or self.step_is_bad
+        self.stops.agree(signals)
+        backs_off = bad_gradients > 0 and not bad_losses and _gradient_scale(trainer) > _SCALE_FLOOR
+        self.step_is_bad = bad_losses + bad_gradients > 0 and not backs_off
+        if self.step_is_bad:
+            self.stops.count_bad(trainer.global_step, self._blamed(suspect, trainer.datamodule.samples))
+        elif not backs_off:
+            self.stops.bad_in_a_row = 0
+        self.is_skipped = kept == 0 or self.step_is_bad or backs_off
         if self.is_skipped:
-            self._skip(trainer.global_step, parameters)
+            for parameter in parameters:
+                parameter.grad = None  # optimizers pass over it: no momentum step, no weight decay
+            self._count_skipped(trainer.global_step, backs_off)
             return
         factor = trainer.accumulate_grad_batches * trainer.world_size
         torch._foreach_mul_(gradients, factor / (kept if self.denominator == "kept" else rows))
@@ -81,11 +95,15 @@ class Accumulation:
         index = torch.cat([observed.sample_index for observed in self._observed])
         return [samples.key(position) for position in (index[suspect] if suspect.any() else index).tolist()]
 
-    def _skip(self, step: int, parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
-            parameter.grad = None  # optimizers pass over it: no momentum step, no weight decay
+    def _count_skipped(self, step: int, backs_off: bool) -> None:
         if self.step_is_bad:
             return  # `stops` counts these
+        if backs_off:
+            self.scaler_backoffs += 1
+            if self.scaler_backoffs == 1:
+                log.info("step %d: the fp16 gradient overflowed, so its scale is halved and there is no update "
+                         "(this is counted; said once)", step)  # fmt: skip
+            return
         self.updates_skipped += 1
         if self.updates_skipped == 1:
             log.warning("step %d: every sample was excluded, so there is no update (this is counted; said once)", step)
@@ -99,6 +117,7 @@ class Accumulation:
     def state_dict(self) -> dict[str, int]:
         return {
             "updates_skipped": self.updates_skipped,
+            "scaler_backoffs": self.scaler_backoffs,
             "samples_seen": self.samples_seen,
             "samples_bad": self.samples_bad,
             "bad_steps": self.stops.bad_steps,
@@ -107,3 +126,10 @@ class Accumulation:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.updates_skipped, self.samples_seen = state["updates_skipped"], state["samples_seen"]
         self.samples_bad, self.stops.bad_steps = state["samples_bad"], state["bad_steps"]
+        self.scaler_backoffs = state.get("scaler_backoffs", 0)  # not in older checkpoints
+
+
+def _gradient_scale(trainer: pl.Trainer) -> float:
+    """By which losses were multiplied before the backward pass, so that fp16 gradients do not vanish; 1: not at all."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)  # of trainer.precision=16-mixed alone
+    return 1.0 if scaler is None else scaler.get_scale()

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from memtrain.core.binned_rules import Agc
+from memtrain.core.evidence import LikelihoodEvidence
 from memtrain.core.exclusion import ExclusionRule, FixedThreshold, KeepAll
 from memtrain.data.datamodule import DataModule
 from memtrain.data.latents import CachedSample
@@ -27,13 +28,16 @@ from memtrain.training.methods import Method
 from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
+from memtrain.training.reference import ReferenceSet
 from memtrain.training.score_memory import ScoreMemory, Scoring
 
 DEMO_PIPELINE = Path(__file__).resolve().parents[1] / "demo" / "pipeline"
 BATCH_SIZES = {"demo": 32, "sd": 4}
 BASELINE = "none"
 SAMPLES = 10_000
-STEPS = 4  # that long, so that a round of `every 4th visit` is not a matter of luck
+STEPS = 4  # that long, so that a round of `every 4th visit` is not a matter of luck, and has a reference turn
+REFERENCE_EVERY = 4  # the default, and so is half the global batch
+NEVER = 10**9  # a step
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,30 @@ def variants() -> dict[str, Variant]:
         BASELINE: Variant(Scoring(every=0), KeepAll()),
         "every step": Variant(Scoring(), FixedThreshold(math.inf)),
         "every 4th visit": Variant(Scoring(every_visits=4), FixedThreshold(math.inf)),
+        "with reference": Variant(Scoring(), _evidence()),
         "agc": Variant(Scoring(every=0), Agc(ratio=1e9, num_bins=20, half_life=1000, warmup=30)),
     }
+
+
+def _evidence() -> LikelihoodEvidence:
+    """A rule that needs the reference set, with the config's values."""
+    return LikelihoodEvidence(
+        0.01, 0.1, memory=0.95, clip=2.0, shift=1.0, shift_weight=10.0, num_bins=10, half_life=200,
+        canary_half_life=100, own_visits=6, own_limit=1.0, copies_weight=0.5, warmup=20, start_step=NEVER,
+    )  # fmt: skip
+
+
+class OwnTurns(ReferenceSet):
+    """Counts the steps of one variant, where those of the run are shared by all."""
+
+    def __init__(self):
+        super().__init__(REFERENCE_EVERY, batch_size=None)
+        self.taken = 0
+
+    def turn(self, step: int) -> int | None:
+        """The first of its steps, which warms up, has a turn, and then one step of every round."""
+        self.taken += 1
+        return super().turn(self.taken - 1)
 
 
 @dataclass(frozen=True)
@@ -92,10 +118,10 @@ def measure_scoring(model: str, rounds: int, batch_size: int | None = None, step
         pipeline = DEMO_PIPELINE if model == "demo" else write_sd_shaped(Path(folder) / "sd")
         module = _training(pipeline, resolution=64 if model == "demo" else 256)
         if model == "demo":
-            data = from_composites(SAMPLES, 64, batch_size, 0, seed=0, **NO_GROUPS)
+            data = from_composites(SAMPLES, 64, batch_size, 0, seed=0, **GROUPS)
         else:
             samples = NoiseLatents(module.latent_shape, _hidden_shape(module))
-            data = DataModule(samples, batch_size, 0, seed=0, cache=samples, **NO_GROUPS)
+            data = DataModule(samples, batch_size, 0, seed=0, cache=samples, **GROUPS)
         interleave = Interleave(rounds, steps)
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
         trainer = pl.Trainer(
@@ -150,6 +176,7 @@ class Interleave(pl.Callback):
         self.seconds: dict[str, list[float]] = {name: [0.0] * rounds for name in names}
         self._turns = self._plan(names)
         self._memories: dict[str, ScoreMemory | None] = {}
+        self._references = {name: OwnTurns() for name in names}
 
     def _plan(self, names: list[str]) -> Iterator[tuple[str, int | None]]:
         """(variant, round or None) of each step."""
@@ -171,6 +198,7 @@ class Interleave(pl.Callback):
             variant.exclusion,
             self._memories[self._name],
         )
+        module.reference = self._references[self._name]
         self._began = self._now(module)
 
     def on_train_batch_end(
@@ -188,7 +216,7 @@ class Interleave(pl.Callback):
 
 # ---- what is trained
 
-NO_GROUPS = {"canaries": 0, "repeats": 1, "reference": 0}
+GROUPS = {"canaries": 0, "repeats": 1, "reference": 200}
 
 
 def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
@@ -201,8 +229,8 @@ def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
         resolution=resolution,
         objective=Objective("kept", caption_dropout=0.1, min_snr_gamma=None, noise_offset=0.0),
         scoring=Scoring(),
-        reference_every=1,
-        reference_batch=1,
+        reference_every=NEVER,
+        reference_batch=None,
         ema_decay=0.99,
     )
 

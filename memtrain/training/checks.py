@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,25 +12,37 @@ from pytorch_lightning import Trainer
 from torch import nn
 
 from memtrain.core.exclusion import ExclusionRule
+from memtrain.data.datamodule import DataModule
 from memtrain.data.paths import CHECKPOINT, check_file
-from memtrain.training.resume import whole_checkpoint
+from memtrain.data.samples import as_text
+from memtrain.training.resume import CHECKPOINTS, checkpoints_in, whole_checkpoint
 
-# float32 weights, two Adam moments and the average: 16 bytes; the newest checkpoint and the one it replaces
-CHECKPOINT_BYTES_PER_PARAMETER = 2 * 16
+log = logging.getLogger(__name__)
+
+CHECKPOINT_BYTES_PER_PARAMETER = 16  # float32 weights, two Adam moments and the average
 EXPORT_BYTES_PER_PARAMETER = 8
 LOGS_BYTES = 50_000_000
+_KEYS_NAMED = 8
 
 
-def check_disk(run_dir: Path, parameters: Iterable[nn.Parameter]) -> None:
-    """Raises OSError where the disk has no room for the checkpoints, the export and the logs of a run."""
+def check_disk(run_dir: Path, parameters: Iterable[nn.Parameter], keep: int) -> None:
+    """Raises OSError where the disk has no room for the checkpoints, the export and the logs of a run.
+
+    Args:
+        keep: checkpoints that stay; while a new one is written, one more lies on disk. 0: the run writes none.
+    """
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     count = sum(parameter.numel() for parameter in parameters)
-    needed = count * (CHECKPOINT_BYTES_PER_PARAMETER + EXPORT_BYTES_PER_PARAMETER) + LOGS_BYTES
+    checkpoints = keep + 1 if keep else 0
+    there = sum(path.stat().st_size for path in checkpoints_in(run_dir / CHECKPOINTS).values())  # will be replaced
+    needed = max(checkpoints * count * CHECKPOINT_BYTES_PER_PARAMETER - there, 0)
+    needed += count * EXPORT_BYTES_PER_PARAMETER + LOGS_BYTES
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
-            f"the disk is too full for a run: {existing} has {free / 1e6:.0f} MB free, checkpoints, export and "
-            f"logs need about {needed / 1e6:.0f} MB; free some space or set runs_dir="
+            f"the disk is too full for a run: {existing} has {free / 1e6:.0f} MB free, {checkpoints} checkpoints "
+            f"(callbacks.checkpoint.keep={keep} and the one that is being written), export and logs need about "
+            f"{needed / 1e6:.0f} MB; free some space or set runs_dir="
         )
 
 
@@ -73,4 +86,31 @@ def check_job(trainer: Trainer, is_job: bool) -> None:
         raise ValueError(
             f"train -m starts jobs of one rank, got {trainer.world_size}; say trainer.devices=1, or use "
             "memtrain sweep, whose trials are programs of their own"
+        )
+
+
+def warn_of_sacrificed(data: DataModule, named: bool) -> None:
+    """Says which pictures the exported model will draw, since no rule may exclude them.
+
+    Args:
+        named: whether the user chose them, with canaries.sacrificed_keys.
+    """
+    groups = data.groups
+    pictures = groups.one_each(groups.sacrificed)
+    if len(pictures) == 0:
+        return
+    sizes = groups.pictures.copies(pictures)
+    keys = [
+        as_text(data.samples.key(int(position))) + (f" ({size} samples)" if size > 1 else "")
+        for position, size in zip(pictures[:_KEYS_NAMED], sizes, strict=False)
+    ]
+    more = f" and {len(pictures) - _KEYS_NAMED} more" if len(pictures) > _KEYS_NAMED else ""
+    said = f"sacrificed canaries are never excluded, and the exported model will draw them: {', '.join(keys)}{more}"
+    if named:
+        log.info("%s; canaries.sacrificed_keys names them", said)
+    else:
+        log.warning(
+            "%s. They are pictures of yours: name public ones with canaries.sacrificed_keys=[KEY,…], or say "
+            "canaries.sacrificed=0 and have no rule learn from them",
+            said,
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
+from memtrain.data.batches import Batch
 from memtrain.data.datamodule import DataModule
 from memtrain.models.base import DiffusionModel
 
@@ -32,3 +34,29 @@ def encode_samples(
         shape = model.latent_shape(*data.samples.sizes[0])
         return torch.zeros(0, *shape), torch.zeros(0, dtype=torch.long, device=device), []
     return torch.cat(latents), torch.cat(index).to(device), captions
+
+
+@torch.no_grad()
+def encode_once(model: DiffusionModel, data: DataModule, positions: Sequence[int], batch_size: int = 32) -> Batch:
+    """Samples of one size as one batch on the CPU, with posteriors in place of pictures; bad ones are reported.
+
+    For samples that look the same at every visit.
+    """
+    decode, device = data.collate(data.views), model.alphas_cumprod.device
+    parts = []
+    for first in range(0, len(positions), batch_size):
+        part = decode([(0, 0, int(position)) for position in positions[first : first + batch_size]])
+        data.report(part)
+        posterior = torch.stack(model.encode_posterior(part.images.to(device)), dim=1).cpu()
+        parts.append(replace(part, images=part.images.new_zeros(len(part), 0), posterior=posterior))
+    names = [field.name for field in fields(Batch) if isinstance(getattr(parts[0], field.name), Tensor)]
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Batch(captions=[caption for part in parts for caption in part.captions], problems=[], **whole)
+
+
+def rows_of(batch: Batch, rows: Sequence[int], places: Sequence[int]) -> Batch:
+    """These rows of a batch, some perhaps said twice, at other places of a global batch."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    chosen = {name: value[list(rows)] for name, value in values.items() if isinstance(value, Tensor)}
+    chosen |= {"captions": [batch.captions[row] for row in rows], "problems": []}
+    return replace(batch, **(chosen | {"place": torch.tensor(list(places), dtype=torch.long)}))

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from memtrain.data.batches import Batch, BatchDecoder
-from memtrain.data.latents import cache_path, difference, read_header
 from memtrain.data.groups import Groups
+from memtrain.data.latents import cache_path, difference, is_of_state, read_header, shard_state
 from memtrain.data.samples import ShardSamples
 from memtrain.models.base import DiffusionModel
 
@@ -41,9 +41,9 @@ def missing_shards(samples: ShardSamples, out: str, header: dict, flip: bool, ov
         if path.exists() and not overwrite:
             found = read_header(path)
             unlike = difference(found, header) or (
-                "another state of its shard" if found["shard_size"] != samples.indexes[number].size else None
+                None if is_of_state(found, shard_state(samples, number)) else "another state of its shard"
             )
-            unlike = unlike or ("no mirror images" if flip and not found["flip"] else None)
+            unlike = unlike or ("no mirror images" if flip and not found.get("flip") else None)
             if unlike:
                 raise ValueError(f"{path} was made with {unlike}; use overwrite=true or another out=FOLDER")
         else:
@@ -92,7 +92,7 @@ def write_latents(
         )
         tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        said = {**header, "flip": flip, "shard_size": samples.indexes[number].size}
+        said = {**header, "flip": flip, **shard_state(samples, number)}
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(tensors, aside, metadata={"memtrain": json.dumps(said)})
         os.replace(aside, path)

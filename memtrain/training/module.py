@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.core import diffusion, losses
-from memtrain.core.diffusion import METHOD, TRAIN, Draws, draw, place_seed
+from memtrain.core.diffusion import METHOD, REFERENCE_METHOD, TRAIN, Draws, draw, place_seed
 from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.data.batches import Batch
+from memtrain.data.remote import ShardMissing
 from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
 from memtrain.training.accumulation import Accumulation
@@ -49,7 +50,7 @@ class DiffusionTraining(pl.LightningModule):
         objective: how captions, noise and losses are weighed.
         scoring: which visits are scored.
         reference_every: score reference samples after every k-th step.
-        reference_batch: how many of them, over all ranks.
+        reference_batch: how many of them, over all ranks; None: half the global batch, if the rule needs them.
         ema_decay: of the averaged weights, with warm-up; 0 keeps no average.
         max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
     """
@@ -66,7 +67,7 @@ class DiffusionTraining(pl.LightningModule):
         objective: Objective,
         scoring: Scoring,
         reference_every: int,
-        reference_batch: int,
+        reference_batch: int | None,
         ema_decay: float,
         max_bad_steps: int = 10,
     ):
@@ -126,25 +127,44 @@ class DiffusionTraining(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.ema.to(self.device)
+        self.reference.begin(self)
 
     # ---- one micro-batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.trainer.datamodule.report(batch)
+        self.stops.missing = self.stops.missing or batch.missing
+        loss, observed = self.visit(batch, TRAIN)
+        if self.memory:
+            observed = self.memory.fill(observed)
+        decision = self._decide(observed, batch.valid)
+        self.accumulation.add(observed, decision, batch.valid)
+        self._log_progress(observed, decision, batch.valid)
+        return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), decision.keep_mask)
+
+    def visit(self, batch: Batch, stream: int) -> tuple[Tensor, Observations]:
+        """Losses (B,), with a graph, and what the rows show; one path for what is trained on and what is held out.
+
+        `stream`, of core.diffusion: TRAIN, or REFERENCE, whose rows have draws of their own, keep their captions
+        and are all scored.
+        """
         mean, std = batch.posterior.unbind(1) if batch.is_cached else self.model.encode_posterior(batch.images)
-        draws = self.draw(TRAIN, batch.place.tolist(), mean.shape[1:])
+        draws = self.draw(stream, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
-        hidden, has_caption = self._caption(batch, draws)
+        hidden, has_caption = self._caption(batch, draws, stream)
 
         noise = draws.noise + self.objective.noise_offset * draws.offset_noise
-        due = self._due(batch.picture, draws.timesteps, has_caption)
+        due = self._due(batch.picture, draws.timesteps, has_caption) if stream == TRAIN else None
         loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, due)
 
         captioned = has_caption.to(self.device) & batch.valid
-        scored = captioned if due is None else captioned & due.to(self.device)
-        observed = Observations.of_visit(
+        # rows that are not due have a score of 0, and so have those at which no caption could change a thing:
+        # v-prediction where abar_t = 0, words that the tokenizer does not know. None of them says anything
+        scored = captioned & (score != 0)
+        return loss, Observations.of_visit(
             sample_index=batch.sample_index,
             picture=batch.picture,
+            copies=batch.copies,
             timesteps=draws.timesteps,
             score=torch.where(scored, score, 0.0),
             loss=loss.detach(),
@@ -153,25 +173,20 @@ class DiffusionTraining(pl.LightningModule):
             scored=scored,
             latent_numel=torch.full_like(batch.sample_index, latents[0].numel()),
         )
-        if self.memory:
-            observed = self.memory.fill(observed)
-        decision = self._decide(observed, batch.valid)
-        self.accumulation.add(observed, decision, batch.valid)
-        self._log_progress(observed, decision, batch.valid)
-        return losses.masked_sum(loss, self.objective.weights(draws.timesteps, self.model), decision.keep_mask)
 
-    def _caption(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+    def _caption(self, batch: Batch, draws: Draws, stream: int) -> tuple[Tensor, Tensor]:
         """encoder_hidden_states (B, L, D), and whose caption is not empty: (B,) bool, on the CPU."""
+        method, dropout = (METHOD, self.objective.caption_dropout) if stream == TRAIN else (REFERENCE_METHOD, 0.0)
         generators = [
-            np.random.default_rng(place_seed(self.seed, METHOD, self.global_step, place))
+            np.random.default_rng(place_seed(self.seed, method, self.global_step, place))
             for place in batch.place.tolist()
         ]
         captions = self.method.captions(batch.captions, generators, self.model)
-        dropped = (draws.uniform < self.objective.caption_dropout).tolist()
+        dropped = (draws.uniform < dropout).tolist()
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
         has_caption = torch.tensor([bool(caption) for caption in captions])
         captioned = has_caption.to(self.device)
-        if batch.is_cached and not self.model.text_encoder_is_trained and not self.method.rewrites:
+        if batch.hidden is not None and not self.model.text_encoder_is_trained and not self.method.rewrites:
             hidden = torch.where(captioned[:, None, None], batch.hidden, self.model.null_caption().float())
         else:
             hidden = self.encode_captions(captions)
@@ -208,8 +223,7 @@ class DiffusionTraining(pl.LightningModule):
             if due is None:
                 return loss, self._score(noisy, timesteps, prediction)
             score = torch.zeros_like(loss)
-            rows = due.nonzero()[:, 0]
-            rows = (_padded(rows, len(noisy)) if model.compiled else rows).to(noisy.device)
+            rows = due.nonzero()[:, 0].to(noisy.device)
             if len(rows):  # a UNet cannot have a batch of none
                 score[rows] = self._score(noisy[rows], timesteps[rows], prediction[rows])
             return loss, score
@@ -264,10 +278,11 @@ class DiffusionTraining(pl.LightningModule):
         self.accumulation.mid_step = False
 
     def _observe_reference(self) -> None:
-        observed = self.reference.observe(self) if self.scoring.every else None
-        self.reference_observed, self.reference_kept, self.reference_threshold = observed, None, None
-        if observed is not None:
-            decision = self._decide(observed, torch.ones_like(observed.captioned))
+        self.reference_observed, self.reference_kept, self.reference_threshold = None, None, None
+        seen = self.reference.observe(self)
+        if seen is not None:
+            self.reference_observed, valid = seen
+            decision = self._decide(self.reference_observed, valid)
             self.reference_kept, self.reference_threshold = decision.keep_mask, decision.threshold
 
     def _learn(self) -> None:
@@ -287,8 +302,17 @@ class DiffusionTraining(pl.LightningModule):
     # ---- for those who look on
 
     def encode_samples(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
-        """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples."""
-        return encode_samples(self.model, self.trainer.datamodule, positions)
+        """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples.
+
+        All ranks call it together. Raises ShardMissing on all where a shard is gone for any.
+        """
+        try:
+            found = encode_samples(self.model, self.trainer.datamodule, positions)
+        except ShardMissing as error:
+            self.stops.missing = str(error)
+        gone = torch.tensor(float(self.stops.missing is not None), device=self.device)
+        self.stops.break_off(self.trainer, ranks.all_reduce(self.trainer, gone).item())
+        return found
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """The averaged weights in place of the trained ones, where there are any; all ranks enter together."""
@@ -318,10 +342,3 @@ class DiffusionTraining(pl.LightningModule):
             self.memory.load_state_dict(state["scores"])
         self.accumulation.load_state_dict(state)
         self.ema.load_state_dict(state["ema"])
-
-
-def _padded(rows: Tensor, batch_size: int) -> Tensor:
-    """Row numbers, some said twice, so that their count is one of five shapes: a compiled model sees no more."""
-    quarter = -(-batch_size // 4)
-    count = -(-len(rows) // quarter) * quarter
-    return rows if len(rows) == 0 else torch.cat([rows, rows[:1].expand(count - len(rows))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -58,5 +59,7 @@ class AdamW:
                     "optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use optimizer=adamw"
                 ) from None
         optimizer = kind(parameters, lr=self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay, eps=self.eps)
+        # the schedule counts steps, those that the fp16 scaler skips too
+        warnings.filterwarnings("ignore", r"Detected call of .lr_scheduler\.step\(\). before", UserWarning)
         warmup = round(self.warmup_steps * num_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
         return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, self.schedule, warmup, num_steps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -16,6 +18,15 @@ def all_reduce(trainer: pl.Trainer, values: Tensor) -> Tensor:
     return values
 
 
+def gather_texts(trainer: pl.Trainer, text: str) -> list[str]:
+    """What each rank says, by rank."""
+    if trainer.world_size == 1:
+        return [text]
+    gathered: list[str] = [""] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, text)
+    return gathered
+
+
 def gather(trainer: pl.Trainer, observed: Observations, micro_batches: int) -> Observations:
     """The observations of all ranks, ordered by place in the global batch, by one collective of constant size.
 
@@ -24,9 +35,29 @@ def gather(trainer: pl.Trainer, observed: Observations, micro_batches: int) -> O
     """
     if trainer.world_size == 1:
         return observed
-    columns = [getattr(observed, name) for name in observed.__dataclass_fields__]
-    packed = torch.stack([column.double() for column in columns])  # float64 holds all exactly
+    packed = pack(observed)
     gathered = [torch.empty_like(packed) for _ in range(trainer.world_size)]
     torch.distributed.all_gather(gathered, packed)
-    ordered = torch.stack(gathered, 1).unflatten(2, (micro_batches, -1)).transpose(1, 2).flatten(1)
-    return Observations(*(row.to(column.dtype) for row, column in zip(ordered, columns, strict=True)))
+    ordered = torch.stack(gathered, 1).unflatten(0, (micro_batches, -1)).transpose(1, 2).flatten(0, 2)
+    return unpack(ordered, observed)
+
+
+def pack(observed: Observations) -> Tensor:
+    """The bytes of each row, as they are: float64 would hold all columns too, but not every device has it.
+
+    (B, bytes) uint8, for `unpack`
+    """
+    columns = [getattr(observed, field.name) for field in fields(Observations)]
+    return torch.cat([column.contiguous()[:, None].view(torch.uint8) for column in columns], dim=1)
+
+
+def unpack(packed: Tensor, like: Observations) -> Observations:
+    """The rows that `pack` made bytes of, in the dtypes of `like`. (N, bytes) uint8 -> N rows"""
+    dtypes = [getattr(like, field.name).dtype for field in fields(Observations)]
+    parts = packed.split([dtype.itemsize for dtype in dtypes], dim=1)
+    return Observations(
+        *(
+            part.clone(memory_format=torch.contiguous_format).view(dtype)[:, 0]  # a view needs bytes that are aligned
+            for part, dtype in zip(parts, dtypes, strict=True)
+        )
+    )

@@ -2,61 +2,153 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from memtrain.core.diffusion import REFERENCE
-from memtrain.core.exclusion import REFERENCE as REFERENCE_GROUP
+from memtrain.core.diffusion import REFERENCE, place_seed
 from memtrain.core.exclusion import Observations
+from memtrain.data.batches import Batch
+from memtrain.data.datamodule import DataModule
+from memtrain.training.encoded import encode_once, rows_of
+from memtrain.training.stops import only_finite
 
 if TYPE_CHECKING:
     from memtrain.training.module import DiffusionTraining
 
+log = logging.getLogger(__name__)
+
+_KEYS_NAMED = 8
+
 
 class ReferenceSet:
-    """Some of it after every k-th step, the next ones every time.
+    """Some of it after every k-th step, the next ones every time, scored as what is trained on is.
+
+    What a turn scores is a function of (seed, step, batch_size), not of ranks: those that have fewer rows fill up
+    with rows that are not valid. A turn takes samples of one aspect-ratio bucket.
 
     Args:
         every: k.
-        batch_size: how many, over all ranks.
+        batch_size: how many, over all ranks; None: half the global batch where the rule needs them, else none.
     """
 
-    def __init__(self, every: int, batch_size: int):
-        if every < 1 or batch_size < 1:
-            raise ValueError(f"reference.every and reference.batch_size must be >= 1, got {every} and {batch_size}")
+    def __init__(self, every: int, batch_size: int | None):
+        if every < 1 or (batch_size is not None and batch_size < 1):
+            raise ValueError(
+                f"reference.every and reference.batch_size must be >= 1, got {every} and {batch_size}; "
+                "reference.batch_size=null scores none where the rule needs none"
+            )
         self.every, self.batch_size = every, batch_size
-        self._encoded: tuple[Tensor, Tensor, list[str]] | None = None
+        self.not_finite = 0  # rows of this rank that were left out
+        self._buckets: list[np.ndarray] | None = None  # positions
+        self._encoded: dict[int, Batch] = {}  # buckets that look the same at every turn
 
-    def observe(self, training: DiffusionTraining) -> Observations | None:
-        """Score the samples whose turn it is on this rank, with the weights as they are now; None: nobody's."""
-        trainer, step = training.trainer, training.global_step
-        positions = trainer.datamodule.groups.reference
-        if len(positions) == 0 or step % self.every:
+    def size(self, training: DiffusionTraining) -> int:
+        """How many rows a turn scores, over all ranks; 0: the reference set is not scored."""
+        data = training.trainer.datamodule
+        if len(data.groups.reference) == 0 or training.scoring.every == 0:
+            return 0
+        if self.batch_size is not None:
+            return self.batch_size
+        return (data.global_batch_size + 1) // 2 if training.exclusion.needs_reference else 0
+
+    def begin(self, training: DiffusionTraining) -> None:
+        """Say so where the reference set is not scored, for what is shown of scores lacks it then."""
+        count = len(training.trainer.datamodule.groups.reference)
+        if count and training.scoring.every and self.size(training) == 0:
+            log.info(
+                "the %d reference samples are not scored, since the rule does without; reference.batch_size=16 has "
+                "them in the curves and in `memtrain ledger suspects`, at some cost",
+                count,
+            )
+
+    def turn(self, step: int) -> int | None:
+        """Whose turn it is after this step; None: nobody's."""
+        return None if step % self.every else step // self.every
+
+    def observe(self, training: DiffusionTraining) -> tuple[Observations, Tensor] | None:
+        """Score the samples whose turn it is on this rank, with the weights as they are now; None: nobody's.
+
+        Returns what they show, and which rows are valid, (B,) bool. As many rows on each rank.
+        """
+        trainer, size, number = training.trainer, self.size(training), self.turn(training.global_step)
+        if size == 0 or number is None:
             return None
-        if self._encoded is None:  # once: the VAE is frozen
-            self._encoded = training.encode_samples(positions)
-        latents, index, captions = self._encoded
-        per_rank = -(-self.batch_size // trainer.world_size)
-        places = [trainer.global_rank * per_rank + row for row in range(per_rank)]
-        first = step // self.every * per_rank * trainer.world_size
-        rows = [(first + place) % len(captions) for place in places]
-        captions = [captions[row] for row in rows]
-        draws = training.draw(REFERENCE, places, training.latent_shape)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            hidden = training.encode_captions(captions)
-            latents = latents[rows].to(training.device)
-            loss, score = training.predict_and_score(latents, draws.noise, draws.timesteps, hidden)
-        captioned = torch.tensor([bool(caption) for caption in captions], device=training.device)
-        return Observations.of_visit(
-            sample_index=index[rows],
-            picture=index[rows],  # none of them has a duplicate
-            timesteps=draws.timesteps,
-            score=score,
-            loss=loss,
-            group=torch.full_like(index[rows], REFERENCE_GROUP),
-            captioned=captioned,
-            scored=captioned,
-            latent_numel=torch.full_like(index[rows], latents[0].numel()),
-        )
+        if self._buckets is None:
+            self._buckets = by_bucket(trainer.datamodule)
+        with (
+            torch.no_grad(),
+            trainer.precision_plugin.forward_context(),
+            training.scoring_time.running(training.device),
+        ):
+            batch = self._batch(training, number, size).to(training.device)
+            loss, observed = training.visit(batch, REFERENCE)
+        finite = (observed.loss + observed.score).isfinite()
+        self._report(training, observed.sample_index[batch.valid & ~finite].tolist())
+        return only_finite(observed), batch.valid & finite
+
+    def _batch(self, training: DiffusionTraining, number: int, size: int) -> Batch:
+        """This rank's rows of a turn."""
+        trainer, data = training.trainer, training.trainer.datamodule
+        per_rank = -(-size // trainer.world_size)
+        places = np.arange(per_rank) + trainer.global_rank * per_rank
+        bucket, first = self._whose(number, size)
+        positions, row = self._buckets[bucket], first + places
+        in_turn = places < size
+        if len(self._buckets) > 1:  # each sample once a round, however small its bucket
+            in_turn &= row < len(positions)
+        row %= len(positions)
+        if is_seen_alike(data):
+            if bucket not in self._encoded:  # once: the VAE is frozen
+                self._encoded[bucket] = encode_once(training.model, data, positions)
+            batch = rows_of(self._encoded[bucket], row.tolist(), places.tolist())
+        else:
+            views = replace(data.views, seed=place_seed(data.views.seed, REFERENCE, 0, 0))  # not the trained rows'
+            rows = zip(places.tolist(), positions[row].tolist(), strict=True)
+            batch = data.collate(views)([(training.global_step, place, position) for place, position in rows])
+            data.report(batch)
+        return replace(batch, valid=batch.valid & torch.from_numpy(in_turn))
+
+    def _whose(self, number: int, size: int) -> tuple[int, int]:
+        """Bucket of a turn, and the first row of it. A round has as many turns of a bucket as hold it."""
+        if len(self._buckets) == 1:
+            return 0, number * size
+        counts = [-(-len(positions) // size) for positions in self._buckets]
+        turns = [((turn + 0.5) / count, b, turn) for b, count in enumerate(counts) for turn in range(count)]
+        _, bucket, turn = sorted(turns)[number % len(turns)]
+        return bucket, turn * size
+
+    def _report(self, training: DiffusionTraining, positions: list[int]) -> None:
+        """Count and name samples whose score or loss is not finite."""
+        if not positions:
+            return
+        self.not_finite += len(positions)
+        keys = ", ".join(training.trainer.datamodule.samples.key(position) for position in positions[:_KEYS_NAMED])
+        more = f" and {len(positions) - _KEYS_NAMED} more" if positions[_KEYS_NAMED:] else ""
+        log.warning(
+            "step %d: score or loss of reference samples is not finite: %s%s; they are left out, %d so far",
+            training.global_step, keys, more, self.not_finite,
+        )  # fmt: skip
+
+
+def by_bucket(data: DataModule) -> list[np.ndarray]:
+    """Positions of the reference set, those of one size together, the most usual size first."""
+    positions = data.groups.reference
+    if len(data.samples.sizes) == 1:
+        return [positions]
+    sizes = [data.samples.size_of(int(position)) for position in positions]
+    buckets = [positions[[own == size for own in sizes]] for size in data.samples.sizes]
+    return sorted((bucket for bucket in buckets if len(bucket)), key=len, reverse=True)
+
+
+def is_seen_alike(data: DataModule) -> bool:
+    """Whether a picture looks the same at every visit and has one caption, so that encoding it once will do.
+
+    A column may hold several captions of a sample; a latent cache needs no encoding.
+    """
+    one_caption = getattr(data.samples, "caption", "txt") == "txt"
+    return data.cache is None and data.views.crop == "center" and data.views.flip == 0 and one_caption

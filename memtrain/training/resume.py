@@ -42,6 +42,7 @@ _FREE = (
     "data.cache_dir",
     "data.cache_bytes",
 )
+_BATCH = ("data.batch_size", "trainer.accumulate_grad_batches")  # with the number of ranks, the global batch
 
 
 # ---- files
@@ -53,6 +54,7 @@ class RunState:
 
     wandb_id: str | None
     finished_at: int | None  # step
+    global_batch_size: int | None = None
 
     def write(self, folder: str | Path) -> None:
         write_aside(Path(folder) / _STATE, json.dumps(asdict(self)) + "\n")
@@ -137,8 +139,7 @@ class Past:
 
     def check_config(self, config: str, allow: str | Sequence[str]) -> None:
         """Raises ValueError where the run would go on with another config (YAML) than it had, unless it may."""
-        before = (self.folder / "config.yaml").read_text(encoding="utf-8")
-        changed = differences(yaml.safe_load(before), yaml.safe_load(config))
+        changed = differences(self._config(), yaml.safe_load(config))
         allowed = [allow] if isinstance(allow, str) else allow
         asked = [key for key in changed if "all" not in allowed and not _is_under(key, allowed)]
         told = [f"{key} {changed[key][0]} -> {changed[key][1]}" for key in (asked or changed)]
@@ -150,6 +151,42 @@ class Past:
             )
         if told:
             log.warning("going on with a changed config: %s", ", ".join(told))
+
+    def check_global_batch(self, batch_size: int, accumulate: int, ranks: int, allow: str | Sequence[str]) -> None:
+        """Raises ValueError where the run would go on with another global batch than it had, unless it may.
+
+        `resume.allow=all` is about the config: where it is the same and only the number of ranks is another, nobody
+        has asked for another batch.
+
+        Args:
+            batch_size, accumulate: `data.batch_size` and `trainer.accumulate_grad_batches`, as they are now.
+            ranks: of all nodes.
+        """
+        before, now = self.state.global_batch_size, batch_size * accumulate * ranks
+        if before is None or now == before:
+            return
+        was = _flat(self._config())
+        changed = [key for key, value in zip(_BATCH, (batch_size, accumulate), strict=True) if was.get(key) != value]
+        told = f"{batch_size} rows x {accumulate} micro-batches x {ranks} ranks, and before it was {before}"
+        allowed = [allow] if isinstance(allow, str) else allow
+        if (changed and "all" in allowed) or any(_is_under(key, allowed) for key in _BATCH):
+            log.warning("going on with a changed global batch: it is %d now, %s", now, told)
+            return
+        per_rank, rest = divmod(before, ranks)
+        keeps = f"a number of ranks that divides {before} can keep it"
+        if rest == 0:
+            rows = max(rows for rows in range(1, min(batch_size, per_rank) + 1) if per_rank % rows == 0)
+            kept = dict(zip(_BATCH, (rows, per_rank // rows), strict=True))
+            asked = [key for key, value in kept.items() if was.get(key) != value]
+            keeps = " ".join(f"{key}={value}" for key, value in kept.items())
+            keeps += f" resume.allow=[{','.join(asked)}] keeps it" if asked and "all" not in allowed else " keeps it"
+        raise ValueError(
+            f"the global batch of {self.folder} would be {now}: {told}; {keeps}, and resume.allow=[{_BATCH[0]}] goes "
+            "on with the new one"
+        )
+
+    def _config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
 
 
 def find_run(resume: str | None, named: Path) -> Past | None:

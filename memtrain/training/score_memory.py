@@ -40,8 +40,9 @@ class Scoring:
 class ScoreMemory:
     """Which visits are due to be scored, and what a sample scored last.
 
-    Duplicates share what is remembered. 7 bytes a sample: score (float32), the timestep it was taken at (int16), visits to wait (uint8). The first
-    visit that is scored differs from sample to sample, so that every batch holds as many.
+    Duplicates share what is remembered. 7 bytes a sample: score (float32), the timestep it was taken at (int16),
+    visits to wait (uint8). The first visit that is scored differs from sample to sample, so that every batch holds
+    as many.
 
     Args:
         num_samples: positions in the corpus.
@@ -52,7 +53,8 @@ class ScoreMemory:
         self.every_visits, self.timesteps = scoring.every_visits, scoring.timesteps
         self.score = torch.full((num_samples,), torch.nan)
         self.score_timestep = torch.zeros(num_samples, dtype=torch.int16)
-        self.wait = (torch.arange(num_samples) % scoring.every_visits).to(torch.uint8)
+        turns = torch.arange(scoring.every_visits, dtype=torch.uint8)
+        self.wait = turns.repeat(-(-num_samples // len(turns)))[:num_samples]  # int64 would take as much as all else
 
     def due(self, picture: Tensor, timesteps: Tensor) -> Tensor:
         """Which of B visits are scored. (B,) bool, on the CPU"""
@@ -100,4 +102,5 @@ class ScoreMemory:
                 f"the checkpoint remembers scores of {len(state['score'])} samples, this corpus has "
                 f"{len(self.score)}; resume on the shards that the run was started with"
             )
-        self.score, self.score_timestep, self.wait = (state[k].clone() for k in ("score", "score_timestep", "wait"))
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])

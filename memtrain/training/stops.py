@@ -1,4 +1,4 @@
-"""What ends a run before its last step: a signal, or steps that are not finite. All ranks decide alike."""
+"""What ends a run before its last step: a signal, a lost shard, steps that are not finite. All ranks decide alike."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from memtrain.core.exclusion import Observations
+from memtrain.data.remote import ShardMissing
+from memtrain.training import ranks
 from memtrain.training.exit_codes import EXIT_CODES
 
 log = logging.getLogger(__name__)
@@ -34,30 +36,45 @@ class Stops:
             raise ValueError(f"max_bad_steps must be >= 1, got {max_bad_steps}")
         self.max_bad_steps = max_bad_steps
         self.received: signal.Signals | None = None  # by this rank
+        self.missing: str | None = None  # a shard that is gone for this rank, in words
         self.bad_steps = 0
         self.bad_in_a_row = 0
-        self.reason: BaseException | None = None  # raised when the step is over and the checkpoint written
+        self.reason: BaseException | None = None  # raised by all ranks at the same moment
 
-    def report(self, bad: Tensor) -> Tensor:
-        """What this rank has seen at this step. () bool -> (1 + signals,) float32"""
-        signals = torch.tensor([float(self.received == number) for number in EXIT_CODES], device=bad.device)
-        return torch.cat([bad.float()[None], signals])
+    def report(self, bad_losses: Tensor, bad_gradients: Tensor) -> Tensor:
+        """What this rank has seen at this step. (), () bool -> (3 + signals,) float32"""
+        told = [float(self.missing is not None), *(float(self.received == number) for number in EXIT_CODES)]
+        told = torch.tensor(told, device=bad_losses.device)
+        return torch.cat([torch.stack([bad_losses, bad_gradients]).float(), told])
 
-    def agree(self, reported: Sequence[float], step: int, keys: Sequence[str]) -> bool:
-        """Whether the step is bad on any rank, and so skipped on all.
+    def break_off(self, trainer: pl.Trainer, missing: float) -> None:
+        """Raises ShardMissing on all ranks where a shard is gone for any: a step with half its rows is none.
 
         Args:
-            reported: the sum over ranks of what each said.
+            missing: on how many ranks.
+        """
+        if missing:
+            said = next(filter(None, ranks.gather_texts(trainer, self.missing or "")))
+            self.reason = ShardMissing(said)
+            raise self.reason
+
+    def agree(self, signals: Sequence[float]) -> None:
+        """Whether the run stops at this step: by a signal that any rank received.
+
+        Args:
+            signals: the sum over ranks of what each said of them.
+        """
+        agreed = [number for number, count in zip(EXIT_CODES, signals, strict=True) if count]
+        if agreed:
+            self.reason = SystemExit(EXIT_CODES[agreed[0]])
+
+    def count_bad(self, step: int, keys: Sequence[str]) -> None:
+        """One more bad step: a loss or gradient was not finite on any rank, and the step is skipped on all.
+
+        Args:
             step: this one.
             keys: the rank's own samples that may be to blame.
         """
-        bad, *signals = reported
-        agreed = [number for number, ranks in zip(EXIT_CODES, signals, strict=True) if ranks]
-        if agreed:
-            self.reason = SystemExit(EXIT_CODES[agreed[0]])
-        if not bad:
-            self.bad_in_a_row = 0
-            return False
         self.bad_steps += 1
         self.bad_in_a_row += 1
         blamed = ", ".join(keys[:_KEYS_NAMED]) + (f" and {len(keys) - _KEYS_NAMED} more" if keys[_KEYS_NAMED:] else "")
@@ -68,7 +85,6 @@ class Stops:
                 f"{said}; {self.bad_in_a_row} such steps one after the other, max_bad_steps={self.max_bad_steps}; "
                 "lower optimizer.lr, use trainer.precision=32-true, or leave the samples out with data.exclude_keys"
             )
-        return True
 
 
 @contextlib.contextmanager

@@ -10,14 +10,30 @@ import torch
 
 
 class Stopwatch:
-    """Sums the seconds of the blocks that it ran around; on a GPU by events, read when they are asked for."""
+    """Sums the seconds of the blocks that it ran around; on a GPU by events, read when they are asked for.
+
+    A block within another that it runs around counts once.
+    """
 
     def __init__(self):
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds = 0.0
+        self._runs = False
 
     @contextlib.contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
+        if self._runs:
+            yield
+            return
+        self._runs = True
+        try:
+            with self._once(device):
+                yield
+        finally:
+            self._runs = False
+
+    @contextlib.contextmanager
+    def _once(self, device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             began = time.perf_counter()
             yield

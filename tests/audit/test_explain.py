@@ -112,10 +112,22 @@ def test_suggestions_drop_and_replace_the_top_words(denoiser):
 def test_check_drops_both_ends_of_the_ranking(denoiser):
     explanation = explain(denoiser, PROMPT, num_generations=2, **FEW)
     (check,) = check_words(denoiser, [explanation], num_generations=2, **FEW)
-    assert check.score == pytest.approx(explanation.score, abs=1e-4)
     assert (check.top, check.bottom) == (explanation.ranked()[0].text, explanation.ranked()[-1].text)
     without = explain(denoiser, PROMPT.replace(f"{check.top} ", "", 1), num_generations=1, **FEW)
     assert check.score_without_top != pytest.approx(check.score, abs=1e-6) and without.score > 0
+
+
+def test_the_check_draws_noise_that_ranked_nothing(denoiser, monkeypatch):
+    drawn = []
+    noise = Denoiser.noise
+    monkeypatch.setattr(Denoiser, "noise", lambda self, seeds: drawn.append(set(seeds)) or noise(self, seeds))
+    explanation = explain(denoiser, PROMPT, num_generations=3, suggest=1, **FEW)
+    ranked, drawn[:] = set.union(*drawn), []
+    (check,) = check_words(denoiser, [explanation], num_generations=3, **FEW)
+    checked = set.union(*drawn)
+    assert len(ranked) == len(checked) == 3 and ranked.isdisjoint(checked)
+    assert check.score != pytest.approx(explanation.score, abs=1e-6)
+    assert check_words(denoiser, [explanation], num_generations=3, **FEW) == [check]
 
 
 def test_markup_in_a_prompt_shows_as_text(denoiser, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from memtrain.audit.compare import Comparison, Judges, caption_margin, copy_rmse, encode_images
+from memtrain.audit.compare import Comparison, Judges, caption_margin, encode_images
 from memtrain.audit.denoiser import generation_seeds
 from memtrain.audit.halving import Halving
 from memtrain.audit.mitigate import Sampling, follow, generate, mitigate, resolve_target
@@ -21,6 +21,7 @@ from memtrain.audit.mitigations import (
     Start,
 )
 from memtrain.cli.main import main
+from memtrain.core.copies import latent_rmse
 from memtrain.data.samples import ShardSamples
 
 PROMPT = "fox on a red background"
@@ -190,7 +191,7 @@ def test_training_images_are_copies_of_themselves(denoiser, corpus):
     images = np.stack([ShardSamples(str(corpus), 64).get(n)[0] for n in range(2)]).transpose(0, 2, 3, 1)
     latents = encode_images(denoiser, images, Halving(1))
     assert latents.shape == (2, *denoiser.latent_shape)
-    assert copy_rmse(latents, latents).eq(0).all() and (copy_rmse(latents, latents.flip(0)) > 0).all()
+    assert latent_rmse(latents, latents).eq(0).all() and (latent_rmse(latents, latents.flip(0)) > 0).all()
     judges = Judges(originals=images, judge=denoiser, max_rmse=1e9)
     comparison = Comparison(denoiser, ["cat", "fox"], 2, Sampling(2), judges)
     result = comparison.run("none", None, None)

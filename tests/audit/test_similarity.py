@@ -106,7 +106,7 @@ def test_a_stand_in_is_never_called_sscd():
 
 def test_the_cut_itself_is_a_copy_for_a_distance_alone(sscd_file):
     assert LatentRmse(0.25).is_copy(np.array([0.2, 0.25, 0.26])).tolist() == [True, True, False]
-    assert Sscd(sscd_file, CPU, cut=0.7).is_copy(np.array([0.6, 0.7, 0.71])).tolist() == [False, False, True]
+    assert Sscd(sscd_file, CPU, min_sscd=0.7).is_copy(np.array([0.6, 0.7, 0.71])).tolist() == [False, False, True]
     assert LatentRmse().nearness(0.1) > LatentRmse().nearness(0.2)
 
 
@@ -125,9 +125,9 @@ def test_a_file_that_is_no_torchscript_is_refused_in_one_line(tmp_path, sscd_fil
             assert "\n" not in str(raised.value) and str(path) in str(raised.value)
     with pytest.raises(ValueError, match="sscd_resize must be one of small_288, skew_320, got 288"):
         Sscd(sscd_file, CPU, "288")
-    with pytest.raises(ValueError, match="cut must lie between -1 and 1"):
-        Sscd(sscd_file, CPU, cut=2)
-    with pytest.raises(ValueError, match="cut must be > 0"):
+    with pytest.raises(ValueError, match="min_sscd must lie between -1 and 1"):
+        Sscd(sscd_file, CPU, min_sscd=2)
+    with pytest.raises(ValueError, match="max_rmse must be > 0"):
         LatentRmse(0)
 
 

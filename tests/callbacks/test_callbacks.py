@@ -12,6 +12,7 @@ from memtrain.callbacks.curves import MemorizationCurves
 from memtrain.callbacks.memorized_table import MemorizedTable, VisitedSamples
 from memtrain.callbacks.validation import Validation
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, FixedThreshold
+from memtrain.core.visits import SUMS, columns_of
 from memtrain.report.curves import draw_curves, read_metrics
 from memtrain.report.pictures import draw_samples
 from memtrain.report.table import put_between_marks
@@ -107,7 +108,7 @@ def test_validation_leaves_training_untouched(pipeline_folder, corpus, tmp_path)
 
 
 def test_a_generation_equal_to_the_training_image_is_a_copy(pipeline_folder, corpus, tmp_path, monkeypatch):
-    """The cut is on the RMSE of scaled latents: at 0 nothing is a copy, at infinity everything is."""
+    """The bound is on the RMSE of scaled latents: at 0 nothing is a copy, at infinity everything is."""
     rates = {}
     for cut in (1e-6, math.inf):
         looks = copies(reference=4, max_rmse=cut)
@@ -156,34 +157,53 @@ def test_canaries_are_named_with_group_and_caption(pipeline_folder, corpus, tmp_
 def test_visited_samples_are_summed_and_of_bounded_number():
     generator = np.random.default_rng(0)
     index = generator.integers(0, 50, 2000)
-    rows = generator.random((4, 2000))
-    whole, parts, few = VisitedSamples(), VisitedSamples(), VisitedSamples(capacity=10)
+    rows = generator.random((2 + SUMS, 2000))
+    whole, parts = VisitedSamples(), VisitedSamples()
     whole.add(index, rows)
     for part in np.array_split(np.arange(2000), 7):
         parts.add(index[part], rows[:, part])
-        few.add(index[part], rows[:, part])
     np.testing.assert_array_equal(whole.index, parts.index)
     np.testing.assert_allclose(whole.sums, parts.sums)
     np.testing.assert_allclose(whole.sums[0], np.bincount(index, rows[0]))
-    assert len(few.index) <= 20
-    often = VisitedSamples()  # the one that is high more often stands out more, the one without a score not at all
-    often.add(np.array([3, 3, 3, 5, 9]), np.array([[1] * 5, [1, 1, 1, 1, 0], [2.0] * 5, [1, 1, 1, 1.2, 0]]))
-    assert often.index[often.highest(3)].tolist() == [3, 5]
+    strength = whole.index.astype(float)
+    whole.forget(strength, capacity=25)
+    assert len(whole.index) == 50
+    whole.forget(strength, capacity=10)
+    assert whole.index.tolist() == list(range(40, 50)) and np.array_equal(whole.sums, parts.sums[:, 40:])
+
+
+def test_what_stands_out_is_told_by_the_reference_sets_visits():
+    """The one that is high more often stands out more, the one without a visit that counts not at all."""
+    z, time = torch.randn(40, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 1, 40)
+    reference, often = VisitedSamples(), VisitedSamples()
+    reference.add(np.arange(40) % 8, torch.cat([torch.ones(2, 40).double(), columns_of(z, time)]).numpy())
+    columns = columns_of(torch.tensor([4.0, 4, 4, 4, 0]), torch.full((5,), 0.5))
+    counts = torch.tensor([1.0, 1, 1, 1, 0])
+    rows = torch.cat([torch.ones(1, 5).double(), torch.cat([torch.full((1, 5), 2.0).double(), columns]) * counts])
+    often.add(np.array([3, 3, 3, 5, 9]), rows.numpy())
+    strength = often.evidence(reference)
+    assert often.index[often.highest(strength, 3)].tolist() == [3, 5] and strength[0] > strength[1] > 1
+    assert often.score.tolist() == [2, 2, 0]
 
 
 def test_the_table_of_the_most_memorized_shows_real_visits(pipeline_folder, corpus, tmp_path):
     looks, record = table(), Record()
     module = build_module(pipeline_folder, reference_every=1, reference_batch=32)
-    fit(module, build_data(corpus), tmp_path, 12, callbacks=[looks, record])
+    data = build_data(corpus)
+    fit(module, data, tmp_path, 12, callbacks=[looks, record])
     index = torch.cat([o.sample_index for o in record.observed]).numpy()
     captioned = torch.cat([o.captioned for o in record.observed]).numpy()
     visits = np.bincount(index[captioned], minlength=48)
     np.testing.assert_array_equal(looks.visited.sums[0], visits[looks.visited.index])
-    assert looks.visited.sums[1].sum() > 0 and (looks.visited.sums[1] <= looks.visited.sums[0]).all()
+    assert looks.visited.sums[2].sum() > 0 and (looks.visited.sums[2] <= looks.visited.sums[0]).all()
+    np.testing.assert_array_equal(looks.reference.index, np.sort(data.groups.reference))
+    shown, held_out = looks.visited.evidence(looks.reference), looks.visited.evidence(None)
+    assert np.isfinite(shown).all() and shown.any() and not np.array_equal(shown, held_out)
     assert pixels(tmp_path / "memorized.png").std() > 10
     again = table()
     again.load_state_dict(looks.state_dict())
     np.testing.assert_array_equal(again.visited.sums, looks.visited.sums)
+    np.testing.assert_array_equal(again.reference.sums, looks.reference.sums)
 
 
 def test_captions_are_shown_as_text_whatever_they_hold(tmp_path):

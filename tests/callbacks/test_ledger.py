@@ -1,10 +1,6 @@
 """The ledger holds what was observed, once, whatever becomes of the run."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -37,10 +33,12 @@ class Watch(pl.Callback):
         ):
             for row in range(0 if observed is None else len(kept)):
                 if observed.known[row] if pl_module.exclusion.needs_score else observed.captioned[row]:
+                    index, picture = int(observed.sample_index[row]), int(observed.picture[row])
                     self.rows.append(
                         {
                             "step": self.last - 1,
-                            "key": key(int(observed.sample_index[row])),
+                            "key": key(index),
+                            "duplicate_of": key(picture) if picture != index else None,
                             "group": GROUP_NAMES[observed.group[row]],
                             "timestep": int(observed.timesteps[row]),
                             "score": observed.score[row].item() if observed.scored[row] else None,
@@ -222,43 +220,22 @@ def test_a_wrong_share_is_named(share):
 
 # ---- two ranks and one
 
-ROOT = Path(__file__).resolve().parents[2]
 
-TRAIN = """
-import sys
-sys.path.insert(0, {root!r})
-import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy
-from memtrain.callbacks.checkpoint import checkpoint
-from memtrain.callbacks.ledger import Ledger
-from memtrain.core.exclusion import FixedThreshold
-from tests.conftest import build_data, build_module
-
-ranks, steps, ckpt_path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] or None
-options = dict(accelerator="cpu", devices=ranks, max_steps=steps, max_epochs=-1, logger=False,
-    gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
-    use_distributed_sampler=False, num_sanity_val_steps=0, default_root_dir={folder!r})
-if ranks > 1:
-    options["strategy"] = DDPStrategy(process_group_backend="gloo")
-callbacks = [Ledger(1.0, 7), checkpoint(4, {folder!r} + "/checkpoints")]
-trainer = pl.Trainer(callbacks=callbacks, **options)
-module = build_module({pipeline!r}, FixedThreshold({threshold}))
-trainer.fit(module, build_data({corpus!r}, 4 // ranks), ckpt_path=ckpt_path, weights_only=True)
-"""
+def train_a_rank(pipeline: str, corpus: str, run: str, ranks: int, steps: int, ckpt_path: str | None) -> None:
+    module = build_module(pipeline, FixedThreshold(THRESHOLD))
+    callbacks = [Ledger(1.0, 7), checkpoint(4, f"{run}/checkpoints")]
+    fit(module, build_data(corpus, 4 // ranks), run, steps, callbacks=callbacks, ckpt_path=ckpt_path, ranks=ranks)
 
 
 @pytest.mark.slow
-def test_two_ranks_and_one_have_the_same_rows(pipeline_folder, corpus, tmp_path):
+def test_two_ranks_and_one_have_the_same_rows(forks, pipeline_folder, corpus, tmp_path):
     """Begun on two and gone on with on one, past a step that both have made, too."""
     one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
     for run, parts in ((one, [(1, 8)]), (two, [(2, 8)]), (changed, [(2, 6), (1, 8)])):
         run.mkdir()
-        script = run / "train.py"
-        paths = dict(root=str(ROOT), folder=str(run), pipeline=str(pipeline_folder), corpus=str(corpus))
-        script.write_text(TRAIN.format(**paths, threshold=THRESHOLD))
         for number, (ranks, steps) in enumerate(parts):
-            command = [sys.executable, str(script), str(ranks), str(steps), last(run) if number else ""]
-            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+            arguments = (pipeline_folder, corpus, run, ranks, steps, last(run) if number else None)
+            forks.call(train_a_rank, *arguments, log=run / "log", ranks=ranks)
     expected = rows(one)
     exact = ("step", "key", "group", "timestep", "threshold", "kept")
     for run in (two, changed):

@@ -1,14 +1,13 @@
 """Sums and histograms of the live score against the same figures from all rows."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from memtrain.callbacks.curves import MemorizationCurves
 from memtrain.callbacks.live_statistics import (
     LiveStatistics,
     auc_of_counts,
@@ -16,10 +15,10 @@ from memtrain.callbacks.live_statistics import (
     score_at,
     tpr_of_counts,
 )
-from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, Observations
+from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, FixedThreshold, Observations
 from memtrain.core.statistics import auc, tpr_at_fpr
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.callbacks.test_callbacks import copies, table, validation
+from tests.conftest import build_data, build_module, fit
 
 
 def observed(rows: int, seed: int = 0, **columns) -> Observations:
@@ -28,6 +27,7 @@ def observed(rows: int, seed: int = 0, **columns) -> Observations:
     yes = torch.ones(rows, dtype=torch.bool)
     defaults = dict(
         sample_index=torch.arange(rows),
+        picture=torch.arange(rows),
         timesteps=timesteps,
         score=torch.rand(rows, generator=generator) * 3 + 0.01,
         loss=torch.rand(rows, generator=generator),
@@ -112,43 +112,25 @@ def test_two_halves_add_up_to_the_whole():
     torch.testing.assert_close(halves[0].flat + halves[1].flat, whole.flat)
 
 
-RANKS = """
-import json, sys
-sys.path.insert(0, {root!r})
-import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy
-from memtrain.callbacks.curves import MemorizationCurves
-from memtrain.core.exclusion import FixedThreshold
-from tests.callbacks.test_callbacks import copies, table, validation
-from tests.conftest import build_data, build_module
-ranks = int(sys.argv[1])
-module = build_module({pipeline!r}, FixedThreshold(1.1), reference_every=1, reference_batch=40)
-watching = [MemorizationCurves(every=3, high_noise=0.5), validation(), copies(every=3, max_rmse=1.98), table()]
-trainer = pl.Trainer(accelerator="cpu", devices=ranks, max_steps=6, max_epochs=-1, accumulate_grad_batches=2 // ranks,
-    strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto", callbacks=watching, logger=False,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    gradient_clip_val=1.0, default_root_dir={out!r})
-trainer.fit(module, datamodule=build_data({corpus!r}, 4))
-if trainer.is_global_zero:
-    found = {{name: value.item() for name, value in trainer.callback_metrics.items()}}
-    found |= {{f"memorized_at/{{key}}": step or -1 for key, step in watching[2].memorized_at(trainer).items()}}
-    found |= {{f"visits/{{i}}": n for i, n in zip(watching[3].visited.index.tolist(), watching[3].visited.sums[0])}}
-    found |= {{f"z/{{i}}": z for i, z in zip(watching[3].visited.index.tolist(), watching[3].visited.z)}}
-    json.dump(found, open(sys.argv[2], "w"))
-"""
+def train_a_rank(pipeline: str, corpus: str, out: str, ranks: int) -> None:
+    module = build_module(pipeline, FixedThreshold(1.1), reference_every=1, reference_batch=40)
+    watching = [MemorizationCurves(every=3, high_noise=0.5), validation(), copies(every=3, max_rmse=1.98), table()]
+    trainer = fit(module, build_data(corpus, 4), out, 6, accumulate=2 // ranks, callbacks=watching, ranks=ranks)
+    if trainer.is_global_zero:
+        found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        found |= {f"memorized_at/{key}": step or -1 for key, step in watching[2].memorized_at(trainer).items()}
+        visited = watching[3].visited
+        found |= {f"visits/{i}": n for i, n in zip(visited.index.tolist(), visited.sums[0], strict=True)}
+        found |= {f"z/{i}": z for i, z in zip(visited.index.tolist(), watching[3]._evidence(module).tolist(), strict=True)}
+        Path(out, f"{ranks}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_two_ranks_log_what_one_logs(pipeline_folder, corpus, tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        RANKS.format(root=str(ROOT), pipeline=str(pipeline_folder), corpus=str(corpus), out=str(tmp_path))
-    )
+def test_two_ranks_log_what_one_logs(forks, pipeline_folder, corpus, tmp_path):
     found = []
-    for ranks in ("1", "2"):
-        out = tmp_path / f"{ranks}.json"
-        subprocess.run([sys.executable, script, ranks, out], check=True, capture_output=True, timeout=900)
-        found.append(json.loads(out.read_text()))
+    for ranks in (1, 2):
+        forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, ranks, log=tmp_path / "log", ranks=ranks)
+        found.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
     one, two = found
     for figures in found:  # of the last micro-batch of rank 0, for the progress bar; and the clock's
         for name in ("loss", "score", "excluded", "samples_per_second", "scoring_share"):

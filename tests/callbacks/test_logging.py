@@ -25,7 +25,7 @@ def read_wandb(folder: Path) -> list[dict]:
     program = Path(sys.executable).parent / "wandb"
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     done = subprocess.run(
-        [program, "leet", "inspect", "--json", path], check=True, capture_output=True, text=True, timeout=60
+        [program, "leet", "inspect", "--json", path], check=True, capture_output=True, text=True, timeout=1200
     )
     records = [json.loads(line) for line in done.stdout.splitlines()]
     return [record["history"]["item"] for record in records if record["type"] == "history"]

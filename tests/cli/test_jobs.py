@@ -16,10 +16,9 @@ from memtrain.cli import jobs
 from memtrain.training.resume import checkpoints_in
 from tests import slurm
 from tests.cli.test_main import fails
-from tests.training.forks import small_run, wait_until
+from tests.training.forks import PATIENCE, small_run, wait_until
 
 REPO = Path(__file__).resolve().parents[2]
-PATIENCE = 400.0  # seconds, on a busy machine
 
 
 class Jobs:
@@ -53,7 +52,7 @@ class Jobs:
 
     def wait(self, process: subprocess.Popen, *begun: int, enough=all) -> None:
         """Until these jobs have a checkpoint."""
-        wait_until(lambda: enough(map(self.saved, begun)) or process.poll() is not None, PATIENCE)
+        wait_until(lambda: enough(map(self.saved, begun)) or process.poll() is not None)
         assert process.poll() is None, self.log.read_text()
 
     def check(self, *thresholds: float, steps: int) -> None:
@@ -120,7 +119,7 @@ def test_jobs_of_slurm_go_back_into_the_queue_and_on_with_their_run(jobs_of, tmp
     several = jobs_of("hydra/launcher=slurm", "trainer.max_steps=60", **cluster)
     process = several.start("exclusion.threshold=1,3")
     try:
-        wait_until(lambda: len(list(Path(cluster["STAND_IN_JOBS"]).iterdir())) == 2, PATIENCE)
+        wait_until(lambda: len(list(Path(cluster["STAND_IN_JOBS"]).iterdir())) == 2)
         first, second = (folder.name for folder in sorted(Path(cluster["STAND_IN_JOBS"]).iterdir()))
         orders = {0: ("scancel", "--signal=USR2", first), 1: ("scontrol", "requeue", second)}
         while orders:

@@ -6,7 +6,16 @@ from memtrain.core.exclusion import TRAINED, Observations
 
 
 def observe(
-    score, timesteps=900, index=None, group=TRAINED, scored=True, loss=1.0, captioned=True, latent_numel=16, picture=None
+    score,
+    timesteps=900,
+    index=None,
+    group=TRAINED,
+    scored=True,
+    loss=1.0,
+    captioned=True,
+    latent_numel=16,
+    picture=None,
+    copies=1,
 ) -> Observations:
     """Scores of fresh visits; a number stands for all of them."""
     score = torch.as_tensor(score, dtype=torch.float32)
@@ -19,6 +28,7 @@ def observe(
     return Observations.of_visit(
         sample_index=index,
         picture=index if picture is None else torch.as_tensor(picture),
+        copies=column(copies, torch.long),
         timesteps=column(timesteps, torch.long),
         score=score,
         loss=column(loss, torch.float32),

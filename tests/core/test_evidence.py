@@ -17,7 +17,8 @@ def z_scores(num_samples=100, **options) -> ZScoreEvidence:
 
 def likelihood(num_samples=100, **options) -> LikelihoodEvidence:
     defaults = dict(false_positive_rate=0.05, miss_rate=0.1, memory=0.95, clip=3.0, shift=1.0, shift_weight=5)
-    defaults |= dict(num_bins=10, half_life=1000, canary_half_life=1000, own_visits=0, own_limit=1.0, warmup=20)
+    defaults |= dict(num_bins=10, half_life=1000, canary_half_life=1000, own_visits=0, own_limit=1.0)
+    defaults |= dict(copies_weight=0.5, warmup=20)
     rule = LikelihoodEvidence(**(defaults | options))
     rule.setup(num_samples=num_samples, num_timesteps=1000)
     return rule
@@ -322,3 +323,48 @@ def test_z_scores_of_ordinary_samples_stay_rare():
         rule.update(observe(torch.randn(99, generator=generator).exp()))
         excluded += rule.excluded[:99].float().mean().item() / 200
     assert excluded < 0.02
+
+
+# ---- how many samples of the corpus show a picture
+
+
+def test_the_more_samples_show_a_picture_the_less_else_has_to_speak_for_it():
+    visits = {}
+    for copies in (1, 2, 20, 300, 100_000):
+        rule = likelihood(false_positive_rate=0.01, clip=1.0)
+        warm(rule)
+        for visit in range(1, 50):
+            if not rule.decide(observe([math.e**1.2], index=[3], copies=copies)).keep_mask.all():
+                break
+            rule.update(observe([math.e**1.2], index=[3], copies=copies))
+        visits[copies] = visit
+    assert visits[1] > visits[20] > visits[300] >= visits[100_000] >= 1 and visits[1] >= visits[2]
+
+
+def test_no_number_of_copies_leaves_a_picture_out_without_evidence():
+    rule = likelihood(false_positive_rate=0.01, clip=1.0)
+    warm(rule)
+    assert rule.decide(observe([1e-3], index=[3], copies=10**9)).keep_mask.all()
+    unscored = observe([1e6], index=[3], copies=10**9, scored=False)
+    assert rule.decide(unscored).keep_mask.all()
+
+
+def test_a_picture_with_copies_comes_back_and_rests_as_far_below_the_bound_as_others():
+    rule = likelihood(false_positive_rate=0.01, clip=1.0)
+    warm(rule)
+    for copies, index in ((1, 3), (300, 4)):
+        while not rule.excluded[index]:
+            rule.update(observe([math.e**2], index=[index], copies=copies))
+        while rule.excluded[index]:
+            rule.update(observe([math.e**-2], index=[index], copies=copies))
+        for _ in range(100):
+            rule.update(observe([math.e**-2], index=[index], copies=copies))
+        resting = rule.evidence[index] + rule.prior(torch.tensor([copies]))
+        torch.testing.assert_close(resting, torch.tensor([rule.leave], dtype=torch.float32))
+
+
+def test_a_weight_of_zero_makes_nothing_of_copies_and_less_is_refused():
+    assert likelihood(copies_weight=0.0).prior(torch.tensor([1, 300])).tolist() == [0, 0]
+    assert likelihood().prior(torch.tensor([1])).tolist() == [0]
+    with pytest.raises(ValueError, match=r"exclusion\.copies_weight must be >= 0, got -1"):
+        likelihood(copies_weight=-1.0)

@@ -78,6 +78,25 @@ def test_min_snr_weights_bound_the_loss_on_x0(prediction_type):
     torch.testing.assert_close(weight * to_x0, snr.clamp(max=5.0))
 
 
+@pytest.mark.parametrize(("prediction_type", "last"), [("epsilon", 1.0), ("v_prediction", 0.0)])
+def test_min_snr_weights_at_a_terminal_snr_of_zero_are_their_limits(prediction_type, last):
+    """Where abar_T = 0 there is no signal: min(SNR, gamma) / SNR was 0 / 0."""
+    alphas = torch.tensor([0.9, 1e-6, 0.0])
+    weight = losses.min_snr_weights(torch.arange(3), alphas, 5.0, prediction_type)
+    assert weight.isfinite().all() and weight[2] == last
+    torch.testing.assert_close(weight[1], weight[2], atol=1e-5, rtol=0)
+
+
+def test_masked_sum_keeps_what_is_not_finite_out_of_the_sum_but_not_out_of_shared_gradients():
+    """A loss that is not finite because of its row's activations: 0 times NaN is NaN in what all rows share."""
+    weight = torch.ones(1, requires_grad=True)
+    row = torch.tensor([1.0, math.nan, 3.0], requires_grad=True)
+    total = losses.masked_sum(weight * row, torch.ones(3), torch.tensor([True, False, True]))
+    total.backward()
+    assert total.item() == 4 and row.grad.tolist() == [1, 0, 1]
+    assert weight.grad.isnan()  # why a step with such a row is skipped (training.accumulation)
+
+
 def test_masked_sum_keeps_a_graph_and_stops_what_is_not_finite():
     loss = torch.tensor([1.0, float("nan"), 3.0], requires_grad=True)
     total = losses.masked_sum(loss, torch.tensor([2.0, 1.0, 1.0]), torch.tensor([True, False, True]))

@@ -1,4 +1,4 @@
-"""Corpora for tests: real tars, with every fault that SHARDS.md lists, each known by name."""
+"""Corpora for tests: real tars, with every fault that docs/shards.md lists, each known by name."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class FaultyCorpus:
 
 
 def corpus_with_every_fault(folder: Path) -> FaultyCorpus:
-    """Nine shards of unequal size in `folder` with every fault of SHARDS.md that can lie on a disk.
+    """Nine shards of unequal size in `folder` with every fault of docs/shards.md that can lie on a disk.
 
     What is odd and yet to be trained on stands between what is broken, so that a good neighbour that is lost
     shows. Not in it, for a folder cannot show it: a shard that vanishes, and fewer shards than readers.

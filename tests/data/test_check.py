@@ -10,10 +10,12 @@ from memtrain.cli.shards import shards, shown
 from memtrain.data.check import KINDS, check
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
+from memtrain.data.shards import DAMAGED
 from memtrain.data.sources import local_shards
 from tests.data.corpora import (
     FaultyCorpus,
     corpus_with_every_fault,
+    cut,
     encode,
     sample,
     textured,
@@ -172,6 +174,17 @@ def test_a_shard_that_vanishes_is_named_and_its_neighbours_are_read(healthy):
         ("00000.tar", "stats_disagree"),
     ]
     assert [shard.complete for shard in report.shards] == [0, 3]
+
+
+def test_a_sample_on_the_break_between_joined_tars_is_damage_and_is_named(healthy):
+    one, two = healthy / "00000.tar", healthy / "00001.tar"
+    cut(one, "000000002.txt", "bytes")
+    one.write_bytes(one.read_bytes() + two.read_bytes())
+    report = check_folder(healthy)
+    lost = [(fault.name, fault.kind, fault.cause) for fault in report.faults if fault.lost]
+    assert lost[0][:2] == ("00000.tar", "damage") and "neither a header nor its end-of-archive mark" in lost[0][2]
+    assert lost[1:] == [("00000.tar/000000002", "damage", DAMAGED)]
+    assert [(shard.samples, shard.complete) for shard in report.shards] == [(3, 2), (3, 3)]
 
 
 @pytest.mark.parametrize("stats", [b"", b"{", b"[]", b'{"count": 3}', b'{"successes": "3"}', b'{"successes": NaN}'])

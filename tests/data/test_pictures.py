@@ -83,7 +83,7 @@ def test_a_changed_shard_is_hashed_again(corpus, tmp_path):
     assert firsts(find_pictures(ShardSamples(str(corpus), 64, cache_dir=cache), "near", 1), 11) == SAME
     write_tar(corpus / "00001.tar", [m for row in range(6) for m in sample(f"1{row:03d}", image(2), "2")])
     found = find_pictures(ShardSamples(str(corpus), 64, cache_dir=cache), "near", 1)
-    assert firsts(found, 11) == {0: 0, 3: 0, 2: 2, **{position: 2 for position in range(5, 11)}}
+    assert firsts(found, 11) == {0: 0, 3: 0, 2: 2, **dict.fromkeys(range(5, 11), 2)}
 
 
 def test_what_cannot_be_decoded_or_has_no_features_equals_its_own_bytes_alone(tmp_path):
@@ -150,3 +150,21 @@ def test_a_sacrificed_sample_can_be_named(corpus):
     for repeats in (None, 3):
         data = from_shards(str(corpus), 64, 2, 0, repeats=repeats, sacrificed_keys=["00001.tar/1002"], **options)
         assert data.groups.sacrificed.tolist() == ([1, 7] if repeats is None else [7])
+
+
+def test_two_names_of_one_picture_sacrifice_one(corpus):
+    pictures = Pictures.labelled(np.array(list(SAME)), np.array(list(SAME.values())))
+    groups = draw_groups((5, 6), 0, 2, 3, pictures=pictures, planted=False, named=[5, 3])
+    assert groups.sacrificed.tolist() == [0, 3, 5, 10] and groups.canary.tolist() == [1, 7]
+    planted = draw_groups((5, 6), 0, 3, 2, pictures=pictures, planted=True, named=[5, 3])
+    assert planted.sacrificed.tolist() == [5] and len(planted.canary) == 2
+
+
+def test_names_that_cannot_be_sacrificed_are_refused(corpus):
+    """Of a sample without duplicates, another picture was sacrificed in its place; of too many, nearly all samples."""
+    pictures = Pictures.labelled(np.array(list(SAME)), np.array(list(SAME.values())))
+    with pytest.raises(ValueError, match=r"canaries\.sacrificed_keys names 1 sample without a duplicate.*repeats=100"):
+        draw_groups((5, 6), 0, 2, 3, pictures=pictures, planted=False, named=[2, 1])
+    for planted in (True, False):
+        with pytest.raises(ValueError, match=r"sacrificed_keys names 2 pictures, more than canaries\.count=1"):
+            draw_groups((5, 6), 0, 1, 3, pictures=pictures, planted=planted, named=[0, 1])

@@ -201,7 +201,7 @@ def test_the_figures_hold_the_curves(run, page):
 
 def test_the_most_memorized_come_first_with_picture_and_caption(page):
     text = page.text
-    start, excluded = text.index("Most memorized samples"), text.index("Excluded most often")
+    start, excluded = text.index("Most memorized pictures"), text.index("Excluded most often")
     shown = re.findall(r"00000\.tar/\d{9}", text[start:excluded])
     assert set(map(key, [*range(MEMORIZED), 150, 151, 152, 153])) == set(shown[: MEMORIZED + 4])
     assert text[start:excluded].count("stands out") >= MEMORIZED + 4
@@ -215,7 +215,7 @@ def test_the_most_memorized_come_first_with_picture_and_caption(page):
 
 def test_the_verdict_names_what_was_planted(run):
     sentences = [sentence.text for sentence in verdict(read_run(run), None)]
-    says = r"(\d+) of 1\d\d ordinary training samples look .* about 2, so some are\."
+    says = r"(\d+) of 1\d\d ordinary training pictures look .* about 2, so some are\."
     found = re.fullmatch(says, sentences[0])
     assert found and MEMORIZED <= int(found[1]) <= 3 * MEMORIZED, sentences[0]
     assert sentences[1] == "4 of 4 canaries look memorized by their score."
@@ -263,7 +263,7 @@ def test_what_is_missing_is_said(tmp_path):
     gone = make_run(tmp_path / "gone", with_reference=False, finished=False)
     write_report([gone], gone / "report.html")
     page = read(gone / "report.html")
-    assert "the shards cannot be opened any more" in page.text and "Without a reference set" in page.text
+    assert "the shards cannot be opened any more" in page.text and "No reference set was scored" in page.text
     assert "stands out" not in page.text and "is not known" in page.text
     assert EVIL in page.texts  # the canary's caption is in canaries.csv
     (gone / "config.yaml").write_text("- [no settings")
@@ -320,7 +320,7 @@ def test_a_browser_draws_every_figure(run, page, tmp_path):
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
     options += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom"]
     url = (run / "report.html").as_uri()
-    done = subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, timeout=1200)
     assert "CONSOLE" not in done.stderr, done.stderr  # no error, nothing refused
     dom = done.stdout
     assert dom.count("<canvas") == len(page.data) and dom.count("u-legend") >= len(page.data)

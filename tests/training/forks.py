@@ -1,6 +1,6 @@
-"""Runs the program as a user does, many times, without paying for the imports each time: a process that forks.
+"""Runs the program, or a function, in processes of their own, without paying for the imports each time: a fork each.
 
-Each line of its input is a job; for each rank a child runs `memtrain`, in the environment that torchrun gives.
+Each line of the server's input is a job; for each rank a child does it, in the environment that torchrun gives.
 """
 
 import contextlib
@@ -11,13 +11,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 1200.0  # s, for whatever a test waits for: nothing may depend on how fast a machine is
 
 _SERVER = """
 import atexit, importlib, json, os, resource, sys, traceback
 sys.path.insert(0, {root!r})
+cache = os.environ.get("MEMTRAIN_CACHE", "")
+import tests.conftest
+os.environ["MEMTRAIN_CACHE"] = cache
 import hydra, pytorch_lightning, diffusers, wandb
 import memtrain.callbacks.canaries, memtrain.callbacks.checkpoint, memtrain.callbacks.curves, memtrain.callbacks.ledger
 import memtrain.callbacks.logging, memtrain.callbacks.signals, memtrain.callbacks.summary, memtrain.callbacks.validation
@@ -39,7 +44,11 @@ def run(job, rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
     code = 0
     try:
-        memtrain.cli.main.main(job["argv"])
+        if job["function"]:
+            module, _, name = job["function"].rpartition(".")
+            getattr(importlib.import_module(module), name)(*job["argv"])
+        else:
+            memtrain.cli.main.main(job["argv"])
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
@@ -65,7 +74,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """`with Forks() as forks: job = forks.start([...]); forks.wait()`"""
+    """`with Forks() as forks: job = forks.start([...]); forks.wait()`. One job at a time."""
 
     def __enter__(self) -> "Forks":
         self.going: list[int] = []
@@ -81,13 +90,28 @@ class Forks:
         self.server.wait()
         self.server.stdout.close()
 
-    def start(self, argv: list[str], log: Path, ranks: int = 1, file_size: int = 0, **environment: str) -> list[int]:
-        """Process ids, by rank. What rank 0 says is appended to `log`.0. `file_size`: no file may be larger, bytes."""
+    def start(
+        self,
+        argv: list,
+        log: Path,
+        ranks: int = 1,
+        file_size: int = 0,
+        function: Callable | None = None,
+        **environment: str,
+    ) -> list[int]:
+        """Process ids, by rank. What rank 0 says is appended to `log`.0.
+
+        Args:
+            argv: of `memtrain`, or the arguments of `function`, which json can write.
+            file_size: no file may be larger, bytes; 0: any may.
+            function: a function of a module that can be imported.
+        """
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
         job = dict(
             argv=argv,
+            function=f"{function.__module__}.{function.__qualname__}" if function else None,
             log=str(log),
             ranks=ranks,
             port=port,
@@ -121,6 +145,18 @@ class Forks:
         self.start(argv, log, **options)
         return self.wait(), self.said()
 
+    def call(self, function: Callable, *arguments, log: Path, ranks: int = 1, **environment: str) -> None:
+        """Calls a function in a child, or in one for each rank, and waits. Raises AssertionError where one fails."""
+        arguments = [str(each) if isinstance(each, Path) else each for each in arguments]
+        self.start(arguments, log, ranks, function=function, **environment)
+        codes = self.wait()
+        assert not any(codes), (codes, *map(self.said, range(ranks)))
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Raises AssertionError with what rank 0 said where a rank ends before it comes true."""
+        wait_until(lambda: condition() or any(map(ended, self.going)))
+        assert condition(), self.said()
+
     def said(self, rank: int = 0) -> str:
         path = Path(f"{self.log}.{rank}")
         return path.read_text() if path.exists() else ""
@@ -134,9 +170,9 @@ def ended(process: int) -> bool:
         return True
 
 
-def wait_until(condition, timeout: float = 120.0) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     """Raises AssertionError where it does not come true."""
-    end = time.monotonic() + timeout
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Training on a corpus with every fault of SHARDS.md ends with the good samples all seen and the bad ones counted."""
+"""Training on a corpus with every fault of docs/shards.md ends, the good samples all seen, the bad ones counted."""
 
 from collections import Counter
 

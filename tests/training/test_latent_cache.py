@@ -1,9 +1,12 @@
 """Training from cached latents is training from pictures."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from memtrain.data.datamodule import from_shards
 from memtrain.data.samples import ShardSamples
@@ -138,3 +141,69 @@ def test_a_list_of_captions_is_refused(tmp_path):
         check_captions(ShardSamples(str(tmp_path), 64, column), [0])
     with pytest.raises(ValueError, match=r"data\.caption=many is a list of captions in 00000\.tar"):
         check_captions(ShardSamples(str(tmp_path), 64, "many"), [0])
+
+
+def batches_of(corpus, cache, model, **options):
+    batches = data(corpus, cache=str(cache), **options)
+    batches.check_cache(model.fingerprint, False)
+    return batches
+
+
+def test_a_cache_of_two_makes_is_refused(pipeline_folder, corpus, tmp_path):
+    """`memtrain cache overwrite=true` for another VAE was stopped after the first shards."""
+    write(pipeline_folder, corpus, tmp_path)
+    _, model = write(pipeline_folder, corpus, tmp_path, numbers=[])
+    batches_of(corpus, tmp_path, model)
+    next(model.vae.parameters()).data.add_(1e-3)
+    samples = ShardSamples(str(corpus), 64)
+    write_latents(
+        model, samples, [0, 1], str(tmp_path), dtype="float32", flip=False, batch_size=7, num_workers=0,
+        device=torch.device("cpu"), progress=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"00002\.tar\.latents\.safetensors was made with another VAE.*overwrite=true"):
+        batches_of(corpus, tmp_path, model)
+
+
+def test_a_rewritten_tar_of_the_same_size_makes_its_latents_outdated(pipeline_folder, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in "01":
+        write_tar(shards / f"{name}.tar", sample("a", "red", picture((200, 30, 30), form="PNG")))
+    size = (shards / "1.tar").stat().st_size
+    samples, model = write(pipeline_folder, shards, "beside")
+    groups = dict(seed=0, canaries=0, repeats=1, reference=0)
+    batches_of(shards, "beside", model, **groups)
+    write_tar(shards / "1.tar", sample("a", "tan", picture((30, 30, 200), form="PNG")))
+    assert (shards / "1.tar").stat().st_size == size
+    with pytest.raises(ValueError, match=r"1\.tar\.latents\.safetensors was made with another state of its shard"):
+        batches_of(shards, "beside", model, **groups)
+    samples = ShardSamples(str(shards), 64)
+    with pytest.raises(ValueError, match=r"1\.tar\.latents\.safetensors was made with another state of its shard"):
+        missing_shards(samples, "beside", made_with(model, samples), False, False)
+
+
+def test_latents_of_other_rows_are_refused(pipeline_folder, tmp_path):
+    """The filter reads the parquet beside the shard: as many samples pass, but others."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_tar(shards / "0.tar", [part for key in "abc" for part in sample(key, key, picture((9, 9, ord(key))))])
+
+    def score(*values):
+        pq.write_table(pa.table({"key": ["a", "b", "c"], "score": values}), shards / "0.parquet")
+
+    groups = dict(seed=0, canaries=0, repeats=1, reference=0, where="score > 0")
+    score(1, 1, 0)
+    _, model = write(pipeline_folder, shards, tmp_path, where="score > 0")
+    assert len(batches_of(shards, tmp_path, model, **groups).samples) == 2
+    score(0, 1, 1)
+    with pytest.raises(ValueError, match="another state of its shard"):
+        batches_of(shards, tmp_path, model, **groups)
+
+
+@pytest.mark.parametrize("header", ["[1]", "{}", "no json"])
+def test_a_header_that_says_nothing_is_refused(pipeline_folder, corpus, tmp_path, header):
+    _, model = write(pipeline_folder, corpus, tmp_path)
+    path = tmp_path / "00001.tar.latents.safetensors"
+    save_file(load_file(path), path, metadata={"memtrain": header})
+    with pytest.raises(ValueError, match=r"00001\.tar\.latents\.safetensors"):
+        batches_of(corpus, tmp_path, model)

@@ -1,8 +1,5 @@
 """Caption and embedding baselines: what they change, how often, and that it does not depend on ranks."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -179,31 +176,16 @@ def test_training_differs_from_training_without_and_repeats_itself(method, pipel
     assert not torch.equal(trained(method), trained(Method()))
 
 
-TWO_RANKS = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy
-from memtrain.training.methods import RandomTokensAdded
-from tests.conftest import build_data, build_module, weights
-module = build_module({pipeline!r}, method=RandomTokensAdded(0.5, 2), reference_batch=4)
-trainer = pl.Trainer(
-    accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"), max_steps=3,
-    max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0,
-    default_root_dir={out!r})
-trainer.fit(module, datamodule=build_data({corpus!r}, 2))
-if trainer.is_global_zero:
-    torch.save(weights(module), {out!r} + "/two.pt")
-"""
+def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
+    module = build_module(pipeline, method=RandomTokensAdded(0.5, 2), reference_batch=4)
+    trainer = fit(module, build_data(corpus, 2), out, 3, ranks=2)
+    if trainer.is_global_zero:
+        torch.save(weights(module), f"{out}/two.pt")
 
 
 @pytest.mark.slow
-def test_two_ranks_rewrite_as_one(pipeline_folder, corpus, tmp_path):
-    script = tmp_path / "two_ranks.py"
-    names = dict(root=str(ROOT), pipeline=str(pipeline_folder), corpus=str(corpus), out=str(tmp_path))
-    script.write_text(TWO_RANKS.format(**names))
-    subprocess.run([sys.executable, str(script)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900)
+def test_two_ranks_rewrite_as_one(forks, pipeline_folder, corpus, tmp_path):
+    forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, log=tmp_path / "log", ranks=2)
     module = build_module(pipeline_folder, method=RandomTokensAdded(0.5, 2), reference_batch=4)
     fit(module, build_data(corpus, 4), tmp_path, 3)
     two = torch.load(tmp_path / "two.pt", weights_only=True)

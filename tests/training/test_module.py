@@ -1,9 +1,6 @@
 """Properties of a training run, on real tars and a real (tiny) Stable Diffusion."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import pytorch_lightning as pl
@@ -145,41 +142,25 @@ def test_evidence_under_accumulation_decides_as_on_the_big_batch(pipeline_folder
     torch.testing.assert_close(weights(cut), weights(big), atol=1e-5, rtol=0)
 
 
-TWO_RANKS = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from tests.conftest import build_data, build_module, fit, weights
-from tests.training.test_module import KeepOddPlaces, quick_evidence
-rules = dict(odd=KeepOddPlaces, evidence=quick_evidence)
-module = build_module({pipeline!r}, rules[{rule!r}](), min_snr_gamma=5.0, reference_batch=4)
-import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy
-trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
-    max_steps=8, max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=1.0,
-    default_root_dir={out!r})
-trainer.fit(module, datamodule=build_data({corpus!r}, 2))
-if trainer.is_global_zero:
-    found = dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.accumulation.samples_seen)
-    torch.save(found, {out!r} + "/two.pt")
-"""
+RULES = dict(odd=KeepOddPlaces, evidence=quick_evidence)
+
+
+def train_a_rank(pipeline: str, corpus: str, out: str, rule: str) -> None:
+    module = build_module(pipeline, RULES[rule](), min_snr_gamma=5.0, reference_batch=4)
+    trainer = fit(module, build_data(corpus, 2), out, 8, accumulate=2, ranks=2)
+    if trainer.is_global_zero:
+        found = dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.accumulation.samples_seen)
+        torch.save(found, f"{out}/two.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["odd", "evidence"])
-def test_two_ranks_equal_one_process(pipeline_folder, corpus, tmp_path, rule):
+def test_two_ranks_equal_one_process(forks, pipeline_folder, corpus, tmp_path, rule):
     """min-SNR x exclusion x accumulation x 2 gloo ranks against one process with the big batch."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    script = tmp_path / "two_ranks.py"
-    script.write_text(
-        TWO_RANKS.format(root=root, pipeline=str(pipeline_folder), rule=rule, out=str(tmp_path), corpus=str(corpus))
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=300)
+    forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, rule, log=tmp_path / "log", ranks=2)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    exclusion = {"odd": KeepOddPlaces, "evidence": quick_evidence}[rule]()
     one, record, _ = run(
-        pipeline_folder, corpus, tmp_path, steps=8, batch_size=8, exclusion=exclusion, min_snr_gamma=5.0
+        pipeline_folder, corpus, tmp_path, steps=8, batch_size=8, exclusion=RULES[rule](), min_snr_gamma=5.0
     )
     assert two["seen"] == one.accumulation.samples_seen == 64
     assert not torch.cat(record.kept).all()

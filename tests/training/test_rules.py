@@ -1,9 +1,5 @@
 """All rules that learn, in training: on two ranks as on one, with remembered scores, from a step on."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -33,6 +29,7 @@ def quick_rules() -> dict[str, ExclusionRule]:
             canary_half_life=50,
             own_visits=2,
             own_limit=1.0,
+            copies_weight=0.5,
             warmup=2,
         ),
         "z_scores": ZScoreEvidence(0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2),
@@ -54,7 +51,8 @@ class Panel(ExclusionRule):
     def decide(self, observed: Observations) -> Decision:
         decisions = [rule.decide(observed) for rule in self.rules.values()]
         said = [c.double() for d in decisions for c in (d.keep_mask, d.threshold)]
-        self.rows.append(torch.stack([observed.timesteps.double(), observed.sample_index.double(), *said], 1))
+        rows = torch.stack([observed.timesteps.double(), observed.sample_index.double(), *said], 1)
+        self.rows.append(rows[observed.captioned])  # the others fill up a rank's turn of the reference set
         return decisions[0]
 
     def update(self, observed):
@@ -62,7 +60,7 @@ class Panel(ExclusionRule):
             rule.update(observed)
 
     def said(self) -> torch.Tensor:
-        """A row for each visit: timestep, sample, and keep and threshold of each rule."""
+        """A row for each visit with a caption: timestep, sample, and keep and threshold of each rule."""
         return torch.cat(self.rows)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -73,37 +71,22 @@ def ordered(rows: torch.Tensor) -> torch.Tensor:
     return rows[(rows[:, 0] * 1e6 + rows[:, 1]).argsort()]
 
 
-TWO_RANKS = """
-import sys, torch
-sys.path.insert(0, {root!r})
-from tests.conftest import build_data, build_module
-from tests.training.test_rules import Panel
-import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy
-panel = Panel()
-module = build_module({pipeline!r}, panel, reference_batch=4)
-trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"),
-    max_steps=12, max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    gradient_clip_val=1.0, default_root_dir={out!r})
-trainer.fit(module, datamodule=build_data({corpus!r}, 2, sacrificed=1))
-torch.save(dict(said=panel.said(), state=panel.state()), {out!r} + f"/rank{{trainer.global_rank}}.pt")
-"""
+def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
+    panel = Panel()
+    module = build_module(pipeline, panel, reference_batch=5)
+    trainer = fit(module, build_data(corpus, 2, sacrificed=1), out, 12, accumulate=2, ranks=2)
+    torch.save(dict(said=panel.said(), state=panel.state()), f"{out}/rank{trainer.global_rank}.pt")
 
 
 @pytest.mark.slow
-def test_two_ranks_decide_as_one(pipeline_folder, corpus, tmp_path):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS.format(root=root, pipeline=str(pipeline_folder), out=str(tmp_path), corpus=str(corpus)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=600)
+def test_two_ranks_decide_as_one(forks, pipeline_folder, corpus, tmp_path):
+    forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, log=tmp_path / "log", ranks=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for name, value in ranks[0]["state"].items():
         assert torch.equal(value, ranks[1]["state"][name]), name
 
     panel = Panel()
-    module = build_module(pipeline_folder, panel, reference_batch=4)
+    module = build_module(pipeline_folder, panel, reference_batch=5)
     fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 12)
     for name, value in panel.state().items():
         torch.testing.assert_close(ranks[0]["state"][name], value, atol=1e-3, rtol=1e-3, msg=name)

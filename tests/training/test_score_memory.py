@@ -1,9 +1,6 @@
 """Amortised scoring: what is remembered of a sample, when it is scored again, and what that decides."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ def visits(index, score=1.0, timesteps=500, captioned=True, scored=True) -> Obse
     score, timesteps, captioned, scored = (torch.as_tensor(value).expand(len(index)) for value in values)
     return Observations.of_visit(
         sample_index=index,
+        picture=index,
         timesteps=timesteps,
         score=score.float(),
         loss=score.float(),
@@ -216,32 +214,16 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path):
         torch.testing.assert_close(tensor, whole.memory.state_dict()[name], atol=0, rtol=0, equal_nan=True)
 
 
-TWO_RANKS = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import pytorch_lightning as pl
-from pytorch_lightning.strategies import DDPStrategy
-from memtrain.core.exclusion import FixedThreshold
-from memtrain.training.score_memory import Scoring
-from tests.conftest import build_data, build_module, weights
-module = build_module({pipeline!r}, FixedThreshold(1.0), scoring=Scoring(every_visits=2))
-trainer = pl.Trainer(
-    accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"), max_steps=8,
-    max_epochs=-1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    gradient_clip_val=1.0, default_root_dir={out!r})
-trainer.fit(module, datamodule=build_data({corpus!r}, 2))
-found = dict(weights=weights(module), memory=module.memory.state_dict())
-torch.save(found, {out!r} + f"/{{trainer.global_rank}}.pt")
-"""
+def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
+    module = build_module(pipeline, FixedThreshold(1.0), scoring=Scoring(every_visits=2))
+    trainer = fit(module, build_data(corpus, 2), out, 8, accumulate=2, ranks=2)
+    found = dict(weights=weights(module), memory=module.memory.state_dict())
+    torch.save(found, f"{out}/{trainer.global_rank}.pt")
 
 
 @pytest.mark.slow
-def test_two_ranks_remember_what_one_does(pipeline_folder, corpus, tmp_path):
-    script = tmp_path / "two_ranks.py"
-    names = dict(root=str(ROOT), pipeline=str(pipeline_folder), corpus=str(corpus), out=str(tmp_path))
-    script.write_text(TWO_RANKS.format(**names))
-    subprocess.run([sys.executable, str(script)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900)
+def test_two_ranks_remember_what_one_does(forks, pipeline_folder, corpus, tmp_path):
+    forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, log=tmp_path / "log", ranks=2)
     one, record = run(pipeline_folder, corpus, tmp_path, 8, Scoring(every_visits=2), FixedThreshold(1.0), batch_size=8)
     assert not torch.cat(record.kept).all()
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

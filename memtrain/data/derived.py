@@ -1,0 +1,77 @@
+"""What is derived from shards before training, a file or two a shard in the cache folder: filters and buckets.
+
+Ranks that start together find them, or one of them makes them while the others wait.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from memtrain.data.kept import one_at_a_time, read_array, write_array, written_aside
+
+Filtered = tuple[int, dict[str, int]]  # rows that are left, and how many each condition drops
+
+
+def kept_filters(
+    stems: Sequence[str], samples: Sequence[int], choose: Callable[[int], tuple[np.ndarray, dict[str, int]]]
+) -> list[Filtered]:
+    """For each shard how many rows a filter leaves and drops; which, is in STEM.npy.
+
+    Args:
+        stems: paths without .npy and .json, in one folder.
+        samples: of each shard.
+        choose: rows of a shard that are left, and how many each condition drops.
+    """
+    found = [_read_filter(stem, count) for stem, count in zip(stems, samples, strict=True)]
+    if None in found:
+        with one_at_a_time(Path(stems[0]).parent, stems):
+            for number in track(range(len(stems)), "Filtering shards", disable=len(stems) < 20):
+                found[number] = _read_filter(stems[number], samples[number])  # another rank may have been first
+                if found[number] is None:
+                    rows, dropped = choose(number)
+                    write_array(f"{stems[number]}.npy", rows.astype(np.int32))
+                    with written_aside(Path(f"{stems[number]}.json")) as file:
+                        file.write(json.dumps(dropped).encode())
+                    found[number] = len(rows), dropped
+    return found
+
+
+def _read_filter(stem: str, samples: int) -> Filtered | None:
+    """None where a shard is not filtered yet, or its files are damaged."""
+    try:
+        dropped = json.loads(Path(f"{stem}.json").read_bytes())
+        counts = list(dropped.values())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    rows = read_array(f"{stem}.npy")
+    if rows is None or rows.dtype != np.int32 or rows.ndim != 1 or not all(type(count) is int for count in counts):
+        return None
+    if len(rows) and not (0 <= rows[0] and rows[-1] < samples and (np.diff(rows) > 0).all()):
+        return None
+    return len(rows), dropped
+
+
+def kept_buckets(files: Sequence[str], counts: Sequence[int], sort: Callable[[int], np.ndarray]) -> None:
+    """See to it that there is a file with each shard's buckets.
+
+    Args:
+        files: a path a shard, in one folder.
+        counts: samples of each shard that the filter leaves.
+        sort: the buckets of a shard's samples. (counts[number],) int16
+    """
+    if all(map(_are_buckets, files, counts)):
+        return
+    with one_at_a_time(Path(files[0]).parent, files):
+        for number in track(range(len(files)), "Sorting into buckets", disable=len(files) < 20):
+            if not _are_buckets(files[number], counts[number]):
+                write_array(files[number], sort(number))
+
+
+def _are_buckets(file: str, count: int) -> bool:
+    found = read_array(file)
+    return found is not None and found.dtype == np.int16 and found.shape == (count,)
