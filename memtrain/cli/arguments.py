@@ -52,6 +52,7 @@ def spelled(command: str, arguments: list[str]) -> list[str]:
 
     Text is quoted, so that a path or a prompt may hold any character; lists, mappings, null, `${…}` and what is quoted
     already stay as they are, but in `prompt=`, where nothing means anything. `.inf`, as YAML spells it, becomes inf.
+    What Hydra's grammar refuses of any other key is text too: braces of shards, a condition.
 
     Raises:
         ValueError: `model=` and `models=` are both said.
@@ -68,12 +69,30 @@ def spelled(command: str, arguments: list[str]) -> list[str]:
 
 def _spelled(argument: str, keys: dict[str, str]) -> str:
     key, equals, value = argument.partition("=")
-    if not equals or key not in keys:
-        return re.sub(r"=([+-]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"=\1\2", argument)
+    if not equals or key.startswith("-"):
+        return argument
     means_something = value == "null" or value.startswith(("[", "{", "'", '"', "${"))
+    if key not in keys:
+        argument = re.sub(r"=([+-]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"=\1\2", argument)
+        if means_something or "${" in value or _is_override(argument):
+            return argument
+        text = f"{key}={quoted(value)}"
+        return text if _is_override(text) else argument  # the key is wrong: Hydra says so
     if key == "prompt" or not means_something:
         value = quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))  # no interpolation
     return f"{keys[key]}={value}"
+
+
+def _is_override(argument: str) -> bool:
+    """Whether Hydra's grammar takes it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
 
 
 def _for_every_trial(arguments: list[str]) -> list[str]:
