@@ -2,8 +2,6 @@
 
 import importlib
 
-from memtrain.core.scores import text_conditional_magnitude
-
 __version__ = "0.1.0"
 __all__ = ["detect", "explain", "mitigate", "read_ledger", "text_conditional_magnitude"]
 
@@ -12,11 +10,12 @@ _ROOMS = {
     "explain": "memtrain.audit.explain",
     "mitigate": "memtrain.audit.mitigate",
     "read_ledger": "memtrain.data.ledger",
+    "text_conditional_magnitude": "memtrain.core.scores",
 }
 
 
 def __getattr__(name: str):
-    """Import what needs diffusers or pyarrow when it is asked for."""
+    """Import what needs torch, diffusers or pyarrow when it is asked for."""
     if name in _ROOMS:
         return getattr(importlib.import_module(_ROOMS[name]), name)
     raise AttributeError(f"module 'memtrain' has no attribute {name!r}")

@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from memtrain.cli import schema
+from memtrain.cli.arguments import spelled
 from memtrain.cli.main import COMMANDS, _with_hydra, config_folder
 from memtrain.report.table import BEGIN, BEGIN_SEEDS, END, END_SEEDS
 from tests.core.observe import observe
@@ -106,8 +107,7 @@ def test_a_command_composes(hydra, monkeypatch, command):
     assert name in COMMANDS
     if name in WITH_HYDRA:
         flags = {"-m", "--multirun", "--help", "--cfg", "job", "--config-dir", "DIR", "study=mine"}
-        spelled = getattr(importlib.import_module(f"memtrain.cli.{name}"), "spelled", list)
-        overrides = spelled([argument for argument in arguments if argument not in flags])
+        overrides = spelled(name, [argument for argument in arguments if argument not in flags])
         composed = compose(name, first_of_each(overrides))
         if name == "sweep":  # what it says of every trial is for `train`
             compose("train", list(composed.overrides))

@@ -23,8 +23,9 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasti
 
 import memtrain
 from memtrain.cli import schema
-from memtrain.cli.main import config_folder, new_run_id, nodes, processes_per_node
-from memtrain.cli.train import spelled
+from memtrain.cli.arguments import spelled
+from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
+from memtrain.cli.main import config_folder
 from memtrain.training.resume import checkpoints_in
 from tests.cli.test_main import small
 from tests.training.forks import small_run, wait_until
@@ -226,7 +227,7 @@ def slurm_recipe() -> list[str]:
 )
 def test_memtrain_takes_what_the_templates_say(said, words):
     assert "resume=auto" in words()
-    composed(spelled(words()))
+    composed(spelled("train", words()))
 
 
 def fits(value, form) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from memtrain.models.folders import CLIP, check_folder, is_folder
+
 
 class ClipScore:
     """100 · max(cos, 0) between CLIP's embeddings of picture and caption, torchmetrics' scale.
@@ -27,20 +29,20 @@ class ClipScore:
 
     def __init__(self, clip: str, device: torch.device):
         self.clip, self.device = clip, device
-        folder = Path(clip).expanduser()
-        is_folder = folder.exists()
-        source = str(folder) if is_folder else clip
+        check_folder("clip", clip, CLIP)
+        local = is_folder(clip)
+        source = str(Path(clip).expanduser()) if local else clip
         try:
-            kind = AutoConfig.from_pretrained(source, local_files_only=is_folder).model_type
+            kind = AutoConfig.from_pretrained(source, local_files_only=local).model_type
             if kind != "clip":
                 raise ValueError(f"it holds a {kind} model")
-            self.model = CLIPModel.from_pretrained(source, local_files_only=is_folder, dtype=torch.float32)
-            self.tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=is_folder)
-            self.processor = CLIPImageProcessorPil.from_pretrained(source, local_files_only=is_folder)
+            self.model = CLIPModel.from_pretrained(source, local_files_only=local, dtype=torch.float32)
+            self.tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=local)
+            self.processor = CLIPImageProcessorPil.from_pretrained(source, local_files_only=local)
         except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"clip={clip} cannot be loaded: {reason}; name a CLIP folder or hub id, or leave it out"
+                f"clip={clip} cannot be loaded: {reason}; {CLIP}"
             ) from error
         self.model.requires_grad_(False).eval().to(device)
 

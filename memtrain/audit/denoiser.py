@@ -17,15 +17,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import PREDICTION_TYPES, place_seed, to_noise
+from memtrain.models.folders import AUDITED
 from memtrain.models.pipelines import hash_weights, load_pipeline
 
 AUDIT, CHECK = 48, 52  # streams of `place_seed`; what was found in draws of the first is checked in the second's
-FAMILIES = {
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
-}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_REMEDY = "model takes a Stable Diffusion 1.x, 2.x or XL diffusers folder or a hub id"
 
 
 @dataclass(frozen=True)
@@ -67,22 +63,22 @@ class Denoiser:
 
     def __init__(self, pipeline: DiffusionPipeline):
         name = type(pipeline).__name__
-        if not isinstance(pipeline, tuple(FAMILIES.values())):
-            raise ValueError(f"a {name} cannot be audited; {_REMEDY}")
+        if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+            raise ValueError(f"a {name} cannot be audited; {AUDITED.remedy}")
         for part in ("unet", "text_encoder", "tokenizer", "scheduler"):
             if getattr(pipeline, part) is None:
-                raise ValueError(f"this {name} has no {part}; {_REMEDY}")
+                raise ValueError(f"this {name} has no {part}; {AUDITED.remedy}")
         config = pipeline.scheduler.config
         if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
-            raise ValueError(f"this {name} predicts {config.prediction_type}; {_REMEDY}")
+            raise ValueError(f"this {name} predicts {config.prediction_type}; {AUDITED.remedy}")
         if config.get("rescale_betas_zero_snr", False):
             raise ValueError(
                 f"this {name} starts from zero signal (rescale_betas_zero_snr), where no noise can be told"
             )
         if pipeline.unet.config.time_cond_proj_dim is not None:
-            raise ValueError(f"this {name} is guidance-distilled and has no unconditional prediction; {_REMEDY}")
+            raise ValueError(f"this {name} is guidance-distilled and has no unconditional prediction; {AUDITED.remedy}")
         if pipeline.unet.config.in_channels != pipeline.unet.config.out_channels:
-            raise ValueError(f"this {name} takes a picture too (inpainting, upscaling); {_REMEDY}")
+            raise ValueError(f"this {name} takes a picture too (inpainting, upscaling); {AUDITED.remedy}")
         self.pipeline = pipeline
         self.tokenizer = pipeline.tokenizer
         self.device = pipeline._execution_device  # where an offloaded pipeline computes
@@ -101,15 +97,16 @@ class Denoiser:
         return Denoiser(pipeline)
 
     @staticmethod
-    def load(model: str, device: str | None = None, dtype: str = "float32") -> Denoiser:
-        """A diffusers folder (read offline) or a hub id; device None is the GPU where there is one.
+    def load(model: str, device: str | None = None, dtype: str = "float32", key: str = "model") -> Denoiser:
+        """A diffusers folder (read offline) or a hub id; device None is the GPU where there is one. `key`: what
+        the user called it.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-        pipeline = load_pipeline(model, FAMILIES, DTYPES[dtype], key="model", remedy=_REMEDY)
+        pipeline = load_pipeline(model, AUDITED, DTYPES[dtype], key=key)
         pipeline.set_progress_bar_config(disable=True)
         try:
             pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

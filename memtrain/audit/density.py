@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memtrain.data.paths import TORCHSCRIPT, check_file
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -74,10 +76,9 @@ class EmbeddingDensity:
     @staticmethod
     def load(path: str | Path, device: torch.device) -> EmbeddingDensity:
         """A TorchScript file. Raises ValueError where it cannot be read."""
-        if not Path(path).is_file():
-            raise ValueError(f"embedding={path}: no such file; name a TorchScript file")
+        file = check_file("embedding", path, TORCHSCRIPT)
         try:
-            return EmbeddingDensity(torch.jit.load(str(path), map_location=device).eval())
+            return EmbeddingDensity(torch.jit.load(str(file), map_location=device).eval())
         except RuntimeError as error:
             raise ValueError(f"embedding={path} is no TorchScript file; save it with torch.jit.save") from error
 

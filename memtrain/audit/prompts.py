@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memtrain.data.escaping import of_cell
+from memtrain.data.paths import check_file
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,7 @@ def read_prompts(
     Raises:
         ValueError: in one line, no such file, another format, an empty file, a column that is not there.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise ValueError(f"prompts={path} is a folder; name a file ({', '.join(FORMATS)})")
-    if not path.is_file():
-        raise ValueError(f"prompts={path}: no such file")
+    path = check_file("prompts", path, f"name a file ({', '.join(FORMATS)})")
     if path.suffix.lower() not in FORMATS:
         raise ValueError(
             f"prompts={path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(FORMATS)}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, is_copy, latent_rmse
+from memtrain.data.paths import TORCHSCRIPT, check_file
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZES = ("small_288", "skew_320")  # SSCD's own names
@@ -153,9 +154,7 @@ def sscd_pixels(pixels: np.ndarray, resize: str) -> Tensor:
 
 def load_torchscript(key: str, path: str, device: torch.device) -> torch.jit.ScriptModule:
     """Raises ValueError in one line where there is no such file, or another thing in it."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"{key}={path}: no such file; name a TorchScript file")
+    file = check_file(key, path, TORCHSCRIPT)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated", DeprecationWarning)

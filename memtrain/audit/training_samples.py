@@ -16,6 +16,7 @@ from memtrain.core.diffusion import place_seed
 from memtrain.data.escaping import of_cell
 from memtrain.data.groups import draw_groups
 from memtrain.data.images import BadSample
+from memtrain.data.paths import SAMPLES, check_file
 from memtrain.data.samples import ShardSamples
 
 log = logging.getLogger(__name__)
@@ -108,9 +109,7 @@ def _first_of_each_group(rows: list[dict], count: int) -> list[dict]:
 
 def _read(file: str, group: str) -> list[dict]:
     """Rows with `key` and `group`, and `caption` where there is one."""
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise ValueError(f"samples={file}: no such file; name a csv or parquet with a column key, or leave it out")
+    path = check_file("samples", file, SAMPLES)
     if path.suffix.lower() == ".parquet":
         names, rows = _read_parquet(path, group)
     elif path.suffix.lower() == ".csv":

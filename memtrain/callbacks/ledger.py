@@ -9,7 +9,8 @@ import pytorch_lightning as pl
 import torch
 
 from memtrain.core.exclusion import Observations
-from memtrain.data.ledger import FOLDER, About, LedgerWriter, Rows, begin, drawn
+from memtrain.data.ledger import About, LedgerWriter, Rows, begin, drawn
+from memtrain.data.paths import LEDGER
 
 _HELD = 64  # steps whose rows stay on the device, so that training need not wait for them
 
@@ -35,7 +36,7 @@ class Ledger(pl.Callback):
         self.held: list[tuple[int, Observations, torch.Tensor, torch.Tensor]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.folder = Path(trainer.default_root_dir).absolute() / FOLDER
+        self.folder = Path(trainer.default_root_dir).absolute() / LEDGER
         if trainer.is_global_zero:
             begin(self.folder, trainer.global_step, self._earlier(trainer))
         trainer.strategy.barrier("ledger")
@@ -47,7 +48,7 @@ class Ledger(pl.Callback):
         """Where the ledger that this run goes on with may lie: where it was, or beside the checkpoint."""
         if self.resumed_from is None:
             return []
-        return [Path(self.resumed_from), Path(trainer.ckpt_path).absolute().parents[1] / FOLDER]
+        return [Path(self.resumed_from), Path(trainer.ckpt_path).absolute().parents[1] / LEDGER]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._take(trainer, pl_module)

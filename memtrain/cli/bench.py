@@ -8,9 +8,11 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from memtrain.cli.arguments import Parser
+
 
 def bench(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="memtrain bench", description="Measure how fast memtrain is here.")
+    parser = Parser("memtrain bench", description="Measure how fast memtrain is here.")
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     data = commands.add_parser("data", help="decode pictures: images a second and core, against Pillow")
     data.add_argument("--images", type=int, default=16, metavar="N", help="different pictures (default 16)")
@@ -95,10 +97,10 @@ def _score(args: argparse.Namespace) -> None:
 def _detect(args: argparse.Namespace) -> None:
     from memtrain.audit.bench import measure_detection
     from memtrain.audit.denoiser import Denoiser
-    from memtrain.cli.main import demo_pipeline
+    from memtrain.demo import PIPELINE
     from memtrain.demo.make_base import all_captions
 
-    speed = measure_detection(Denoiser.load(demo_pipeline()), all_captions()[: args.prompts], args.rounds)
+    speed = measure_detection(Denoiser.load(str(PIPELINE)), all_captions()[: args.prompts], args.rounds)
     if args.json:
         ratios = {
             "against_whole_loop": speed.against_whole_loop,

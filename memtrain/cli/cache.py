@@ -5,16 +5,23 @@ from __future__ import annotations
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from memtrain.cli.checks import check_training
+
 
 def cache(cfg: DictConfig) -> None:
+    if cfg.processes < 1:
+        raise ValueError(f"processes must be >= 1, got {cfg.processes}")
+    if cfg.data.exclude_keys is not None:
+        raise ValueError(
+            f"data.exclude_keys={cfg.data.exclude_keys} is for training; leave it out: a cache serves either way"
+        )
+    check_training(cfg)
     import torch
 
     from memtrain.training.latent_cache import DTYPES, check_captions, made_with, missing_shards
 
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype}")
-    if cfg.processes < 1:
-        raise ValueError(f"processes must be >= 1, got {cfg.processes}")
     plain = OmegaConf.to_container(cfg, resolve=True)
     samples, model = _samples(cfg), instantiate(cfg.model)
     missing = missing_shards(samples, cfg.out, made_with(model, samples), cfg.data.flip > 0, cfg.overwrite)
@@ -27,11 +34,6 @@ def cache(cfg: DictConfig) -> None:
 
 
 def _samples(cfg: DictConfig):
-    """The corpus; raises where it cannot be cached."""
-    if cfg.data.exclude_keys is not None:
-        raise ValueError(
-            f"data.exclude_keys={cfg.data.exclude_keys} is for training; leave it out: a cache serves either way"
-        )
     data = instantiate(cfg.data, seed=0, canaries=0, repeats=1, reference=0, cache=cfg.out, duplicates="none")
     return data.samples
 
@@ -40,7 +42,7 @@ def _encode(process: int, plain: dict, missing: list[int]) -> None:
     """One process's share of the missing shards, on a GPU of its own where there are any."""
     import torch
 
-    from memtrain.cli.main import quiet
+    from memtrain.cli.terminal import quiet
     from memtrain.training.latent_cache import write_latents
 
     quiet()  # a process of its own has not been told

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 
 from omegaconf import DictConfig
 
+from memtrain.demo.corpus import is_corpus, recipe_of
+
 
 def demo(cfg: DictConfig) -> None:
+    recipe = recipe_of(cfg.num_samples, cfg.seed, cfg.shard_size, cfg.repeated, cfg.copies)
+    is_corpus(Path(cfg.out), recipe)  # here: what else is there is said at once
     from memtrain.demo.compose import write_corpus
 
-    report = write_corpus(
-        cfg.out,
-        num_samples=cfg.num_samples,
-        seed=cfg.seed,
-        shard_size=cfg.shard_size,
-        repeated=cfg.repeated,
-        copies=cfg.copies,
-    )
+    report = write_corpus(cfg.out, **recipe)
     print(
         f"{'wrote' if report.written else 'kept'} {report.num_samples} samples in {report.num_shards} shards, "
         f"{report.num_bytes / 1e6:.0f} MB: {report.folder}"
     )
-
-
-def spelled(arguments: list[str]) -> list[str]:
-    """`memtrain demo OUT` is `memtrain demo out=OUT`."""
-    if arguments and not re.match(r"-|\w+=", arguments[0]):
-        return [f"out={arguments[0]}", *arguments[1:]]
-    return arguments

@@ -6,13 +6,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
+from memtrain.audit.prompts import read_prompts, together
+from memtrain.cli.checks import check_detection
+
 
 def detect(cfg: DictConfig) -> None:
+    check_detection(cfg)
+    prompts = _prompts(cfg)
     from memtrain.audit import detect as audit
     from memtrain.audit.denoiser import Denoiser
     from memtrain.report.detection import show_summary, write_detection
 
-    prompts = _prompts(cfg)
     max_fprs = list(cfg.max_fpr) if isinstance(cfg.max_fpr, ListConfig) else [cfg.max_fpr]
     audit.check_max_fprs(max_fprs)
     denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype)
@@ -49,8 +53,6 @@ def detect(cfg: DictConfig) -> None:
 
 def _prompts(cfg: DictConfig):
     """One file, or two that are the labels."""
-    from memtrain.audit.prompts import read_prompts, together
-
     two = cfg.memorized, cfg.other
     if cfg.prompts is not None and two == (None, None):
         return read_prompts(cfg.prompts, cfg.column, cfg.label, cfg.group)
@@ -59,30 +61,3 @@ def _prompts(cfg: DictConfig):
             raise ValueError("prompts.label and memorized=… other=… both give labels; leave one out")
         return together(*(read_prompts(path, cfg.column, None, cfg.group) for path in two))
     raise ValueError("say prompts=FILE, or memorized=FILE other=FILE")
-
-
-# what a person types: the key of the config; a group of that name, or a value, bars the plain spelling
-_PATHS = {
-    "model": "model.pretrained",
-    **{name: name for name in ("prompts", "memorized", "other", "embedding", "out")},
-}
-_COLUMNS = {
-    **{f"prompts.{name}": name for name in ("column", "label", "group")},
-    "label": "label",
-    "group": "group",
-}
-
-
-def spelled(arguments: list[str]) -> list[str]:
-    """`model=PATH prompts=FILE prompts.column=NAME` as Hydra takes it, paths and names quoted."""
-    return [_spelled(argument) for argument in arguments]
-
-
-def _spelled(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    known = _PATHS | _COLUMNS
-    if key not in known or not equals:
-        return argument
-    if value != "null" and not value.startswith(("'", '"')):
-        value = "'" + value.replace("'", r"\'") + "'"
-    return f"{known[key]}={value}"

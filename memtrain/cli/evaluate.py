@@ -10,32 +10,19 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from memtrain.cli.checks import check_evaluation
+
 if TYPE_CHECKING:
     from memtrain.audit.evaluation import Measures, Result
 
-# What the command line says for short. `model` and `data` are groups of conf/ in other commands.
-_SHORT = {"model": "models", "data": "data.shards", "samples": "samples.file"}
 _CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
 
 
-def spelled(arguments: list[str]) -> list[str]:
-    """`model=A data=SHARDS samples=FILE` as Hydra takes it: the values of keys, quoted."""
-    keys = [argument.partition("=")[0] for argument in arguments]
-    if "model" in keys and "models" in keys:
-        raise ValueError("say model=PATH, or models=[A,B,…] for several, not both")
-    return [_spelled(argument) for argument in arguments]
-
-
-def _spelled(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    if key not in _SHORT or not equals or value == "null":
-        return argument
-    if not value.startswith(("[", "{", "'", '"')):
-        value = "'" + value.replace("'", r"\'") + "'"
-    return f"{_SHORT[key]}={value}"
-
-
 def evaluate(cfg: DictConfig) -> None:
+    models = _models(cfg)
+    if OmegaConf.is_missing(cfg.data, "shards"):
+        raise ValueError("data is missing; name the shards that the model was trained on: data=FOLDER")
+    check_evaluation(cfg, models)
     import torch
     from rich.progress import (
         BarColumn,
@@ -52,9 +39,6 @@ def evaluate(cfg: DictConfig) -> None:
     from memtrain.data.samples import ShardSamples
     from memtrain.report.gallery import write_gallery
 
-    models = _models(cfg)
-    if OmegaConf.is_missing(cfg.data, "shards"):
-        raise ValueError("data is missing; name the shards that the model was trained on: data=FOLDER")
     settings = Settings(
         generations=cfg.generations,
         num_steps=cfg.num_steps,

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from memtrain.audit.prompts import read_prompts
+from memtrain.cli.checks import check_explanation
+
 
 def explain(cfg: DictConfig) -> None:
+    check_explanation(cfg)
+    texts = prompt_texts(cfg)
     from memtrain.audit import explain as audit
     from memtrain.audit.denoiser import Denoiser
     from memtrain.report.tokens import draw_significance, write_page
 
-    texts = prompt_texts(cfg)
     sampling = dict(
         num_generations=cfg.num_generations,
         steps=list(cfg.steps),
@@ -45,8 +48,6 @@ def explain(cfg: DictConfig) -> None:
 
 def prompt_texts(cfg: DictConfig) -> list[str]:
     """`prompt`, or the prompts of a file; where it has labels, those that are memorized."""
-    from memtrain.audit.prompts import read_prompts
-
     if (cfg.prompt is None) == (cfg.prompts is None):
         raise ValueError('say prompt="…" or prompts=FILE, one of the two')
     if cfg.prompt is not None:
@@ -114,34 +115,3 @@ def _print_checks(console, checks: Sequence) -> None:
     console.print(
         f"dropping the top word lowers the score more than dropping the bottom one: {held} of {len(checks)}{share}"
     )
-
-
-_GROUPS = {
-    "model": "model.pretrained",
-    "data": "data.shards",
-    "method": "method.names",
-}  # groups of conf/ elsewhere
-_TEXT = ("model", "data", "prompt", "prompts", "reference", "judge", "clip", "out")
-
-
-def spelled(arguments: list[str]) -> list[str]:
-    """What a person types, as Hydra takes it: `prompts.column=`, groups of conf/ as keys, text quoted."""
-    return [_spelled(argument) for argument in arguments]
-
-
-def _spelled(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    key = re.sub(r"^prompts\.(column|label)$", r"\1", key)
-    if not equals:
-        return argument
-    is_structure = value.startswith(("[", "{", "'", '"')) or value == "null"
-    if key == "prompt" or (key in _TEXT and not is_structure):
-        value = _quoted(value)
-    return f"{_GROUPS.get(key, key)}={value}"
-
-
-def _quoted(text: str) -> str:
-    """Any text as one value of Hydra's grammar: quotes and backslashes escaped, no interpolation."""
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    text = re.sub(r"(\\*)'", r"\1\1\\'", text)
-    return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"

@@ -17,6 +17,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from memtrain.cli.launcher import new_run_id
+from memtrain.cli.terminal import quiet
 from memtrain.training.exit_codes import AGAIN, EXIT_CODES
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,13 @@ def is_job() -> bool:
     from hydra.types import RunMode
 
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def job_run_id() -> str:
+    """The run's id; jobs of -m add their number to the one that they have in common."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return f"{new_run_id()}-{HydraConfig.get().job.num}" if is_job() else new_run_id()
 
 
 def check(overrides: Sequence[str]) -> None:
@@ -125,8 +134,6 @@ def _put_back(stop: SystemExit) -> None:
 @contextmanager
 def _apart() -> Iterator[None]:
     """Jobs, in one process or each in its own, log to their own run alone."""
-    from memtrain.cli.main import quiet
-
     quiet()
     logger = logging.getLogger("memtrain")
     before = list(logger.handlers)

@@ -9,7 +9,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from memtrain.cli.shards import Parser, shown
+from memtrain.cli.arguments import Parser
+from memtrain.cli.checks import check_new_file
+from memtrain.cli.shards import shown
+from memtrain.data.paths import check_ledger
 
 
 def ledger(argv: list[str]) -> None:
@@ -47,14 +50,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _suspects(run: Path, top: int, out: Path, false_positive_rate: float) -> None:
+    check_new_file("--out", out)
+    check_ledger(run)
     import pyarrow.parquet as pq
 
     from memtrain.audit.suspects import judge
 
-    if out.exists():
-        raise ValueError(f"--out={out} is there already; delete it or choose another")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first")
     judged = judge(run)
     found = judged.suspects(false_positive_rate)
     listed = judged.every_sample(found, _unvisited(run, found["key"].to_pylist()))
@@ -91,6 +92,7 @@ def _unvisited(run: Path, keys: list[str]):
 
 
 def _show(run: Path, top: int) -> None:
+    check_ledger(run)
     from memtrain.audit.suspects import judge
 
     judged = judge(run)

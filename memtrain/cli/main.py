@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import errno
 import importlib
-import logging
 import os
-import re
-import secrets
 import sys
-import traceback
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from memtrain.cli import jobs
-from memtrain.data.escaping import PrintableFormatter, printable
+from memtrain.cli.arguments import spelled
+from memtrain.cli.errors import one_line
+from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
+from memtrain.cli.terminal import quiet
+from memtrain.data.escaping import printable
 
 HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
 
@@ -45,59 +41,6 @@ First steps
 
 An error is one line; MEMTRAIN_TRACEBACK=1 shows where it came from.
 """
-
-
-def new_run_id() -> str:
-    """One id for all ranks, whoever started them.
-
-    Lightning's children find it in the environment, ranks of torchrun in the store that its agents keep, tasks
-    of srun take that of their job and step, which a requeued job has again.
-    """
-    fresh = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    environment = os.environ
-    if "MEMTRAIN_RUN_ID" not in environment:
-        if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            fresh = _agreed_on("run_id", fresh)
-        elif _is_task_of_srun():
-            fresh = f"slurm-{environment['SLURM_JOB_ID']}-{environment['SLURM_STEP_ID']}"
-    return environment.setdefault("MEMTRAIN_RUN_ID", fresh)
-
-
-def _job_run_id() -> str:
-    """The run's id; jobs of -m add their number to the one that they have in common."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return f"{new_run_id()}-{HydraConfig.get().job.num}" if jobs.is_job() else new_run_id()
-
-
-def _agreed_on(name: str, proposed: str) -> str:
-    """What the first rank proposes, over the store of torchrun's agents."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.compare_set(f"memtrain/{name}", "", proposed).decode()
-
-
-def processes_per_node(otherwise: int) -> int:
-    """Of the launcher that started this process: torchrun, or srun; `otherwise` where none did."""
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" in environment:
-        return int(environment["LOCAL_WORLD_SIZE"])
-    if _is_task_of_srun():
-        return int(environment["SLURM_NTASKS"]) // nodes()
-    return otherwise
-
-
-def nodes() -> int:
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" in environment:
-        return int(environment["GROUP_WORLD_SIZE"])
-    return int(environment["SLURM_NNODES"]) if _is_task_of_srun() else 1
-
-
-def _is_task_of_srun() -> bool:
-    """False in a shell that srun opened: there Lightning, too, goes by the job's name, and starts the ranks."""
-    return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def config_folder() -> Path:
@@ -138,10 +81,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _with_hydra(command: str, arguments: list[str]) -> None:
-    """memtrain.cli.COMMAND has a function of that name, for the composed config, and may spell arguments for Hydra."""
-    module = importlib.import_module(f"memtrain.cli.{command}")
-    spelled = getattr(module, "spelled", list)  # what a person types that is not key=value yet
-    _run(getattr(module, command), command, spelled(arguments))
+    """memtrain.cli.COMMAND has a function of that name, for the composed config."""
+    _run(getattr(importlib.import_module(f"memtrain.cli.{command}"), command), command, spelled(command, arguments))
 
 
 def _plain(command: str, arguments: list[str]) -> None:
@@ -155,35 +96,18 @@ COMMANDS = {
 }
 
 
-def quiet() -> None:
-    """Say what memtrain has to say; keep the libraries' advice and loading bars off the terminal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("memtrain").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch|wandb)\b")
-
-
 def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     import hydra
-    from omegaconf import OmegaConf
 
-    from memtrain.cli import schema
+    from memtrain.cli import jobs, schema
 
     quiet()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     schema.register()
-    OmegaConf.register_new_resolver("memtrain.run_id", _job_run_id, replace=True)
-    OmegaConf.register_new_resolver("memtrain.devices", processes_per_node, replace=True)
-    OmegaConf.register_new_resolver("memtrain.nodes", nodes, replace=True)
-    OmegaConf.register_new_resolver("memtrain.demo_pipeline", demo_pipeline, replace=True)
+    _register_resolvers()
+    if {"--help", "-h"} & set(overrides):
+        _leave_the_groups_out()
     original = sys.argv
-    # Hydra's grammar spells infinity inf; YAML's spelling is .inf
-    spelled = [re.sub(r"=([+-]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"=\1\2", override) for override in overrides]
-
     several = bool({"-m", "--multirun"} & set(overrides))
     if several:
         jobs.check(overrides)
@@ -206,7 +130,7 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
         except Exception as error:  # raised below: Hydra would print a line of its own
             failures.append(error)
 
-    sys.argv = [original[0], *spelled]
+    sys.argv = [original[0], *overrides]
     program = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(with_argv)
     try:
         with jobs.stopped_together() if several else nullcontext():
@@ -217,60 +141,27 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
         raise failures[0]
 
 
-def demo_pipeline() -> str:
-    return str(Path(__file__).resolve().parents[1] / "demo" / "pipeline")
+def _leave_the_groups_out() -> None:
+    """Hydra lists all groups for every help, with a copy of all schemas each: seconds, for what conf/ does not show."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.list_all_config_groups = lambda self, parent="": []
 
 
-def one_line(error: BaseException) -> str | None:
-    """What a person needs to know, on one line; None where the error is ours and deserves its traceback."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+def _register_resolvers() -> None:
+    """What conf/ may ask for as `${memtrain.NAME:}`."""
+    from omegaconf import OmegaConf
 
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__
-    override = _override_of(chain[0])
-    if override and not isinstance(chain[0], HydraException):
-        return _unexpected(override, chain[0])
-    for link in reversed(chain):  # the innermost says it best
-        if isinstance(link, (ValueError, OSError)) and not isinstance(link, OmegaConfBaseException):
-            if isinstance(link, OSError) and link.strerror:
-                said = f"{link.strerror}: {link.filename}" if link.filename else link.strerror
-                full = link.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                return said + ("; free some space or write to another folder" if full else "")
-            return _joined(str(link))
-        if isinstance(link, RuntimeError) and "PytorchStreamWriter failed" in str(link):
-            return f"a checkpoint could not be written ({_joined(str(link))}); is the disk full?"
-    for link in chain:
-        if isinstance(link, (HydraException, OmegaConfBaseException)):
-            causes = [_joined(str(part)) for part in chain[chain.index(link) :]]
-            return "; ".join(dict.fromkeys(causes))
-    return None
+    from memtrain.cli.jobs import job_run_id
+    from memtrain.demo import PIPELINE
 
-
-def _override_of(error: BaseException) -> str | None:
-    """What Hydra was merging when this was raised. It says so itself, but for errors that it does not expect."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "_apply_overrides_to_config" and "override" in frame.f_locals:
-            return frame.f_locals["override"].input_line
-    return None
-
-
-def _unexpected(override: str, error: BaseException) -> str:
-    """What is wrong with an override where OmegaConf fails with an error of another kind than its own."""
-    above = override.split("=")[0].lstrip("+").rpartition(".")[0]
-    if isinstance(error, AssertionError) and above:  # it looks for a key in what has none
-        return f"{override} sets a part of {above}, which is null; leave it out, or give {above} a value"
-    return f"{override} cannot be set ({_joined(str(error))})"
-
-
-def _joined(text: str) -> str:
-    """Lines of a message joined to one, without OmegaConf's notes on types and Hydra's on folders."""
-    text = text.split("Config search path:")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "Set the env"))]
-    return re.sub(r":?; ", "; ", "; ".join(kept))
+    for name, resolver in (
+        ("run_id", job_run_id),
+        ("devices", processes_per_node),
+        ("nodes", nodes),
+        ("demo_pipeline", lambda: str(PIPELINE)),
+    ):
+        OmegaConf.register_new_resolver(f"memtrain.{name}", resolver, replace=True)
 
 
 if __name__ == "__main__":

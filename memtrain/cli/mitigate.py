@@ -6,31 +6,32 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
-from memtrain.cli.explain import labelled, progress_bar, prompt_texts, spelled
-
-__all__ = ["mitigate", "spelled"]
+from memtrain.audit.prompts import read_prompts
+from memtrain.cli.checks import check_mitigation
+from memtrain.cli.explain import labelled, progress_bar, prompt_texts
 
 
 def mitigate(cfg: DictConfig) -> None:
+    names = _methods(cfg)
+    check_mitigation(cfg)
+    texts, keys, reference = _prompts(cfg)
     import torch
 
     from memtrain.audit.compare import Comparison, Judges, markdown
     from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.mitigate import Sampling
 
-    methods = _methods(cfg)
-    texts, keys, reference = _prompts(cfg)
+    methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
     denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype)
     judges = Judges(
         originals=None if keys is None else _originals(cfg, denoiser, keys),
         max_rmse=cfg.max_rmse,
-        judge=Denoiser.load(cfg.judge, cfg.device) if cfg.judge else None,
+        judge=Denoiser.load(cfg.judge, cfg.device, key="judge") if cfg.judge else None,
         clip=_clip(cfg, torch.device(denoiser.device)),
     )
     comparison = Comparison(
@@ -72,20 +73,18 @@ def mitigate(cfg: DictConfig) -> None:
     print(f"\n{out}: mitigate.json, table.md, METHOD.png, METHOD.safetensors")
 
 
-def _methods(cfg: DictConfig) -> dict[str, Any]:
+def _methods(cfg: DictConfig) -> list[str]:
     known = [name for name in cfg.method if name != "names"]
     names = list(cfg.method.names) if isinstance(cfg.method.names, ListConfig) else [cfg.method.names]
     names = known if names == ["all"] else names
     for name in names:
         if name not in known:
             raise ValueError(f"method must be one of {', '.join(known)}, or all, got {name}")
-    return {name: instantiate(cfg.method[name]) for name in names}
+    return names
 
 
 def _prompts(cfg: DictConfig) -> tuple[list[str], list[str] | None, list[str] | None]:
     """Prompts to mitigate, the names of their training images, and the reference prompts."""
-    from memtrain.audit.prompts import read_prompts
-
     texts, keys, reference = prompt_texts(cfg), None, None
     if cfg.data.shards is not None:
         if cfg.prompts is None:

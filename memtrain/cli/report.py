@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from memtrain.cli.shards import Parser
+from memtrain.cli.arguments import Parser
+from memtrain.cli.checks import check_folder_of
+from memtrain.data.paths import GROUPS, check_file, check_run
 
 
 def report(argv: list[str]) -> None:
@@ -30,8 +32,11 @@ def report(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first")
+    check_folder_of("--out", out)
+    for run in arguments.runs:
+        check_run(run)
+    if arguments.duplicates:
+        check_file("--duplicates", arguments.duplicates, GROUPS)
     from memtrain.data.duplicates import read_groups
     from memtrain.report.page import write_report
 

@@ -9,7 +9,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+
+from memtrain.cli.arguments import Parser
+from memtrain.cli.checks import check_new_file
+from memtrain.data.paths import check_empty, check_pictures
+from memtrain.data.sources import local_shards
 
 from memtrain.data.escaping import printable
 
@@ -30,11 +34,6 @@ HEADINGS = {
     "stats_missing": "no\nstats",
     "stats_disagree": "stats\ndiffer",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help says more")
 
 
 def shards(argv: list[str]) -> None:
@@ -89,9 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(paths: list[str], workers: int, as_json: bool, decode: bool) -> None:
-    from memtrain.data.check import check, local_shards
+    found = local_shards(paths)
+    from memtrain.data.check import check
 
-    report = check(local_shards(paths), decode, workers, _progress("Checking shards"))
+    report = check(found, decode, workers, _progress("Checking shards"))
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -131,10 +131,9 @@ def _print_check(report) -> None:
 
 
 def _index(paths: list[str]) -> None:
-    from memtrain.data.check import local_shards
+    found = local_shards(paths)
     from memtrain.data.index import write_index
 
-    found = local_shards(paths)
     indexes = [write_index(shard.path) for shard in _progress("Indexing shards")(found, len(found))]
     samples = sum(len(index.entries) for index in indexes)
     skipped = sum(len(index.skipped) for index in indexes)
@@ -142,6 +141,8 @@ def _index(paths: list[str]) -> None:
 
 
 def _pack(source: Path, out: Path, **options) -> None:
+    check_empty(out)
+    check_pictures(source)
     from memtrain.data.pack import pack
 
     report = pack(source, out, **options, progress=_progress("Packing"))
@@ -155,16 +156,13 @@ def _pack(source: Path, out: Path, **options) -> None:
 
 
 def _duplicates(paths: list[str], workers: int, out: Path, distance: int) -> None:
+    check_new_file("--out", out)
+    there = local_shards(paths)
     import pyarrow.parquet as pq
 
-    from memtrain.data.check import local_shards
     from memtrain.data.duplicates import find_duplicates
 
-    if out.exists():
-        raise ValueError(f"--out={out} is there already; delete it or choose another")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first")
-    found = find_duplicates(local_shards(paths), distance, workers, _progress("Hashing images"))
+    found = find_duplicates(there, distance, workers, _progress("Hashing images"))
     with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as aside:
         pq.write_table(found.groups, f"{aside}/{out.name}", compression="zstd")
         os.replace(f"{aside}/{out.name}", out)

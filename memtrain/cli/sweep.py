@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 import signal
 import sys
@@ -14,30 +13,22 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from memtrain.sweep.space import Parameter, merged, quoted
+from memtrain.sweep.space import Parameter, merged
 
 if TYPE_CHECKING:
     from memtrain.sweep.study import Search
 
 log = logging.getLogger(__name__)
 
-# Keys of the sweep's own; whatever else is said is for every trial.
-_OWN = r"(\+|~)?(study|hydra)(/|\.|=|@)|(name|runs_dir|trials|workers|patience|storage)="
 _REPORTED = 20  # runs that the study's report compares; more make a page that nobody reads
 
 
-def spelled(arguments: list[str]) -> list[str]:
-    """`study=thresholds trials=6 exclusion=evidence` as Hydra takes it: what is for every trial in a list."""
-    overrides = [argument for argument in arguments if re.match(r"~|[^-].*=", argument)]
-    others = [override for override in overrides if not re.match(_OWN, override)]
-    if not others:
-        return arguments
-    first = arguments.index(overrides[0])  # overrides stay in a row, between options; Hydra's parser wants them so
-    own = [argument for argument in arguments[first:] if argument not in others]
-    return [*arguments[:first], f"overrides=[{','.join(map(quoted, others))}]", *own]
-
-
 def sweep(cfg: DictConfig) -> None:
+    for key in ("trials", "workers"):
+        if cfg[key] < 1:
+            raise ValueError(f"{key} must be >= 1, got {cfg[key]}")
+    if cfg.patience is not None and not cfg.patience > 0:
+        raise ValueError(f"patience must be > 0 minutes, or null, got {cfg.patience:g}")
     from rich.console import Console
 
     from memtrain.report import pareto
@@ -45,13 +36,8 @@ def sweep(cfg: DictConfig) -> None:
     from memtrain.sweep.pruning import MedianRule
     from memtrain.sweep.standing import tried
     from memtrain.sweep.study import Search
-    from memtrain.training.stops import EXIT_CODES
+    from memtrain.training.exit_codes import EXIT_CODES
 
-    for key in ("trials", "workers"):
-        if cfg[key] < 1:
-            raise ValueError(f"{key} must be >= 1, got {cfg[key]}")
-    if cfg.patience is not None and not cfg.patience > 0:
-        raise ValueError(f"patience must be > 0 minutes, or null, got {cfg.patience:g}")
     raw = OmegaConf.to_container(cfg, resolve=False)  # ${…} in an override is for the trial to resolve
     plan = Plan(
         name=cfg.name,

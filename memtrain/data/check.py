@@ -23,7 +23,7 @@ import torch
 
 from memtrain.data.images import FOREIGN, BadSample, decode_image
 from memtrain.data.shards import DAMAGED, Extent, holds_header, index_shard
-from memtrain.data.sources import find_sources
+from memtrain.data.sources import LocalShard
 
 KINDS = (
     "damage",  # the tar is empty, cut, joined to another, no tar, or gone
@@ -50,14 +50,6 @@ _FINGERPRINTS = pa.schema([("key", pa.binary()), ("sha256", pa.binary(32))])
 _DECODED_SIDE = 64  # px; a JPEG is decoded at 1/8 of its size where that is enough
 
 Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable and its length
-
-
-@dataclass(frozen=True)
-class LocalShard:
-    """A tar on disk and its name, with which its samples' keys begin."""
-
-    path: Path
-    name: str
 
 
 @dataclass(frozen=True)
@@ -138,19 +130,6 @@ class CorpusReport:
             "shards": shards,
             "faults": [asdict(fault) for fault in self.faults],
         }
-
-
-def local_shards(spec: Sequence[str]) -> list[LocalShard]:
-    """The shards that these folders, tars and brace patterns name.
-
-    Raises:
-        ValueError: nothing is there, or it is not on a local disk.
-    """
-    shards = find_sources(list(spec))
-    remote = [shard.name for shard in shards if shard.is_remote]
-    if remote:
-        raise ValueError(f"{remote[0]} is not on a local disk; copy the shards to a folder first")
-    return [LocalShard(Path(shard.url), shard.name) for shard in shards]
 
 
 def over_shards(work: Callable, shards: Sequence[LocalShard], workers: int, progress: Progress) -> Iterator:

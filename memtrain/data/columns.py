@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from memtrain.data.paths import KEYS, check_file
+
 _COMPARISONS = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
@@ -146,18 +148,18 @@ def read_keys(path: str | Path) -> frozenset[str]:
     Raises:
         ValueError: the list cannot be read, or has no such column.
     """
+    file = check_file("data.exclude_keys", path, KEYS)
     try:
-        if Path(path).suffix == ".txt":
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        if file.suffix == ".txt":
+            lines = file.read_text(encoding="utf-8").splitlines()
             return frozenset(line.strip() for line in lines if line.strip())
-        if "key" not in pq.read_schema(path).names:
+        if "key" not in pq.read_schema(file).names:
             raise ValueError("it has no column key")
-        keys = pq.read_table(path, columns=["key"])["key"]
+        keys = pq.read_table(file, columns=["key"])["key"]
         return frozenset(str(key) for key in keys.to_pylist() if key is not None)
     except (OSError, ValueError) as error:  # pyarrow's are ValueErrors too
         raise ValueError(
-            f"data.exclude_keys={path} cannot be read ({str(error).splitlines()[0]}); "
-            "give what `memtrain ledger suspects` wrote, or a .txt with a key a line"
+            f"data.exclude_keys={path} cannot be read ({str(error).splitlines()[0]}); {KEYS}"
         ) from error
 
 

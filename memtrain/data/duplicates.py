@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memtrain.data.check import (
-    LocalShard,
     Progress,
     codes,
     first_equal,
@@ -27,7 +26,9 @@ from memtrain.data.check import (
 from memtrain.data.columns import parse_json
 from memtrain.data.hashes import perceptual_hash
 from memtrain.data.images import BadSample
+from memtrain.data.paths import GROUPS, check_file
 from memtrain.data.shards import index_shard
+from memtrain.data.sources import LocalShard
 
 MIN_QUALITY = 50  # of 100
 CHUNKS = 16  # of 16 bits each
@@ -240,9 +241,10 @@ def read_groups(path: str | Path, name: str) -> pa.Table:
     Raises:
         ValueError: it is no such file; `name` is what the user called it.
     """
+    file = check_file(name, path, GROUPS)
     try:
-        return pq.read_table(path, columns=["group", "key"])
+        return pq.read_table(file, columns=["group", "key"])
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"{name}={path} cannot be read ({str(error).splitlines()[0]}); give what `memtrain shards duplicates` wrote"
+            f"{name}={path} cannot be read ({str(error).splitlines()[0]}); {GROUPS}"
         ) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -23,11 +22,11 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from memtrain.core.exclusion import GROUP_NAMES
+from memtrain.data.paths import check_ledger, ledger_parts
 from memtrain.data.samples import as_text
 
 log = logging.getLogger(__name__)
 
-FOLDER = "ledger"  # in the run's folder
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),  # optimizer step, from 0
@@ -44,7 +43,6 @@ SCHEMA = pa.schema(
 _ABOUT = b"memtrain"  # key of the schema's metadata
 _STREAM = 40  # of randomness, apart from those of core.diffusion, data.order, data.batches and audit (48 on)
 _PART_ROWS = 500_000  # a part is closed at so many, checkpoint or not
-_PART_NAME = re.compile(r"rank(\d+)-(\d+)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class LedgerWriter:
     def __init__(self, folder: Path, rank: int, key: Callable[[int], str], about: About):
         self.folder, self.rank, self.key = folder, rank, key
         self.schema = SCHEMA.with_metadata({_ABOUT: json.dumps(about.__dict__).encode()})
-        self.number = max((number for number, of, _ in _parts(folder) if of == rank), default=0)
+        self.number = max((number for number, of, _ in ledger_parts(folder) if of == rank), default=0)
         self.buffer: list[Rows] = []
 
     def add(self, rows: Rows) -> None:
@@ -160,12 +158,6 @@ def _write(table: pa.Table, path: Path) -> None:
     os.replace(aside, path)
 
 
-def _parts(folder: Path) -> list[tuple[int, int, Path]]:
-    """(number, rank, file) of each part, in order."""
-    found = [(_PART_NAME.fullmatch(path.name), path) for path in folder.glob("rank*.parquet")]
-    return sorted((int(match[2]), int(match[1]), path) for match, path in found if match)
-
-
 def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
     """Make the ledger hold what happened before `step` alone. One process does this for all ranks.
 
@@ -174,19 +166,19 @@ def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
         step: that the run begins at.
         earlier: where that of the run that made the checkpoint may lie; the first that is there is taken.
     """
-    source = next((path for path in earlier if _parts(path)), folder)
+    source = next((path for path in earlier if ledger_parts(path)), folder)
     folder.mkdir(parents=True, exist_ok=True)
     for aside in folder.glob(".rank*.parquet"):
         aside.unlink()
     if source.resolve() != folder.resolve():
-        for _, _, path in _parts(folder):  # of another past
+        for _, _, path in ledger_parts(folder):  # of another past
             path.unlink()
-        for _, _, path in _parts(source):
+        for _, _, path in ledger_parts(source):
             _link(path, folder / path.name)
-    removed = sum(_cut(path, step) for _, _, path in _parts(folder))
+    removed = sum(_cut(path, step) for _, _, path in ledger_parts(folder))
     if removed:
         log.info("ledger: removed %d rows at or past step %d, where this run begins", removed, step)
-    if step and not _parts(folder):
+    if step and not ledger_parts(folder):
         log.warning("the ledger begins at step %d: that of the run that made the checkpoint is not there", step)
 
 
@@ -220,11 +212,7 @@ def read_ledger(run: str | Path) -> pyarrow.dataset.Dataset:
     Raises:
         ValueError: the run has none.
     """
-    parts = [str(path) for _, _, path in _parts(Path(run) / FOLDER)]
-    if not parts:
-        raise ValueError(
-            f"{run} has no ledger; name a run's folder (written at the first checkpoint, unless ledger=off)"
-        )
+    parts = [str(path) for path in check_ledger(run)]
     return pyarrow.dataset.dataset(parts, format="parquet", schema=pq.read_schema(parts[0]))
 
 

@@ -26,6 +26,7 @@ from webdataset import TarWriter
 
 from memtrain.data.images import BadSample, decode_image, picture_shape
 from memtrain.data.pack_source import Row, open_source, writable
+from memtrain.data.paths import check_empty
 from memtrain.data.shards import IMAGE_EXTENSIONS
 
 SHARD_DIGITS, ROW_DIGITS = 5, 4  # of a key, at least
@@ -82,8 +83,7 @@ def pack(
     for name, value in (("--shard-size", shard_size), ("--resolution", resolution)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise ValueError(f"{out} is there and is not an empty folder; delete it or choose another")
+    check_empty(out)
     out = out.absolute()  # "." has a name too
     found = open_source(source, caption_column, path_column, reserved=COLUMNS.names)
     report = PackReport(ignored=found.ignored)

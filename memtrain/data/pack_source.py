@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from memtrain.data.paths import TABLES, check_pictures
 from memtrain.data.shards import IMAGE_EXTENSIONS
 
 OTHER_EXTENSIONS = ("bmp", "gif", "tif", "tiff")  # pictures that a shard cannot hold, unless re-encoded
@@ -49,12 +50,10 @@ def open_source(source: Path, caption_column: str, path_column: str, reserved: C
     Raises:
         ValueError: it is neither, cannot be read, or lacks a column.
     """
+    check_pictures(source)
     if source.is_dir():
         return _open_folder(source)
-    readers = {".parquet": _open_parquet, ".jsonl": _open_jsonl, ".csv": _open_csv}
-    reader = readers.get(source.suffix.lower())
-    if reader is None or not source.is_file():
-        raise ValueError(f"{source} is neither a folder nor a {', '.join(readers)} file; name one of these")
+    reader = dict(zip(TABLES, (_open_parquet, _open_jsonl, _open_csv), strict=True))[source.suffix.lower()]
     count, columns, records = reader(source)
     for option, name in (("--caption-column", caption_column), ("--path-column", path_column)):
         if name not in columns.names:

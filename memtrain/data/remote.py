@@ -27,7 +27,6 @@ from memtrain.data.kept import locked
 
 log = logging.getLogger(__name__)
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CREDENTIALS = re.compile(r"(://)(?:[^/\s'\"@?]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?")  # USER:PASSWORD@, ?QUERY
 _WHOLE = re.compile(r"[0-9a-f]{16}-")  # beginnings of our names: nothing else in the folder is ever removed
 _PART = re.compile(r"\.[0-9a-f]{16}-.*\.part$")
@@ -44,12 +43,6 @@ _CURL_EXITS = {
 
 class ShardMissing(OSError):
     """A remote shard that could not be fetched; the text is one line with the remedy."""
-
-
-def is_remote(url: str) -> bool:
-    """Whether it takes an opener to read: `pipe:COMMAND` or any SCHEME:// but file://."""
-    scheme = _SCHEME.match(url)
-    return url.startswith("pipe:") or (scheme is not None and scheme[1].lower() != "file")
 
 
 def shown(url: str) -> str:

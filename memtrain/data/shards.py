@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.shardlists import expand_urls
+from memtrain.data.paths import expand
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 DAMAGED = "shard is broken inside this sample or right behind it"
@@ -53,7 +53,7 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
             if not found:
                 raise ValueError(f"data.shards={part}: the folder has no .tar in it; name a folder of shards")
         else:
-            found = [Path(url) for url in expand_urls(str(path))]
+            found = [Path(url) for url in expand(str(path))]
             missing = [str(shard) for shard in found if not shard.is_file()]
             if missing:
                 more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

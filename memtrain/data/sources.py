@@ -8,11 +8,10 @@ import posixpath
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
-from webdataset.shardlists import expand_urls
-
-from memtrain.data.remote import is_remote
+from memtrain.data.paths import expand, is_remote
 from memtrain.data.shards import find_shards
 
 
@@ -27,6 +26,14 @@ class Shard:
     @property
     def is_remote(self) -> bool:
         return is_remote(self.url)
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A tar on disk and its name, with which its samples' keys begin."""
+
+    path: Path
+    name: str
 
 
 def find_sources(spec: str | Mapping | Sequence[str | Mapping]) -> list[Shard]:
@@ -44,7 +51,7 @@ def find_sources(spec: str | Mapping | Sequence[str | Mapping]) -> list[Shard]:
         named, weight = _parse(source)
         for part in [named] if isinstance(named, str) else named:
             if is_remote(part):
-                found = expand_urls(part)
+                found = expand(part)
             else:
                 found = [os.path.abspath(path) for path in find_shards(part.removeprefix("file://"))]
             urls += [(url, weight) for url in found]
@@ -55,6 +62,19 @@ def find_sources(spec: str | Mapping | Sequence[str | Mapping]) -> list[Shard]:
     if repeated:
         raise ValueError(f"data.shards names {repeated[0]} twice; name each shard once, and give it a weight")
     return [Shard(url, name, weight) for (url, weight), name in zip(urls, names, strict=True)]
+
+
+def local_shards(spec: Sequence[str]) -> list[LocalShard]:
+    """The shards that these folders, tars and brace patterns name.
+
+    Raises:
+        ValueError: nothing is there, or it is not on a local disk.
+    """
+    shards = find_sources(list(spec))
+    remote = [shard.name for shard in shards if shard.is_remote]
+    if remote:
+        raise ValueError(f"{remote[0]} is not on a local disk; copy the shards to a folder first")
+    return [LocalShard(Path(shard.url), shard.name) for shard in shards]
 
 
 def _parse(source: str | Mapping) -> tuple[str | Sequence[str], float]:

@@ -28,10 +28,10 @@ from webdataset import TarWriter
 
 from memtrain.data.duplicates import MIN_QUALITY
 from memtrain.data.hashes import perceptual_hash
+from memtrain.demo.corpus import SHARD_ROWS_IN_KEY, is_corpus, recipe_of, shard_count
 
 RESOLUTION = 64  # pixels, side of a picture, and of a glyph's cell in the atlas
 MIN_SIZE, MAX_SIZE = 28, 56  # pixels, side of a glyph in a picture
-SHARD_ROWS_IN_KEY = 10_000  # img2dataset: key = shard id × 10⁴ + row
 BACKGROUNDS = {
     "red": (210, 40, 40),
     "orange": (240, 140, 30),
@@ -254,36 +254,6 @@ def write_shard(folder: Path, shard: int, samples: Iterator[tuple[Composite, byt
     (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4), encoding="utf-8")
 
 
-def shard_count(recipe: dict) -> int:
-    """Shards of a corpus; the last one may be shorter."""
-    return -(-recipe["num_samples"] // recipe["shard_size"])
-
-
-def is_corpus(folder: Path, recipe: dict) -> bool:
-    """Whether `folder` holds the complete corpus of `recipe`; False where it is empty or missing.
-
-    Raises ValueError where it holds anything else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; choose another place for the demo corpus")
-    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not present:
-        return False
-    try:
-        found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        found = None
-    if found != recipe:
-        raise ValueError(
-            f"{folder} holds something other than the demo corpus of {recipe}; delete it or choose another folder"
-        )
-    suffixes = (".tar", ".parquet", "_stats.json")
-    expected = {f"{shard:05d}{suffix}" for shard in range(shard_count(recipe)) for suffix in suffixes}
-    if expected - present:
-        raise ValueError(f"{folder} has lost {min(expected - present)}; delete it or choose another folder")
-    return True
-
-
 def write_corpus(
     out: str | Path,
     num_samples: int = 8000,
@@ -303,24 +273,7 @@ def write_corpus(
     Raises ValueError where `out` holds anything else or a number is out of range; OSError from the disk.
     """
     out = Path(out)
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if not 1 <= shard_size <= SHARD_ROWS_IN_KEY:
-        raise ValueError(f"shard_size must be from 1 to {SHARD_ROWS_IN_KEY}, got {shard_size}")
-    if repeated < 0 or copies < 1 or repeated * copies > num_samples:
-        raise ValueError(
-            f"repeated must be >= 0, copies >= 1 and repeated x copies at most num_samples={num_samples}, "
-            f"got {repeated} and {copies}"
-        )
-    recipe = {
-        "num_samples": num_samples,
-        "seed": seed,
-        "shard_size": shard_size,
-        "repeated": repeated,
-        "copies": copies,
-    }
+    recipe = recipe_of(num_samples, seed, shard_size, repeated, copies)
     kept = is_corpus(out, recipe)
     if not kept:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import PREDICTION_TYPES
+from memtrain.models.folders import TRAINED
 from memtrain.models.pipelines import hash_weights, load_pipeline
-
-_REMEDY = "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id"
 
 
 class StableDiffusion(nn.Module):
@@ -37,22 +36,16 @@ class StableDiffusion(nn.Module):
         compile: bool,
     ):
         super().__init__()
-        pipeline = load_pipeline(
-            pretrained,
-            {"StableDiffusionPipeline": StableDiffusionPipeline},
-            torch.float32,
-            key="model.pretrained",
-            remedy=_REMEDY,
-        )
+        pipeline = load_pipeline(pretrained, TRAINED, torch.float32, key="model.pretrained")
         self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
         self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"model.pretrained={pretrained} predicts {self.prediction_type}; {_REMEDY}")
+            raise ValueError(f"model.pretrained={pretrained} predicts {self.prediction_type}; {TRAINED.remedy}")
         if self.unet.config.in_channels != self.vae.config.latent_channels:
             raise ValueError(
                 f"model.pretrained={pretrained}: its UNet takes {self.unet.config.in_channels} channels, its VAE "
-                f"gives {self.vae.config.latent_channels} (an inpainting or upscaling model?); {_REMEDY}"
+                f"gives {self.vae.config.latent_channels} (an inpainting or upscaling model?); {TRAINED.remedy}"
             )
         alphas_cumprod = DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)

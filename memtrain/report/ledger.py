@@ -13,7 +13,8 @@ import pyarrow.dataset as ds
 
 from memtrain.audit.suspects import Judged, judge
 from memtrain.core.exclusion import GROUP_NAMES, TRAINED
-from memtrain.data.ledger import FOLDER, batches, read_about, read_ledger
+from memtrain.data.ledger import batches, read_about, read_ledger
+from memtrain.data.paths import LEDGER
 
 BINS = 10  # timestep bins
 FALSE_POSITIVE_RATE = 0.01
@@ -61,7 +62,7 @@ class LedgerView:
 
 def view_ledger(folder: Path) -> LedgerView | None:
     """None where the run has no ledger, or none yet."""
-    if not any((folder / FOLDER).glob("rank*.parquet")):
+    if not any((folder / LEDGER).glob("rank*.parquet")):
         return None
     dataset, about = read_ledger(folder), read_about(folder)
     remarks: list[str] = []

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from memtrain.data.escaping import of_cell
+from memtrain.data.paths import check_run
 from memtrain.report.curves import read_metrics
 from memtrain.report.ledger import LedgerView, view_ledger
 
@@ -95,9 +96,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: it is not one.
     """
-    folder = folder.resolve()
-    if not any((folder / name).exists() for name in ("config.yaml", "metrics.csv", "ledger")):
-        raise ValueError(f"{folder} is no run, without config.yaml, metrics.csv, ledger; name runs/NAME/ID")
+    folder = check_run(folder)
     remarks: list[str] = []
     config = _config(folder / "config.yaml", remarks)
     curves: dict[str, Curve] = {}

@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from pytorch_lightning import Trainer
 from torch import nn
 
 from memtrain.core.exclusion import ExclusionRule
 from memtrain.data.datamodule import DataModule
+from memtrain.data.paths import CHECKPOINT, check_file
 from memtrain.data.samples import as_text
 from memtrain.training.resume import CHECKPOINTS, checkpoints_in, whole_checkpoint
 
@@ -48,9 +50,7 @@ def check_checkpoint(ckpt_path: str | None) -> Path | None:
     """The checkpoint to begin from, or an older one beside it where it is damaged. Raises ValueError: there is none."""
     if ckpt_path is None:
         return None
-    if not Path(ckpt_path).is_file():
-        raise ValueError(f"ckpt_path={ckpt_path}: no such file; name a runs/…/checkpoints/last.ckpt")
-    return whole_checkpoint(Path(ckpt_path))
+    return whole_checkpoint(check_file("ckpt_path", ckpt_path, CHECKPOINT))
 
 
 def check_accelerator(accelerator: str, devices: object) -> None:
@@ -74,6 +74,18 @@ def check_reference(exclusion: ExclusionRule, count: int) -> None:
         raise ValueError(
             f"{type(exclusion).__name__} compares with samples that are never trained on, and reference.count is 0; "
             "set reference.count=200 or so"
+        )
+
+
+def check_job(trainer: Trainer, is_job: bool) -> None:
+    """Raises ValueError where a job of -m has several ranks that Lightning would start: as the whole command, all jobs
+    again."""
+    if not is_job or trainer.world_size == 1:
+        return
+    if not trainer.strategy.cluster_environment.creates_processes_externally:
+        raise ValueError(
+            f"train -m starts jobs of one rank, got {trainer.world_size}; say trainer.devices=1, or use "
+            "memtrain sweep, whose trials are programs of their own"
         )
 
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 log = logging.getLogger(__name__)
@@ -87,6 +86,8 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None where every byte has its checksum and every part is there."""
+    import torch  # here: a run that is not there is said before this is loaded
+
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()

@@ -16,8 +16,8 @@ from memtrain.audit.density import EmbeddingDensity, TiledL2Density, tiled_dista
 from memtrain.audit.detect import SCORE_NAMES, detect, named_scores
 from memtrain.audit.scoring import Plan, Protocol, Sharpness
 from memtrain.audit.separation import by_group, by_step
+from memtrain.cli.arguments import spelled
 from memtrain.cli.detect import detect as command
-from memtrain.cli.detect import spelled
 from memtrain.cli.main import config_folder
 from memtrain.report.detection import roc
 from tests.audit.conftest import PROMPTS
@@ -306,7 +306,7 @@ def test_both_spellings_of_columns():
         "seed=1",
         "--help",
     ]
-    assert spelled(typed) == [
+    assert spelled("detect", typed) == [
         "model.pretrained='/a (b)/c'",
         r"prompts='it\'s.csv'",
         "column='Alt text'",

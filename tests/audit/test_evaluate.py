@@ -16,8 +16,8 @@ from memtrain.audit.evaluation import Evaluation, GroupResult, Measures, Result,
 from memtrain.audit.fid import LatentGrid
 from memtrain.audit.similarity import LatentRmse
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
+from memtrain.cli.arguments import spelled
 from memtrain.cli.evaluate import evaluate as command
-from memtrain.cli.evaluate import spelled
 from memtrain.cli.main import config_folder
 from memtrain.data.samples import ShardSamples
 from memtrain.report.gallery import write_gallery
@@ -245,17 +245,18 @@ def test_settings_out_of_range_are_refused():
 
 
 def test_the_short_spellings_are_the_keys_values():
-    assert spelled(["model=runs/a=1/export", "data=/d/{00000..00003}.tar", "samples=it's.csv", "seed=1"]) == [
+    typed = ["model=runs/a=1/export", "data=/d/{00000..00003}.tar", "samples=it's.csv", "seed=1"]
+    assert spelled("evaluate", typed) == [
         "models='runs/a=1/export'",
         "data.shards='/d/{00000..00003}.tar'",
         r"samples.file='it\'s.csv'",
         "seed=1",
     ]
-    assert spelled(["models=[a,b]", "data=[a,b]", "data.caption=top", "--help"]) == [
+    assert spelled("evaluate", ["models=[a,b]", "data=[a,b]", "data.caption=top", "--help"]) == [
         "models=[a,b]", "data.shards=[a,b]", "data.caption=top", "--help",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="not both"):
-        spelled(["model=a", "models=[b]"])
+        spelled("evaluate", ["model=a", "models=[b]"])
 
 
 def config(**changed) -> DictConfig:

@@ -7,7 +7,7 @@ import torch
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.explain import Path, check_words, explain, token_gradients
 from memtrain.audit.words import words_of
-from memtrain.cli.explain import spelled
+from memtrain.cli.arguments import spelled
 from memtrain.cli.main import main
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.report.tokens import draw_significance, write_page
@@ -163,7 +163,7 @@ def test_any_prompt_survives_the_command_line():
 
     texts = ("a, (b) [c]", "it's", "\\", "\\'", "${x}", 'say "hi"', "", "null", "[x]", "a=b: {c}", "<script>")
     for text in texts:
-        (argument,) = spelled([f"prompt={text}"])
+        (argument,) = spelled("explain", [f"prompt={text}"])
         value = OverridesParser.create().parse_override(argument).value()
         assert str(OmegaConf.create({"prompt": str(value)}).prompt) == text
 

@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from memtrain.cli import schema
-from memtrain.cli.main import config_folder, main, one_line
+from memtrain.cli.errors import one_line
+from memtrain.cli.main import config_folder, main
 from memtrain.core.exclusion import ExclusionRule
 
 CONF = config_folder()
@@ -266,7 +267,8 @@ def test_a_class_of_the_users_own_folder_is_found_by_the_console_script(tmp_path
     )
     program = Path(sys.executable).parent / "memtrain"
     words = ["exclusion=none", "exclusion._target_=mine.LowLoss", "trainer=cpu", "logger=csv"]
-    argv = [program, "train", "experiment=demo", *words, "data.shards=nowhere"]
+    (tmp_path / "empty.tar").touch()
+    argv = [program, "train", "experiment=demo", *words, "data.shards=empty.tar"]
     ended = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert "mine is imported" in ended.stdout, ended.stderr  # the rule was built: what comes after it is wrong
-    assert ended.returncode == 2 and "data.shards=nowhere: no such shard" in ended.stderr
+    assert ended.returncode == 2 and "empty.tar" in ended.stderr

@@ -24,8 +24,8 @@ from optuna.trial import TrialState
 
 from memtrain.callbacks.logging import dashboard_name
 from memtrain.cli import schema
+from memtrain.cli.arguments import spelled
 from memtrain.cli.main import config_folder, main
-from memtrain.cli.sweep import spelled
 from memtrain.data.ledger import read_ledger
 from memtrain.report.curves import read_metrics
 from memtrain.sweep.plan import Plan
@@ -447,9 +447,9 @@ def test_choices_are_what_the_command_line_would_give():
 
 def test_what_is_said_beside_the_sweeps_own_keys_is_for_the_trials():
     own = ["study=thresholds", "trials=6", "study.space.fixed.high=3", "--cfg", "job"]
-    assert spelled([*own, "seed=3", "w='a'"]) == [r"overrides=['seed=3','w=\'a\'']", *own]
-    assert spelled(own) == own
-    assert spelled(["--config-dir", "mine", "seed=3", "study=mine"]) == [
+    assert spelled("sweep", [*own, "seed=3", "w='a'"]) == [r"overrides=['seed=3','w=\'a\'']", *own]
+    assert spelled("sweep", own) == own
+    assert spelled("sweep", ["--config-dir", "mine", "seed=3", "study=mine"]) == [
         "--config-dir",
         "mine",
         "overrides=['seed=3']",

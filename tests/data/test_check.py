@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from memtrain.cli.shards import shards, shown
-from memtrain.data.check import KINDS, check, local_shards
+from memtrain.data.check import KINDS, check
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import DAMAGED
+from memtrain.data.sources import local_shards
 from tests.data.corpora import (
     FaultyCorpus,
     corpus_with_every_fault,

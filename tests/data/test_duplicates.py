@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from memtrain.cli.shards import shards
-from memtrain.data.check import local_shards
 from memtrain.data.duplicates import (
     CHUNKS,
     COLUMNS,
@@ -20,6 +19,7 @@ from memtrain.data.duplicates import (
     perceptual_hash,
 )
 from memtrain.data.samples import ShardSamples
+from memtrain.data.sources import local_shards
 from tests.data.corpora import corpus_with_every_fault, encode, flat, sample, textured, write_tar
 
 

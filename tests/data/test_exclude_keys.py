@@ -95,8 +95,8 @@ def test_wrong_lists_are_named(corpus, tmp_path):
     every = names(ShardSamples(str(corpus), 64))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     for path, says in (
-        (str(tmp_path / "none.parquet"), "cannot be read.*memtrain ledger suspects"),
-        (str(tmp_path / "none.txt"), "cannot be read"),
+        (str(tmp_path / "none.parquet"), "no such file.*memtrain ledger suspects"),
+        (str(tmp_path / "none.txt"), "no such file"),
         (str(tmp_path / "broken.parquet"), "cannot be read"),
         (write_list(tmp_path / "other.parquet", every, column="sample"), "it has no column key"),
         (

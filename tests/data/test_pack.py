@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from memtrain.cli.shards import shards
-from memtrain.data.check import check, local_shards
+from memtrain.data.check import check
 from memtrain.data.images import decode_image
 from memtrain.data.pack import COLUMNS, pack
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import find_shards, index_shard
+from memtrain.data.sources import local_shards
 from tests.data.corpora import encode, png_bomb, textured, turned
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from memtrain.data.remote import ShardCache, ShardMissing, is_remote, shown
+from memtrain.data.paths import is_remote
+from memtrain.data.remote import ShardCache, ShardMissing, shown
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 fork = multiprocessing.get_context("fork")  # as a loader makes its workers

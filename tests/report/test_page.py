@@ -22,7 +22,8 @@ from memtrain.callbacks.ledger import Ledger
 from memtrain.callbacks.report import Report
 from memtrain.cli.main import main
 from memtrain.core.exclusion import GROUP_NAMES
-from memtrain.data.ledger import FOLDER, About, LedgerWriter, Rows, read_ledger
+from memtrain.data.ledger import About, LedgerWriter, Rows, read_ledger
+from memtrain.data.paths import LEDGER
 from memtrain.report.comparison import differences, table
 from memtrain.report.figures import figures_of, plane
 from memtrain.report.page import ASSETS, write_report
@@ -89,8 +90,8 @@ def key(position: int) -> str:
 def write_ledger(run, excludes: bool, with_reference: bool, fixed: bool) -> None:
     """Steps of 24 rows; memorized samples score 1.8 times as much at high noise."""
     rng = np.random.default_rng(5)
-    (run / FOLDER).mkdir()
-    writer = LedgerWriter(run / FOLDER, 0, key, About(TIMESTEPS, 1.0))
+    (run / LEDGER).mkdir()
+    writer = LedgerWriter(run / LEDGER, 0, key, About(TIMESTEPS, 1.0))
     ends = np.cumsum(list(COUNTS.values()))
     for step in range(250):
         index = rng.integers(0, ends[-1] if with_reference else ends[1], 24)

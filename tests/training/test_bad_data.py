@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from memtrain.callbacks.checkpoint import checkpoint
-from memtrain.data.check import local_shards
 from memtrain.data.datamodule import from_shards
 from memtrain.data.duplicates import find_duplicates
+from memtrain.data.sources import local_shards
 from tests.conftest import build_module, fit
 from tests.data.corpora import corpus_with_every_fault
 from tests.training.test_module import Record

@@ -1,0 +1,106 @@
+"""What a person types, as Hydra takes it; and the parser of commands that have no config."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NoReturn
+
+from memtrain.sweep.space import quoted
+
+_COLUMNS = {**{f"prompts.{name}": name for name in ("column", "label")}, "column": "column", "label": "label"}
+_AUDIT = {"model": "model.pretrained", "prompts": "prompts", "out": "out", **_COLUMNS}
+
+# For each command what is typed and the key that it is, of keys whose values are text: paths and names. A key differs
+# where a group of that name, or a value, bars the plain spelling.
+_TEXT = {
+    "train": {"resume": "resume.run"},
+    "cache": {"out": "out"},
+    "demo": {"out": "out"},
+    "detect": {
+        **_AUDIT,
+        "prompts.group": "group",
+        **{name: name for name in ("memorized", "other", "group", "embedding")},
+    },
+    "explain": {**_AUDIT, "prompt": "prompt"},
+    "mitigate": {
+        **_AUDIT,
+        "data": "data.shards",
+        "method": "method.names",
+        **{name: name for name in ("prompt", "reference", "judge", "clip")},
+    },
+    "evaluate": {
+        "model": "models",
+        "data": "data.shards",
+        "samples": "samples.file",
+        **{name: name for name in ("models", "sscd", "clip", "fid", "out")},
+    },
+}
+# Keys of the sweep's own; whatever else is said is for every trial.
+_SWEEPS_OWN = r"(\+|~)?(study|hydra)(/|\.|=|@)|(name|runs_dir|trials|workers|patience|storage)="
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with a ValueError of one line in place of the usage and that line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help says more")
+
+
+def spelled(command: str, arguments: list[str]) -> list[str]:
+    """A command's arguments in Hydra's grammar.
+
+    Text is quoted, so that a path or a prompt may hold any character; lists, mappings, null, `${…}` and what is quoted
+    already stay as they are, but in `prompt=`, where nothing means anything. `.inf`, as YAML spells it, becomes inf.
+    What Hydra's grammar refuses of any other key is text too: braces of shards, a condition.
+
+    Raises:
+        ValueError: `model=` and `models=` are both said.
+    """
+    if command == "demo" and arguments and not re.match(r"-|\w+=", arguments[0]):
+        arguments = [f"out={arguments[0]}", *arguments[1:]]
+    if command == "sweep":
+        arguments = _for_every_trial(arguments)
+    keys = _TEXT.get(command, {})
+    if command == "evaluate" and {"model", "models"} <= {argument.partition("=")[0] for argument in arguments}:
+        raise ValueError("say model=PATH, or models=[A,B,…] for several, not both")
+    return [_spelled(argument, keys) for argument in arguments]
+
+
+def _spelled(argument: str, keys: dict[str, str]) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or key.startswith("-"):
+        return argument
+    means_something = value == "null" or value.startswith(("[", "{", "'", '"', "${"))
+    if key not in keys:
+        argument = re.sub(r"=([+-]?)\.(inf|Inf|INF|nan|NaN|NAN)$", r"=\1\2", argument)
+        if means_something or "${" in value or _is_override(argument):
+            return argument
+        text = f"{key}={quoted(value)}"
+        return text if _is_override(text) else argument  # the key is wrong: Hydra says so
+    if key == "prompt" or not means_something:
+        value = quoted(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))  # no interpolation
+    return f"{keys[key]}={value}"
+
+
+def _is_override(argument: str) -> bool:
+    """Whether Hydra's grammar takes it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+def _for_every_trial(arguments: list[str]) -> list[str]:
+    """`study=thresholds trials=6 exclusion=evidence`: what is for every trial is put in a list."""
+    overrides = [argument for argument in arguments if re.match(r"~|[^-].*=", argument)]
+    others = [override for override in overrides if not re.match(_SWEEPS_OWN, override)]
+    if not others:
+        return arguments
+    first = arguments.index(overrides[0])  # overrides stay in a row, between options; Hydra's parser wants them so
+    own = [argument for argument in arguments[first:] if argument not in others]
+    return [*arguments[:first], f"overrides=[{','.join(map(quoted, others))}]", *own]

@@ -1,0 +1,85 @@
+"""What a command refuses before anything that takes long is imported: paths at which there is nothing.
+
+The rules are those of the rooms, whose code asks again where it opens the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, SAMPLES, TORCHSCRIPT, check_file
+from memtrain.data.sources import find_sources
+from memtrain.models.folders import AUDITED, CLIP, TRAINED, check_folder, check_pipeline
+
+# one's own data and models have rules of their own
+_SHARDS = "memtrain.data.datamodule.from_shards"
+_STABLE_DIFFUSION = "memtrain.models.stable_diffusion.StableDiffusion"
+
+
+def check_training(cfg: DictConfig) -> None:
+    """Data and model of `train` and `cache`. Raises ValueError."""
+    if cfg.data._target_ == _SHARDS:
+        check_shards(cfg)
+        _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
+        _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
+    if cfg.model._target_ == _STABLE_DIFFUSION:
+        check_pipeline("model.pretrained", cfg.model.pretrained, TRAINED)
+
+
+def check_shards(cfg: DictConfig) -> None:
+    """Raises ValueError where `data.shards` names nothing."""
+    find_sources(OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)["shards"])
+
+
+def check_start(ckpt_path: str | None) -> None:
+    _file("ckpt_path", ckpt_path, CHECKPOINT)
+
+
+def check_detection(cfg: DictConfig) -> None:
+    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    _file("embedding", cfg.embedding, TORCHSCRIPT)
+
+
+def check_explanation(cfg: DictConfig) -> None:
+    check_pipeline("model", cfg.model.pretrained, AUDITED)
+
+
+def check_mitigation(cfg: DictConfig) -> None:
+    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    if cfg.data.shards is not None:
+        check_shards(cfg)
+    if cfg.judge:
+        check_pipeline("judge", cfg.judge, AUDITED)
+    if cfg.clip:
+        check_folder("clip", cfg.clip, CLIP)
+
+
+def check_evaluation(cfg: DictConfig, models: list[str]) -> None:
+    for model in models:
+        check_pipeline("model", model, AUDITED)
+    check_shards(cfg)
+    _file("samples", cfg.samples.file, SAMPLES)
+    _file("sscd", cfg.sscd, TORCHSCRIPT)
+    _file("fid", cfg.fid, TORCHSCRIPT)
+    if cfg.clip:
+        check_folder("clip", cfg.clip, CLIP)
+
+
+def check_new_file(option: str, file: Path) -> None:
+    """Raises ValueError where this file is there, or its folder is not."""
+    if file.exists():
+        raise ValueError(f"{option}={file} is there already; delete it or choose another")
+    check_folder_of(option, file)
+
+
+def check_folder_of(option: str, file: Path) -> None:
+    """Raises ValueError where the folder that this file is to lie in is not there."""
+    if not file.parent.is_dir():
+        raise ValueError(f"{option}={file}: there is no folder {file.parent}; make it first")
+
+
+def _file(key: str, path: str | None, remedy: str) -> None:
+    if path:
+        check_file(key, path, remedy)

@@ -1,0 +1,57 @@
+"""Folders that a config names as models. Imports nothing slow: a wrong one is said before torch is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Class names of the pipelines that will do, and what a config takes in words."""
+
+    families: Collection[str]
+    remedy: str
+
+
+TRAINED = Kind(
+    ("StableDiffusionPipeline",), "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id"
+)
+AUDITED = Kind(
+    ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    "model takes a Stable Diffusion 1.x, 2.x or XL diffusers folder or a hub id",
+)
+CLIP = "name a CLIP folder or hub id, or leave it out"
+
+
+def is_folder(source: str) -> bool:
+    """Whether this is meant as a path, there or not, and no hub id."""
+    return Path(source).expanduser().exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1
+
+
+def check_folder(key: str, source: str, remedy: str) -> None:
+    """Raises ValueError where `source` is meant as a path, and is no folder."""
+    if is_folder(source) and not Path(source).expanduser().is_dir():
+        raise ValueError(f"{key}={source}: no such folder; {remedy}")
+
+
+def check_pipeline(key: str, source: str, kind: Kind) -> None:
+    """Raises ValueError where `source` is meant as a path, and is no folder with a pipeline of this kind."""
+    check_folder(key, source, kind.remedy)
+    if not is_folder(source):
+        return
+    folder, said = Path(source).expanduser(), f"{key}={source}"
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{said} is not a pipeline: it has no model_index.json; {kind.remedy}")
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{said}: model_index.json names no pipeline; {kind.remedy}") from None
+    if name not in kind.families:
+        raise ValueError(f"{said} is a {name}; {kind.remedy}")
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{said} has no {part}/; {kind.remedy}")
