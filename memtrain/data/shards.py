@@ -31,7 +31,8 @@ from memtrain.data.paths import expand
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 DAMAGED = "shard is broken inside this sample or right behind it"
 _TEXTS = ("txt", "json")
-_BLOCK, _MAGIC = 512, 257  # bytes of a header, and where in it `ustar` stands
+_BLOCK, _MANY_ZEROS = 16  # bytes: more than a whole WebP ends in
+_MAGIC = 512, 257  # bytes of a header, and where in it `ustar` stands
 
 
 def find_shards(spec: str | Sequence[str]) -> list[Path]:
@@ -206,7 +207,9 @@ def _is_break(block: bytes) -> bool:
 def _is_no_image(file: BinaryIO, extent: Extent) -> bool:
     """Of the last image of a tar: whether zeros or another tar, which need not begin on a block, are its end."""
     data = os.pread(file.fileno(), extent.size, extent.offset)
-    return _ends_in_zeros(data) or _holds_header_anywhere(data)
+    is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"  # has no end mark, and may well end in a few zeros
+    filled_up = not data[-_MANY_ZEROS:].strip(b"\0") if is_webp else _ends_in_zeros(data)
+    return filled_up or _holds_header_anywhere(data)
 
 
 def _trailer_problem(file: BinaryIO, end: int, block: bytes) -> str:

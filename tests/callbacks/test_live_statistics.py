@@ -28,6 +28,7 @@ def observed(rows: int, seed: int = 0, **columns) -> Observations:
     defaults = dict(
         sample_index=torch.arange(rows),
         picture=torch.arange(rows),
+        copies=torch.ones(rows, dtype=torch.long),
         timesteps=timesteps,
         score=torch.rand(rows, generator=generator) * 3 + 0.01,
         loss=torch.rand(rows, generator=generator),
