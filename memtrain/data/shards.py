@@ -31,8 +31,8 @@ from memtrain.data.paths import expand
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 DAMAGED = "shard is broken inside this sample or right behind it"
 _TEXTS = ("txt", "json")
-_BLOCK, _MANY_ZEROS = 16  # bytes: more than a whole WebP ends in
-_MAGIC = 512, 257  # bytes of a header, and where in it `ustar` stands
+_MANY_ZEROS = 16  # bytes: more than a whole WebP ends in
+_BLOCK, _MAGIC = 512, 257  # bytes of a header, and where in it `ustar` stands
 
 
 def find_shards(spec: str | Sequence[str]) -> list[Path]:
