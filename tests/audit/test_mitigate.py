@@ -234,7 +234,10 @@ def test_command_prints_a_table_of_all_methods(pipeline_folder, corpus, tmp_path
         ([], "one of the two"),
     ],
 )
-def test_command_errors_are_one_line(pipeline_folder, tmp_path, capsys, arguments, message):
+def test_command_errors_are_one_line(pipeline_folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").touch()
     with pytest.raises(SystemExit):
         main(["mitigate", f"model={pipeline_folder}", f"out={tmp_path / 'out'}", *arguments])
     error = capsys.readouterr().err

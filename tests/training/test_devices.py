@@ -85,7 +85,7 @@ def test_score_memory_curves_and_table_look_on():
             module = SimpleNamespace(
                 num_timesteps=1000, device=device, step_observed=some(TRAINED, device), reference_observed=None,
                 step_kept=torch.ones(32, dtype=torch.bool).to(device), step_threshold=torch.ones(32).to(device),
-                scoring_time=SimpleNamespace(take=lambda: 0.0),
+                scoring_time=SimpleNamespace(take=lambda: 0.0), reference=SimpleNamespace(size=lambda _: 4),
                 accumulation=SimpleNamespace(samples_seen=32, updates_skipped=0),
             )  # fmt: skip
             curves, memory = MemorizationCurves(every=9, high_noise=0.5), ScoreMemory(32, Scoring(every_visits=2))

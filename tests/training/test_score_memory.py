@@ -24,6 +24,7 @@ def visits(index, score=1.0, timesteps=500, captioned=True, scored=True) -> Obse
     return Observations.of_visit(
         sample_index=index,
         picture=index,
+        copies=torch.ones_like(index),
         timesteps=timesteps,
         score=score.float(),
         loss=score.float(),
