@@ -112,6 +112,7 @@ def judge(run: str | Path) -> Judged:
     all_visits = np.bincount(picture, minlength=len(keys))
     all_scored = np.bincount(picture[scored], minlength=len(keys))
     order = np.flatnonzero(named)[np.argsort(-found[named], kind="stable")]
+    total = np.bincount(picture[scored], visits.score[scored], minlength=len(keys))
     shown = {
         "key": keys.take(pa.array(order)),
         "samples": sizes[order],
@@ -120,7 +121,7 @@ def judge(run: str | Path) -> Judged:
         "high_noise_visits": high_visits[order],
         "evidence": found[order],
         "p_value": p_value[order],
-        "mean_score": np.bincount(picture[scored], visits.score[scored], minlength=len(keys))[order] / all_scored[order],
+        "mean_score": total[order] / all_scored[order],
         "excluded_share": np.bincount(picture, ~visits.kept, minlength=len(keys))[order] / all_visits[order],
     }
     return Judged(

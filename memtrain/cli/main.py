@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 2 after a one-line message where the user can mend what is wrong."""
     argv = sys.argv[1:] if argv is None else argv
     command, *rest = argv or ["--help"]
-    if os.getcwd() not in sys.path:  # for classes of the user's own, as with `python -m`; last, so that it hides nothing
+    if os.getcwd() not in sys.path:  # for classes of the user's own, as with `python -m`; last: it hides nothing
         sys.path.append(os.getcwd())
     try:
         if command in ("-h", "--help", "help"):

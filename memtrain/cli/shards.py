@@ -12,10 +12,9 @@ from pathlib import Path
 
 from memtrain.cli.arguments import Parser
 from memtrain.cli.checks import check_new_file
+from memtrain.data.escaping import printable
 from memtrain.data.paths import check_empty, check_pictures
 from memtrain.data.sources import local_shards
-
-from memtrain.data.escaping import printable
 
 _LISTED = 20  # faults, failures and groups on the terminal
 _TABLE_ROWS = 50
@@ -68,8 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--json", action="store_true", dest="as_json", help="print everything found, as json")
     added.add_argument("--no-decode", action="store_false", dest="decode", help="trust the images: faster")
 
-    added = task(_index, "index", "write the index of each shard beside it")
+    added = task(_index, "index", "write the index of each shard, and hashes of its images, beside it")
     over_shards(added)
+    with_workers(added)
+    added.add_argument("--no-hashes", action="store_false", dest="hashed", help="faster; duplicates stay unknown")
 
     added = task(_pack, "pack", "write pictures with captions as shards")
     added.add_argument("source", type=Path, help="a folder of images and .txt, or a .parquet, .jsonl or .csv")
@@ -130,13 +131,13 @@ def _print_check(report) -> None:
     _print_some([f"{fate}  {name}: {cause}" for fate, name, cause in said], "--json lists all")
 
 
-def _index(paths: list[str]) -> None:
+def _index(paths: list[str], workers: int, hashed: bool) -> None:
     found = local_shards(paths)
-    from memtrain.data.index import write_index
+    from memtrain.data.index import write_indexes
 
-    indexes = [write_index(shard.path) for shard in _progress("Indexing shards")(found, len(found))]
-    samples = sum(len(index.entries) for index in indexes)
-    skipped = sum(len(index.skipped) for index in indexes)
+    written = write_indexes([shard.path for shard in found], workers, hashed)
+    counts = list(_progress("Indexing shards")(written, len(found)))
+    samples, skipped = (sum(column) for column in zip(*counts, strict=True))
     print(f"indexed {samples} samples in {len(found)} shards, {skipped} skipped")
 
 

@@ -51,7 +51,7 @@ def _read_filter(stem: str, samples: int) -> Filtered | None:
     rows = read_array(f"{stem}.npy")
     if rows is None or rows.dtype != np.int32 or rows.ndim != 1 or not all(type(count) is int for count in counts):
         return None
-    if len(rows) and not (0 <= rows[0] and rows[-1] < samples and (np.diff(rows) > 0).all()):
+    if len(rows) and not (rows[0] >= 0 and rows[-1] < samples and (np.diff(rows) > 0).all()):
         return None
     return len(rows), dropped
 

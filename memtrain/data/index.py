@@ -13,9 +13,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -109,6 +110,21 @@ def write_index(shard: Path, stem: Path | None = None, hashed: bool = False) -> 
     with written_aside(stem.with_name(stem.name + ".json")) as file:  # last: it makes the index valid
         file.write(json.dumps(said).encode())
     return index
+
+
+def write_indexes(shards: Sequence[Path], workers: int, hashed: bool) -> Iterator[tuple[int, int]]:
+    """Write the index of each shard beside it, `workers` at a time; yields how many samples it has and skips."""
+    write = partial(_write_counted, hashed=hashed)
+    if workers <= 1:
+        yield from map(write, shards)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(write, shards)
+
+
+def _write_counted(shard: Path, hashed: bool) -> tuple[int, int]:
+    index = write_index(shard, hashed=hashed)
+    return len(index.entries), len(index.skipped)
 
 
 def open_index(shard: str | Path, cache: Path) -> IndexFile | None:

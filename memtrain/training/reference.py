@@ -86,7 +86,7 @@ class ReferenceSet:
             training.scoring_time.running(training.device),
         ):
             batch = self._batch(training, number, size).to(training.device)
-            loss, observed = training.visit(batch, REFERENCE)
+            _, observed = training.visit(batch, REFERENCE)
         finite = (observed.loss + observed.score).isfinite()
         self._report(training, observed.sample_index[batch.valid & ~finite].tolist())
         return only_finite(observed), batch.valid & finite

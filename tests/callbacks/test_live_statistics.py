@@ -122,7 +122,8 @@ def train_a_rank(pipeline: str, corpus: str, out: str, ranks: int) -> None:
         found |= {f"memorized_at/{key}": step or -1 for key, step in watching[2].memorized_at(trainer).items()}
         visited = watching[3].visited
         found |= {f"visits/{i}": n for i, n in zip(visited.index.tolist(), visited.sums[0], strict=True)}
-        found |= {f"z/{i}": z for i, z in zip(visited.index.tolist(), watching[3]._evidence(module).tolist(), strict=True)}
+        strength = watching[3]._evidence(module).tolist()
+        found |= {f"z/{i}": z for i, z in zip(visited.index.tolist(), strength, strict=True)}
         Path(out, f"{ranks}.json").write_text(json.dumps(found))
 
 

@@ -333,11 +333,10 @@ def test_the_more_samples_show_a_picture_the_less_else_has_to_speak_for_it():
     for copies in (1, 2, 20, 300, 100_000):
         rule = likelihood(false_positive_rate=0.01, clip=1.0)
         warm(rule)
-        for visit in range(1, 50):
-            if not rule.decide(observe([math.e**1.2], index=[3], copies=copies)).keep_mask.all():
-                break
+        visits[copies] = 1
+        while rule.decide(observe([math.e**1.2], index=[3], copies=copies)).keep_mask.all():
             rule.update(observe([math.e**1.2], index=[3], copies=copies))
-        visits[copies] = visit
+            visits[copies] += 1
     assert visits[1] > visits[20] > visits[300] >= visits[100_000] >= 1 and visits[1] >= visits[2]
 
 

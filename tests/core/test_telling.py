@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from memtrain.core.binned_rules import Agc, Calibrated, Quantile
-from memtrain.core.evidence import LikelihoodEvidence, ZScoreEvidence
+from memtrain.core.binned_rules import Agc, Quantile
+from memtrain.core.evidence import ZScoreEvidence
 from memtrain.core.exclusion import REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.quantiles import RunningQuantiles
 from memtrain.core.statistics import BinnedMoments, most_remembered

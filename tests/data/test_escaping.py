@@ -22,7 +22,7 @@ EVIL = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx", "'=x", "\x1b[2Jx", 
 
 @pytest.fixture
 def handled(tmp_path, monkeypatch):
-    """A log file as a run has one, and what is in it. What pytest hears is spelt out: pytest-xdist sends UTF-8 alone."""
+    """A log file as a run has one, and what is in it. Pytest hears it spelt out: pytest-xdist sends UTF-8 alone."""
     logger, file = logging.getLogger("memtrain"), logging.FileHandler(tmp_path / "run.log", encoding="utf-8")
     level = logger.level
     file.setFormatter(PrintableFormatter())

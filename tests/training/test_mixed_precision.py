@@ -36,7 +36,8 @@ def test_the_scaler_backs_off_and_nobody_is_blamed(pipeline_folder, corpus, tmp_
 
 @pytest.mark.parametrize("scale", [2.0**60, 2.0**16])
 def test_a_loss_that_is_not_finite_is_a_bad_step_whatever_the_scale(pipeline_folder, corpus, tmp_path, caplog, scale):
-    module, _ = train(pipeline_folder, corpus, tmp_path, scale, method=Poison({3}))  # the second call is the reference set's
+    poison = Poison({3})  # the second call is the reference set's
+    module, _ = train(pipeline_folder, corpus, tmp_path, scale, method=poison)
     assert module.stops.bad_steps == 1 and module.accumulation.scaler_backoffs == (2 if scale > 2**20 else 0)
     assert "step 1: a loss or gradient is not finite; samples of this rank: 0" in caplog.text
     assert weights(module).isfinite().all()

@@ -15,7 +15,6 @@ from memtrain.core.exclusion import REFERENCE, FixedThreshold, KeepAll
 from memtrain.core.statistics import BinnedMoments
 from memtrain.training.methods import EmbeddingNoise, Method, RandomTokensAdded
 from memtrain.training.optimizers import AdamW
-from memtrain.training.reference import ReferenceSet
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
 from tests.data.corpora import encode, sample, textured, write_tar
