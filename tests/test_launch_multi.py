@@ -28,7 +28,7 @@ from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
 from memtrain.cli.main import config_folder
 from memtrain.training.resume import checkpoints_in
 from tests.cli.test_main import small
-from tests.training.forks import small_run, wait_until
+from tests.support.forks import small_run, wait_until
 
 REPO = Path(__file__).resolve().parents[1]
 LAUNCH = REPO / "launch"

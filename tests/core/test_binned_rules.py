@@ -5,7 +5,7 @@ import torch
 
 from memtrain.core.binned_rules import Agc, Calibrated, Quantile
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
-from tests.core.observe import observe
+from tests.support.observe import observe
 
 BINS = 10
 

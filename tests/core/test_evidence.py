@@ -5,7 +5,7 @@ import torch
 
 from memtrain.core.evidence import LikelihoodEvidence, ZScoreEvidence
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
-from tests.core.observe import observe
+from tests.support.observe import observe
 
 
 def z_scores(num_samples=100, **options) -> ZScoreEvidence:

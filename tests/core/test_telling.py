@@ -13,7 +13,7 @@ from memtrain.core.statistics import BinnedMoments, most_remembered
 from memtrain.core.trend import Trend
 from tests.core import test_binned_rules as binned
 from tests.core import test_evidence as evidence
-from tests.core.observe import observe
+from tests.support.observe import observe
 
 RULES = (*binned.RULES, *evidence.RULES)
 

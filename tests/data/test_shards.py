@@ -14,7 +14,7 @@ from memtrain.data.datamodule import from_shards
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import DAMAGED, find_shards, index_shard
-from tests.data.corpora import encode, textured
+from tests.support.corpora import encode, textured
 
 
 def picture(colour=(200, 30, 30), size=(40, 30), form="JPEG", mode="RGB", **save) -> bytes:

@@ -10,7 +10,7 @@ from memtrain.data.datamodule import from_shards
 from memtrain.data.duplicates import find_duplicates
 from memtrain.data.sources import local_shards
 from tests.conftest import build_module, fit
-from tests.data.corpora import corpus_with_every_fault
+from tests.support.corpora import corpus_with_every_fault
 from tests.training.test_module import Record
 
 
@@ -57,7 +57,7 @@ def test_a_corpus_that_is_mostly_broken_stops_with_a_summary_and_a_checkpoint(pi
 
 
 def test_natural_duplicates_serve_as_canaries(pipeline_folder, tmp_path):
-    from tests.data.corpora import encode, sample, textured, write_tar
+    from tests.support.corpora import encode, sample, textured, write_tar
 
     pictures = [encode(textured(n)) for n in range(8)]
     copies = [0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]

@@ -15,8 +15,8 @@ from memtrain.core.statistics import BinnedMoments, auc, tpr_at_fpr
 from memtrain.core.trend import Trend
 from memtrain.training import ranks
 from memtrain.training.score_memory import ScoreMemory, Scoring
-from tests.core.observe import observe
-from tests.no_float64 import DEVICE, NoFloat64
+from tests.support.no_float64 import DEVICE, NoFloat64
+from tests.support.observe import observe
 from tests.training.test_rules import quick_rules
 
 

@@ -19,7 +19,7 @@ from memtrain.training.checks import check_accelerator
 from memtrain.training.methods import Method
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run, whole_checkpoint
 from tests.conftest import build_data, build_module, fit, weights
-from tests.training.forks import ROOT, ended, small_run, wait_until
+from tests.support.forks import ROOT, ended, small_run, wait_until
 from tests.training.test_module import Record, quick_evidence
 
 

@@ -11,7 +11,7 @@ from memtrain.core.evidence import ZScoreEvidence
 from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, FixedThreshold, KeepAll, NormalizedThreshold
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
-from tests.data.corpora import encode, sample, textured, write_tar
+from tests.support.corpora import encode, sample, textured, write_tar
 
 
 class Record(pl.Callback):

@@ -1,4 +1,4 @@
-"""`python -m tests.training.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process,
+"""`python -m tests.support.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process,
 to pay for imports once. Each rank finds in its environment what torchrun would have told it, and writes what came
 of each job to OUT/JOB-RANK.pt.
 """

@@ -185,7 +185,7 @@ import sys
 from pathlib import Path
 from memtrain.cli.sweep import stopped_by_signals
 from memtrain.training.stops import EXIT_CODES
-from tests.cli.test_sweep import search
+from tests.sweep.test_search import search
 one = search(Path(sys.argv[1]), *sys.argv[2:])
 with stopped_by_signals(one, EXIT_CODES) as received:
     one.run(2, workers=1)
@@ -286,7 +286,7 @@ def test_sweeps_that_start_at_once_share_a_study(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from tests.cli.test_sweep import search
+from tests.sweep.test_search import search
 print("ready", flush=True)
 while not Path(sys.argv[1], "go").exists():
     time.sleep(0.001)
