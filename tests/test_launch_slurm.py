@@ -13,7 +13,8 @@ import pytest
 import memtrain
 from memtrain.training.resume import checkpoints_in
 from tests.support import slurm
-from tests.support.forks import small_run, wait_until
+from tests.support.forks import wait_until
+from tests.support.program import small_run
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "launch" / "slurm.sbatch"

@@ -24,7 +24,7 @@ from memtrain.core.exclusion import Decision, ExclusionRule, FixedThreshold, Kee
 from memtrain.training import ranks
 from memtrain.training.strategy import FullySharded, own_part, whole
 from tests.conftest import build_data, build_module
-from tests.training.test_module import KeepNothing, quick_evidence
+from tests.support.rules import KeepNothing, quick_evidence
 
 GLOBAL_BATCH = 16
 

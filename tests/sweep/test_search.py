@@ -35,7 +35,7 @@ from memtrain.sweep.standing import spoken, tried
 from memtrain.sweep.study import Search
 from memtrain.sweep.trial import Process, environment_of
 from memtrain.training.checks import check_reference
-from tests.cli.test_main import fails, small
+from tests.support.program import fails, small
 
 REPO = Path(__file__).resolve().parents[2]
 # A training program that takes no time: the copy rate falls with the threshold, the loss rises. It keeps its step,

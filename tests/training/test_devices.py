@@ -17,7 +17,7 @@ from memtrain.training import ranks
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from tests.support.no_float64 import DEVICE, NoFloat64
 from tests.support.observe import observe
-from tests.training.test_rules import quick_rules
+from tests.support.rules import quick_rules
 
 
 def some(group: int, device) -> Observations:
