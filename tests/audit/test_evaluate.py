@@ -21,7 +21,7 @@ from memtrain.cli.evaluate import evaluate as command
 from memtrain.cli.main import config_folder
 from memtrain.data.samples import ShardSamples
 from memtrain.report.gallery import write_gallery
-from tests.audit.test_similarity import CPU, Descriptor, scripted
+from tests.support.networks import CPU, Descriptor, scripted
 
 SETTINGS = dict(
     generations=2, num_steps=2, guidance_scale=3.0, timesteps_per_sample=3, fid_samples=6, gallery=4, seed=5

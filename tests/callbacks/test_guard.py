@@ -14,9 +14,9 @@ from memtrain.callbacks.guard import Guard
 from memtrain.callbacks.ledger import Ledger
 from memtrain.cli.main import main
 from memtrain.training.exit_codes import INCOMPLETE
-from tests.callbacks.test_callbacks import copies, validation
-from tests.cli.test_main import small
 from tests.conftest import build_data, build_module, fit
+from tests.support.callbacks import copies, validation
+from tests.support.program import small
 
 
 def quick(corpus, pipeline, tmp_path) -> list[str]:

@@ -16,44 +16,11 @@ from memtrain.cli import schema
 from memtrain.cli.errors import one_line
 from memtrain.cli.main import config_folder, main
 from memtrain.core.exclusion import ExclusionRule
+from tests.support.program import fails, small
 
 CONF = config_folder()
 CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "study")  # of train
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-
-
-def fails(capsys, *argv: str) -> str:
-    """Run the program in this process; return the one line it ends with."""
-    with pytest.raises(SystemExit) as stopped:
-        main(list(argv))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code not in (0, None) and len(lines) == 1
-    return lines[0]
-
-
-def small(corpus, pipeline, tmp_path) -> list[str]:
-    return [
-        "train",
-        "experiment=demo",
-        f"data.shards={corpus}",
-        f"model.pretrained={pipeline}",
-        f"runs_dir={tmp_path}/runs",
-        "run_id=one",
-        "logger=csv",
-        "data.batch_size=4",
-        "canaries.count=3",
-        "canaries.repeats=4",
-        "reference.count=8",
-        "reference.batch_size=4",
-        "trainer.max_steps=4",
-        "callbacks.progress=null",
-        "callbacks.validation.every=2",
-        "callbacks.validation.timesteps_per_sample=4",
-        "callbacks.curves.every=2",
-        "callbacks.checkpoint.every=2",
-        "callbacks.copies.num_steps=2",
-        "callbacks.sample_grid.num_steps=2",
-    ]
 
 
 def test_help_says_what_to_type_next(capsys):

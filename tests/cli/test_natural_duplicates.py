@@ -14,8 +14,8 @@ from memtrain.cli.main import main
 from memtrain.data.datamodule import from_shards
 from memtrain.data.ledger import read_ledger
 from memtrain.data.samples import ShardSamples
-from tests.cli.test_main import small
-from tests.data.corpora import encode, sample, textured, write_tar
+from tests.support.corpora import encode, sample, textured, write_tar
+from tests.support.program import small
 
 # what each sample shows: picture 0 five times, 1 four times, 2 three times, 24 others once
 SHOWS = [0, 1, 2, 0, 1, *range(3, 15), 0, 2, 0, 1, *range(15, 27), 1, 2, 0]

@@ -4,36 +4,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from memtrain.core.binned_rules import Agc, Calibrated, Quantile
-from memtrain.core.evidence import LikelihoodEvidence, ZScoreEvidence
 from memtrain.core.exclusion import Decision, ExclusionRule, Observations
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
-
-
-def quick_rules() -> dict[str, ExclusionRule]:
-    """Warm after a few steps, and with thresholds in the midst of the scores."""
-    return {
-        "quantile": Quantile(0.5, num_bins=2, half_life=50, warmup=4),
-        "calibrated": Calibrated(0.4, num_bins=2, level_half_life=20, half_life=50, pooling=20, warmup=4, start_step=2),
-        "agc": Agc(1.02, num_bins=2, half_life=50, warmup=4),
-        "evidence": LikelihoodEvidence(
-            0.4,
-            0.4,
-            memory=0.95,
-            clip=3.0,
-            shift=1.0,
-            shift_weight=5,
-            num_bins=1,
-            half_life=50,
-            canary_half_life=50,
-            own_visits=2,
-            own_limit=1.0,
-            copies_weight=0.5,
-            warmup=2,
-        ),
-        "z_scores": ZScoreEvidence(0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2),
-    }
+from tests.support.rules import quick_rules
 
 
 class Panel(ExclusionRule):
