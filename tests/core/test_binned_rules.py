@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from memtrain.core.binned_rules import Agc, Calibrated, Quantile
+from memtrain.core.binned_rules import Calibrated, IetAgc, Quantile
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
 from tests.core.observe import observe
 
@@ -19,8 +19,8 @@ def calibrated(**options) -> Calibrated:
     return ready(Calibrated(**(defaults | dict(warmup=50) | options)))
 
 
-def agc(**options) -> Agc:
-    return ready(Agc(**(dict(ratio=1.25, num_bins=BINS, half_life=1000, warmup=2) | options)))
+def agc(**options) -> IetAgc:
+    return ready(IetAgc(**(dict(ratio=1.25, num_bins=BINS, half_life=1000, warmup=2) | options)))
 
 
 def ready(rule):
