@@ -51,10 +51,10 @@ def settings(shards, pipeline, tmp_path, **others) -> list[str]:
         "callbacks.validation.every=30",
         "callbacks.checkpoint.every=30",
         "callbacks.copies.every=0",
-        "callbacks.copies.generations=2",
+        "callbacks.copies.num_images_per_prompt=2",
         "callbacks.copies.reference=2",
-        "callbacks.memorized_table.num_steps=2",
-        "callbacks.memorized_table.generations=1",
+        "callbacks.memorized_table.num_inference_steps=2",
+        "callbacks.memorized_table.num_images_per_prompt=1",
         *(f"{name.replace('__', '.')}={value}" for name, value in others.items()),
     ]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memtrain.core.binned_rules import Agc, Quantile
+from memtrain.core.binned_rules import IetAgc, Quantile
 from memtrain.core.evidence import ZScoreEvidence
 from memtrain.core.exclusion import REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.quantiles import RunningQuantiles
@@ -82,7 +82,7 @@ def test_no_more_is_remembered_than_said(half_life):
     "make",
     [
         lambda **o: Quantile(quantile=0.9, num_bins=10, **o),
-        lambda **o: Agc(ratio=1.25, num_bins=10, **o),
+        lambda **o: IetAgc(ratio=1.25, num_bins=10, **o),
         lambda **o: ZScoreEvidence(enter=1.0, leave=0.5, memory=0.8, min_timestep=0.7, num_bins=10, **o),
         rules.likelihood,
     ],

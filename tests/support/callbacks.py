@@ -14,13 +14,15 @@ def validation(**options) -> Validation:
 
 
 def copies(**options) -> Copies:
-    defaults = dict(every=0, watched=16, watched_generations=1, generations=2, reference=2, num_steps=2,
+    defaults = dict(every=0, watched=16, watched_images_per_prompt=1, num_images_per_prompt=2, reference=2,
+                    num_inference_steps=2,
                     guidance_scale=2.0, max_rmse=0.5, batch_size=3, shown=2)  # fmt: skip
     return Copies(**(defaults | options))
 
 
 def table(**options) -> MemorizedTable:
-    defaults = dict(every=0, samples=4, generations=2, high_noise=0.3, num_steps=2, guidance_scale=2.0, max_rmse=0.5,
+    defaults = dict(every=0, samples=4, num_images_per_prompt=2, high_noise=0.3, num_inference_steps=2,
+                    guidance_scale=2.0, max_rmse=0.5,
                     batch_size=8)  # fmt: skip
     return MemorizedTable(**(defaults | options))
 

@@ -36,8 +36,8 @@ def small(corpus, pipeline, tmp_path) -> list[str]:
         "callbacks.validation.timesteps_per_sample=4",
         "callbacks.curves.every=2",
         "callbacks.checkpoint.every=2",
-        "callbacks.copies.num_steps=2",
-        "callbacks.sample_grid.num_steps=2",
+        "callbacks.copies.num_inference_steps=2",
+        "callbacks.sample_grid.num_inference_steps=2",
     ]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from memtrain.core.binned_rules import Agc, Calibrated, Quantile
+from memtrain.core.binned_rules import Calibrated, IetAgc, Quantile
 from memtrain.core.evidence import LikelihoodEvidence, ZScoreEvidence
 from memtrain.core.exclusion import Decision, ExclusionRule
 
@@ -18,8 +18,8 @@ def calibrated(**options) -> Calibrated:
     return ready(Calibrated(**(defaults | dict(warmup=50) | options)))
 
 
-def agc(**options) -> Agc:
-    return ready(Agc(**(dict(ratio=1.25, num_bins=BINS, half_life=1000, warmup=2) | options)))
+def agc(**options) -> IetAgc:
+    return ready(IetAgc(**(dict(ratio=1.25, num_bins=BINS, half_life=1000, warmup=2) | options)))
 
 
 def ready(rule):
@@ -60,7 +60,7 @@ def quick_rules() -> dict[str, ExclusionRule]:
     return {
         "quantile": Quantile(0.5, num_bins=2, half_life=50, warmup=4),
         "calibrated": Calibrated(0.4, num_bins=2, level_half_life=20, half_life=50, pooling=20, warmup=4, start_step=2),
-        "agc": Agc(1.02, num_bins=2, half_life=50, warmup=4),
+        "iet_agc": IetAgc(1.02, num_bins=2, half_life=50, warmup=4),
         "evidence": LikelihoodEvidence(
             0.4,
             0.4,

@@ -47,7 +47,7 @@ def test_a_study_of_your_own(capsys, tmp_path):
     space = f"{{{lr}, ts: {{key: score.timesteps, choices: {timesteps}}}}}"
     (tmp_path / "study" / "mine.yaml").write_text(f"defaults: [thresholds, _self_]\nspace: {space}\n")
     own = ["--config-dir", str(tmp_path), "study=mine", f"runs_dir={quoted(str(runs))}", "study.prune=null"]
-    assert "no such shard" in fails(capsys, "sweep", *own, "data.shards='/nowhere/it,s.tar'", "exclusion=agc")
+    assert "no such shard" in fails(capsys, "sweep", *own, "data.shards='/nowhere/it,s.tar'", "exclusion=iet_agc")
     study = runs / "mine"
     (trial,) = optuna.load_study(study_name="mine", storage=f"sqlite:///{study}/study.db").get_trials()
     rate, timesteps = trial.user_attrs["overrides"]

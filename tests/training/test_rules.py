@@ -73,11 +73,11 @@ def test_two_ranks_decide_as_one(forks, pipeline_folder, corpus, tmp_path):
         assert 0 < keep.mean() < 1, name  # it left out some, and not all
 
 
-@pytest.mark.parametrize("name", ["quantile", "calibrated", "agc", "evidence"])
+@pytest.mark.parametrize("name", ["quantile", "calibrated", "iet_agc", "evidence"])
 def test_a_rule_is_in_force_from_its_start_step_on(pipeline_folder, corpus, tmp_path, name):
     rule = quick_rules()[name]
     rule.start_step = 6
-    scoring = Scoring(every=0) if name == "agc" else Scoring(every_visits=2)
+    scoring = Scoring(every=0) if name == "iet_agc" else Scoring(every_visits=2)
     module = build_module(pipeline_folder, rule, scoring=scoring, reference_batch=4, reference_every=1)
     kept = []
 
