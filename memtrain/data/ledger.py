@@ -22,6 +22,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from memtrain.core.exclusion import GROUP_NAMES
+from memtrain.core.streams import Stream, place_seeds
 from memtrain.data.paths import check_ledger, ledger_parts
 from memtrain.data.samples import as_text
 
@@ -41,7 +42,6 @@ SCHEMA = pa.schema(
     ]
 )
 _ABOUT = b"memtrain"  # key of the schema's metadata
-_STREAM = 40  # of randomness, apart from those of core.diffusion, data.order, data.batches and audit (48 on)
 _PART_ROWS = 500_000  # a part is closed at so many, checkpoint or not
 
 
@@ -81,17 +81,7 @@ class Rows:
 
 def drawn(seed: int, step: np.ndarray, sample_index: np.ndarray, share: float) -> np.ndarray:
     """Which rows a ledger of a share of them holds: a function of (seed, step, sample). (N,) bool"""
-    state = np.full(len(step), seed & (2**64 - 1), dtype=np.uint64)
-    for part in (
-        np.full(len(step), _STREAM),
-        step,
-        sample_index,
-    ):  # here: core.diffusion.place_seed, N at a time
-        state = state + np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return (state >> np.uint64(1)) * 2.0**-63 < share
+    return place_seeds(seed, Stream.LEDGER, step, sample_index) * 2.0**-63 < share
 
 
 class LedgerWriter:
