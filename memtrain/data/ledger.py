@@ -22,6 +22,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from memtrain.core.exclusion import GROUP_NAMES
+from memtrain.core.files import written_aside
 from memtrain.core.streams import Stream, place_seeds
 from memtrain.data.paths import check_ledger, ledger_parts
 from memtrain.data.samples import as_text
@@ -136,16 +137,15 @@ class LedgerWriter:
 
 def _write(table: pa.Table, path: Path) -> None:
     """As small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
-    aside = path.with_name(f".{path.name}")
-    pq.write_table(
-        table,
-        aside,
-        compression="zstd",
-        compression_level=9,
-        use_dictionary=["step", "duplicate_of", "group", "timestep", "threshold"],
-        column_encoding={"score": "BYTE_STREAM_SPLIT", "loss": "BYTE_STREAM_SPLIT"},
-    )
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        pq.write_table(
+            table,
+            aside,
+            compression="zstd",
+            compression_level=9,
+            use_dictionary=["step", "duplicate_of", "group", "timestep", "threshold"],
+            column_encoding={"score": "BYTE_STREAM_SPLIT", "loss": "BYTE_STREAM_SPLIT"},
+        )
 
 
 def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
@@ -176,8 +176,8 @@ def _link(path: Path, to: Path) -> None:
     try:
         os.link(path, to)  # parts are replaced, never changed
     except OSError:  # another file system
-        shutil.copyfile(path, aside := to.with_name(f".{to.name}"))
-        os.replace(aside, to)
+        with written_aside(to) as aside:
+            shutil.copyfile(path, aside)
 
 
 def _cut(path: Path, step: int) -> int:
