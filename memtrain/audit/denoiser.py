@@ -16,11 +16,11 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from memtrain.core.diffusion import PREDICTION_TYPES, place_seed, to_noise
+from memtrain.core.diffusion import PREDICTION_TYPES, to_noise
+from memtrain.core.streams import Stream, place_seed
 from memtrain.models.folders import AUDITED
 from memtrain.models.pipelines import hash_weights, load_pipeline
 
-AUDIT, CHECK = 48, 52  # streams of `place_seed`; what was found in draws of the first is checked in the second's
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -294,7 +294,7 @@ class Denoiser:
         return digest.hexdigest()
 
 
-def generation_seeds(prompt: str, count: int, seed: int, stream: int = AUDIT) -> list[int]:
+def generation_seeds(prompt: str, count: int, seed: int, stream: Stream = Stream.AUDIT) -> list[int]:
     """Seeds of a prompt's x_T: a function of seed, prompt and generation, not of the list it came in."""
     key = int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8], "big")
     return [place_seed(seed, stream, key, generation) for generation in range(count)]

@@ -9,7 +9,6 @@ import gc
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -33,6 +32,7 @@ from memtrain.audit.evaluation import (
     Settings,
 )
 from memtrain.audit.training_samples import TrainingSamples
+from memtrain.core.files import written_aside
 from memtrain.data.samples import ShardSamples
 from memtrain.models.pipelines import hash_weights
 
@@ -116,25 +116,20 @@ def short_names(models: Sequence[str]) -> list[str]:
 # ---- results on disk
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Written aside and renamed: what is there is whole."""
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    write(aside)
-    os.replace(aside, path)
-
-
 def write_json(path: Path, content: object) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    with written_aside(path, shared=True) as aside:
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_found(folder: Path, found: Found, draw: DrawGallery) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)  # from here on the others may be of another make
-    write_whole(folder / "rows.parquet", lambda path: pq.write_table(found.rows, path, compression="zstd"))
+    with written_aside(folder / "rows.parquet", shared=True) as aside:
+        pq.write_table(found.rows, aside, compression="zstd")
     name, rule = found.result.model, found.result.copy_rule
     heading = f"{name}: generations nearest to their training image"
-    write_whole(folder / "gallery.html", lambda path: draw(path, heading, rule, found.pairs))
+    with written_aside(folder / "gallery.html", shared=True) as aside:
+        draw(aside, heading, rule, found.pairs)
     write_json(folder / "result.json", asdict(found.result))  # last: it vouches for the others
 
 

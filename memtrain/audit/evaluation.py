@@ -21,8 +21,9 @@ from memtrain.audit.compare import encode_images
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.fid import Features, FrechetDistance
 from memtrain.audit.similarity import Pictures, Similarity
-from memtrain.audit.training_samples import REAL, TrainingSamples, draw_positions, read_pictures
-from memtrain.core.diffusion import HELD_OUT, add_noise, draw, place_seed
+from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
+from memtrain.core.diffusion import add_noise, draw
+from memtrain.core.streams import Stream, place_seed
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
 
@@ -201,7 +202,7 @@ class Evaluation:
             for number, t in enumerate(timesteps):
                 noise = torch.cat(
                     [
-                        draw(settings.seed, HELD_OUT, number, [position], shape, num_timesteps).noise
+                        draw(settings.seed, Stream.HELD_OUT, number, [position], shape, num_timesteps).noise
                         for position in chosen.positions[rows.start : rows.stop]
                     ]
                 ).to(denoiser.device)
@@ -261,7 +262,7 @@ class Evaluation:
 
     def _look_at_real_pictures(self) -> None:
         """As many pictures of the shards as are wanted, drawn by seed; what cannot be read is left out."""
-        seed, readable = place_seed(self.settings.seed, REAL, 0, 0), []
+        seed, readable = place_seed(self.settings.seed, Stream.REAL, 0, 0), []
         for position in draw_positions(self.samples, self.settings.fid_samples, seed):
             try:
                 self.samples.get(position)

@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.denoiser import CHECK, Denoiser, generation_seeds
+from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.words import neighbours, replaced, without, words_of
 from memtrain.core.scores import text_conditional_magnitude
+from memtrain.core.streams import Stream
 
 FIRST_STEPS = (0, 1, 2, 3, 4)  # one step alone ranks the words of the demo's canaries much less reliably
 _ALTERNATIVES = 3  # replacements that are tried for a word
@@ -216,7 +217,7 @@ def check_words(
         for found, (top, bottom) in zip(usable, ends, strict=True)
         for text in (found.prompt, without(found.prompt, top), without(found.prompt, bottom))
     ]
-    seeds = [generation_seeds(found.prompt, num_images_per_prompt, seed, CHECK) for found in usable for _ in range(3)]
+    seeds = [generation_seeds(found.prompt, num_images_per_prompt, seed, Stream.CHECK) for found in usable for _ in range(3)]
     scores = mean_scores(denoiser, texts, seeds, path, batches)
     return [
         WordCheck(found.prompt, whole, top.text, bottom.text, without_top, without_bottom)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from memtrain.core.files import written_aside
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class Parts:
         else:
             self._clear()  # parts without settings cannot be trusted
         self.parts.mkdir(parents=True, exist_ok=True)
-        write_aside(settings, json.dumps(made_with, indent=2).encode())
+        with written_aside(settings) as aside:
+            aside.write_text(json.dumps(made_with, indent=2), encoding="utf-8")
 
     def _clear(self) -> None:
         shutil.rmtree(self.parts, ignore_errors=True)
@@ -52,7 +54,7 @@ class Parts:
     def read(self) -> list[pa.Table]:
         """What is there; a damaged part is left out, said and done anew."""
         tables = []
-        for path in [self.finished] if self.finished.is_file() else sorted(self.parts.glob("*.parquet")):
+        for path in [self.finished] if self.finished.is_file() else sorted(self.parts.glob("[!.]*.parquet")):
             try:
                 tables.append(pq.read_table(path))
             except (pa.ArrowInvalid, OSError) as error:
@@ -80,12 +82,5 @@ def _differences(settings: Path, made_with: dict) -> list[str]:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    aside = path.with_suffix(".tmp")
-    pq.write_table(table, aside, compression="zstd")
-    os.replace(aside, path)
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        pq.write_table(table, aside, compression="zstd")

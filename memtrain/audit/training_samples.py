@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from memtrain.core.diffusion import place_seed
+from memtrain.core.streams import Stream, place_seed
 from memtrain.data.escaping import of_cell
 from memtrain.data.groups import draw_groups
 from memtrain.data.images import BadSample
@@ -21,7 +21,6 @@ from memtrain.data.samples import ShardSamples
 
 log = logging.getLogger(__name__)
 
-CHOSEN, REAL = 50, 51  # streams of `place_seed`, apart from all others
 DRAWN = "drawn"  # group of what no file names
 GROUP = "group"  # column that is looked for, but need not be there
 
@@ -53,7 +52,7 @@ def choose(samples: ShardSamples, file: str | None, group: str, count: int, seed
     if count < 1:
         raise ValueError(f"samples.count must be >= 1, got {count}")
     if file is None:
-        positions = draw_positions(samples, count, place_seed(seed, CHOSEN, 0, 0))
+        positions = draw_positions(samples, count, place_seed(seed, Stream.JUDGED, 0, 0))
         rows = [{"key": samples.key(position), "group": DRAWN} for position in positions]
     else:
         rows = _first_of_each_group(_read(file, group), count)

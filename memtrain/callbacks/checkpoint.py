@@ -16,6 +16,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 
+from memtrain.core.files import written_aside
 from memtrain.training.resume import LAST, RunState, checkpoint_name, checkpoints_in
 
 log = logging.getLogger(__name__)
@@ -95,10 +96,8 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(path)
         self.saved_at = trainer.global_step
         if trainer.is_global_zero:
-            aside = self.folder / f".{LAST}"
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(path.name)
-            os.replace(aside, self.folder / LAST)
+            with written_aside(self.folder / LAST) as aside:
+                aside.symlink_to(path.name)
             there = checkpoints_in(self.folder)  # those of later steps could not be read, or are of another past
             past = [old for step, old in there.items() if step <= trainer.global_step]
             for old in set(there.values()) - set(past[-self.keep :]):
@@ -134,15 +133,12 @@ class AsideIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}")
         try:
-            with aside.open("wb") as file:
+            with written_aside(path) as aside, aside.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
         except (OSError, RuntimeError) as error:
-            aside.unlink(missing_ok=True)
             cause = _os_error(error)
             if cause is None:
                 raise

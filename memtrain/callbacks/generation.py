@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, share_of_rank
 from memtrain.core.copies import latent_rmse
-from memtrain.core.diffusion import GENERATION, place_seed
+from memtrain.core.streams import Stream, place_seed
 from memtrain.models.base import DiffusionModel
 
 
@@ -87,7 +87,7 @@ def compare(
             trainer,
             pipeline,
             [captions[n] for n, _ in part],
-            [place_seed(pl_module.seed, GENERATION, positions[n], g) for n, g in part],
+            [place_seed(pl_module.seed, Stream.GENERATION, positions[n], g) for n, g in part],
             pl_module.latent_shape,
             num_inference_steps,
             guidance_scale,

@@ -22,6 +22,8 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from memtrain.core.files import written_aside
+
 log = logging.getLogger(__name__)
 
 SECTIONS = {  # what comes first is looked at first; a name belongs where one of the words begins it
@@ -155,12 +157,10 @@ class MetricsFile(Logger):
         if first:
             rows = [old for old in rows if int(old["step"]) < step]
         self._columns = list(dict.fromkeys([*columns, *row]))
-        aside = self.path.with_suffix(".csv.new")
-        with aside.open("w", newline="", encoding="utf-8") as file:
+        with written_aside(self.path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows([*rows, row])
-        aside.replace(self.path)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         if not self.path.exists():

@@ -10,7 +10,7 @@ from memtrain.callbacks.generation import decode, generate
 from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture
 from memtrain.callbacks.steps import AfterEachStep
-from memtrain.core.diffusion import GENERATION, place_seed
+from memtrain.core.streams import Stream, place_seed
 from memtrain.report.pictures import draw_grid
 
 
@@ -58,7 +58,7 @@ class SampleGrid(AfterEachStep):
             trainer,
             pl_module.model.pipeline(),
             [prompt for prompt in prompts for _ in range(self.columns)],
-            [place_seed(pl_module.seed, GENERATION, 0, column) for _ in prompts for column in range(self.columns)],
+            [place_seed(pl_module.seed, Stream.GENERATION, 0, n) for _ in prompts for n in range(self.columns)],
             pl_module.latent_shape,
             self.num_inference_steps,
             self.guidance_scale,

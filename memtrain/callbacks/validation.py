@@ -10,9 +10,10 @@ from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, log_metrics, share_of_rank
 from memtrain.callbacks.steps import AfterEachStep
-from memtrain.core.diffusion import HELD_OUT, draw
+from memtrain.core.diffusion import draw
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.statistics import auc, tpr_at_fpr
+from memtrain.core.streams import Stream
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Validation(AfterEachStep):
                 [
                     draw(
                         pl_module.seed,
-                        HELD_OUT,
+                        Stream.HELD_OUT,
                         i,
                         [int(index[n])],
                         latents.shape[1:],

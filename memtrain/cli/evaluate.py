@@ -118,13 +118,15 @@ def _write(out: Path, results: list[ModelResult]) -> None:
     """The rows of all models, the table, and the plane."""
     import pyarrow.parquet as pq
 
-    from memtrain.audit.evaluate import read_rows, write_json, write_whole
+    from memtrain.audit.evaluate import read_rows, write_json
+    from memtrain.core.files import written_aside
     from memtrain.report.plane import Point, draw_plane
 
-    rows = read_rows(out, results)
-    write_whole(out / "rows.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
+    with written_aside(out / "rows.parquet", shared=True) as aside:
+        pq.write_table(read_rows(out, results), aside, compression="zstd")
     write_json(out / "evaluation.json", [asdict(result) for result in results])
-    write_whole(out / "evaluation.csv", lambda path: _write_csv(path, results))
+    with written_aside(out / "evaluation.csv", shared=True) as aside:
+        _write_csv(aside, results)
     has_reference = results[0].heldout_loss is not None
     points = []
     for result in results:
@@ -132,7 +134,8 @@ def _write(out: Path, results: list[ModelResult]) -> None:
         points.append(Point(result.model, result.memorization.copy_rate, quality))
     shown = f"copies, {results[0].memorization.group} ({results[0].copy_rule})"
     loss = "held-out loss" if has_reference else "denoising loss of these samples (no group reference)"
-    write_whole(out / "plane.png", lambda path: draw_plane(path, points, shown, loss))
+    with written_aside(out / "plane.png", shared=True) as aside:
+        draw_plane(aside, points, shown, loss)
 
 
 def _write_csv(path: Path, results: list[ModelResult]) -> None:

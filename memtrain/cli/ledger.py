@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from memtrain.cli.arguments import Parser
 from memtrain.cli.checks import check_new_file
 from memtrain.cli.shards import shown
+from memtrain.core.files import written_aside
 from memtrain.data.paths import check_ledger
 
 
@@ -59,9 +58,8 @@ def _suspects(run: Path, top: int, out: Path, false_positive_rate: float) -> Non
     judged = judge(run)
     found = judged.suspects(false_positive_rate)
     listed = judged.every_sample(found, _unvisited(run, found["key"].to_pylist()))
-    with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as aside:
-        pq.write_table(listed, f"{aside}/{out.name}", compression="zstd")
-        os.replace(f"{aside}/{out.name}", out)
+    with written_aside(out, shared=True) as aside:
+        pq.write_table(listed, aside, compression="zstd")
     _say(judged)
     by_chance = false_positive_rate * len(judged.table)
     print(

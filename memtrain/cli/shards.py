@@ -6,12 +6,12 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from memtrain.cli.arguments import Parser
 from memtrain.cli.checks import check_new_file
+from memtrain.core.files import written_aside
 from memtrain.data.escaping import printable
 from memtrain.data.paths import check_empty, check_pictures
 from memtrain.data.sources import local_shards
@@ -164,9 +164,8 @@ def _duplicates(paths: list[str], workers: int, out: Path, distance: int) -> Non
     from memtrain.data.duplicates import find_duplicates
 
     found = find_duplicates(there, distance, workers, _progress("Hashing images"))
-    with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as aside:
-        pq.write_table(found.groups, f"{aside}/{out.name}", compression="zstd")
-        os.replace(f"{aside}/{out.name}", out)
+    with written_aside(out, shared=True) as aside:
+        pq.write_table(found.groups, aside, compression="zstd")
     groups: dict[tuple[int, str], list[str]] = {}
     for row in found.groups.select(["group", "kind", "caption"]).to_pylist():
         groups.setdefault((row["group"], row["kind"]), []).append(row["caption"])

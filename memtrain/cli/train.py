@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from memtrain.cli.checks import check_start, check_training
 from memtrain.cli.jobs import is_job
-from memtrain.training.resume import Past, find_run, same_wandb_run, write_aside
+from memtrain.core.files import written_aside
+from memtrain.training.resume import Past, find_run, same_wandb_run
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,8 @@ def _begin(cfg: DictConfig, past: Past | None, ckpt_path: Path | None, datamodul
         run_log = logging.FileHandler(run_dir / "run.log", encoding="utf-8")
         run_log.setFormatter(PrintableFormatter())
         logging.getLogger("memtrain").addHandler(run_log)
-        write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        with written_aside(run_dir / "config.yaml") as aside:
+            aside.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         warn_of_sacrificed(datamodule, named=len(cfg.canaries.sacrificed_keys) > 0)
         if past is not None or cfg.resume.run is not None:
             log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")

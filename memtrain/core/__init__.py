@@ -1,1 +1,1 @@
-"""Equations: pure functions of tensors. Needs torch and the standard library alone."""
+"""Equations: pure functions of tensors; and what all rooms share. Needs torch and the standard library alone."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memtrain.core.streams import Stream, place_seed
+
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -66,24 +68,6 @@ def signal_to_noise(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return alpha_bar / (1 - alpha_bar)
 
 
-# ---- randomness: a function of (seed, stream, step, place), never of ranks or workers
-
-# Streams: draws of one never meet draws of another.
-TRAIN, REFERENCE, HELD_OUT, GENERATION, METHOD, REFERENCE_METHOD = range(6)
-
-
-def place_seed(seed: int, stream: int, step: int, place: int) -> int:
-    """A 63-bit seed for one row of one global batch, well mixed (SplitMix64, Steele et al. 2014)."""
-    mask = (1 << 64) - 1
-    state = seed & mask
-    for part in (stream, step, place):
-        state = (state + 0x9E3779B97F4A7C15 + part) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1
-
-
 @dataclass(frozen=True)
 class Draws:
     """All that is random about B samples in one step."""
@@ -99,7 +83,7 @@ class Draws:
 
 
 def draw(
-    seed: int, stream: int, step: int, places: Sequence[int], latent_shape: Sequence[int], num_timesteps: int
+    seed: int, stream: Stream, step: int, places: Sequence[int], latent_shape: Sequence[int], num_timesteps: int
 ) -> Draws:
     """Draw timesteps and noises for the rows at `places` of the global batch of `step`, on the CPU.
 

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtrain.core.diffusion import place_seed
+from memtrain.core.streams import Stream, place_seed
 from memtrain.data.groups import Groups
 from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample, LatentCache
 from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import STRAIGHT, View
-
-_VIEW = 32  # stream of randomness, apart from those of core.diffusion and data.order
 
 
 class Samples(Protocol):
@@ -50,7 +48,7 @@ class Views:
             raise ValueError(f"data.flip is a share in [0, 1], got {self.flip:g}")
 
     def view(self, step: int, place: int) -> View:
-        top, left, flip, caption = np.random.default_rng(place_seed(self.seed, _VIEW, step, place)).random(4)
+        top, left, flip, caption = np.random.default_rng(place_seed(self.seed, Stream.VIEW, step, place)).random(4)
         crop = (top, left) if self.crop == "random" else STRAIGHT.crop
         return View(crop, bool(flip < self.flip), caption)
 

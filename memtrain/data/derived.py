@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from memtrain.data.kept import one_at_a_time, read_array, write_array, written_aside
+from memtrain.core.files import written_aside
+from memtrain.data.kept import one_at_a_time, read_array, write_array
 
 Filtered = tuple[int, dict[str, int]]  # rows that are left, and how many each condition drops
 
@@ -35,8 +36,8 @@ def kept_filters(
                 if found[number] is None:
                     rows, dropped = choose(number)
                     write_array(f"{stems[number]}.npy", rows.astype(np.int32))
-                    with written_aside(Path(f"{stems[number]}.json")) as file:
-                        file.write(json.dumps(dropped).encode())
+                    with written_aside(Path(f"{stems[number]}.json"), shared=True) as aside:
+                        aside.write_text(json.dumps(dropped), encoding="utf-8")
                     found[number] = len(rows), dropped
     return found
 

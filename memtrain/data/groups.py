@@ -9,17 +9,16 @@ from functools import cached_property
 
 import numpy as np
 
-from memtrain.core.diffusion import place_seed
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
+from memtrain.core.streams import Stream, place_seed
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 
 log = logging.getLogger(__name__)
 
-_CANARY, _REFERENCE = 16, 17  # streams apart from core.diffusion's and data.order's
 _HOME_SHARDS = 16  # planted canaries and reference set come from so many shards, so that few must be fetched first
 
 
-def stream_generator(seed: int, stream: int, number: int = 0, part: int = 0) -> np.random.Generator:
+def stream_generator(seed: int, stream: Stream, number: int = 0, part: int = 0) -> np.random.Generator:
     """Draws that depend on these numbers alone."""
     return np.random.default_rng(place_seed(seed, stream, number * 1_000_003 + part, 0))
 
@@ -116,11 +115,11 @@ def draw_groups(
             f"canaries.count={canaries} and reference.count={reference} leave nothing of the {total} "
             f"samples to train on ({len(pictures.positions)} of them are duplicates); lower them or add shards"
         )
-    shards = stream_generator(seed, _CANARY).permutation(len(counts))
+    shards = stream_generator(seed, Stream.HOME_SHARDS).permutation(len(counts))
     enough = int(np.searchsorted(single[shards].cumsum(), drawn + reference)) + 1
     homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
     pool = np.concatenate([np.arange(starts[s], starts[s] + counts[s]) for s in homes])
-    permuted = stream_generator(seed, _REFERENCE).permutation(pool)
+    permuted = stream_generator(seed, Stream.GROUPS).permutation(pool)
     permuted = permuted[~np.isin(permuted, np.concatenate([pictures.positions, named]))]
     if planted:
         chosen = [np.array([position]) for position in [*named, *permuted[: canaries - len(named)]]]

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from memtrain.core.files import written_aside
 from memtrain.data.hashes import read_hashes, shard_hashes
-from memtrain.data.kept import DAMAGED, one_at_a_time, read_array, write_array, written_aside
+from memtrain.data.kept import DAMAGED, one_at_a_time, read_array, write_array
 from memtrain.data.remote import ShardCache, copy_url, shown
 from memtrain.data.shards import Extent, ShardIndex, index_shard
 
@@ -107,8 +108,8 @@ def write_index(shard: Path, stem: Path | None = None, hashed: bool = False) -> 
         "skipped": index.skipped,
         "hashed": hashed,
     }
-    with written_aside(stem.with_name(stem.name + ".json")) as file:  # last: it makes the index valid
-        file.write(json.dumps(said).encode())
+    with written_aside(stem.with_name(stem.name + ".json"), shared=True) as aside:  # last: it makes the index valid
+        aside.write_text(json.dumps(said), encoding="utf-8")
     return index
 
 
@@ -229,10 +230,10 @@ def _open_remote_index(url: str, cache: Path, remote: ShardCache) -> IndexFile:
     if index is None and not url.startswith("pipe:"):
         with contextlib.suppress(OSError):  # no index beside it: not worth a word
             for suffix in (".npy", ".json"):
-                with written_aside(Path(stem + suffix)) as file:
-                    copy_url(f"{url}.index{suffix}", Path(file.name))
-            with contextlib.suppress(OSError), written_aside(Path(stem + ".hashes.npy")) as file:  # of older ones: none
-                copy_url(f"{url}.index.hashes.npy", Path(file.name))
+                with written_aside(Path(stem + suffix), shared=True) as aside:
+                    copy_url(f"{url}.index{suffix}", aside)
+            with contextlib.suppress(OSError), written_aside(Path(stem + ".hashes.npy"), shared=True) as aside:
+                copy_url(f"{url}.index.hashes.npy", aside)  # older ones have none
             index = _load(stem)
             if index is None or not _lies_within(index):
                 index = None

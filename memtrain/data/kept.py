@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
-import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from memtrain.core.files import written_aside
 
 # what numpy's reader raises, by what is wrong with a header
 DAMAGED = (
@@ -23,28 +23,9 @@ DAMAGED = (
 )  # fmt: skip
 
 
-class written_aside:
-    """A binary file that appears under its name when it is whole."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self):
-        self.file = tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=f".{self.path.name}-", delete=False)
-        return self.file
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self.file.close()
-        if kind is None:
-            os.chmod(self.file.name, 0o644)
-            os.replace(self.file.name, self.path)
-        else:
-            os.unlink(self.file.name)
-
-
 def write_array(path: str | Path, values: np.ndarray) -> None:
     """Save as .npy, written aside and renamed."""
-    with written_aside(Path(path)) as file:
+    with written_aside(Path(path), shared=True) as aside, aside.open("wb") as file:
         np.save(file, values, allow_pickle=False)
 
 

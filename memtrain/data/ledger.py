@@ -22,6 +22,8 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from memtrain.core.exclusion import GROUP_NAMES
+from memtrain.core.files import written_aside
+from memtrain.core.streams import Stream, place_seeds
 from memtrain.data.paths import check_ledger, ledger_parts
 from memtrain.data.samples import as_text
 
@@ -41,7 +43,6 @@ SCHEMA = pa.schema(
     ]
 )
 _ABOUT = b"memtrain"  # key of the schema's metadata
-_STREAM = 40  # of randomness, apart from those of core.diffusion, data.order, data.batches and audit (48 on)
 _PART_ROWS = 500_000  # a part is closed at so many, checkpoint or not
 
 
@@ -81,17 +82,7 @@ class Rows:
 
 def drawn(seed: int, step: np.ndarray, sample_index: np.ndarray, share: float) -> np.ndarray:
     """Which rows a ledger of a share of them holds: a function of (seed, step, sample). (N,) bool"""
-    state = np.full(len(step), seed & (2**64 - 1), dtype=np.uint64)
-    for part in (
-        np.full(len(step), _STREAM),
-        step,
-        sample_index,
-    ):  # here: core.diffusion.place_seed, N at a time
-        state = state + np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return (state >> np.uint64(1)) * 2.0**-63 < share
+    return place_seeds(seed, Stream.LEDGER, step, sample_index) * 2.0**-63 < share
 
 
 class LedgerWriter:
@@ -146,16 +137,15 @@ class LedgerWriter:
 
 def _write(table: pa.Table, path: Path) -> None:
     """As small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
-    aside = path.with_name(f".{path.name}")
-    pq.write_table(
-        table,
-        aside,
-        compression="zstd",
-        compression_level=9,
-        use_dictionary=["step", "duplicate_of", "group", "timestep", "threshold"],
-        column_encoding={"score": "BYTE_STREAM_SPLIT", "loss": "BYTE_STREAM_SPLIT"},
-    )
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        pq.write_table(
+            table,
+            aside,
+            compression="zstd",
+            compression_level=9,
+            use_dictionary=["step", "duplicate_of", "group", "timestep", "threshold"],
+            column_encoding={"score": "BYTE_STREAM_SPLIT", "loss": "BYTE_STREAM_SPLIT"},
+        )
 
 
 def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
@@ -186,8 +176,8 @@ def _link(path: Path, to: Path) -> None:
     try:
         os.link(path, to)  # parts are replaced, never changed
     except OSError:  # another file system
-        shutil.copyfile(path, aside := to.with_name(f".{to.name}"))
-        os.replace(aside, to)
+        with written_aside(to) as aside:
+            shutil.copyfile(path, aside)
 
 
 def _cut(path: Path, step: int) -> int:

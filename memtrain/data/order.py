@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memtrain.core.streams import Stream
 from memtrain.data.groups import Groups
 from memtrain.data.groups import stream_generator as _generator
-
-_SHARDS, _WINDOW, _CANARY_ORDER, _BATCHES = range(18, 22)  # streams apart from core.diffusion's and data.groups'
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,9 @@ class EpochOrder:
 
     def windows(self, epoch: int) -> list[Window]:
         """What is seen together, in order. Canaries are spread over the windows in proportion to their sizes."""
-        visits = _generator(self.seed, _SHARDS, epoch).permutation(len(self.visits))
+        visits = _generator(self.seed, Stream.SHARD_ORDER, epoch).permutation(len(self.visits))
         planted = np.repeat(self.groups.planted, self.repeats)
-        planted = _generator(self.seed, _CANARY_ORDER, epoch).permutation(planted)
+        planted = _generator(self.seed, Stream.CANARY_ORDER, epoch).permutation(planted)
         groups = [visits[i : i + self.mix_shards] for i in range(0, len(visits), self.mix_shards)] or [visits]
         seen = np.cumsum([self.rows_of_visit[group].sum() for group in groups])
         bounds = np.rint(seen / max(1, seen[-1]) * len(planted)).astype(np.int64)
@@ -97,7 +96,7 @@ class EpochOrder:
 
     def positions(self, window: Window) -> np.ndarray:
         """The window's rows, permuted. (len(window),) int64"""
-        generator = _generator(self.seed, _WINDOW, window.epoch, window.number)
+        generator = _generator(self.seed, Stream.WINDOW, window.epoch, window.number)
         rows = [window.canaries]
         for shard, part in zip(window.shards, window.parts, strict=True):
             start, end = self.starts[shard], self.starts[shard] + self.counts[shard]
@@ -195,7 +194,7 @@ class BucketedOrder(EpochOrder):
                 skipped -= len(ready)
                 continue
             upcoming(window.shards + following.shards)
-            mixed = _generator(self.seed, _BATCHES, window.epoch, window.number).permutation(len(ready))
+            mixed = _generator(self.seed, Stream.BATCH_ORDER, window.epoch, window.number).permutation(len(ready))
             for number in mixed[skipped:]:
                 yield ready[number]
             skipped = 0

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 from webdataset import TarWriter
 
+from memtrain.core.files import written_aside
 from memtrain.data.images import BadSample, decode_image, picture_shape
 from memtrain.data.pack_source import Row, open_source, writable
 from memtrain.data.paths import check_empty
@@ -90,8 +89,7 @@ def pack(
     rows = iter(progress(found.rows, found.count))
     schema = pa.unify_schemas([COLUMNS, found.extras])
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as holder:
-        aside = Path(holder) / out.name
+    with written_aside(out, shared=True) as aside:
         aside.mkdir()
         while part := list(islice(rows, shard_size)):
             number, digits = report.shards, max(ROW_DIGITS, len(str(shard_size - 1)))
@@ -103,7 +101,6 @@ def pack(
         if report.samples == 0:
             name, why = (report.failures or [(str(source), "no picture in it")])[0]
             raise ValueError(f"{source}: nothing to pack ({name}: {why})")
-        os.replace(aside, out)  # in place of an empty folder too
     return report
 
 

@@ -8,8 +8,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
-import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -26,6 +24,7 @@ from PIL import Image
 from rich.progress import track
 from webdataset import TarWriter
 
+from memtrain.core.files import written_aside
 from memtrain.data.duplicates import MIN_QUALITY
 from memtrain.data.hashes import perceptual_hash
 from memtrain.demo.corpus import SHARD_ROWS_IN_KEY, is_corpus, recipe_of, shard_count
@@ -277,13 +276,11 @@ def write_corpus(
     kept = is_corpus(out, recipe)
     if not kept:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=out.name, suffix=".tmp", dir=out.parent) as holder:
-            aside = Path(holder) / out.name
+        with written_aside(out, shared=True) as aside:
             aside.mkdir()
             samples = samples_of(recipe)
             for shard in track(range(shard_count(recipe)), "Writing shards", disable=not progress):
                 write_shard(aside, shard, itertools.islice(samples, shard_size))
             (aside / "corpus.json").write_text(json.dumps(recipe), encoding="utf-8")
-            os.replace(aside, out)  # in place of an empty folder too
     num_bytes = sum(file.stat().st_size for file in out.iterdir())
     return CorpusReport(out, num_samples, shard_count(recipe), num_bytes, written=not kept)

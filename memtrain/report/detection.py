@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
+from memtrain.core.files import written_aside
+
 if TYPE_CHECKING:
     from memtrain.audit.detect import Detection
 
@@ -22,10 +24,11 @@ SHOWN = 8  # prompts in the plot of steps
 
 def write_detection(folder: Path, detection: Detection, summary: dict) -> None:
     """`scores.parquet` with the flags, `summary.json` (nan is null) and the plots of the main score."""
-    from memtrain.audit.parts import write_aside, write_table
+    from memtrain.audit.parts import write_table
 
     write_table(folder / "scores.parquet", detection.table(summary["threshold"]))
-    write_aside(folder / "summary.json", json.dumps(_finite(summary), indent=2, ensure_ascii=False).encode())
+    with written_aside(folder / "summary.json") as aside:
+        aside.write_text(json.dumps(_finite(summary), indent=2, ensure_ascii=False), encoding="utf-8")
     labels = None if detection.labels is None else np.array(detection.labels)
     order = np.argsort(-detection.scores, kind="stable")[:SHOWN]
     values = detection.steps.get(detection.main)

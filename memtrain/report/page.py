@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 from jinja2.utils import htmlsafe_json_dumps
 
 from memtrain import __version__
+from memtrain.core.files import written_aside
 from memtrain.report.comparison import differences, table
 from memtrain.report.figures import figures_of, run_colour, scatter
 from memtrain.report.pictures import samples_of_picture
@@ -83,10 +83,9 @@ def write_report(folders: Sequence[Path], path: Path, copies: Mapping[str, int] 
         ValueError: a folder is no run.
     """
     page = render([read_run(folder) for folder in folders], copies)
-    aside = path.with_name(f".{path.name}.tmp")
-    # names of files may hold bytes that are no UTF-8; they are shown as \udc80
-    aside.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        # names of files may hold bytes that are no UTF-8; they are shown as \udc80
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def render(runs: list[Run], copies: Mapping[str, int] = EMPTY) -> str:

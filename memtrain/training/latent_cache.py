@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,6 +12,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from memtrain.core.files import written_aside
 from memtrain.data.batches import Batch, BatchDecoder
 from memtrain.data.groups import Groups
 from memtrain.data.latents import cache_path, difference, is_of_state, read_header, shard_state
@@ -93,9 +93,8 @@ def write_latents(
         tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)
         path.parent.mkdir(parents=True, exist_ok=True)
         said = {**header, "flip": flip, **shard_state(samples, number)}
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, aside, metadata={"memtrain": json.dumps(said)})
-        os.replace(aside, path)
+        with written_aside(path, shared=True) as aside:
+            save_file(tensors, aside, metadata={"memtrain": json.dumps(said)})
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.core import diffusion, losses
-from memtrain.core.diffusion import METHOD, REFERENCE_METHOD, TRAIN, Draws, draw, place_seed
+from memtrain.core.diffusion import Draws, draw
 from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.scores import text_conditional_magnitude
+from memtrain.core.streams import Stream, place_seed
 from memtrain.data.batches import Batch
 from memtrain.data.remote import ShardMissing
 from memtrain.models.base import DiffusionModel, trained_parameters
@@ -134,7 +135,7 @@ class DiffusionTraining(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.trainer.datamodule.report(batch)
         self.stops.missing = self.stops.missing or batch.missing
-        loss, observed = self.visit(batch, TRAIN)
+        loss, observed = self.visit(batch, Stream.TRAIN)
         if self.memory:
             observed = self.memory.fill(observed)
         decision = self._decide(observed, batch.valid)
@@ -142,10 +143,10 @@ class DiffusionTraining(pl.LightningModule):
         self._log_progress(observed, decision, batch.valid)
         return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), decision.keep_mask)
 
-    def visit(self, batch: Batch, stream: int) -> tuple[Tensor, Observations]:
+    def visit(self, batch: Batch, stream: Stream) -> tuple[Tensor, Observations]:
         """Losses (B,), with a graph, and what the rows show; one path for what is trained on and what is held out.
 
-        `stream`, of core.diffusion: TRAIN, or REFERENCE, whose rows have draws of their own, keep their captions
+        `stream`: TRAIN, or REFERENCE_ROW, whose rows have draws of their own, keep their captions
         and are all scored.
         """
         mean, std = batch.posterior.unbind(1) if batch.is_cached else self.model.encode_posterior(batch.images)
@@ -154,7 +155,7 @@ class DiffusionTraining(pl.LightningModule):
         hidden, has_caption = self._caption(batch, draws, stream)
 
         noise = draws.noise + self.objective.noise_offset * draws.offset_noise
-        due = self._due(batch.picture, draws.timesteps, has_caption) if stream == TRAIN else None
+        due = self._due(batch.picture, draws.timesteps, has_caption) if stream == Stream.TRAIN else None
         loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, due)
 
         captioned = has_caption.to(self.device) & batch.valid
@@ -174,9 +175,11 @@ class DiffusionTraining(pl.LightningModule):
             latent_numel=torch.full_like(batch.sample_index, latents[0].numel()),
         )
 
-    def _caption(self, batch: Batch, draws: Draws, stream: int) -> tuple[Tensor, Tensor]:
+    def _caption(self, batch: Batch, draws: Draws, stream: Stream) -> tuple[Tensor, Tensor]:
         """encoder_hidden_states (B, L, D), and whose caption is not empty: (B,) bool, on the CPU."""
-        method, dropout = (METHOD, self.objective.caption_dropout) if stream == TRAIN else (REFERENCE_METHOD, 0.0)
+        trained = stream == Stream.TRAIN
+        dropout = self.objective.caption_dropout if trained else 0.0
+        method = Stream.METHOD if trained else Stream.REFERENCE_METHOD
         generators = [
             np.random.default_rng(place_seed(self.seed, method, self.global_step, place))
             for place in batch.place.tolist()
@@ -198,7 +201,7 @@ class DiffusionTraining(pl.LightningModule):
             return torch.zeros_like(has_caption)
         return self.memory.due(picture, timesteps) & has_caption if self.memory else None
 
-    def draw(self, stream: int, places: list[int], latent_shape: tuple[int, int, int]) -> Draws:
+    def draw(self, stream: Stream, places: list[int], latent_shape: tuple[int, int, int]) -> Draws:
         """What is random about the rows at these places of this step."""
         return draw(self.seed, stream, self.global_step, places, latent_shape, self.num_timesteps).to(self.device)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtrain.core.diffusion import REFERENCE, place_seed
 from memtrain.core.exclusion import Observations
+from memtrain.core.streams import Stream, place_seed
 from memtrain.data.batches import Batch
 from memtrain.data.datamodule import DataModule
 from memtrain.training.encoded import encode_once, rows_of
@@ -86,7 +86,7 @@ class ReferenceSet:
             training.scoring_time.running(training.device),
         ):
             batch = self._batch(training, number, size).to(training.device)
-            _, observed = training.visit(batch, REFERENCE)
+            _, observed = training.visit(batch, Stream.REFERENCE_ROW)
         finite = (observed.loss + observed.score).isfinite()
         self._report(training, observed.sample_index[batch.valid & ~finite].tolist())
         return only_finite(observed), batch.valid & finite
@@ -107,7 +107,8 @@ class ReferenceSet:
                 self._encoded[bucket] = encode_once(training.model, data, positions)
             batch = rows_of(self._encoded[bucket], row.tolist(), places.tolist())
         else:
-            views = replace(data.views, seed=place_seed(data.views.seed, REFERENCE, 0, 0))  # not the trained rows'
+            seed = place_seed(data.views.seed, Stream.REFERENCE_ROW, 0, 0)  # not the trained rows'
+            views = replace(data.views, seed=seed)
             rows = zip(places.tolist(), positions[row].tolist(), strict=True)
             batch = data.collate(views)([(training.global_step, place, position) for place, position in rows])
             data.report(batch)

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from memtrain.core.files import written_aside
+
 log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"  # a link to the newest
@@ -57,21 +59,16 @@ class RunState:
     global_batch_size: int | None = None
 
     def write(self, folder: str | Path) -> None:
-        write_aside(Path(folder) / _STATE, json.dumps(asdict(self)) + "\n")
+        path = Path(folder) / _STATE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> RunState:
         """Nothing is known of a run that was stopped before its first step."""
         path = folder / _STATE
         return RunState(**json.loads(path.read_text())) if path.exists() else RunState(None, None)
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Under its name a file is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def checkpoint_name(step: int) -> str:

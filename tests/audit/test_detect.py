@@ -159,6 +159,7 @@ def test_a_stopped_call_goes_on_and_damaged_parts_are_redone(denoiser, tmp_path,
     kept = sorted((tmp_path / "parts").iterdir())
     assert len(kept) == 2 and calls == [[PROMPTS[0]], [PROMPTS[1]], [PROMPTS[2]]]
     kept[0].write_bytes(b"PAR1 cut short")
+    (tmp_path / "parts" / f".{kept[1].name}").write_bytes(kept[1].read_bytes())  # killed before it was renamed
     with caplog.at_level(logging.INFO):
         found = detect(denoiser, PROMPTS, **options)
     assert calls[3:] == [[PROMPTS[0]], [PROMPTS[2]]] and found.newly_scored == 2

@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 
 from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.callbacks.ledger import Ledger
-from memtrain.core.diffusion import place_seed
 from memtrain.core.exclusion import GROUP_NAMES, Decision, ExclusionRule, FixedThreshold
+from memtrain.core.streams import Stream, place_seed
 from memtrain.data.ledger import SCHEMA, read_about, read_ledger
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
@@ -198,7 +198,7 @@ def test_a_sample_of_the_rows_is_drawn_by_step_and_sample(pipeline_folder, corpu
     observed = train(pipeline_folder, corpus, tmp_path, 12, ledger=Ledger(0.3, 7))
     samples = build_data(corpus).samples
     position = {samples.key(index): index for index in range(len(samples))}
-    chosen = [row for row in observed if place_seed(7, 40, row["step"], position[row["key"]]) < 0.3 * 2**63]
+    chosen = [row for row in observed if place_seed(7, Stream.LEDGER, row["step"], position[row["key"]]) < 0.3 * 2**63]
     assert rows(tmp_path) == ordered(chosen) and 0.15 < len(chosen) / len(observed) < 0.45
     assert read_about(tmp_path).sample == 0.3
 

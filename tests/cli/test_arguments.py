@@ -5,6 +5,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 
 from memtrain.cli.arguments import spelled
+from memtrain.sweep.space import quoted
 
 TYPED = [
     "data.shards=/data/{00000..00041}.tar",
@@ -27,6 +28,10 @@ MEANT = [  # lists, mappings, choices, interpolations, quoted text, groups: as H
     "~callbacks.report",
     "optimizer.lr=1e-5",
     "name=",
+]
+TEXTS = [
+    *("a b", " a ", "a,b", "a, (b) [c]", "[x]", "{a: b}", "/d/{0..3}.tar", "a=b", "a < 1", "null", "", "#a", "~", "%"),
+    *("it's", "'a'", 'say "hi"', "\\", "\\'", "ends\\", "\\\\", "a\\nb", "$HOME", "ü 狐", "\t"),
 ]
 BROKEN = ["data.shards=[/a", "data.where='a < 1", "trainer={a:1", "runs_dir=${oc.env:HOME", "da ta(=a < 1"]
 
@@ -51,6 +56,16 @@ def test_a_sweep_hands_it_on_to_trials_that_quote_it(typed):
 def test_what_means_something_to_hydra_stays(typed):
     """So does what was meant to and is wrong: Hydra says what."""
     assert spelled("train", [typed]) == [typed]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_quoted_text_is_that_text(text):
+    """Alone and in a list; it stays as it is where a person copies it to another command line."""
+    argument = f"name={quoted(text)}"
+    assert spelled("train", [argument]) == [argument]
+    assert OverridesParser.create().parse_override(argument).value() == text
+    several = f"overrides=[{quoted(argument)},{quoted(text)}]"
+    assert OverridesParser.create().parse_override(several).value() == [argument, text]
 
 
 def test_braces_and_conditions_reach_the_config(capsys):

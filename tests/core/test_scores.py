@@ -8,6 +8,7 @@ import torch
 from memtrain.core import diffusion, losses
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.core.statistics import BinnedMoments, auc, tpr_at_fpr
+from memtrain.core.streams import Stream
 
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
 
@@ -52,17 +53,17 @@ def test_v_prediction_of_the_same_noise_gives_the_same_score():
 
 
 def test_draws_of_a_row_do_not_depend_on_its_batch():
-    together = diffusion.draw(1, diffusion.TRAIN, 5, range(8), (4, 4, 4), 1000)
+    together = diffusion.draw(1, Stream.TRAIN, 5, range(8), (4, 4, 4), 1000)
     for place in (0, 3, 7):
-        alone = diffusion.draw(1, diffusion.TRAIN, 5, [place], (4, 4, 4), 1000)
+        alone = diffusion.draw(1, Stream.TRAIN, 5, [place], (4, 4, 4), 1000)
         for name in alone.__dataclass_fields__:
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[place]), name
-    other = diffusion.draw(1, diffusion.REFERENCE, 5, range(8), (4, 4, 4), 1000)
+    other = diffusion.draw(1, Stream.REFERENCE_ROW, 5, range(8), (4, 4, 4), 1000)
     assert not torch.equal(other.noise, together.noise)
 
 
 def test_draws_look_random_over_steps_and_places():
-    draws = [diffusion.draw(0, diffusion.TRAIN, step, range(64), (1, 2, 2), 1000) for step in range(32)]
+    draws = [diffusion.draw(0, Stream.TRAIN, step, range(64), (1, 2, 2), 1000) for step in range(32)]
     timesteps = torch.cat([d.timesteps for d in draws]).double()
     noise = torch.cat([d.noise for d in draws]).flatten(1)
     assert abs(timesteps.mean() - 499.5) < 4 * 288.7 / math.sqrt(len(timesteps))

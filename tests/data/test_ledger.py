@@ -1,6 +1,5 @@
 """The ledger as files: size, what is drawn, what a run that begins leaves of it; the queries of docs/."""
 
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -8,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import memtrain
-from memtrain.core.diffusion import place_seed
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
+from memtrain.core.streams import Stream, place_seed
 from memtrain.data.ledger import SCHEMA, About, LedgerWriter, Rows, begin, drawn, read_about, read_ledger
 from tests.support.ledgers import laion_key, visits, write
 
@@ -56,7 +55,9 @@ def test_keys_of_any_bytes_are_spelt_out(tmp_path):
 def test_what_is_drawn_is_a_function_of_seed_step_and_sample():
     draw = np.random.default_rng(0)
     step, index = draw.integers(0, 10**6, 2000), draw.integers(0, 10**10, 2000)
-    expected = [place_seed(3, 40, s, i) < 0.1 * 2**63 for s, i in zip(step.tolist(), index.tolist(), strict=True)]
+    expected = [
+        place_seed(3, Stream.LEDGER, s, i) < 0.1 * 2**63 for s, i in zip(step.tolist(), index.tolist(), strict=True)
+    ]
     assert drawn(3, step, index, 0.1).tolist() == expected and 100 < sum(expected) < 300
     assert drawn(3, step, index, 1.0).all() and not np.array_equal(drawn(4, step, index, 0.1), expected)
     assert not (drawn(3, step, index, 0.1) & ~drawn(3, step, index, 0.5)).any()  # the larger holds the smaller

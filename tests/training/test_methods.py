@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from memtrain.cli import schema
 from memtrain.cli.main import config_folder
-from memtrain.core.diffusion import METHOD, place_seed
+from memtrain.core.streams import Stream, place_seed
 from memtrain.models.stable_diffusion import StableDiffusion
 from memtrain.models.words import vocabulary
 from memtrain.training.methods import (
@@ -37,7 +37,7 @@ def model(pipeline_folder):
 
 
 def generators(count, step=0):
-    return [np.random.default_rng(place_seed(7, METHOD, step, place)) for place in range(count)]
+    return [np.random.default_rng(place_seed(7, Stream.METHOD, step, place)) for place in range(count)]
 
 
 def rewritten(method, captions, model, step=0):

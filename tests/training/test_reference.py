@@ -4,15 +4,16 @@ import json
 import logging
 import math
 import shutil
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
 from memtrain.core import diffusion
-from memtrain.core.diffusion import REFERENCE as REFERENCE_STREAM
 from memtrain.core.exclusion import REFERENCE, FixedThreshold, KeepAll
 from memtrain.core.statistics import BinnedMoments
+from memtrain.core.streams import Stream, place_seed
 from memtrain.training.methods import EmbeddingNoise, Method, RandomTokensAdded
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import Scoring
@@ -70,11 +71,12 @@ def test_a_trained_row_and_a_reference_row_of_the_same_draws_are_equal(
     pipeline_folder, corpus, tmp_path, monkeypatch, method, views
 ):
     """The same pictures at the same places with the same draws, once in either role: loss and score are equal."""
-    monkeypatch.setattr("memtrain.training.module.REFERENCE_METHOD", diffusion.METHOD)
+    method_seed = partial(place_seed, 7, Stream.METHOD)
+    monkeypatch.setattr("memtrain.training.module.place_seed", lambda seed, stream, *place: method_seed(*place))
     monkeypatch.setattr("memtrain.training.reference.place_seed", lambda seed, *rest: seed)
     module = still(pipeline_folder, noise_offset=0.1, reference_batch=4, method=method or Method())
     draw = module.draw
-    monkeypatch.setattr(module, "draw", lambda stream, places, shape: draw(diffusion.TRAIN, places, shape))
+    monkeypatch.setattr(module, "draw", lambda stream, places, shape: draw(Stream.TRAIN, places, shape))
     seen, data = Seen(), build_data(corpus, 4, **views)
     fit(module, data, tmp_path, 4, callbacks=[seen])
     for turn, observed in enumerate(seen.reference):
@@ -82,7 +84,7 @@ def test_a_trained_row_and_a_reference_row_of_the_same_draws_are_equal(
         module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = turn
         assert module.global_step == turn
         with torch.no_grad():
-            loss, trained = module.visit(data.collate(data.views)(rows), diffusion.TRAIN)
+            loss, trained = module.visit(data.collate(data.views)(rows), Stream.TRAIN)
         torch.testing.assert_close(observed.loss, loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(observed.score, trained.score, rtol=1e-4, atol=0)
         assert torch.equal(observed.timesteps, trained.timesteps) and observed.scored.all()
@@ -95,7 +97,7 @@ def test_a_reference_row_is_what_the_equations_say(pipeline_folder, corpus, tmp_
     fit(module, data, tmp_path, 1, callbacks=[seen])
     (observed,), model = seen.turns, module.model
     batch = data.decode(observed.sample_index.tolist())
-    draws = diffusion.draw(7, REFERENCE_STREAM, 0, range(3), module.latent_shape, 1000)
+    draws = diffusion.draw(7, Stream.REFERENCE_ROW, 0, range(3), module.latent_shape, 1000)
     mean, std = model.encode_posterior(batch.images)
     latents = model.sample_latents(mean, std, draws.posterior_noise)
     noise = draws.noise + 0.1 * draws.offset_noise
