@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 
-from memtrain.core.exclusion import Observations
+from memtrain.core.exclusion import Decision, Observations
 from memtrain.data.ledger import About, LedgerWriter, Rows, begin, drawn
 from memtrain.data.paths import LEDGER
+from memtrain.training.step_record import Judged
 
 _HELD = 64  # steps whose rows stay on the device, so that training need not wait for them
 
@@ -33,7 +33,7 @@ class Ledger(pl.Callback):
         self.folder: Path | None = None
         self.resumed_from: str | None = None  # the ledger of the run that made the checkpoint
         self.writer: LedgerWriter | None = None
-        self.held: list[tuple[int, Observations, torch.Tensor, torch.Tensor]] = []
+        self.held: list[tuple[int, Judged]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.folder = Path(trainer.default_root_dir).absolute() / LEDGER
@@ -58,12 +58,8 @@ class Ledger(pl.Callback):
         if trainer.global_step == self.last_step:
             return  # in the middle of an accumulation window
         self.last_step = trainer.global_step
-        step = trainer.global_step - 1
-        self.held.append((step, pl_module.step_observed, pl_module.step_kept, pl_module.step_threshold))
-        if pl_module.reference_observed is not None:
-            self.held.append(
-                (step, pl_module.reference_observed, pl_module.reference_kept, pl_module.reference_threshold)
-            )
+        record = pl_module.last_step
+        self.held += [(record.step, rows) for rows in record.groups]
         if len(self.held) >= _HELD:
             self._hand_over(pl_module)
 
@@ -71,11 +67,12 @@ class Ledger(pl.Callback):
         """The rows that are held, to the writer."""
         if not self.held:
             return
-        steps, observed, kept, threshold = zip(*self.held, strict=True)
+        steps, judged = zip(*self.held, strict=True)
         self.held = []
-        seen = Observations.concatenate(list(observed))
+        seen = Observations.concatenate([rows.observed for rows in judged])
+        decision = Decision.concatenate([rows.decision for rows in judged])
         rows = Rows(
-            step=np.repeat(np.array(steps, dtype=np.int64), [len(mask) for mask in kept]),
+            step=np.repeat(np.array(steps, dtype=np.int64), [len(rows.decision.keep_mask) for rows in judged]),
             sample_index=seen.sample_index.cpu().numpy(),
             picture=seen.picture.cpu().numpy(),
             group=seen.group.cpu().numpy().astype(np.int8),
@@ -83,8 +80,8 @@ class Ledger(pl.Callback):
             score=seen.score.cpu().numpy(),
             scored=seen.scored.cpu().numpy(),
             loss=seen.loss.cpu().numpy(),
-            threshold=torch.cat(threshold).cpu().numpy(),
-            kept=torch.cat(kept).cpu().numpy(),
+            threshold=decision.threshold.cpu().numpy(),
+            kept=decision.keep_mask.cpu().numpy(),
         )
         decidable = (seen.known if pl_module.exclusion.needs_score else seen.captioned).cpu().numpy()
         self.writer.add(rows.where(decidable & drawn(self.seed, rows.step, rows.sample_index, self.sample)))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, Observations
+from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, Decision, Observations
 from memtrain.core.statistics import timestep_bin
 
 ROWS, LOSS, KEPT, KEPT_LOSS, CAPTIONED, EXCLUDED, SCORED, SCORE, HELD, THRESHOLD = range(10)
@@ -45,7 +45,9 @@ class LiveStatistics:
         self.sums = self.flat[:sums].view(_SUMS)
         self.histogram = self.flat[sums:-1].view(_HISTOGRAM)
 
-    def add(self, observed: Observations, kept: Tensor, threshold: Tensor) -> None:
+    def add(self, observed: Observations, decision: Decision) -> None:
+        """Add N rows, and what the rule said of them."""
+        kept, threshold = decision.keep_mask, decision.threshold
         rows = observed.captioned | kept  # the others could not be read
         held = observed.captioned & threshold.isfinite()
         held &= observed.scored | ~observed.known  # a remembered score met the threshold of its own timestep

@@ -115,9 +115,10 @@ class MemorizedTable(AfterEachStep):
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
-        self.held.append((step, pl_module.step_observed))
-        if pl_module.reference_observed is not None:
-            self.held_reference.append((step, pl_module.reference_observed))
+        record = pl_module.last_step
+        self.held.append((step, record.trained.observed))
+        if record.reference is not None:
+            self.held_reference.append((step, record.reference.observed))
         if len(self.held) >= _HELD:
             self._add(trainer, pl_module)
         if self.every and step % self.every == 0 and step != trainer.max_steps:
@@ -133,7 +134,7 @@ class MemorizedTable(AfterEachStep):
         trained = self._gather(trainer, self.held)
         against = self._gather(trainer, self.held_reference) if self.held_reference else None
         self.held, self.held_reference = [], []
-        has_reference = pl_module.reference.size(pl_module) > 0
+        has_reference = pl_module.reference_size > 0
         learned = against if has_reference else trained
         if learned is not None:
             _, observed = learned
@@ -167,7 +168,7 @@ class MemorizedTable(AfterEachStep):
 
     def _evidence(self, pl_module: pl.LightningModule) -> np.ndarray:
         """Of each picture visited. (N,)"""
-        has_reference = pl_module.reference.size(pl_module) > 0
+        has_reference = pl_module.reference_size > 0
         return self.visited.evidence(self.reference if has_reference else None)
 
     @torch.no_grad()

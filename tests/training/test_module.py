@@ -22,8 +22,8 @@ class Record(pl.Callback):
         self.keys.append(batch.sample_index.tolist())
         self.window.append(batch)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.observed.append(pl_module.step_observed)
-            self.kept.append(pl_module.step_kept)
+            self.observed.append(pl_module.last_step.trained.observed)
+            self.kept.append(pl_module.last_step.trained.decision.keep_mask)
 
 
 def run(pipeline, corpus, path, steps=4, batch_size=4, accumulate=1, exclusion=None, data=None, **options):
@@ -105,7 +105,9 @@ def test_the_null_forward_agrees_with_a_dropped_caption(pipeline_folder, corpus,
     latents, _, _ = module.encode_samples([0, 1, 2])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([10, 500, 990])
-    _, score = module.predict_and_score(latents, noise, timesteps, module.encode_captions(["", "fox", ""]))
+    _, score = module.predictor.predict_and_score(
+        latents, noise, timesteps, module.predictor.encode_captions(["", "fox", ""])
+    )
     torch.testing.assert_close(score[[0, 2]], torch.zeros(2), atol=1e-5, rtol=0)
     assert score[1] > 1e-3
 
@@ -118,7 +120,7 @@ def test_the_reference_set_is_never_trained_on_and_canaries_often(pipeline_folde
     assert all((observed.group != REFERENCE).all() for observed in record.observed)
     epoch = seen[: len(data.order) // 5 * 5]
     assert sum(epoch.count(canary) for canary in data.groups.canary) >= 3 * 4 - 4  # less at most the remainder
-    assert module.reference_observed is None  # step 19 of reference_every=2: not due
+    assert module.last_step.reference is None  # step 19 of reference_every=2: not due
 
 
 @pytest.mark.parametrize("denominator", ["kept", "all"])

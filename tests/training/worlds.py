@@ -54,7 +54,8 @@ class Steps(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.alone_with_nothing += not pl_module.step_kept.any() and not pl_module.accumulation.is_skipped
+            kept = pl_module.last_step.trained.decision.keep_mask
+            self.alone_with_nothing += not kept.any() and not pl_module.accumulation.is_skipped
 
 
 class Collectives(pl.Callback):
