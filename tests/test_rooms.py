@@ -58,3 +58,25 @@ def test_no_circle_of_imports():
         for name in free:  # needs nothing that is left
             del needs[name]
     assert not needs, f"these import each other, or what does: {sorted(needs)}"
+
+
+def owners_set(path: Path) -> set[str]:
+    """Whose attributes a file sets: the first name of `trainer.strategy.checkpoint_io = ...`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        owner = node
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            while isinstance(owner, ast.Attribute):
+                owner = owner.value
+            found |= {owner.id} if isinstance(owner, ast.Name) else set()
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "callbacks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_callback_sets_nothing_of_the_run_it_looks_at(path):
+    assert not owners_set(path) & {"trainer", "pl_module", "exception"}
+
+
+def test_what_sets_something_of_the_run_is_found():
+    assert "trainer" in owners_set(PACKAGE / "training" / "checkpoint.py")
+    assert "exception" in owners_set(PACKAGE / "training" / "signals.py")

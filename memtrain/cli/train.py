@@ -24,8 +24,8 @@ def train(cfg: DictConfig) -> None:
     import pytorch_lightning as pl
 
     from memtrain.callbacks.guard import Guard
-    from memtrain.callbacks.signals import Signals
     from memtrain.training.checks import check_accelerator, check_disk, check_job, check_reference
+    from memtrain.training.signals import Signals
     from memtrain.training.stops import ended_clearly
 
     _let_the_first_rank_speak()

@@ -5,11 +5,11 @@ import math
 import pytest
 import pytorch_lightning as pl
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.callbacks.ledger import Ledger
 from memtrain.core.exclusion import GROUP_NAMES, Decision, ExclusionRule, FixedThreshold
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.ledger import SCHEMA, read_about, read_ledger
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from memtrain.callbacks.checkpoint import checkpoint
+from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit, weights
 from tests.training.test_faults import Poison
 from tests.training.test_module import quick_evidence

@@ -6,9 +6,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.core.evidence import ZScoreEvidence
 from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, FixedThreshold, KeepAll, NormalizedThreshold
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
 from tests.data.corpora import encode, sample, textured, write_tar

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 
-from memtrain.callbacks.checkpoint import checkpoint
+from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit
 from tests.training.test_module import quick_evidence
 

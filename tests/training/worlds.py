@@ -16,12 +16,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.callbacks.export import Export
 from memtrain.callbacks.sample_grid import SampleGrid
 from memtrain.callbacks.validation import Validation
 from memtrain.core.exclusion import Decision, ExclusionRule, FixedThreshold, KeepAll
 from memtrain.training import ranks
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.strategy import FullySharded, own_part, whole
 from tests.conftest import build_data, build_module
 from tests.training.test_module import KeepNothing, quick_evidence
