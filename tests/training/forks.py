@@ -26,7 +26,8 @@ os.environ["MEMTRAIN_CACHE"] = cache
 import hydra, pytorch_lightning, diffusers, wandb
 import memtrain.callbacks.canaries, memtrain.callbacks.curves, memtrain.callbacks.ledger, memtrain.callbacks.logging
 import memtrain.callbacks.summary, memtrain.callbacks.validation, memtrain.cli.main, memtrain.cli.train
-import memtrain.models.stable_diffusion, memtrain.training.checkpoint, memtrain.training.module, memtrain.training.signals
+import memtrain.models.stable_diffusion
+import memtrain.training.checkpoint, memtrain.training.module, memtrain.training.signals
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 def run(job, rank):
