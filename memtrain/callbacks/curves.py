@@ -12,7 +12,7 @@ from memtrain.callbacks.logging import log_histograms, log_metrics
 from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.exclusion import Decision, Observations
 from memtrain.training import ranks
-from memtrain.training.step_record import Judged
+from memtrain.training.step_record import DecidedRows
 
 _HELD = 16  # steps whose observations are kept as they are, to be added up in one go
 
@@ -45,7 +45,7 @@ class MemorizationCurves(AfterEachStep):
         self.recent = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
         if self.total is None:
             self.total, self.late = (self.recent.sums.cpu().double() for _ in range(2))
-        self.held: list[Judged] = []
+        self.held: list[DecidedRows] = []
         self.step_at_log = trainer.global_step
         self.clock_runs = False
 

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from memtrain.core.exclusion import Decision, Observations
 from memtrain.data.ledger import About, LedgerWriter, Rows, begin, drawn
 from memtrain.data.paths import LEDGER
-from memtrain.training.step_record import Judged
+from memtrain.training.step_record import DecidedRows
 
 _HELD = 64  # steps whose rows stay on the device, so that training need not wait for them
 
@@ -33,7 +33,7 @@ class Ledger(pl.Callback):
         self.folder: Path | None = None
         self.resumed_from: str | None = None  # the ledger of the run that made the checkpoint
         self.writer: LedgerWriter | None = None
-        self.held: list[tuple[int, Judged]] = []
+        self.held: list[tuple[int, DecidedRows]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.folder = Path(trainer.default_root_dir).absolute() / LEDGER
@@ -67,12 +67,12 @@ class Ledger(pl.Callback):
         """The rows that are held, to the writer."""
         if not self.held:
             return
-        steps, judged = zip(*self.held, strict=True)
+        steps, decided = zip(*self.held, strict=True)
         self.held = []
-        seen = Observations.concatenate([rows.observed for rows in judged])
-        decision = Decision.concatenate([rows.decision for rows in judged])
+        seen = Observations.concatenate([rows.observed for rows in decided])
+        decision = Decision.concatenate([rows.decision for rows in decided])
         rows = Rows(
-            step=np.repeat(np.array(steps, dtype=np.int64), [len(rows.decision.keep_mask) for rows in judged]),
+            step=np.repeat(np.array(steps, dtype=np.int64), [len(rows.decision.keep_mask) for rows in decided]),
             sample_index=seen.sample_index.cpu().numpy(),
             picture=seen.picture.cpu().numpy(),
             group=seen.group.cpu().numpy().astype(np.int8),

@@ -30,7 +30,7 @@ from memtrain.training.optimizers import AdamW
 from memtrain.training.predictor import Predictor
 from memtrain.training.reference import ReferenceSet, say_unscored
 from memtrain.training.score_memory import ScoreMemory, Scoring
-from memtrain.training.step_record import Judged, StepRecord
+from memtrain.training.step_record import DecidedRows, StepRecord
 from memtrain.training.stops import Stops
 
 FROZEN_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -189,18 +189,18 @@ class DiffusionTraining(pl.LightningModule):
         if not self.accumulation.is_skipped:
             self.ema.step()
         observed, decision = self.accumulation.take()
-        self.last_step = StepRecord(self.global_step, Judged(observed, decision), self._judge_reference())
+        self.last_step = StepRecord(self.global_step, DecidedRows(observed, decision), self._decide_reference())
         if (self.exclusion.learns or self.memory) and not self.accumulation.step_is_bad:
             self._learn(self.last_step)
         self.accumulation.mid_step = False
 
-    def _judge_reference(self) -> Judged | None:
+    def _decide_reference(self) -> DecidedRows | None:
         """The reference rows whose turn it is, and whether the rule would exclude them; None: nobody's."""
         seen = self.reference.observe(self.trainer, self.predictor, self.global_step, self.reference_size)
         if seen is None:
             return None
         observed, valid = seen
-        return Judged(observed, self._decide(observed, valid))
+        return DecidedRows(observed, self._decide(observed, valid))
 
     def _learn(self, record: StepRecord) -> None:
         """Rule and memory see all ranks' rows, by their place in the global batch, then the reference set's."""

@@ -15,7 +15,7 @@ from memtrain.core.statistics import BinnedMoments, auc, tpr_at_fpr
 from memtrain.core.trend import Trend
 from memtrain.training import ranks
 from memtrain.training.score_memory import ScoreMemory, Scoring
-from memtrain.training.step_record import Judged, StepRecord
+from memtrain.training.step_record import DecidedRows, StepRecord
 from tests.core.observe import observe
 from tests.no_float64 import DEVICE, NoFloat64
 from tests.training.test_rules import quick_rules
@@ -84,7 +84,7 @@ def test_score_memory_curves_and_table_look_on():
         points = []
         for device in ("cpu", DEVICE):
             kept, threshold = torch.ones(32, dtype=torch.bool).to(device), torch.ones(32).to(device)
-            trained = Judged(some(TRAINED, device), Decision(kept, threshold))
+            trained = DecidedRows(some(TRAINED, device), Decision(kept, threshold))
             module = SimpleNamespace(
                 num_timesteps=1000, device=device, last_step=StepRecord(0, trained, None),
                 predictor=SimpleNamespace(scoring_time=SimpleNamespace(take=lambda: 0.0)), reference_size=4,
