@@ -102,6 +102,7 @@ class DiffusionTraining(pl.LightningModule):
         return self.reference.size(self.trainer.datamodule, self.exclusion.needs_reference)
 
     def trained_parameters(self) -> list[nn.Parameter]:
+        """The weights that are trained, in the order in which optimizer and average hold them."""
         return trained_parameters(self.model)
 
     def setup(self, stage: str) -> None:
@@ -140,6 +141,7 @@ class DiffusionTraining(pl.LightningModule):
     # ---- one micro-batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of a micro-batch's kept losses; what it is divided by is settled when the step is whole."""
         self.trainer.datamodule.report(batch)
         self.stops.missing = self.stops.missing or batch.missing
         loss, observed = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
@@ -151,13 +153,13 @@ class DiffusionTraining(pl.LightningModule):
         return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), decision.keep_mask)
 
     def _due(self, picture: Tensor, timesteps: Tensor, has_caption: Tensor) -> Tensor | None:
-        """Which rows are scored now: (B,) bool on the CPU; None for all of them, without a look at the data."""
+        """Say which of B rows are scored now: (B,) bool on the CPU; None: all, without a look at the data."""
         if self.scoring.every == 0 or self.global_step % self.scoring.every:
             return torch.zeros_like(has_caption)
         return self.memory.due(picture, timesteps) & has_caption if self.memory else None
 
     def _decide(self, observed: Observations, valid: Tensor) -> Decision:
-        """The rule's decision; what says nothing is kept, what cannot be decoded is not trained on."""
+        """Ask the rule about B rows; what says nothing is kept, what cannot be decoded is not trained on."""
         decision = self.exclusion.decide(observed)
         decidable = observed.known if self.exclusion.needs_score else observed.captioned
         free = ~decidable | (observed.group == SACRIFICED)
@@ -166,6 +168,7 @@ class DiffusionTraining(pl.LightningModule):
         return Decision((decision.keep_mask | free) & valid, decision.threshold)
 
     def _log_progress(self, observed: Observations, decision: Decision, valid: Tensor) -> None:
+        """Give the progress bar the micro-batch's means over its rows, B of them, that could be decoded."""
         rows = valid.sum().clamp(min=1)
         self.log_dict(
             {
@@ -181,10 +184,11 @@ class DiffusionTraining(pl.LightningModule):
     # ---- one optimizer step: all ranks, all micro-batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before clipping, and after fp16 gradients are unscaled."""
+        """Settle what the gradient is divided by: before it is clipped, and after fp16 gradients are unscaled."""
         self.accumulation.settle(self.trainer, self.trained_parameters())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update weights and average, leave a record of the step, and have rule and memory learn from it."""
         super().optimizer_step(*args, **kwargs)
         if not self.accumulation.is_skipped:
             self.ema.step()
@@ -195,7 +199,7 @@ class DiffusionTraining(pl.LightningModule):
         self.accumulation.mid_step = False
 
     def _decide_reference(self) -> DecidedRows | None:
-        """The reference rows whose turn it is, and whether the rule would exclude them; None: nobody's."""
+        """Score the reference rows whose turn it is, and ask the rule whether it would exclude them; None: nobody's."""
         seen = self.reference.observe(self.trainer, self.predictor, self.global_step, self.reference_size)
         if seen is None:
             return None
@@ -203,7 +207,7 @@ class DiffusionTraining(pl.LightningModule):
         return DecidedRows(observed, self._decide(observed, valid))
 
     def _learn(self, record: StepRecord) -> None:
-        """Rule and memory see all ranks' rows, by their place in the global batch, then the reference set's."""
+        """Show memory and rule all ranks' rows, by their place in the global batch, the reference set's after them."""
         observed = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
         if self.memory:
             self.memory.update(observed)
@@ -214,16 +218,17 @@ class DiffusionTraining(pl.LightningModule):
             self.exclusion.update(observed)
 
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
-        """Where the run is to stop, it does so here: the callbacks, the checkpoint last, are done with the step."""
+        """Stop the run where it is to: here the callbacks, the checkpoint last, are done with the step."""
         if self.stops.reason is not None:
             raise self.stops.reason
 
     # ---- for those who look on
 
     def encode_samples(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
-        """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples.
+        """Encode the samples at these positions, but those that cannot be read, with the frozen VAE.
 
-        All ranks call it together. Raises ShardMissing on all where a shard is gone for any.
+        Returns mean latents (N, C, h, w) on the CPU, positions (N,) on the device, and N captions. All ranks call it
+        together. Raises ShardMissing on all where a shard is gone for any.
         """
         try:
             found = encode_samples(self.model, self.trainer.datamodule, positions)
@@ -234,7 +239,7 @@ class DiffusionTraining(pl.LightningModule):
         return found
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """The averaged weights in place of the trained ones, where there are any; all ranks enter together."""
+        """Put the averaged weights in the place of the trained ones for a while; all ranks enter together."""
         return self.ema.in_place()
 
     # ---- checkpoints

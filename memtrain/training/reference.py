@@ -25,7 +25,7 @@ _KEYS_NAMED = 8
 
 
 class ReferenceSet:
-    """Some of it after every k-th step, the next ones every time, scored as what is trained on is.
+    """Samples that are held out: after every k-th step the next ones are scored, as what is trained on is.
 
     What a turn scores is a function of (seed, step, batch_size), not of ranks: those that have fewer rows fill up
     with rows that are not valid. A turn takes samples of one aspect-ratio bucket.
@@ -59,7 +59,7 @@ class ReferenceSet:
         return (data.global_batch_size + 1) // 2 if is_needed else 0
 
     def turn(self, step: int) -> int | None:
-        """Whose turn it is after this step; None: nobody's."""
+        """The number of the turn that comes after this step; None: no sample is scored then."""
         return None if step % self.every else step // self.every
 
     def observe(
@@ -91,10 +91,10 @@ class ReferenceSet:
         return only_finite(observed), batch.valid & finite
 
     def _batch(self, trainer: pl.Trainer, model: DiffusionModel, step: int, number: int, size: int) -> Batch:
-        """This rank's rows of a turn."""
+        """The batch of this rank's B rows of a turn; those past the turn's end are not valid."""
         data = trainer.datamodule
         per_rank = -(-size // trainer.world_size)
-        places = np.arange(per_rank) + trainer.global_rank * per_rank  # in the turn, (per_rank,)
+        places = np.arange(per_rank) + trainer.global_rank * per_rank  # (B,), in the turn
         bucket, first = self._whose(number, size)
         positions, row = self._buckets[bucket], first + places
         in_turn = places < size
@@ -114,9 +114,10 @@ class ReferenceSet:
         return replace(batch, valid=batch.valid & torch.from_numpy(in_turn))
 
     def _whose(self, number: int, size: int) -> tuple[int, int]:
-        """Bucket of a turn, and the first row of it. A round has as many turns of a bucket as hold it."""
+        """The bucket of a turn, and the first of its rows. A round has as many turns of a bucket as hold it."""
         if len(self._buckets) == 1:
             return 0, number * size
+        # the turns of all buckets, each spread evenly over the round; a turn is at the middle of its part
         counts = [-(-len(positions) // size) for positions in self._buckets]
         turns = [((turn + 0.5) / count, b, turn) for b, count in enumerate(counts) for turn in range(count)]
         _, bucket, turn = sorted(turns)[number % len(turns)]
@@ -146,7 +147,7 @@ def say_unscored(count: int) -> None:
 
 
 def by_bucket(data: DataModule) -> list[np.ndarray]:
-    """Positions of the reference set, those of one size together, the most usual size first."""
+    """The positions of the reference set, (N_b,) of each size of pictures b, the most usual size first."""
     positions = data.groups.reference
     if len(data.samples.sizes) == 1:
         return [positions]
