@@ -18,11 +18,11 @@ _HELD = 16  # steps whose observations are kept as they are, to be added up in o
 
 
 class MemorizationCurves(AfterEachStep):
-    """Every `every` steps, over the rows of all ranks since the last point: what `LiveStatistics` says.
+    """Logs every `every` steps what `LiveStatistics` says of the rows of all ranks since the last point.
 
-    Also samples/s and `scoring_share`, the share of the time that scoring took: the second forward, and all of
-    what is done for the reference set. Both leave out
-    what comes between a point and the next step, validation for one; so this is the first of the callbacks.
+    It also logs samples/s and `scoring_share`, the share of the time that scoring took: the second forward, and all
+    of what is done for the reference set. Both leave out what comes between a point and the next step, validation
+    for one; so this is the first of the callbacks.
 
     Args:
         every: optimizer steps between two points.
@@ -67,6 +67,7 @@ class MemorizationCurves(AfterEachStep):
             self._log(trainer, pl_module)
 
     def _add(self) -> None:
+        """Add the rows that are held to the recent sums."""
         self.recent.add(
             Observations.concatenate([rows.observed for rows in self.held]),
             Decision.concatenate([rows.decision for rows in self.held]),
@@ -74,6 +75,7 @@ class MemorizationCurves(AfterEachStep):
         self.held = []
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add up the ranks, log a point of the curves, and begin the next one."""
         if self.held:
             self._add()
         self.recent.flat[-1] = pl_module.predictor.scoring_time.take() / trainer.world_size
@@ -100,7 +102,8 @@ class MemorizationCurves(AfterEachStep):
         return _share(self.total[:, :, group].sum((1, 2)))
 
     def excluded_by_timestep(self, group: int) -> list[float]:
-        """The same for each timestep bin, over the run's second half, when rules are warm."""
+        """`excluded_fraction` of each timestep bin, over the run's second half, when rules are warm."""
+        # late[:, :, group] is (F, noise, T); summed over noise, (F, T), and a column a bin
         return [_share(sums) for sums in self.late[:, :, group].sum(1).unbind(1)]
 
     @property
@@ -122,5 +125,6 @@ class MemorizationCurves(AfterEachStep):
 
 
 def _share(sums: Tensor) -> float:
+    """The excluded share of captioned visits, `nan` where there is none. (F,) -> float"""
     captioned = sums[CAPTIONED].item()
     return sums[EXCLUDED].item() / captioned if captioned else float("nan")

@@ -16,7 +16,7 @@ _HELD = 64  # steps whose rows stay on the device, so that training need not wai
 
 
 class Ledger(pl.Callback):
-    """Each rank's rows into `ledger/`, on disk whenever a checkpoint is made.
+    """Writes each rank's rows into `ledger/`, where they are on disk whenever a checkpoint is made.
 
     A row is written where the rule could decide: for rules that need scores, of captioned samples with a
     score, taken now or remembered; for others, of captioned samples. Comes before what reads the ledger.
@@ -45,7 +45,7 @@ class Ledger(pl.Callback):
         self.held, self.last_step = [], trainer.global_step
 
     def _earlier(self, trainer: pl.Trainer) -> list[Path]:
-        """Where the ledger that this run goes on with may lie: where it was, or beside the checkpoint."""
+        """The folders in which the ledger that this run goes on with may lie: its own, or one beside the checkpoint."""
         if self.resumed_from is None:
             return []
         return [Path(self.resumed_from), Path(trainer.ckpt_path).absolute().parents[1] / LEDGER]
@@ -64,7 +64,7 @@ class Ledger(pl.Callback):
             self._hand_over(pl_module)
 
     def _hand_over(self, pl_module: pl.LightningModule) -> None:
-        """The rows that are held, to the writer."""
+        """Give the rows that are held to the writer."""
         if not self.held:
             return
         steps, decided = zip(*self.held, strict=True)
@@ -87,12 +87,13 @@ class Ledger(pl.Callback):
         self.writer.add(rows.where(decidable & drawn(self.seed, rows.step, rows.sample_index, self.sample)))
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have all rows up to the last optimizer step on disk."""
         self._take(trainer, pl_module)
         self._hand_over(pl_module)
         self.writer.close_part()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Every rank's rows are on disk before the checkpoint is. Where a run breaks off, nobody waits."""
+        """Have every rank's rows on disk before the checkpoint is. Where a run breaks off, nobody waits."""
         if self.writer is None:
             return  # before the first step
         self._write(trainer, pl_module)

@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
             self._write_state(trainer, finished_at=trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End a run that was stopped between its last step and its end; Lightning does not, as nothing is left to train."""
+        """End a run that was stopped between its last step and its end, which Lightning finds nothing to do in."""
         if self.run_ended:
             return
         pl_module.to(trainer.strategy.root_device)

@@ -93,7 +93,7 @@ class Signals(pl.Callback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal, in the main thread, when Python has the word again; exit where no step is to be finished."""
+        """Note the first signal, in the main thread, when Python has the word again; exit if no step is going on."""
         if os.getpid() != self.process:
             return  # a decoding process: the one that it works for decides
         number = signal.Signals(number)
