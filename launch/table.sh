@@ -17,7 +17,7 @@ settings=(
     "quantile exclusion=quantile"
     "fixed exclusion=fixed exclusion.threshold=2.5"
     "normalized exclusion=normalized exclusion.threshold=0.047"
-    "agc exclusion=agc"
+    "iet_agc exclusion=iet_agc"
     "several_captions exclusion=none method=several_captions"
     "random_caption exclusion=none method=random_caption"
     "random_tokens_added exclusion=none method=random_tokens_added"

@@ -119,9 +119,9 @@ BRIEFLY = [
     "reference.count=12", "reference.batch_size=8", "reference.every=2", "ema.decay=0.9",
     "callbacks.validation.every=5", "callbacks.validation.samples=8", "callbacks.validation.timesteps_per_sample=3",
     "callbacks.curves.every=2", "callbacks.checkpoint.every=5", "callbacks.progress=null", "callbacks.report=null",
-    "callbacks.copies.every=5", "callbacks.copies.generations=2", "callbacks.copies.reference=4",
-    "callbacks.copies.num_steps=2", "callbacks.sample_grid=null", "callbacks.memorized_table.num_steps=2",
-    "callbacks.memorized_table.samples=4",
+    "callbacks.copies.every=5", "callbacks.copies.num_images_per_prompt=2", "callbacks.copies.reference=4",
+    "callbacks.copies.num_inference_steps=2", "callbacks.sample_grid=null",
+    "callbacks.memorized_table.num_inference_steps=2", "callbacks.memorized_table.samples=4",
 ]  # fmt: skip
 UNWATCHED = ["callbacks.copies=null", "callbacks.memorized_table=null", "callbacks.export=null"]
 QUICK = {  # exclusions within ten steps
@@ -132,7 +132,7 @@ QUICK = {  # exclusions within ten steps
         "exclusion.quantile=0.3", "exclusion.half_life=8", "exclusion.warmup=2", "exclusion.num_bins=2",
     ],
     "calibrated": ["exclusion.false_positive_rate=0.2", "exclusion.warmup=4", "exclusion.num_bins=2"],
-    "agc": ["exclusion.ratio=1.02", "exclusion.warmup=2", "exclusion.num_bins=2"],
+    "iet_agc": ["exclusion.ratio=1.02", "exclusion.warmup=2", "exclusion.num_bins=2"],
     "evidence": ["exclusion.warmup=2", "exclusion.num_bins=2", "exclusion.false_positive_rate=0.5"],
     "z_scores": [
         "exclusion.warmup=2", "exclusion.num_bins=2", "exclusion.enter=0.1", "exclusion.leave=0.05",
@@ -147,7 +147,8 @@ def ruled(rule: str, *more: str) -> list[str]:
 
 RUNS = {
     **{f"rule_{rule}": ruled(rule) for rule in ("none", "fixed", "calibrated", "evidence", "z_scores")},
-    **{f"rule_{rule}": ruled(rule, *UNWATCHED) for rule in ("normalized", "quantile", "agc")},
+    **{f"rule_{rule}": ruled(rule, *UNWATCHED) for rule in ("normalized", "quantile")},
+    "rule_agc": ruled("iet_agc", *UNWATCHED),  # as older recordings call it
     **{
         f"method_{name}": ruled("fixed", f"method={name}", "method.probability=0.7", *UNWATCHED)
         for name in ("random_caption", "random_tokens_added", "random_tokens_replaced", "words_repeated")
@@ -160,7 +161,7 @@ RUNS = {
     "accumulation": ruled("evidence", "data.batch_size=4", "trainer.accumulate_grad_batches=2", *UNWATCHED),
     "scored_every_second_step": ruled("fixed", "score.every=2", *UNWATCHED),
     "scored_every_second_visit": ruled("evidence", "score.every_visits=2", "score.timesteps=[200,1000]", *UNWATCHED),
-    "not_scored": ruled("agc", "score.every=0", *UNWATCHED),
+    "not_scored": ruled("iet_agc", "score.every=0", *UNWATCHED),
     "buckets": ruled("evidence", "data.shards=wide", "data.max_aspect_ratio=2", "data.bucket_multiple=16", *UNWATCHED),
     "views": ruled(
         "fixed", "data.crop=random", "data.flip=0.5", "data.caption=all_captions", "data.where='punsafe < 0.9'",
@@ -183,25 +184,25 @@ AUDITS = {
         "model.pretrained=pipeline", "out=OUT",
     ]],
     "detect": [[
-        "detect", f"model={MODEL}", f"prompts={LIST}", "prompts.label=group", "num_generations=2", "num_steps=3",
-        "num_inference_steps=5", "out=OUT", "device=cpu",
+        "detect", f"model={MODEL}", f"prompts={LIST}", "prompts.label=group", "num_images_per_prompt=2",
+        "num_scored_steps=3", "num_inference_steps=5", "out=OUT", "device=cpu",
         "scores=[magnitude,anisotropy,attention_entropy,bright_ending,sharpness,tiled_l2]",
     ]],
     "explain": [[
-        "explain", f"model={MODEL}", "prompt=fox on a red field 0", "suggest=true", "num_generations=2", "steps=[0,1]",
-        "num_inference_steps=5", "out=OUT", "device=cpu",
+        "explain", f"model={MODEL}", "prompt=fox on a red field 0", "suggest=true", "num_images_per_prompt=2",
+        "steps=[0,1]", "num_inference_steps=5", "out=OUT", "device=cpu",
     ], [
-        "explain", f"model={MODEL}", f"prompts={LIST}", "prompts.label=group", "check=true", "num_generations=1",
+        "explain", f"model={MODEL}", f"prompts={LIST}", "prompts.label=group", "check=true", "num_images_per_prompt=1",
         "steps=[0]", "num_inference_steps=5", "out=OUT/check", "device=cpu", "charts=1",
     ]],
     "mitigate": [[
         "mitigate", f"model={MODEL}", f"prompts={LIST}", "prompts.label=group", "target=q0.5", "method=all",
         "method.embedding.iterations=2", "method.initial_noise.iterations=2", "data=shards", "judge=pipeline",
-        "num_generations=2", "num_inference_steps=3", "out=OUT", "device=cpu",
+        "num_images_per_prompt=2", "num_inference_steps=3", "out=OUT", "device=cpu",
     ]],
     "evaluate": [[
-        "evaluate", f"models=[{MODEL},pipeline]", "data=shards", f"samples={LIST}", "generations=2", "num_steps=2",
-        "timesteps_per_sample=3", "fid_samples=32", "out=OUT", "device=cpu",
+        "evaluate", f"models=[{MODEL},pipeline]", "data=shards", f"samples={LIST}", "num_images_per_prompt=2",
+        "num_inference_steps=2", "timesteps_per_sample=3", "fid_samples=32", "out=OUT", "device=cpu",
     ]],
     "shards": [
         ["shards", "index", "natural", "--workers", "1"],

@@ -125,7 +125,7 @@ def weights(module) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def forks():
     """Processes that have all imports already; of all tests that need some."""
-    from tests.training.forks import Forks
+    from tests.support.forks import Forks
 
     with Forks() as server:
         yield server

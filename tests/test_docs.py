@@ -24,7 +24,7 @@ from memtrain.cli import schema
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import COMMANDS, _with_hydra, config_folder
 from memtrain.report.table import BEGIN, BEGIN_SEEDS, END, END_SEEDS
-from tests.core.observe import observe
+from tests.support.observe import observe
 from tests.test_rooms import BELOW
 
 REPO = Path(__file__).resolve().parents[1]

@@ -27,8 +27,8 @@ from memtrain.cli.arguments import spelled
 from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
 from memtrain.cli.main import config_folder
 from memtrain.training.resume import checkpoints_in
-from tests.cli.test_main import small
-from tests.training.forks import small_run, wait_until
+from tests.support.forks import wait_until
+from tests.support.program import small, small_run
 
 REPO = Path(__file__).resolve().parents[1]
 LAUNCH = REPO / "launch"

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a SLURM that tests/slurm.py stands in for: stopped, put back into the queue, gone on."""
+"""launch/slurm.sbatch on the SLURM of tests/support/slurm.py: stopped, put back into the queue, gone on."""
 
 import json
 import os
@@ -12,8 +12,9 @@ import pytest
 
 import memtrain
 from memtrain.training.resume import checkpoints_in
-from tests import slurm
-from tests.training.forks import small_run, wait_until
+from tests.support import slurm
+from tests.support.forks import wait_until
+from tests.support.program import small_run
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "launch" / "slurm.sbatch"

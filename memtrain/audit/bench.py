@@ -21,8 +21,8 @@ class DetectionSpeed:
 
     prompts: int
     rounds: int
-    num_generations: int
-    num_steps: int
+    num_images_per_prompt: int
+    num_scored_steps: int
     num_inference_steps: int
     memtrain: float
     stopped_loop: float  # the stock pipeline, a prompt at a time, stopped after the last scored step, not decoding
@@ -42,20 +42,24 @@ def measure_detection(
     denoiser: Denoiser,
     prompts: list[str],
     rounds: int = 3,
-    num_generations: int = 4,
-    num_steps: int = 1,
+    num_images_per_prompt: int = 4,
+    num_scored_steps: int = 1,
     num_inference_steps: int = 50,
     batch_size: int = 16,
 ) -> DetectionSpeed:
     """Score `prompts` in three ways, in turn, `rounds` times; the whole loop gets the first two only."""
     stock = _stock_pipeline(denoiser)
+    sampling = dict(
+        num_images_per_prompt=num_images_per_prompt,
+        num_scored_steps=num_scored_steps,
+        num_inference_steps=num_inference_steps,
+    )
 
     def ours() -> list[float]:
-        options = dict(num_generations=num_generations, num_steps=num_steps, num_inference_steps=num_inference_steps)
-        return detect(denoiser, prompts, batch_size=batch_size, **options).scores.tolist()
+        return detect(denoiser, prompts, batch_size=batch_size, **sampling).scores.tolist()
 
     def loop(texts: list[str], stop: bool) -> list[float]:
-        return [_plain_score(stock, text, num_generations, num_steps, num_inference_steps, stop) for text in texts]
+        return [_plain_score(stock, text, stop=stop, **sampling) for text in texts]
 
     few = prompts[:2]
     ways = (
@@ -78,8 +82,8 @@ def measure_detection(
     return DetectionSpeed(
         len(prompts),
         rounds,
-        num_generations,
-        num_steps,
+        num_images_per_prompt,
+        num_scored_steps,
         num_inference_steps,
         memtrain,
         stopped_loop,
@@ -109,8 +113,8 @@ def _stock_pipeline(denoiser: Denoiser) -> DiffusionPipeline:
 def _plain_score(
     pipeline: DiffusionPipeline,
     prompt: str,
-    generations: int,
-    num_steps: int,
+    num_images_per_prompt: int,
+    num_scored_steps: int,
     num_inference_steps: int,
     stop: bool,
 ) -> float:
@@ -118,12 +122,12 @@ def _plain_score(
     seen: list[float] = []
 
     def look(unet, inputs, output) -> None:
-        if len(seen) < num_steps:
+        if len(seen) < num_scored_steps:
             noise_null, noise_cond = output[0].chunk(2)
             seen.append(text_conditional_magnitude(noise_cond, noise_null).mean().item())
 
     def stop_when_seen(pipeline, step, timestep, values) -> dict:
-        pipeline._interrupt = step + 1 >= num_steps
+        pipeline._interrupt = step + 1 >= num_scored_steps
         return values
 
     rows = [
@@ -132,13 +136,13 @@ def _plain_score(
             *[pipeline.unet.config.sample_size] * 2,
             generator=torch.Generator().manual_seed(seed),
         )
-        for seed in generation_seeds(prompt, generations, 0)
+        for seed in generation_seeds(prompt, num_images_per_prompt, 0)
     ]
     hook = pipeline.unet.register_forward_hook(look)
     try:
         pipeline(
             prompt,
-            num_images_per_prompt=generations,
+            num_images_per_prompt=num_images_per_prompt,
             latents=torch.stack(rows).to(pipeline._execution_device, pipeline.unet.dtype),
             num_inference_steps=num_inference_steps,
             callback_on_step_end=stop_when_seen if stop else None,

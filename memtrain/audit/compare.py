@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.halving import Halving
 from memtrain.audit.mitigate import Generations, Sampling, decode, generate, resolve_target
 from memtrain.audit.mitigations import Mitigation
 from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, copy_rate, is_copy, latent_rmse
@@ -52,7 +52,7 @@ class Judges:
 
 
 @dataclass(frozen=True)
-class Result:
+class MethodResult:
     """All generations of one method, a prompt's after another's."""
 
     outcome: Outcome
@@ -62,7 +62,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Pair:
+class BeforeAfter:
     """One prompt's generations; G of them."""
 
     prompt: str
@@ -79,35 +79,35 @@ class Comparison:
     """The same prompts from the same noise, by one method after another.
 
     Args:
-        prompts: P of them; each is drawn `num_generations` times.
+        prompts: P of them; each is drawn `num_images_per_prompt` times.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
         prompts: Sequence[str],
-        num_generations: int,
+        num_images_per_prompt: int,
         sampling: Sampling,
         judges: Judges,
         *,
         seed: int = 0,
         batch_size: int = 16,
     ):
-        if num_generations < 1:
-            raise ValueError(f"num_generations must be >= 1, got {num_generations}")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
         self.denoiser, self.sampling, self.judges, self.seed = denoiser, sampling, judges, seed
-        self.num_generations, self.halving = num_generations, Halving(batch_size)
-        self.prompts = [prompt for prompt in prompts for _ in range(num_generations)]  # (R,)
-        self.seeds = [own for prompt in prompts for own in generation_seeds(prompt, num_generations, seed)]
+        self.num_images_per_prompt, self.batches = num_images_per_prompt, ShrinkingBatches(batch_size)
+        self.prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]  # (R,)
+        self.seeds = [own for prompt in prompts for own in generation_seeds(prompt, num_images_per_prompt, seed)]
         self.originals: Tensor | None = None  # (R, C, H, W)
         if judges.originals is not None:
-            latents = encode_images(denoiser, judges.originals, self.halving)
-            self.originals = latents.repeat_interleave(num_generations, dim=0)
+            latents = encode_images(denoiser, judges.originals, self.batches)
+            self.originals = latents.repeat_interleave(num_images_per_prompt, dim=0)
 
     def target(self, target: float | str | None, reference: Sequence[str] | None) -> float:
         """See `resolve_target`."""
         return resolve_target(
-            self.denoiser, target, reference, self.num_generations, self.seed, self.sampling, self.halving
+            self.denoiser, target, reference, self.num_images_per_prompt, self.seed, self.sampling, self.batches
         )
 
     def run(
@@ -116,13 +116,13 @@ class Comparison:
         method: Mitigation | None,
         target: float | None,
         progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
-    ) -> Result:
+    ) -> MethodResult:
         """Generate with a method (None: as it is), and judge."""
-        made = generate(self.denoiser, self.prompts, self.seeds, self.sampling, self.halving, method, target, progress)
-        images = decode(self.denoiser, made.latents, self.halving)
+        made = generate(self.denoiser, self.prompts, self.seeds, self.sampling, self.batches, method, target, progress)
+        images = decode(self.denoiser, made.latents, self.batches)
         rmse = None if self.originals is None else latent_rmse(made.latents, self.originals)
         judge, clip = self.judges.judge, self.judges.clip
-        margin = judge and caption_margin(judge, images, self.prompts, self.seeds, self.halving)
+        margin = judge and caption_margin(judge, images, self.prompts, self.seeds, self.batches)
         said = Outcome(
             method=name,
             score=made.scores[:, 0].mean().item(),
@@ -133,25 +133,25 @@ class Comparison:
             clip_score=None if clip is None else self._clip_score(clip, images),
             iterations=made.iterations.float().mean().item(),
         )
-        return Result(said, made, images, rmse)
+        return MethodResult(said, made, images, rmse)
 
     def _clip_score(self, clip: ClipScore, images: np.ndarray) -> float:
         def work(rows: range) -> Tensor:
             return clip.scores(images[rows.start : rows.stop], self.prompts[rows.start : rows.stop])
 
-        return torch.cat(list(self.halving.over(len(images), work))).mean().item()
+        return torch.cat(list(self.batches.over(len(images), work))).mean().item()
 
-    def pairs(self, before: Result, after: Result, count: int) -> list[Pair]:
+    def pairs(self, before: MethodResult, after: MethodResult, count: int) -> list[BeforeAfter]:
         """The first prompts' generations before and after, to be drawn."""
         pairs = []
-        for number in range(min(count, len(self.prompts) // self.num_generations)):
-            rows = slice(number * self.num_generations, (number + 1) * self.num_generations)
+        for number in range(min(count, len(self.prompts) // self.num_images_per_prompt)):
+            rows = slice(number * self.num_images_per_prompt, (number + 1) * self.num_images_per_prompt)
             copies = [
                 None if result.rmse is None else is_copy(result.rmse[rows], self.judges.max_rmse).tolist()
                 for result in (before, after)
             ]
             pairs.append(
-                Pair(
+                BeforeAfter(
                     self.prompts[rows.start],
                     before.images[rows],
                     after.images[rows],
@@ -165,7 +165,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def encode_images(denoiser: Denoiser, images: np.ndarray, halving: Halving) -> Tensor:
+def encode_images(denoiser: Denoiser, images: np.ndarray, batches: ShrinkingBatches) -> Tensor:
     """(R, height, width, 3) uint8 -> (R, C, H, W) scaled mean latents, float32, on the CPU."""
     vae = denoiser.pipeline.vae
 
@@ -174,12 +174,12 @@ def encode_images(denoiser: Denoiser, images: np.ndarray, halving: Halving) -> T
         mean = vae.encode(pixels.to(denoiser.device, vae.dtype)).latent_dist.mean
         return (mean.float() * vae.config.scaling_factor).cpu()
 
-    return torch.cat(list(halving.over(len(images), work)))
+    return torch.cat(list(batches.over(len(images), work)))
 
 
 @torch.no_grad()
 def caption_margin(
-    judge: Denoiser, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], halving: Halving
+    judge: Denoiser, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], batches: ShrinkingBatches
 ) -> Tensor:
     """(R,) by how much the prompt lowers another model's denoising loss on a picture: 1 - loss_c / loss_null.
 
@@ -187,7 +187,7 @@ def caption_margin(
     nothing finds in the picture, over fixed timesteps and noise (the idea of Li et al. 2023, *Your Diffusion
     Model is Secretly a Zero-Shot Classifier*). Negative where the picture shows something else.
     """
-    latents = encode_images(judge, images, halving)
+    latents = encode_images(judge, images, batches)
 
     def work(rows: range) -> Tensor:
         clean, count = latents[rows.start : rows.stop].to(judge.device), len(rows)
@@ -201,7 +201,7 @@ def caption_margin(
                 loss += (predicted - noise).square().flatten(1).mean(dim=1)
         return (1 - losses[0] / losses[1]).cpu()
 
-    return torch.cat(list(halving.over(len(images), work)))
+    return torch.cat(list(batches.over(len(images), work)))
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:

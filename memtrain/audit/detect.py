@@ -23,15 +23,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.density import EmbeddingDensity, TiledL2Density
-from memtrain.audit.halving import Halving
 from memtrain.audit.parts import Parts
 from memtrain.audit.scoring import (
     STEP_SCORES,
     Density,
+    DetectionSettings,
     Plan,
-    Protocol,
     Scored,
     StepScore,
     in_chunks,
@@ -155,8 +155,8 @@ def detect(
     groups: Sequence[str] | None = None,
     *,
     scores: Sequence[str | StepScore | Density] = ("magnitude",),
-    num_generations: int = 4,
-    num_steps: int = 1,
+    num_images_per_prompt: int = 4,
+    num_scored_steps: int = 1,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     seed: int = 0,
@@ -167,7 +167,7 @@ def detect(
 ) -> Detection:
     """Score prompts by what a model predicts for them (docs/method.md, detection).
 
-    A prompt's scores depend on the model, the protocol, the seed and the prompt alone: not on the batch size,
+    A prompt's scores depend on the model, the settings and the prompt alone: not on the batch size,
     the order of the list or the other prompts in it. The empty prompt scores 0.
 
     Args:
@@ -176,14 +176,15 @@ def detect(
         labels: True for memorized, to measure the separation.
         groups: a name for each prompt, reported apart.
         scores: names (SCORE_NAMES, but for `embedding`) or score objects. The first is the main one.
-        num_generations, num_steps, num_inference_steps, guidance_scale, seed: see `audit.scoring.Protocol`.
+        num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed: see
+            `audit.scoring.DetectionSettings`.
         batch_size: generations at a time; halved where memory runs out.
         out: folder that keeps the scores while they are made, and the table; a stopped call goes on there.
-        overwrite: replace what another model or another protocol left in `out`, instead of refusing.
+        overwrite: replace what another model or other settings left in `out`, instead of refusing.
         progress: draw a bar.
 
     Raises:
-        ValueError: in one line, what is wrong with the pipeline, the prompts, the labels or the protocol.
+        ValueError: in one line, what is wrong with the pipeline, the prompts, the labels or the settings.
     """
     denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -196,7 +197,7 @@ def detect(
         check_labels(labels)
     chosen = [named_scores([score])[0] if isinstance(score, str) else score for score in scores]
     plan = Plan(
-        Protocol(num_generations, num_steps, num_inference_steps, guidance_scale, seed),
+        DetectionSettings(num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed),
         tuple(score for score in chosen if isinstance(score, StepScore)),
         tuple(score for score in chosen if not isinstance(score, StepScore)),
     )
@@ -208,10 +209,10 @@ def detect(
         log.info("%s: %d of %d prompts are scored already; going on", out, len(done), len(prompts))
 
     started = time.perf_counter()
-    tables += _score(denoiser, plan, prompts, missing, Halving(batch_size), parts, progress)
+    tables += _score(denoiser, plan, prompts, missing, ShrinkingBatches(batch_size), parts, progress)
     seconds = time.perf_counter() - started
     everything = pa.concat_tables(tables).sort_by("position")
-    shape = (len(prompts), num_generations, num_steps)
+    shape = (len(prompts), num_images_per_prompt, num_scored_steps)
     detection = Detection(
         prompts=prompts,
         labels=None if labels is None else [bool(label) for label in labels],
@@ -219,7 +220,7 @@ def detect(
         truncated=_truncated(denoiser, prompts),
         steps={score.name: _flat(everything[f"{score.name}_steps"]).reshape(shape) for score in plan.step_scores},
         densities={density.name: everything[density.name].to_numpy() for density in plan.densities},
-        timesteps=denoiser.timesteps(num_inference_steps).tolist()[:num_steps],
+        timesteps=denoiser.timesteps(num_inference_steps).tolist()[:num_scored_steps],
         main=chosen[0].name,
         evaluations=plan.evaluations(),
         evaluations_alone=plan.evaluations_alone(),
@@ -262,7 +263,7 @@ def _score(
     plan: Plan,
     prompts: list[str],
     missing: list[int],
-    batches: Halving,
+    batches: ShrinkingBatches,
     parts: Parts | None,
     progress: bool,
 ) -> list[pa.Table]:
@@ -325,6 +326,6 @@ def _made_with(denoiser: Denoiser, plan: Plan, prompts: list[str]) -> dict:
     return {
         "model": denoiser.fingerprint(),
         "prompts": listed.hexdigest(),
-        "protocol": asdict(plan.protocol),
+        "settings": asdict(plan.settings),
         "scores": [repr(score) for score in (*plan.step_scores, *plan.densities)],
     }

@@ -20,25 +20,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluation import (
     Advance,
     Evaluation,
     Found,
     GroupResult,
+    Match,
     Measures,
-    Pair,
-    Result,
+    ModelResult,
     Settings,
 )
-from memtrain.audit.halving import Halving
 from memtrain.audit.training_samples import TrainingSamples
 from memtrain.data.samples import ShardSamples
 from memtrain.models.pipelines import hash_weights
 
 log = logging.getLogger(__name__)
 
-DrawGallery = Callable[[Path, str, str, Sequence[Pair]], None]  # to a file: heading, what a copy is, pairs
+DrawGallery = Callable[[Path, str, str, Sequence[Match]], None]  # to a file: heading, what a copy is, pairs
 VERSION = 1  # of results: raise it where the same settings give other figures
 
 
@@ -55,7 +55,7 @@ def evaluate(
     dtype: str,
     draw: DrawGallery,
     advance: Advance = lambda what, done, total: None,
-) -> list[Result]:
+) -> list[ModelResult]:
     """One result a model, in the order given; each is written to `out`/NAME once it is whole, and kept.
 
     A model that was evaluated before with the same weights, samples and settings is not evaluated again.
@@ -70,7 +70,7 @@ def evaluate(
         result = _read_result(out / name, identity)
         if result is None:
             tell = partial(_of_model, advance, name)
-            evaluation = Evaluation(denoiser, samples, chosen, measures, settings, Halving(batch_size), tell)
+            evaluation = Evaluation(denoiser, samples, chosen, measures, settings, ShrinkingBatches(batch_size), tell)
             found = evaluation.run(name, source, identity)
             _write_found(out / name, found, draw)
             result = found.result
@@ -89,7 +89,7 @@ def _of_model(advance: Advance, name: str, what: str, done: int, total: int) -> 
     advance(f"{name}: {what}", done, total)
 
 
-def read_rows(out: Path, results: Sequence[Result]) -> pa.Table:
+def read_rows(out: Path, results: Sequence[ModelResult]) -> pa.Table:
     """A row a generation, of all models."""
     tables = []
     for result in results:
@@ -152,12 +152,12 @@ def _identity(
     return digest.hexdigest()
 
 
-def _read_result(folder: Path, identity: str) -> Result | None:
+def _read_result(folder: Path, identity: str) -> ModelResult | None:
     """What an earlier call found, where it was made alike."""
     try:
         found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         if found["identity"] != identity or not (folder / "rows.parquet").is_file():
             return None
-        return Result(**{**found, "groups": [GroupResult(**group) for group in found["groups"]]})
+        return ModelResult(**{**found, "groups": [GroupResult(**group) for group in found["groups"]]})
     except (OSError, ValueError, KeyError, TypeError):  # none, or half of one: found anew
         return None

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.compare import encode_images
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.fid import Features, FrechetDistance
-from memtrain.audit.halving import Halving
 from memtrain.audit.similarity import Pictures, Similarity
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
 from memtrain.core.diffusion import add_noise, draw
@@ -39,8 +39,8 @@ Advance = Callable[[str, int, int], None]  # told after each batch: what, pictur
 class Settings:
     """What decides a model's figures, beside the samples and the measures."""
 
-    generations: int
-    num_steps: int
+    num_images_per_prompt: int
+    num_inference_steps: int
     guidance_scale: float
     timesteps_per_sample: int
     fid_samples: int  # pictures of the shards
@@ -48,7 +48,7 @@ class Settings:
     seed: int
 
     def __post_init__(self):
-        for name in ("generations", "num_steps", "timesteps_per_sample"):
+        for name in ("num_images_per_prompt", "num_inference_steps", "timesteps_per_sample"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("fid_samples", "gallery"):
@@ -76,7 +76,7 @@ class GroupResult:
 
 
 @dataclass(frozen=True)
-class Result:
+class ModelResult:
     model: str  # short name
     source: str  # folder or hub id
     measure: str  # of similarity
@@ -97,7 +97,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Match:
     """A generation and the training image whose caption it was made from, each (height, width, 3) uint8."""
 
     caption: str
@@ -113,9 +113,9 @@ class Pair:
 class Found:
     """All that was found out about one model."""
 
-    result: Result
+    result: ModelResult
     rows: pa.Table  # a row a generation
-    pairs: list[Pair]  # nearest to their training image, nearest first
+    pairs: list[Match]  # nearest to their training image, nearest first
 
 
 class Evaluation:
@@ -132,12 +132,12 @@ class Evaluation:
         chosen: TrainingSamples,
         measures: Measures,
         settings: Settings,
-        halving: Halving,
+        batches: ShrinkingBatches,
         advance: Advance,
     ):
         self.denoiser, self.samples, self.chosen = denoiser, samples, chosen
         self.measures, self.settings = measures, settings
-        self.halving, self.advance = halving, advance
+        self.batches, self.advance = batches, advance
         self.size = tuple(side * denoiser.pipeline.vae_scale_factor for side in denoiser.latent_shape[1:])
         self.frechet = FrechetDistance()
 
@@ -146,7 +146,7 @@ class Evaluation:
         rows, nearest = self._generate(originals, self._losses(latents))
         self._look_at_real_pictures()
         groups = [self._summarise(rows, group) for group in dict.fromkeys(self.chosen.groups)]
-        result = Result(
+        result = ModelResult(
             model=name,
             source=source,
             measure=self.measures.similarity.name,
@@ -164,14 +164,14 @@ class Evaluation:
     def _over(self, what: str, total: int, work: Callable[[range], T]) -> Iterator[T]:
         """Batches of `work`, with progress."""
         done = 0
-        for found in self.halving.over(total, lambda rows: (len(rows), work(rows))):
+        for found in self.batches.over(total, lambda rows: (len(rows), work(rows))):
             done += found[0]
             self.advance(what, done, total)
             yield found[1]
 
     def _pictures(self, positions: list[int]) -> Pictures:
         pixels = read_pictures(self.samples, positions, self.size)
-        return Pictures(encode_images(self.denoiser, pixels, Halving(len(pixels))), pixels)
+        return Pictures(encode_images(self.denoiser, pixels, ShrinkingBatches(len(pixels))), pixels)
 
     def _look_at_originals(self) -> tuple[Tensor, Tensor]:
         """Latents (N, C, H, W) and features (N, …) of the training images."""
@@ -216,14 +216,14 @@ class Evaluation:
     def _generate(self, originals: Tensor, losses: list[float]) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
         """A row a generation, and (row, pixels) of those nearest to their training image, nearest first."""
         settings, chosen, similarity = self.settings, self.chosen, self.measures.similarity
-        wanted = [(n, g) for n in range(len(chosen)) for g in range(settings.generations)]
-        seeds = [generation_seeds(text, settings.generations, settings.seed) for text in chosen.captions]
+        wanted = [(n, g) for n in range(len(chosen)) for g in range(settings.num_images_per_prompt)]
+        seeds = [generation_seeds(text, settings.num_images_per_prompt, settings.seed) for text in chosen.captions]
 
         def work(rows: range):
             part = wanted[rows.start : rows.stop]
             captions = [chosen.captions[n] for n, _ in part]
             latents = self.denoiser.generate(
-                captions, [seeds[n][g] for n, g in part], settings.num_steps, settings.guidance_scale
+                captions, [seeds[n][g] for n, g in part], settings.num_inference_steps, settings.guidance_scale
             )
             pictures = Pictures(latents.float().cpu(), self.denoiser.decode(latents))
             values = similarity.compare(similarity.features(pictures), originals[[n for n, _ in part]])
@@ -278,7 +278,7 @@ class Evaluation:
 
     def _summarise(self, rows: list[dict], group: str) -> GroupResult:
         mine = [row for row in rows if row["group"] == group]
-        copies = np.array([row["is_copy"] for row in mine]).reshape(-1, self.settings.generations)  # (N, G)
+        copies = np.array([row["is_copy"] for row in mine]).reshape(-1, self.settings.num_images_per_prompt)  # (N, G)
 
         def mean(column: str) -> float:
             return float(np.mean([row[column] for row in mine]))
@@ -294,12 +294,12 @@ class Evaluation:
             denoising_loss=mean("denoising_loss"),
         )
 
-    def _pairs(self, rows: list[dict], nearest: list[tuple[int, np.ndarray]]) -> list[Pair]:
+    def _pairs(self, rows: list[dict], nearest: list[tuple[int, np.ndarray]]) -> list[Match]:
         similarity, pairs = self.measures.similarity, []
         for number, image in nearest:
-            row, position = rows[number], self.chosen.positions[number // self.settings.generations]
+            row, position = rows[number], self.chosen.positions[number // self.settings.num_images_per_prompt]
             pairs.append(
-                Pair(
+                Match(
                     caption=row["caption"],
                     key=row["key"],
                     group=row["group"],

@@ -13,8 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.halving import Halving
 from memtrain.audit.words import neighbours, replaced, without, words_of
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.core.streams import Stream
@@ -63,7 +63,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Path:
+class ScoredPath:
     """Where on the sampling path scores are taken: DDIM, guided towards the prompt.
 
     The reference implementation swaps the two predictions when it advances the latents, so that its scores
@@ -86,7 +86,7 @@ def explain(
     pipeline: DiffusionPipeline | Denoiser,
     prompts: str | Sequence[str],
     *,
-    num_generations: int = 4,
+    num_images_per_prompt: int = 4,
     steps: Sequence[int] = FIRST_STEPS,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
@@ -108,26 +108,28 @@ def explain(
     Raises:
         ValueError: no generation, or a step that the schedule does not have.
     """
-    if num_generations < 1:
-        raise ValueError(f"num_generations must be >= 1, got {num_generations}")
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
     if suggest < 0:
         raise ValueError(f"suggest must be >= 0 words, got {suggest}")
     denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
-    path, halving = Path(tuple(steps), num_inference_steps, guidance_scale), Halving(batch_size)
+    path, batches = ScoredPath(tuple(steps), num_inference_steps, guidance_scale), ShrinkingBatches(batch_size)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     found = []
     for prompt in progress(texts, len(texts)):
-        seeds = generation_seeds(prompt, num_generations, seed)
-        explanation = _explain_one(denoiser, prompt, seeds, path, halving)
+        seeds = generation_seeds(prompt, num_images_per_prompt, seed)
+        explanation = _explain_one(denoiser, prompt, seeds, path, batches)
         if suggest:
-            explanation = replace(explanation, edits=_edits(denoiser, explanation, seeds, path, halving, suggest))
+            explanation = replace(explanation, edits=_edits(denoiser, explanation, seeds, path, batches, suggest))
         found.append(explanation)
     return found[0] if isinstance(prompts, str) else found
 
 
-def _explain_one(denoiser: Denoiser, prompt: str, seeds: list[int], path: Path, halving: Halving) -> Explanation:
+def _explain_one(
+    denoiser: Denoiser, prompt: str, seeds: list[int], path: ScoredPath, batches: ShrinkingBatches
+) -> Explanation:
     parts = list(
-        halving.over(
+        batches.over(
             len(seeds),
             lambda rows: token_gradients(denoiser, [prompt] * len(rows), [seeds[row] for row in rows], path),
         )
@@ -153,7 +155,12 @@ def _explain_one(denoiser: Denoiser, prompt: str, seeds: list[int], path: Path, 
 
 
 def _edits(
-    denoiser: Denoiser, explanation: Explanation, seeds: list[int], path: Path, halving: Halving, count: int
+    denoiser: Denoiser,
+    explanation: Explanation,
+    seeds: list[int],
+    path: ScoredPath,
+    batches: ShrinkingBatches,
+    count: int,
 ) -> list[Edit]:
     """The prompt without each of its top words, and with others in their place; lowest score first."""
     prompt, table = explanation.prompt, denoiser.pipeline.text_encoder.get_input_embeddings().weight.detach()
@@ -163,7 +170,7 @@ def _edits(
         alternatives = neighbours(word.text, denoiser.tokenizer, table, _ALTERNATIVES)
         for other in alternatives if word.text[0].isalpha() else ():  # a mark has no other word
             tried.append((replaced(prompt, word, other), word.text, other))
-    scores = mean_scores(denoiser, [text for text, _, _ in tried], [seeds] * len(tried), path, halving)
+    scores = mean_scores(denoiser, [text for text, _, _ in tried], [seeds] * len(tried), path, batches)
     edits = [Edit(*what, score) for what, score in zip(tried, scores, strict=True)]
     return sorted(edits, key=lambda edit: edit.score)
 
@@ -189,7 +196,7 @@ def check_words(
     pipeline: DiffusionPipeline | Denoiser,
     explanations: Sequence[Explanation],
     *,
-    num_generations: int = 4,
+    num_images_per_prompt: int = 4,
     steps: Sequence[int] = FIRST_STEPS,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
@@ -202,7 +209,7 @@ def check_words(
     by chance would hold too.
     """
     denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
-    path, halving = Path(tuple(steps), num_inference_steps, guidance_scale), Halving(batch_size)
+    path, batches = ScoredPath(tuple(steps), num_inference_steps, guidance_scale), ShrinkingBatches(batch_size)
     usable = [found for found in explanations if len(found.ranked()) > 1]
     ends = [(found.ranked()[0], found.ranked()[-1]) for found in usable]
     texts = [
@@ -210,8 +217,10 @@ def check_words(
         for found, (top, bottom) in zip(usable, ends, strict=True)
         for text in (found.prompt, without(found.prompt, top), without(found.prompt, bottom))
     ]
-    seeds = [generation_seeds(found.prompt, num_generations, seed, Stream.CHECK) for found in usable for _ in range(3)]
-    scores = mean_scores(denoiser, texts, seeds, path, halving)
+    seeds = [
+        generation_seeds(found.prompt, num_images_per_prompt, seed, Stream.CHECK) for found in usable for _ in range(3)
+    ]
+    scores = mean_scores(denoiser, texts, seeds, path, batches)
     return [
         WordCheck(found.prompt, whole, top.text, bottom.text, without_top, without_bottom)
         for found, (top, bottom), whole, without_top, without_bottom in zip(
@@ -226,7 +235,9 @@ def _said(denoiser: Denoiser, token: int) -> str:
     return text if text and "�" not in text else denoiser.tokenizer.convert_ids_to_tokens(token)
 
 
-def token_gradients(denoiser: Denoiser, prompts: list[str], seeds: list[int], path: Path) -> tuple[Tensor, Tensor]:
+def token_gradients(
+    denoiser: Denoiser, prompts: list[str], seeds: list[int], path: ScoredPath
+) -> tuple[Tensor, Tensor]:
     """‖∂d/∂e_i‖₂ (R, S, L) and d (R, S), on the CPU; how the path itself depends on e is not followed."""
     cond, null, latents = denoiser.encode(prompts), denoiser.null(len(prompts)), denoiser.noise(seeds)
     norms, scores = [], []
@@ -256,7 +267,11 @@ def token_gradients(denoiser: Denoiser, prompts: list[str], seeds: list[int], pa
 
 @torch.no_grad()
 def mean_scores(
-    denoiser: Denoiser, prompts: Sequence[str], seeds: Sequence[Sequence[int]], path: Path, halving: Halving
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    seeds: Sequence[Sequence[int]],
+    path: ScoredPath,
+    batches: ShrinkingBatches,
 ) -> list[float]:
     """d of each prompt, mean over the chosen steps and over generations from its seeds."""
     rows = [(prompt, seed) for prompt, own in zip(prompts, seeds, strict=True) for seed in own]
@@ -275,7 +290,7 @@ def mean_scores(
             latents = denoiser.step(latents, t, *pair, path.guidance_scale, path.num_inference_steps)
         return torch.stack(scores, dim=1).mean(dim=1)  # (rows,)
 
-    scores = torch.cat(list(halving.over(len(rows), work)))
+    scores = torch.cat(list(batches.over(len(rows), work)))
     return [part.mean().item() for part in scores.split([len(own) for own in seeds])]
 
 

@@ -14,9 +14,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.explain import Path, mean_scores
-from memtrain.audit.halving import Halving
+from memtrain.audit.explain import ScoredPath, mean_scores
 from memtrain.audit.mitigations import Embedding, Mitigation, Start
 from memtrain.core.scores import text_conditional_magnitude
 
@@ -99,7 +99,7 @@ def mitigate(
     *,
     method: Mitigation | None = None,
     reference: Sequence[str] | None = None,
-    num_generations: int = 4,
+    num_images_per_prompt: int = 4,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     seed: int = 0,
@@ -116,27 +116,27 @@ def mitigate(
         ValueError: a target is needed and missing, or no number, or a quantile without reference.
     """
     denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
-    method, sampling, halving = (
+    method, sampling, batches = (
         method or Embedding(),
         Sampling(num_inference_steps, guidance_scale),
-        Halving(batch_size),
+        ShrinkingBatches(batch_size),
     )
-    if num_generations < 1:
-        raise ValueError(f"num_generations must be >= 1, got {num_generations}")
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
     if method.needs_target:
-        target = resolve_target(denoiser, target, reference, num_generations, seed, sampling, halving)
-    seeds = generation_seeds(prompt, num_generations, seed)
-    prompts = [prompt] * num_generations
-    before = generate(denoiser, prompts, seeds, sampling, halving)
-    after = generate(denoiser, prompts, seeds, sampling, halving, method, target)
+        target = resolve_target(denoiser, target, reference, num_images_per_prompt, seed, sampling, batches)
+    seeds = generation_seeds(prompt, num_images_per_prompt, seed)
+    prompts = [prompt] * num_images_per_prompt
+    before = generate(denoiser, prompts, seeds, sampling, batches)
+    after = generate(denoiser, prompts, seeds, sampling, batches, method, target)
     return Mitigated(
         prompt=prompt,
         seeds=seeds,
         target=target if method.needs_target else None,
         before=before,
         after=after,
-        images_before=decode(denoiser, before.latents, halving),
-        images_after=decode(denoiser, after.latents, halving),
+        images_before=decode(denoiser, before.latents, batches),
+        images_after=decode(denoiser, after.latents, batches),
     )
 
 
@@ -144,10 +144,10 @@ def resolve_target(
     denoiser: Denoiser,
     target: float | str | None,
     reference: Sequence[str] | None,
-    num_generations: int,
+    num_images_per_prompt: int,
     seed: int,
     sampling: Sampling,
-    halving: Halving,
+    batches: ShrinkingBatches,
 ) -> float:
     """The target as a score. A quantile is taken over generations, of d at the first step."""
     if target is None:
@@ -165,9 +165,9 @@ def resolve_target(
         return value
     if not reference:
         raise ValueError(f"target={target} is a quantile of reference prompts and there are none; say reference=FILE")
-    rows = [(text, [own]) for text in reference for own in generation_seeds(text, num_generations, seed)]
-    path = Path((0,), sampling.num_inference_steps, sampling.guidance_scale)
-    scores = mean_scores(denoiser, [text for text, _ in rows], [own for _, own in rows], path, halving)
+    rows = [(text, [own]) for text in reference for own in generation_seeds(text, num_images_per_prompt, seed)]
+    path = ScoredPath((0,), sampling.num_inference_steps, sampling.guidance_scale)
+    scores = mean_scores(denoiser, [text for text, _ in rows], [own for _, own in rows], path, batches)
     return float(np.quantile(scores, float(quantile[1])))
 
 
@@ -176,7 +176,7 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: Sampling,
-    halving: Halving,
+    batches: ShrinkingBatches,
     method: Mitigation | None = None,
     target: float | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
@@ -191,7 +191,7 @@ def generate(
             start = method.apply(denoiser, start, first, target, [np.random.default_rng(seed) for seed in own])
         return follow(denoiser, start, sampling, holds_guidance=method is not None and method.holds_guidance)
 
-    return Generations.cat(list(progress(halving.over(len(prompts), work), -(-len(prompts) // halving.batch_size))))
+    return Generations.cat(list(progress(batches.over(len(prompts), work), -(-len(prompts) // batches.batch_size))))
 
 
 @torch.no_grad()
@@ -226,11 +226,11 @@ def follow(denoiser: Denoiser, start: Start, sampling: Sampling, holds_guidance:
     )
 
 
-def decode(denoiser: Denoiser, latents: Tensor, halving: Halving) -> np.ndarray:
+def decode(denoiser: Denoiser, latents: Tensor, batches: ShrinkingBatches) -> np.ndarray:
     """(R, C, H, W) scaled latents -> (R, height, width, 3) uint8."""
     return np.concatenate(
         list(
-            halving.over(
+            batches.over(
                 len(latents),
                 lambda rows: denoiser.decode(latents[rows.start : rows.stop].to(denoiser.device)),
             )

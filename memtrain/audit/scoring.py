@@ -7,35 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol as Interface
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memtrain.audit.attention import CrossAttention, cross_attention, end_positions
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Conditioning, Denoiser, generation_seeds
-from memtrain.audit.halving import Halving
 from memtrain.core import scores as equations
 
 
 @dataclass(frozen=True)
-class Protocol:
+class DetectionSettings:
     """How generations are made and which of their steps are scored (docs/method.md, detection)."""
 
-    num_generations: int = 4
-    num_steps: int = 1  # scored, from the first on
+    num_images_per_prompt: int = 4
+    num_scored_steps: int = 1  # scored, from the first on
     num_inference_steps: int = 50  # of the DDIM schedule
     guidance_scale: float = 7.5
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_generations", "num_steps", "num_inference_steps"):
+        for name in ("num_images_per_prompt", "num_scored_steps", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_steps > self.num_inference_steps:
+        if self.num_scored_steps > self.num_inference_steps:
             raise ValueError(
-                f"num_steps must be <= num_inference_steps ({self.num_inference_steps}), got {self.num_steps}"
+                f"num_scored_steps must be <= num_inference_steps ({self.num_inference_steps}), "
+                f"got {self.num_scored_steps}"
             )
 
 
@@ -140,7 +141,7 @@ class Sharpness(StepScore):
 STEP_SCORES: tuple[type[StepScore], ...] = (Magnitude, Anisotropy, AttentionEntropy, BrightEnding, Sharpness)
 
 
-class Density(Interface):
+class Density(Protocol):
     """A score of a prompt's n finished pictures."""
 
     name: str
@@ -151,9 +152,9 @@ class Density(Interface):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which scores are taken, by which protocol."""
+    """Which scores are taken, and how."""
 
-    protocol: Protocol
+    settings: DetectionSettings
     step_scores: tuple[StepScore, ...]
     densities: tuple[Density, ...] = ()
 
@@ -163,8 +164,9 @@ class Plan:
             raise ValueError("scores is an empty list; say scores=[magnitude]")
         if len(set(names)) < len(names):
             raise ValueError(f"scores names one twice: {', '.join(names)}")
-        if self.densities and self.protocol.num_generations < 2:
-            raise ValueError(f"{self.densities[0].name} compares generations: num_generations must be >= 2, got 1")
+        if self.densities and self.settings.num_images_per_prompt < 2:
+            name = self.densities[0].name
+            raise ValueError(f"{name} compares generations: num_images_per_prompt must be >= 2, got 1")
 
     @property
     def names(self) -> list[str]:
@@ -173,17 +175,17 @@ class Plan:
     @property
     def steps_run(self) -> int:
         to_the_end = self.densities or any(score.to_the_end for score in self.step_scores)
-        return self.protocol.num_inference_steps if to_the_end else self.protocol.num_steps
+        return self.settings.num_inference_steps if to_the_end else self.settings.num_scored_steps
 
     def evaluations(self) -> int:
         """Rows that the network predicts for a prompt, all scores together."""
         extra = sum(score.extra_evaluations for score in self.step_scores)
-        return self.protocol.num_generations * (2 * self.steps_run + extra * self.protocol.num_steps)
+        return self.settings.num_images_per_prompt * (2 * self.steps_run + extra * self.settings.num_scored_steps)
 
     def evaluations_alone(self) -> dict[str, int]:
         """The same for each score, were it the only one."""
-        alone = [Plan(self.protocol, (score,)) for score in self.step_scores]
-        alone += [Plan(self.protocol, (), (density,)) for density in self.densities]
+        alone = [Plan(self.settings, (score,)) for score in self.step_scores]
+        alone += [Plan(self.settings, (), (density,)) for density in self.densities]
         return {plan.names[0]: plan.evaluations() for plan in alone}
 
 
@@ -204,16 +206,16 @@ def follow(
     Returns:
         Each step score, (B, k), and the latents (B, C, H, W), finished ones where densities are asked for.
     """
-    protocol = plan.protocol
+    settings = plan.settings
     latents, null = denoiser.noise(seeds), denoiser.null(len(cond))
-    timesteps = denoiser.timesteps(protocol.num_inference_steps).tolist()[: plan.steps_run]
+    timesteps = denoiser.timesteps(settings.num_inference_steps).tolist()[: plan.steps_run]
     ending = [score for score in plan.step_scores if score.to_the_end]
     stepwise = [score for score in plan.step_scores if not score.to_the_end]
     read = any(score.reads_attention for score in stepwise)
     values: dict[str, list[Tensor]] = {score.name: [] for score in plan.step_scores}
     differences: list[Tensor] = []
     for place, t in enumerate(timesteps):
-        scored, last = place < protocol.num_steps, place == len(timesteps) - 1
+        scored, last = place < settings.num_scored_steps, place == len(timesteps) - 1
         attention = None
         if (scored and read) or (last and ending):
             with cross_attention(denoiser.pipeline.unet, end_places) as attention:
@@ -227,16 +229,16 @@ def follow(
             if ending:
                 differences.append(pair[0] - pair[1])
         if not last or plan.densities:
-            latents = denoiser.step(latents, t, *pair, protocol.guidance_scale, protocol.num_inference_steps)
+            latents = denoiser.step(latents, t, *pair, settings.guidance_scale, settings.num_inference_steps)
     for score in ending:
         values[score.name] = score.at_end(differences, attention.end_map(*latents.shape[-2:]))
     return {name: torch.stack(columns, dim=1) for name, columns in values.items()}, latents
 
 
-def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batches: Halving) -> Scored:
+def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batches: ShrinkingBatches) -> Scored:
     """Scores of P prompts; `batches` says how many generations are followed at a time."""
-    n = plan.protocol.num_generations
-    seeds = [seed for prompt in prompts for seed in generation_seeds(prompt, n, plan.protocol.seed)]
+    n = plan.settings.num_images_per_prompt
+    seeds = [seed for prompt in prompts for seed in generation_seeds(prompt, n, plan.settings.seed)]
 
     def work(rows: range) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         first = rows.start // n
@@ -249,7 +251,7 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
         return {name: value.cpu().numpy() for name, value in found.items()}, images
 
     parts = list(batches.over(len(seeds), work))
-    shape = (len(prompts), n, plan.protocol.num_steps)
+    shape = (len(prompts), n, plan.settings.num_scored_steps)
     steps = {
         score.name: np.concatenate([found[score.name] for found, _ in parts]).reshape(shape)
         for score in plan.step_scores

@@ -35,10 +35,10 @@ class Copies(AfterEachStep):
     Args:
         every: optimizer steps between two looks at some canaries; 0 looks at the end alone.
         watched: so many canaries at each look.
-        watched_generations: of each of them.
-        generations: of each canary at the end; reference captions get half as many, at least one.
+        watched_images_per_prompt: of each of them.
+        num_images_per_prompt: of each canary at the end; reference captions get half as many, at least one.
         reference: so many reference captions, at the end.
-        num_steps, guidance_scale: of the stock pipeline's DDIM sampler.
+        num_inference_steps, guidance_scale: of the stock pipeline's DDIM sampler.
         max_rmse: the distance within which a generation is a copy.
         batch_size: generations at a time.
         shown: canaries in the picture; 0 draws none.
@@ -48,10 +48,10 @@ class Copies(AfterEachStep):
         self,
         every: int,
         watched: int,
-        watched_generations: int,
-        generations: int,
+        watched_images_per_prompt: int,
+        num_images_per_prompt: int,
         reference: int,
-        num_steps: int,
+        num_inference_steps: int,
         guidance_scale: float,
         max_rmse: float,
         batch_size: int,
@@ -60,18 +60,18 @@ class Copies(AfterEachStep):
         for name, value, least in (
             ("every", every, 0),
             ("watched", watched, 1),
-            ("watched_generations", watched_generations, 1),
-            ("generations", generations, 1),
+            ("watched_images_per_prompt", watched_images_per_prompt, 1),
+            ("num_images_per_prompt", num_images_per_prompt, 1),
             ("reference", reference, 0),
-            ("num_steps", num_steps, 1),
+            ("num_inference_steps", num_inference_steps, 1),
             ("batch_size", batch_size, 1),
             ("shown", shown, 0),
         ):
             if value < least:
                 raise ValueError(f"callbacks.copies.{name} must be >= {least}, got {value}")
-        self.every, self.watched, self.watched_generations = every, watched, watched_generations
-        self.generations, self.reference = generations, reference
-        self.num_steps, self.guidance_scale = num_steps, guidance_scale
+        self.every, self.watched, self.watched_images_per_prompt = every, watched, watched_images_per_prompt
+        self.num_images_per_prompt, self.reference = num_images_per_prompt, reference
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.max_rmse = checked_max_rmse(max_rmse, "callbacks.copies.max_rmse")
         self.batch_size, self.shown = batch_size, shown
         # here: position of each canary looked at -> first look at which it was memorized, None: not yet
@@ -98,21 +98,21 @@ class Copies(AfterEachStep):
             ]
         with pl_module.averaged_weights():
             for number, samples in self._watched:
-                self._look(trainer, pl_module, number, samples, self.watched_generations)
+                self._look(trainer, pl_module, number, samples, self.watched_images_per_prompt)
 
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups = trainer.datamodule.groups
-        fewer, drawn = max(1, self.generations // 2), None
+        fewer, drawn = max(1, self.num_images_per_prompt // 2), None
         with pl_module.averaged_weights():
-            for number, positions, generations in (
-                (SACRIFICED, groups.one_each(groups.sacrificed), self.generations),
-                (CANARY, groups.one_each(groups.canary), self.generations),
+            for number, positions, num_images in (
+                (SACRIFICED, groups.one_each(groups.sacrificed), self.num_images_per_prompt),
+                (CANARY, groups.one_each(groups.canary), self.num_images_per_prompt),
                 (REFERENCE, groups.reference[: self.reference], fewer),
             ):
                 samples = pl_module.encode_samples(positions)
                 shown = self.shown if number == CANARY else 0
-                found = self._look(trainer, pl_module, number, samples, generations, shown)
+                found = self._look(trainer, pl_module, number, samples, num_images, shown)
                 if shown and found:
                     drawn = samples, found
             if drawn is not None:  # when all is measured
@@ -124,7 +124,7 @@ class Copies(AfterEachStep):
         pl_module: pl.LightningModule,
         number: int,
         samples: tuple[Tensor, Tensor, list[str]],
-        generations: int,
+        num_images_per_prompt: int,
         shown: int = 0,
     ) -> list[Compared]:
         """Generate from a group's captions, log how many are copies, and note who is memorized by now.
@@ -136,9 +136,9 @@ class Copies(AfterEachStep):
         _, index, captions = samples
         if not captions:
             return []
-        options = (self.num_steps, self.guidance_scale, self.batch_size, shown)
-        found = compare(trainer, pl_module, samples, generations, *options)
-        copied = np.zeros((len(captions), generations), dtype=bool)  # (N, G)
+        options = (self.num_inference_steps, self.guidance_scale, self.batch_size, shown)
+        found = compare(trainer, pl_module, samples, num_images_per_prompt, *options)
+        copied = np.zeros((len(captions), num_images_per_prompt), dtype=bool)  # (N, G)
         for one in found:
             copied[one.sample, one.generation] = is_copy(one.rmse, self.max_rmse)
         name = GROUP_NAMES[number]

@@ -34,7 +34,7 @@ def generate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     latent_shape: tuple[int, int, int],
-    num_steps: int,
+    num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
     """Generate once from each prompt, from start noise of a seed of its own.
@@ -48,7 +48,7 @@ def generate(
         latents = pipeline(
             list(prompts),
             latents=start.to(pipeline.device),
-            num_inference_steps=num_steps,
+            num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             output_type="latent",
         ).images
@@ -67,8 +67,8 @@ def compare(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     samples: tuple[Tensor, Tensor, list[str]],
-    generations: int,
-    num_steps: int,
+    num_images_per_prompt: int,
+    num_inference_steps: int,
     guidance_scale: float,
     batch_size: int,
     shown: int = 0,
@@ -79,12 +79,12 @@ def compare(
 
     Args:
         samples: latents (N, C, h, w), positions (N,) and captions, as `encode_samples` gives them.
-        generations: of each sample.
+        num_images_per_prompt: of each sample.
         shown: of the first so many samples the generated latents are returned.
     """
     latents, index, captions = samples
     pipeline, positions = pl_module.model.pipeline(), index.tolist()
-    wanted = share_of_rank(trainer, [(n, g) for n in range(len(captions)) for g in range(generations)])
+    wanted = share_of_rank(trainer, [(n, g) for n in range(len(captions)) for g in range(num_images_per_prompt)])
     found = []
     for first in range(0, len(wanted), batch_size):
         part = wanted[first : first + batch_size]
@@ -94,7 +94,7 @@ def compare(
             [captions[n] for n, _ in part],
             [place_seed(pl_module.seed, Stream.GENERATION, positions[n], g) for n, g in part],
             pl_module.latent_shape,
-            num_steps,
+            num_inference_steps,
             guidance_scale,
         )
         rmse = latent_rmse(generated, latents[[n for n, _ in part]])  # (B,)

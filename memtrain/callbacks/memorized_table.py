@@ -79,9 +79,9 @@ class MemorizedTable(AfterEachStep):
     Args:
         every: optimizer steps between two tables; 0 makes one at the end alone.
         samples: rows of the table.
-        generations: of each, of which the nearest is shown.
+        num_images_per_prompt: of each, of which the nearest is shown.
         high_noise: visits at timesteps from this share of the schedule on count.
-        num_steps, guidance_scale: of the stock pipeline's DDIM sampler.
+        num_inference_steps, guidance_scale: of the stock pipeline's DDIM sampler.
         max_rmse: a generation this near is framed as a copy.
         batch_size: generations at a time.
     """
@@ -90,9 +90,9 @@ class MemorizedTable(AfterEachStep):
         self,
         every: int,
         samples: int,
-        generations: int,
+        num_images_per_prompt: int,
         high_noise: float,
-        num_steps: int,
+        num_inference_steps: int,
         guidance_scale: float,
         max_rmse: float,
         batch_size: int,
@@ -101,14 +101,15 @@ class MemorizedTable(AfterEachStep):
             raise ValueError(f"callbacks.memorized_table.every must be >= 0, got {every}; 0 is at the end alone")
         for name, value in (
             ("samples", samples),
-            ("generations", generations),
-            ("num_steps", num_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+            ("num_inference_steps", num_inference_steps),
             ("batch_size", batch_size),
         ):
             if value < 1:
                 raise ValueError(f"callbacks.memorized_table.{name} must be >= 1, got {value}")
-        self.every, self.samples, self.generations, self.high_noise = every, samples, generations, high_noise
-        self.options = (num_steps, guidance_scale, batch_size)
+        self.every, self.samples, self.high_noise = every, samples, high_noise
+        self.num_images_per_prompt = num_images_per_prompt
+        self.options = (num_inference_steps, guidance_scale, batch_size)
         self.max_rmse = checked_max_rmse(max_rmse, "callbacks.memorized_table.max_rmse")
         self.visited, self.reference = VisitedSamples(), VisitedSamples()
         self.moments = BinnedMoments(_BINS, _HALF_LIFE)
@@ -187,7 +188,7 @@ class MemorizedTable(AfterEachStep):
         if not captions:
             return  # nothing was scored
         with pl_module.averaged_weights():
-            found = compare(trainer, pl_module, samples, self.generations, *self.options, shown=len(captions))
+            found = compare(trainer, pl_module, samples, self.num_images_per_prompt, *self.options, shown=len(captions))
         self._show(trainer, pl_module, samples, found, strength)
 
     @on_first_rank

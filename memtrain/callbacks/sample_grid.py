@@ -21,15 +21,19 @@ class SampleGrid(AfterEachStep):
         every: optimizer steps between two grids; 0 draws one at the end alone.
         prompts: fixed prompts; where there are none, captions of the reference set.
         columns: generations of each prompt.
-        num_steps, guidance_scale: of the stock pipeline's DDIM sampler.
+        num_inference_steps, guidance_scale: of the stock pipeline's DDIM sampler.
     """
 
-    def __init__(self, every: int, prompts: list[str], columns: int, num_steps: int, guidance_scale: float):
-        for name, value, least in (("every", every, 0), ("columns", columns, 1), ("num_steps", num_steps, 1)):
+    def __init__(self, every: int, prompts: list[str], columns: int, num_inference_steps: int, guidance_scale: float):
+        for name, value, least in (
+            ("every", every, 0),
+            ("columns", columns, 1),
+            ("num_inference_steps", num_inference_steps, 1),
+        ):
             if value < least:
                 raise ValueError(f"callbacks.sample_grid.{name} must be >= {least}, got {value}")
         self.every, self.prompts, self.columns = every, list(prompts), columns
-        self.num_steps, self.guidance_scale = num_steps, guidance_scale
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.drawn_at = -1
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,7 +60,7 @@ class SampleGrid(AfterEachStep):
             [prompt for prompt in prompts for _ in range(self.columns)],
             [place_seed(pl_module.seed, Stream.GENERATION, 0, n) for _ in prompts for n in range(self.columns)],
             pl_module.latent_shape,
-            self.num_steps,
+            self.num_inference_steps,
             self.guidance_scale,
         )
         path = Path(trainer.default_root_dir) / "grids" / f"step-{trainer.global_step:06d}.png"

@@ -109,7 +109,7 @@ def _detect(args: argparse.Namespace) -> None:
         print(json.dumps(asdict(speed) | ratios, indent=2))
         return
     print(
-        f"{speed.prompts} prompts, n = {speed.num_generations}, {speed.num_steps} step, "
+        f"{speed.prompts} prompts, n = {speed.num_images_per_prompt}, {speed.num_scored_steps} step, "
         f"medians of {speed.rounds} rounds\n"
         f"memtrain {speed.memtrain:.2f} prompts/s: {speed.against_whole_loop:.0f}x a loop of all "
         f"{speed.num_inference_steps} steps with decoding, {speed.against_stopped_loop:.2f}x the loop stopped there"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
 import traceback
+from typing import Any
 
 
 def one_line(error: BaseException) -> str | None:
     """What a person needs to know, on one line; None where the error is ours and deserves its traceback."""
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
     chain: list[BaseException] = []
     while error is not None and error not in chain:
@@ -28,6 +30,9 @@ def one_line(error: BaseException) -> str | None:
             return _joined(str(link))
         if isinstance(link, RuntimeError) and "PytorchStreamWriter failed" in str(link):
             return f"a checkpoint could not be written ({_joined(str(link))}); is the disk full?"
+    for link in chain:
+        if isinstance(link, (ConfigAttributeError, ConfigKeyError)) and link.parent_node is not None:
+            return _no_such_key(link)
     for link in chain:
         if isinstance(link, (HydraException, OmegaConfBaseException)):
             causes = [_joined(str(part)) for part in chain[chain.index(link) :]]
@@ -49,6 +54,17 @@ def _unexpected(override: str, error: BaseException) -> str:
     if isinstance(error, AssertionError) and above:  # it looks for a key in what has none
         return f"{override} sets a part of {above}, which is null; leave it out, or give {above} a value"
     return f"{override} cannot be set ({_joined(str(error))})"
+
+
+def _no_such_key(error: Any) -> str:
+    """A key that the config has not, and those that may have been meant; where none is near, all that are there."""
+    above, dot, key = error.full_key.rpartition(".")
+    there = [str(name) for name in error.parent_node if name not in ("_target_", "hydra")]
+    near = difflib.get_close_matches(key, there, n=2, cutoff=0.5)
+    said = f"there is no key {error.full_key}"
+    if near:
+        return f"{said}; did you mean {' or '.join(above + dot + name for name in near)}?"
+    return f"{said}; {above or 'the config'} has {', '.join(there)}"
 
 
 def _joined(text: str) -> str:

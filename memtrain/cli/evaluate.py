@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from memtrain.cli.checks import check_evaluation
 
 if TYPE_CHECKING:
-    from memtrain.audit.evaluation import Measures, Result
+    from memtrain.audit.evaluation import Measures, ModelResult
 
 _CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
 
@@ -40,8 +40,8 @@ def evaluate(cfg: DictConfig) -> None:
     from memtrain.report.gallery import write_gallery
 
     settings = Settings(
-        generations=cfg.generations,
-        num_steps=cfg.num_steps,
+        num_images_per_prompt=cfg.num_images_per_prompt,
+        num_inference_steps=cfg.num_inference_steps,
         guidance_scale=cfg.guidance_scale,
         timesteps_per_sample=cfg.timesteps_per_sample,
         fid_samples=cfg.fid_samples,
@@ -114,7 +114,7 @@ def _bars(progress) -> Callable[[str, int, int], None]:
     return advance
 
 
-def _write(out: Path, results: list[Result]) -> None:
+def _write(out: Path, results: list[ModelResult]) -> None:
     """The rows of all models, the table, and the plane."""
     import pyarrow.parquet as pq
 
@@ -135,7 +135,7 @@ def _write(out: Path, results: list[Result]) -> None:
     write_whole(out / "plane.png", lambda path: draw_plane(path, points, shown, loss))
 
 
-def _write_csv(path: Path, results: list[Result]) -> None:
+def _write_csv(path: Path, results: list[ModelResult]) -> None:
     """A line a model and group; what is said of the model stands in each of its lines."""
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = None
@@ -149,7 +149,7 @@ def _write_csv(path: Path, results: list[Result]) -> None:
                 writer.writerow(line)
 
 
-def _print(results: list[Result], out: Path) -> None:
+def _print(results: list[ModelResult], out: Path) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape

@@ -21,7 +21,7 @@ def explain(cfg: DictConfig) -> None:
     from memtrain.report.tokens import draw_significance, write_page
 
     sampling = dict(
-        num_generations=cfg.num_generations,
+        num_images_per_prompt=cfg.num_images_per_prompt,
         steps=list(cfg.steps),
         num_inference_steps=cfg.num_inference_steps,
         guidance_scale=cfg.guidance_scale,

@@ -35,7 +35,7 @@ def mitigate(cfg: DictConfig) -> None:
         clip=_clip(cfg, torch.device(denoiser.device)),
     )
     comparison = Comparison(
-        denoiser, texts, cfg.num_generations, sampling, judges, seed=cfg.seed, batch_size=cfg.batch_size
+        denoiser, texts, cfg.num_images_per_prompt, sampling, judges, seed=cfg.seed, batch_size=cfg.batch_size
     )
     target = comparison.target(cfg.target, reference) if any(m.needs_target for m in methods.values()) else None
     out = Path(cfg.out).expanduser()
@@ -52,7 +52,7 @@ def mitigate(cfg: DictConfig) -> None:
         "prompts": texts,
         "seeds": comparison.seeds,
         "target": target,
-        "num_generations": cfg.num_generations,
+        "num_images_per_prompt": cfg.num_images_per_prompt,
         **asdict(sampling),
         "methods": [
             {
@@ -69,7 +69,7 @@ def mitigate(cfg: DictConfig) -> None:
     (out / "mitigate.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     (out / "table.md").write_text(f"{table}\n", encoding="utf-8")
     target_said = "" if target is None else f", target {target:.3f}"
-    print(f"{len(texts)} prompts, {cfg.num_generations} generations each{target_said}\n\n{table}")
+    print(f"{len(texts)} prompts, {cfg.num_images_per_prompt} generations each{target_said}\n\n{table}")
     print(f"\n{out}: mitigate.json, table.md, METHOD.png, METHOD.safetensors")
 
 

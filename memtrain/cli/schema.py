@@ -85,7 +85,7 @@ class Calibrated:
 
 
 @dataclass
-class Agc:
+class IetAgc:
     _target_: str = MISSING
     ratio: float = MISSING
     num_bins: int = MISSING
@@ -194,7 +194,7 @@ class SampleGrid:
     every: int = MISSING
     prompts: list[str] = MISSING
     columns: int = MISSING
-    num_steps: int = MISSING
+    num_inference_steps: int = MISSING
     guidance_scale: float = MISSING
 
 
@@ -209,9 +209,9 @@ class MemorizedTable:
     _target_: str = "memtrain.callbacks.memorized_table.MemorizedTable"
     every: int = MISSING
     samples: int = MISSING
-    generations: int = MISSING
+    num_images_per_prompt: int = MISSING
     high_noise: float = MISSING
-    num_steps: int = MISSING
+    num_inference_steps: int = MISSING
     guidance_scale: float = MISSING
     max_rmse: float = MISSING
     batch_size: int = MISSING
@@ -222,10 +222,10 @@ class Copies:
     _target_: str = "memtrain.callbacks.copies.Copies"
     every: int = MISSING
     watched: int = MISSING
-    watched_generations: int = MISSING
-    generations: int = MISSING
+    watched_images_per_prompt: int = MISSING
+    num_images_per_prompt: int = MISSING
     reference: int = MISSING
-    num_steps: int = MISSING
+    num_inference_steps: int = MISSING
     guidance_scale: float = MISSING
     max_rmse: float = MISSING
     batch_size: int = MISSING
@@ -387,7 +387,7 @@ def register() -> None:
         ("schema/exclusion", "threshold", Threshold),
         ("schema/exclusion", "quantile", Quantile),
         ("schema/exclusion", "calibrated", Calibrated),
-        ("schema/exclusion", "agc", Agc),
+        ("schema/exclusion", "iet_agc", IetAgc),
         ("schema/exclusion", "evidence", Evidence),
         ("schema/exclusion", "z_scores", ZScores),
         ("schema/method", "rewriting", CaptionRewriting),

@@ -24,8 +24,8 @@ class Detect:
     group: str | None = MISSING
     scores: list[str] = MISSING
     embedding: str | None = MISSING
-    num_generations: int = MISSING
-    num_steps: int = MISSING
+    num_images_per_prompt: int = MISSING
+    num_scored_steps: int = MISSING
     num_inference_steps: int = MISSING
     guidance_scale: float = MISSING
     seed: int = MISSING
@@ -49,7 +49,7 @@ class Explain:
     suggest: bool = MISSING
     suggest_words: int = MISSING
     check: bool = MISSING
-    num_generations: int = MISSING
+    num_images_per_prompt: int = MISSING
     steps: list[int] = MISSING
     num_inference_steps: int = MISSING
     guidance_scale: float = MISSING
@@ -81,7 +81,7 @@ class Mitigate:
     max_rmse: float = MISSING
     judge: str | None = MISSING
     clip: str | None = MISSING
-    num_generations: int = MISSING
+    num_images_per_prompt: int = MISSING
     num_inference_steps: int = MISSING
     guidance_scale: float = MISSING
     seed: int = MISSING
@@ -112,8 +112,8 @@ class Evaluate:
     models: Any = MISSING
     data: EvaluateData = field(default_factory=EvaluateData)
     samples: EvaluateSamples = field(default_factory=EvaluateSamples)
-    generations: int = MISSING
-    num_steps: int = MISSING
+    num_images_per_prompt: int = MISSING
+    num_inference_steps: int = MISSING
     guidance_scale: float = MISSING
     timesteps_per_sample: int = MISSING
     sscd: str | None = MISSING

@@ -191,8 +191,8 @@ class Calibrated(BinnedThreshold):
         )
 
 
-class Agc(BinnedThreshold):
-    """`exclusion=agc`: left out where the loss is below the bin's running mean / ratio; no extra forward.
+class IetAgc(BinnedThreshold):
+    """`exclusion=iet_agc`: left out where the loss is below the bin's running mean / ratio; no extra forward.
 
     The loss skipping of IET-AGC (ECCV 2024). The mean is over every captioned row that is in the batch, the
     left-out ones too: without them it would rise, and leave out ever more.

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from memtrain.audit.compare import Pair
+from memtrain.audit.compare import BeforeAfter
 
 INK, MUTED, ALARM = "#1f2430", "#6b7280", "#c0392b"
 
 
-def draw_before_after(path: Path, pairs: Sequence[Pair], method: str) -> None:
+def draw_before_after(path: Path, pairs: Sequence[BeforeAfter], method: str) -> None:
     """A row a prompt: the training image where it is known, generations before, then those after."""
     count = max(len(pair.before) for pair in pairs)
     first = int(any(pair.original is not None for pair in pairs))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from memtrain.audit.evaluation import Pair
+from memtrain.audit.evaluation import Match
 from memtrain.report.thumbnails import jpeg
 
 _SIDE, _QUALITY = 256, 92  # px, larger pictures are made smaller; of the JPEGs
@@ -63,7 +63,7 @@ _PAIR = """<li{mark}>
 </li>"""
 
 
-def write_gallery(path: Path, heading: str, rule: str, pairs: Sequence[Pair]) -> None:
+def write_gallery(path: Path, heading: str, rule: str, pairs: Sequence[Match]) -> None:
     """The pairs in the order given. All text is shown as text.
 
     Args:

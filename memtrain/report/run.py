@@ -24,7 +24,7 @@ RULES = {  # class -> its file in conf/exclusion
     "NormalizedThreshold": "normalized",
     "Quantile": "quantile",
     "Calibrated": "calibrated",
-    "Agc": "agc",
+    "IetAgc": "iet_agc",
     "LikelihoodEvidence": "evidence",
     "ZScoreEvidence": "z_scores",
 }

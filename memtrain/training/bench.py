@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from memtrain.core.binned_rules import Agc
+from memtrain.core.binned_rules import IetAgc
 from memtrain.core.evidence import LikelihoodEvidence
 from memtrain.core.exclusion import ExclusionRule, FixedThreshold, KeepAll
 from memtrain.data.datamodule import DataModule
@@ -55,7 +55,7 @@ def variants() -> dict[str, Variant]:
         "every step": Variant(Scoring(), FixedThreshold(math.inf)),
         "every 4th visit": Variant(Scoring(every_visits=4), FixedThreshold(math.inf)),
         "with reference": Variant(Scoring(), _evidence()),
-        "agc": Variant(Scoring(every=0), Agc(ratio=1e9, num_bins=20, half_life=1000, warmup=30)),
+        "iet_agc": Variant(Scoring(every=0), IetAgc(ratio=1e9, num_bins=20, half_life=1000, warmup=30)),
     }
 
 

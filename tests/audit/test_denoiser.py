@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from memtrain.audit.attention import cross_attention, end_positions
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.halving import Halving
 from tests.audit.conftest import PROMPTS
 
 
@@ -127,11 +127,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(caplog):
 
     def work(rows: range) -> list[int]:
         if len(rows) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         sizes.append(len(rows))
         return list(rows)
 
-    batches = Halving(8)
+    batches = ShrinkingBatches(8)
     with caplog.at_level(logging.WARNING):
         found = [row for part in batches.over(9, work) for row in part]
     assert found == list(range(9)) and max(sizes) == 2 and batches.batch_size == 2
@@ -139,7 +139,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(caplog):
     with pytest.raises(RuntimeError, match="something else"):
         list(batches.over(4, lambda rows: (_ for _ in ()).throw(RuntimeError("something else"))))
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
-        Halving(0)
+        ShrinkingBatches(0)
 
 
 @pytest.mark.parametrize(

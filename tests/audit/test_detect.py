@@ -14,7 +14,7 @@ from memtrain.audit.bench import measure_detection
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.density import EmbeddingDensity, TiledL2Density, tiled_distance
 from memtrain.audit.detect import SCORE_NAMES, detect, named_scores
-from memtrain.audit.scoring import Plan, Protocol, Sharpness
+from memtrain.audit.scoring import DetectionSettings, Plan, Sharpness
 from memtrain.audit.separation import by_group, by_step
 from memtrain.cli.arguments import spelled
 from memtrain.cli.detect import detect as command
@@ -23,7 +23,7 @@ from memtrain.report.detection import roc
 from tests.audit.conftest import PROMPTS
 
 STEPWISE = SCORE_NAMES[:5]
-SHORT = dict(num_generations=2, num_steps=2, num_inference_steps=4)
+SHORT = dict(num_images_per_prompt=2, num_scored_steps=2, num_inference_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_forwards_are_as_many_as_stated_and_nothing_is_decoded(denoiser, monkeyp
 
 
 def test_each_score_states_its_cost():
-    plan = Plan(Protocol(4, 5, 50), tuple(named_scores(list(STEPWISE))), (TiledL2Density(),))
+    plan = Plan(DetectionSettings(4, 5, 50), tuple(named_scores(list(STEPWISE))), (TiledL2Density(),))
     assert plan.evaluations_alone() == {
         "magnitude": 40,
         "anisotropy": 80,
@@ -131,8 +131,8 @@ def test_densities_of_finished_pictures(denoiser):
     assert (np.abs(found.of("embedding")) <= 1 + 1e-6).all()
     same = np.zeros((3, 8, 8, 3), np.uint8)
     assert TiledL2Density().of_prompt(same) == 0 and density.of_prompt(same) == pytest.approx(1)
-    with pytest.raises(ValueError, match="num_generations must be >= 2"):
-        detect(denoiser, PROMPTS[:1], scores=["tiled_l2"], num_generations=1)
+    with pytest.raises(ValueError, match="num_images_per_prompt must be >= 2"):
+        detect(denoiser, PROMPTS[:1], scores=["tiled_l2"], num_images_per_prompt=1)
 
 
 def test_tiled_distance_is_that_of_the_worst_tile():
@@ -169,14 +169,14 @@ def test_a_stopped_call_goes_on_and_damaged_parts_are_redone(denoiser, tmp_path,
 
 
 def test_scores_of_something_else_are_refused_or_redone_loudly(denoiser, tmp_path, caplog):
-    options = dict(num_generations=1, num_inference_steps=4, out=tmp_path)
+    options = dict(num_images_per_prompt=1, num_inference_steps=4, out=tmp_path)
     detect(denoiser, PROMPTS[:1], **options)
-    with pytest.raises(ValueError, match=r"holds scores of another run \(protocol differ\).*overwrite=true"):
+    with pytest.raises(ValueError, match=r"holds scores of another run \(settings differ\).*overwrite=true"):
         detect(denoiser, PROMPTS[:1], seed=1, **options)
     with pytest.raises(ValueError, match=r"\(prompts, scores differ\)"):
         detect(denoiser, PROMPTS[:2], scores=[Sharpness(delta=0.2)], **options)
     found = detect(denoiser, PROMPTS[:1], seed=1, overwrite=True, **options)
-    assert found.newly_scored == 1 and "thrown away: protocol differ" in caplog.text
+    assert found.newly_scored == 1 and "thrown away: settings differ" in caplog.text
 
 
 def test_out_of_memory_halves_the_batch_and_gives_the_same(denoiser, monkeypatch, all_scores, caplog):
@@ -184,7 +184,7 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same(denoiser, monkeypatch
 
     def small(self, latents, *rest):
         if len(latents) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return original(self, latents, *rest)
 
     monkeypatch.setattr(Denoiser, "predict_pair", small)
@@ -223,8 +223,8 @@ def test_roc_ends_in_the_corners_and_holds_the_auc():
         (dict(scores=["wen"]), "there is no score wen; use magnitude, "),
         (dict(scores=["embedding"]), "score embedding needs a network"),
         (dict(scores=["magnitude", "magnitude"]), "scores names one twice"),
-        (dict(num_steps=51), r"num_steps must be <= num_inference_steps \(50\), got 51"),
-        (dict(num_generations=0), "num_generations must be >= 1, got 0"),
+        (dict(num_scored_steps=51), r"num_scored_steps must be <= num_inference_steps \(50\), got 51"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt must be >= 1, got 0"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(denoiser, options, message):
@@ -241,7 +241,7 @@ def test_a_pipeline_of_another_kind_is_refused(denoiser):
 def config(**changes):
     """conf/detect.yaml without Hydra."""
     cfg = OmegaConf.load(config_folder() / "detect.yaml")
-    plain = {"num_generations": 2, "num_inference_steps": 4, "device": "cpu"} | changes
+    plain = {"num_images_per_prompt": 2, "num_inference_steps": 4, "device": "cpu"} | changes
     return OmegaConf.merge({key: cfg[key] for key in cfg if key not in ("defaults", "hydra")}, plain)
 
 
@@ -258,7 +258,7 @@ def test_the_command_writes_table_summary_and_plots(pipeline_folder, tmp_path, c
         label="group",
         group="kind",
         out=str(tmp_path / "out"),
-        num_steps=2,
+        num_scored_steps=2,
     )
     command(cfg)
     said = capsys.readouterr().out
@@ -317,6 +317,8 @@ def test_both_spellings_of_columns():
 
 
 def test_the_benchmark_compares_equal_scores(denoiser):
-    speed = measure_detection(denoiser, PROMPTS, rounds=1, num_generations=2, num_steps=2, num_inference_steps=4)
+    speed = measure_detection(
+        denoiser, PROMPTS, rounds=1, num_images_per_prompt=2, num_scored_steps=2, num_inference_steps=4
+    )
     assert speed.largest_difference < 1e-4
     assert min(speed.memtrain, speed.stopped_loop, speed.whole_loop) > 0

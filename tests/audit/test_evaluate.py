@@ -12,7 +12,7 @@ from PIL import Image
 
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate import evaluate, read_rows, short_names
-from memtrain.audit.evaluation import Evaluation, GroupResult, Measures, Result, Settings
+from memtrain.audit.evaluation import Evaluation, GroupResult, Measures, ModelResult, Settings
 from memtrain.audit.fid import LatentGrid
 from memtrain.audit.similarity import LatentRmse
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
@@ -21,10 +21,16 @@ from memtrain.cli.evaluate import evaluate as command
 from memtrain.cli.main import config_folder
 from memtrain.data.samples import ShardSamples
 from memtrain.report.gallery import write_gallery
-from tests.audit.test_similarity import CPU, Descriptor, scripted
+from tests.support.networks import CPU, Descriptor, scripted
 
 SETTINGS = dict(
-    generations=2, num_steps=2, guidance_scale=3.0, timesteps_per_sample=3, fid_samples=6, gallery=4, seed=5
+    num_images_per_prompt=2,
+    num_inference_steps=2,
+    guidance_scale=3.0,
+    timesteps_per_sample=3,
+    fid_samples=6,
+    gallery=4,
+    seed=5,
 )
 SCRIPT = "<script>alert(1)</script> a fox"
 
@@ -46,7 +52,7 @@ def canaries(samples, tmp_path_factory):
     return path
 
 
-def run(models, samples, chosen, out, batch_size=4, measures=None, **changed) -> list[Result]:
+def run(models, samples, chosen, out, batch_size=4, measures=None, **changed) -> list[ModelResult]:
     measures = measures or Measures(LatentRmse(), LatentGrid(), None)
     settings = Settings(**(SETTINGS | changed))
     options = dict(batch_size=batch_size, device="cpu", dtype="float32", draw=write_gallery)
@@ -105,8 +111,8 @@ def test_the_loss_is_the_networks_at_fixed_draws(evaluated, pipeline_folder, sam
 def test_generations_are_the_denoisers_and_their_distance_is_to_their_own_training_image(
     evaluated, pipeline_folder, samples
 ):
+    from memtrain.audit.batches import ShrinkingBatches
     from memtrain.audit.compare import encode_images
-    from memtrain.audit.halving import Halving
     from memtrain.audit.training_samples import read_pictures
 
     out, result, _ = evaluated
@@ -114,7 +120,7 @@ def test_generations_are_the_denoisers_and_their_distance_is_to_their_own_traini
     for row in read_rows(out, [result]).to_pylist()[::3]:
         latents = denoiser.generate([row["caption"]], [row["seed"]], 2, 3.0)
         original = read_pictures(samples, samples.find([row["key"]]).tolist(), (64, 64))
-        difference = latents - encode_images(denoiser, original, Halving(1))
+        difference = latents - encode_images(denoiser, original, ShrinkingBatches(1))
         assert row["latent_rmse"] == pytest.approx(difference.square().mean().sqrt().item(), rel=1e-4)
 
 
@@ -240,7 +246,12 @@ def test_what_is_wrong_with_the_samples_is_said_in_one_line(samples, tmp_path):
 
 
 def test_settings_out_of_range_are_refused():
-    for changed in (dict(generations=0), dict(num_steps=0), dict(timesteps_per_sample=0), dict(gallery=-1)):
+    for changed in (
+        dict(num_images_per_prompt=0),
+        dict(num_inference_steps=0),
+        dict(timesteps_per_sample=0),
+        dict(gallery=-1),
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(changed))} must be >= "):
             Settings(**(SETTINGS | changed))
 
@@ -271,7 +282,9 @@ def test_the_command_prints_a_table_and_writes_it_with_a_plane(
     pipelines, corpus, canaries, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "100")
-    few = dict(generations=1, num_steps=1, timesteps_per_sample=1, fid_samples=4, gallery=2, device="cpu")
+    few = dict(
+        num_images_per_prompt=1, num_inference_steps=1, timesteps_per_sample=1, fid_samples=4, gallery=2, device="cpu"
+    )
     command(
         config(
             models=[str(folder) for folder in pipelines.values()],

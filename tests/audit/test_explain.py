@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.explain import Path, check_words, explain, token_gradients
+from memtrain.audit.explain import ScoredPath, check_words, explain, token_gradients
 from memtrain.audit.words import words_of
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import main
@@ -30,7 +30,7 @@ def test_token_significance_equals_a_finite_difference(pipelines, prediction_typ
         told = denoiser.encode_embeds(embeds, [PROMPT])
         return text_conditional_magnitude(*denoiser.predict_pair(latents, t, told, denoiser.null(1))).sum()
 
-    norms, scores = token_gradients(denoiser, [PROMPT], [1], Path((0,), 4, 7.5))
+    norms, scores = token_gradients(denoiser, [PROMPT], [1], ScoredPath((0,), 4, 7.5))
     (gradient,) = torch.autograd.grad(score(embeds.requires_grad_(True)), embeds)
     assert scores.item() == pytest.approx(score(embeds).item(), rel=1e-4)
     for token in words_of(PROMPT, denoiser.tokenizer)[0].tokens:
@@ -43,7 +43,7 @@ def test_token_significance_equals_a_finite_difference(pipelines, prediction_typ
 
 
 def test_pieces_are_joined_and_start_end_and_padding_left_out(denoiser):
-    explanation = explain(denoiser, PROMPT, num_generations=2, **FEW)
+    explanation = explain(denoiser, PROMPT, num_images_per_prompt=2, **FEW)
     assert [word.text for word in explanation.words] == PROMPT.split()
     assert all(PROMPT[word.start : word.end] == word.text for word in explanation.words)
     ids = denoiser.token_ids([PROMPT])[0]
@@ -63,23 +63,23 @@ def test_words_of_odd_prompts(denoiser):
     assert [word.text for word in odd] == ["don't-stop", ",", "狐", "café", "!"]
     long = words_of("fox " * 60, tokenizer)
     assert len(long) == 60 and long[0].tokens and not long[-1].tokens  # beyond what the text encoder reads
-    assert explain(denoiser, "fox " * 60, num_generations=1, **FEW).words[-1].significance is None
+    assert explain(denoiser, "fox " * 60, num_images_per_prompt=1, **FEW).words[-1].significance is None
 
 
 def test_same_for_a_seed_and_any_batch_size_and_nothing_changes_in_the_pipeline(denoiser):
     before = [weight.requires_grad for weight in denoiser.pipeline.unet.parameters()]
-    one, many = (explain(denoiser.pipeline, [PROMPT], num_generations=3, batch_size=b, **FEW)[0] for b in (1, 3))
+    one, many = (explain(denoiser.pipeline, [PROMPT], num_images_per_prompt=3, batch_size=b, **FEW)[0] for b in (1, 3))
     assert one.score == pytest.approx(many.score, abs=1e-5)
     for a, b in zip(one.words, many.words, strict=True):
         assert a.significance == pytest.approx(b.significance, rel=1e-3)
-    assert explain(denoiser, PROMPT, num_generations=3, seed=1, **FEW).score != one.score
+    assert explain(denoiser, PROMPT, num_images_per_prompt=3, seed=1, **FEW).score != one.score
     assert [weight.requires_grad for weight in denoiser.pipeline.unet.parameters()] == before
     assert all(weight.grad is None for weight in denoiser.pipeline.unet.parameters())
 
 
 def test_later_steps_lie_on_the_path_guided_towards_the_prompt(denoiser):
     seeds = generation_seeds(PROMPT, 1, 0)
-    _, scores = token_gradients(denoiser, [PROMPT], seeds, Path((2,), 4, 7.5))
+    _, scores = token_gradients(denoiser, [PROMPT], seeds, ScoredPath((2,), 4, 7.5))
     cond, null, latents = denoiser.encode([PROMPT]), denoiser.null(1), denoiser.noise(seeds)
     with torch.no_grad():
         for t in denoiser.timesteps(4)[:2].tolist():
@@ -90,17 +90,17 @@ def test_later_steps_lie_on_the_path_guided_towards_the_prompt(denoiser):
 
 
 def test_the_empty_prompt_scores_nothing_and_has_no_words(denoiser, tmp_path):
-    explanation = explain(denoiser, "", num_generations=2, suggest=2, **FEW)
+    explanation = explain(denoiser, "", num_images_per_prompt=2, suggest=2, **FEW)
     assert explanation.score == pytest.approx(0, abs=1e-4)
     assert explanation.words == explanation.tokens == explanation.edits == []
-    assert check_words(denoiser, [explanation], num_generations=1, **FEW) == []
+    assert check_words(denoiser, [explanation], num_images_per_prompt=1, **FEW) == []
     write_page(tmp_path / "page.html", [explanation], "t")
     draw_significance(tmp_path / "bars.png", explanation)
     assert "(the empty prompt)" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_suggestions_drop_and_replace_the_top_words(denoiser):
-    explanation = explain(denoiser, PROMPT, num_generations=1, suggest=2, **FEW)
+    explanation = explain(denoiser, PROMPT, num_images_per_prompt=1, suggest=2, **FEW)
     top = [word.text for word in explanation.ranked()[:2]]
     assert {edit.word for edit in explanation.edits} == set(top)
     dropped = [edit for edit in explanation.edits if edit.replacement is None]
@@ -110,10 +110,10 @@ def test_suggestions_drop_and_replace_the_top_words(denoiser):
 
 
 def test_check_drops_both_ends_of_the_ranking(denoiser):
-    explanation = explain(denoiser, PROMPT, num_generations=2, **FEW)
-    (check,) = check_words(denoiser, [explanation], num_generations=2, **FEW)
+    explanation = explain(denoiser, PROMPT, num_images_per_prompt=2, **FEW)
+    (check,) = check_words(denoiser, [explanation], num_images_per_prompt=2, **FEW)
     assert (check.top, check.bottom) == (explanation.ranked()[0].text, explanation.ranked()[-1].text)
-    without = explain(denoiser, PROMPT.replace(f"{check.top} ", "", 1), num_generations=1, **FEW)
+    without = explain(denoiser, PROMPT.replace(f"{check.top} ", "", 1), num_images_per_prompt=1, **FEW)
     assert check.score_without_top != pytest.approx(check.score, abs=1e-6) and without.score > 0
 
 
@@ -121,18 +121,18 @@ def test_the_check_draws_noise_that_ranked_nothing(denoiser, monkeypatch):
     drawn = []
     noise = Denoiser.noise
     monkeypatch.setattr(Denoiser, "noise", lambda self, seeds: drawn.append(set(seeds)) or noise(self, seeds))
-    explanation = explain(denoiser, PROMPT, num_generations=3, suggest=1, **FEW)
+    explanation = explain(denoiser, PROMPT, num_images_per_prompt=3, suggest=1, **FEW)
     ranked, drawn[:] = set.union(*drawn), []
-    (check,) = check_words(denoiser, [explanation], num_generations=3, **FEW)
+    (check,) = check_words(denoiser, [explanation], num_images_per_prompt=3, **FEW)
     checked = set.union(*drawn)
     assert len(ranked) == len(checked) == 3 and ranked.isdisjoint(checked)
     assert check.score != pytest.approx(explanation.score, abs=1e-6)
-    assert check_words(denoiser, [explanation], num_generations=3, **FEW) == [check]
+    assert check_words(denoiser, [explanation], num_images_per_prompt=3, **FEW) == [check]
 
 
 def test_markup_in_a_prompt_shows_as_text(denoiser, tmp_path):
     prompt = 'fox <script>alert(1)</script> & "b" $x_1$'
-    explanation = explain(denoiser, prompt, num_generations=1, suggest=1, **FEW)
+    explanation = explain(denoiser, prompt, num_images_per_prompt=1, suggest=1, **FEW)
     write_page(tmp_path / "page.html", [explanation], "<b>title</b>")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<b>" not in page and "&lt;" in page and "script" in page
@@ -144,7 +144,7 @@ def test_markup_in_a_prompt_shows_as_text(denoiser, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(num_generations=0), "num_generations must be >= 1"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt must be >= 1"),
         (dict(steps=(4,), num_inference_steps=4), r"0 to 3, .*got \[4\]"),
         (dict(steps=()), "steps must be"),
         (dict(batch_size=0), "batch_size must be >= 1"),
@@ -173,7 +173,7 @@ def test_command_writes_page_charts_and_json(pipeline_folder, tmp_path, capsys):
     (tmp_path / "p.csv").write_text(rows, encoding="utf-8")
     out = tmp_path / "out"
     arguments = f"model={pipeline_folder} prompts={tmp_path / 'p.csv'} prompts.label=group check=true out={out}"
-    main(["explain", *arguments.split(), "steps=[0]", "num_inference_steps=2", "num_generations=1"])
+    main(["explain", *arguments.split(), "steps=[0]", "num_inference_steps=2", "num_images_per_prompt=1"])
     assert re.search(r"\d of 1", capsys.readouterr().out)
     written = json.loads((out / "explain.json").read_text(encoding="utf-8"))
     assert [one["prompt"] for one in written["prompts"]] == ["fox on a red background"]  # not the reference
@@ -187,6 +187,6 @@ def test_command_without_a_prompt_says_so(pipeline_folder, capsys):
 
 
 def test_both_text_encoders_of_xl_are_heard(xl_pipeline):
-    explanation = explain(xl_pipeline, PROMPT, num_generations=2, **FEW)
+    explanation = explain(xl_pipeline, PROMPT, num_images_per_prompt=2, **FEW)
     assert [word.text for word in explanation.words] == PROMPT.split()
     assert all(word.significance > 0 for word in explanation.words)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.compare import Comparison, Judges, caption_margin, encode_images
 from memtrain.audit.denoiser import generation_seeds
-from memtrain.audit.halving import Halving
 from memtrain.audit.mitigate import Sampling, follow, generate, mitigate, resolve_target
 from memtrain.audit.mitigations import (
     Embedding,
@@ -25,7 +25,7 @@ from memtrain.core.copies import latent_rmse
 from memtrain.data.samples import ShardSamples
 
 PROMPT = "fox on a red background"
-FEW = dict(num_generations=2, num_inference_steps=4)
+FEW = dict(num_images_per_prompt=2, num_inference_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_the_empty_prompt_stays_as_it_is(denoiser, method):
 
 def test_late_guidance_is_unconditional_until_the_first_local_minimum(denoiser):
     steps, seeds = 12, generation_seeds(PROMPT, 3, 0)
-    found = generate(denoiser, [PROMPT] * 3, seeds, Sampling(steps), Halving(8), LateGuidance())
+    found = generate(denoiser, [PROMPT] * 3, seeds, Sampling(steps), ShrinkingBatches(8), LateGuidance())
     for row, scores in enumerate(found.scores.tolist()):
         minima = [n for n in range(2, steps) if scores[n - 2] > scores[n - 1] < scores[n]]
         assert found.guided_from[row] == (minima[0] if minima else steps)
@@ -154,13 +154,13 @@ def test_same_for_a_seed_and_any_batch_size(denoiser, plain):
 
 
 def test_target_is_a_score_or_a_quantile_of_reference_prompts(denoiser):
-    sampling, halving = Sampling(4), Halving(8)
+    sampling, batches = Sampling(4), ShrinkingBatches(8)
     texts = ["cat", "dog on a white background"]
     scores = torch.cat([mitigate(denoiser, text, method=RepeatWords(), **FEW).scores_before for text in texts])
-    found = resolve_target(denoiser, "q0.5", texts, 2, 0, sampling, halving)
+    found = resolve_target(denoiser, "q0.5", texts, 2, 0, sampling, batches)
     assert found == pytest.approx(scores.double().quantile(0.5).item(), rel=1e-4)
-    assert resolve_target(denoiser, "1.5", None, 2, 0, sampling, halving) == 1.5
-    highest = resolve_target(denoiser, "q1", texts, 2, 0, sampling, halving)
+    assert resolve_target(denoiser, "1.5", None, 2, 0, sampling, batches) == 1.5
+    highest = resolve_target(denoiser, "q1", texts, 2, 0, sampling, batches)
     assert highest == pytest.approx(scores.max().item(), rel=1e-4)
 
 
@@ -171,7 +171,7 @@ def test_target_is_a_score_or_a_quantile_of_reference_prompts(denoiser):
         (dict(target="q0.9"), "say reference=FILE"),
         (dict(target="q1.5"), "q0 to q1"),
         (dict(target=float("nan")), "must be a score >= 0"),
-        (dict(target=1, num_generations=0), "num_generations must be >= 1"),
+        (dict(target=1, num_images_per_prompt=0), "num_images_per_prompt must be >= 1"),
         (dict(target=1, num_inference_steps=0), "num_inference_steps must be >= 1"),
     ],
 )
@@ -189,14 +189,14 @@ def test_methods_check_their_settings():
 
 def test_training_images_are_copies_of_themselves(denoiser, corpus):
     images = np.stack([ShardSamples(str(corpus), 64).get(n)[0] for n in range(2)]).transpose(0, 2, 3, 1)
-    latents = encode_images(denoiser, images, Halving(1))
+    latents = encode_images(denoiser, images, ShrinkingBatches(1))
     assert latents.shape == (2, *denoiser.latent_shape)
     assert latent_rmse(latents, latents).eq(0).all() and (latent_rmse(latents, latents.flip(0)) > 0).all()
     judges = Judges(originals=images, judge=denoiser, max_rmse=1e9)
     comparison = Comparison(denoiser, ["cat", "fox"], 2, Sampling(2), judges)
     result = comparison.run("none", None, None)
     assert result.outcome.copy_rate == 1 and result.images.shape == (4, 64, 64, 3)
-    margin = caption_margin(denoiser, images, ["", ""], [1, 2], Halving(2))
+    margin = caption_margin(denoiser, images, ["", ""], [1, 2], ShrinkingBatches(2))
     assert margin.abs().max() < 1e-5  # the empty caption explains nothing
 
 
@@ -210,7 +210,7 @@ def test_command_prints_a_table_of_all_methods(pipeline_folder, corpus, tmp_path
     out = tmp_path / "out"
     arguments = f"model={pipeline_folder} prompts={tmp_path / 'canaries.csv'} prompts.label=group out={out}"
     methods = "method=all method.embedding.iterations=1 method.initial_noise.iterations=1 target=q0.1"
-    judged = f"data={corpus} judge={pipeline_folder} num_generations=2 num_inference_steps=2"
+    judged = f"data={corpus} judge={pipeline_folder} num_images_per_prompt=2 num_inference_steps=2"
     main(["mitigate", *arguments.split(), *methods.split(), *judged.split()])
     printed = capsys.readouterr().out
     words = ["random_tokens", "random_numbers", "repeat_words"]

@@ -1,4 +1,3 @@
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,9 @@ from memtrain.audit.alignment import ClipScore
 from memtrain.audit.fid import FrechetDistance, LatentGrid, ScriptFeatures
 from memtrain.audit.similarity import LatentRmse, Pictures, Sscd, sscd_pixels
 from memtrain.demo.make_base import caption_tokenizer
+from tests.support.networks import Descriptor, scripted
 
 CPU = torch.device("cpu")
-
-
-class Descriptor(torch.nn.Module):
-    """Stands in for a network: 6 features of a normalised picture, that are no unit vector."""
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.cat([pixels.mean((2, 3)), pixels.std((2, 3))], dim=1) * 3
 
 
 class Inception(torch.nn.Module):
@@ -28,13 +21,6 @@ class Inception(torch.nn.Module):
     def forward(self, pixels: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         values = pixels.float()
         return values.mean((2, 3)) if return_features else values.sum((1, 2, 3)).unsqueeze(1)
-
-
-def scripted(module: torch.nn.Module, path: Path) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(module).save(str(path))
-    return str(path)
 
 
 def pictures(count: int, height: int = 24, width: int = 24, seed: int = 0) -> Pictures:

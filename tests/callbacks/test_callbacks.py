@@ -4,13 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from memtrain.callbacks.canaries import CanaryList
-from memtrain.callbacks.copies import Copies
 from memtrain.callbacks.curves import MemorizationCurves
-from memtrain.callbacks.memorized_table import MemorizedTable, VisitedSamples
-from memtrain.callbacks.validation import Validation
+from memtrain.callbacks.memorized_table import VisitedSamples
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, FixedThreshold
 from memtrain.core.visits import SUMS, columns_of
 from memtrain.report.curves import draw_curves, read_metrics
@@ -18,29 +15,8 @@ from memtrain.report.pictures import draw_samples
 from memtrain.report.table import put_between_marks
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
-from tests.training.test_module import Record
-
-
-def validation(**options) -> Validation:
-    defaults = dict(every=2, samples=6, timesteps_per_sample=4, high_noise=0.5, batch_size=5)
-    return Validation(**(defaults | options))
-
-
-def copies(**options) -> Copies:
-    defaults = dict(every=0, watched=16, watched_generations=1, generations=2, reference=2, num_steps=2,
-                    guidance_scale=2.0, max_rmse=0.5, batch_size=3, shown=2)  # fmt: skip
-    return Copies(**(defaults | options))
-
-
-def table(**options) -> MemorizedTable:
-    defaults = dict(every=0, samples=4, generations=2, high_noise=0.3, num_steps=2, guidance_scale=2.0, max_rmse=0.5,
-                    batch_size=8)  # fmt: skip
-    return MemorizedTable(**(defaults | options))
-
-
-def pixels(path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+from tests.support.callbacks import copies, pixels, table, validation
+from tests.support.training import Record
 
 
 def test_curves_are_the_means_of_what_was_observed(pipeline_folder, corpus, tmp_path):

@@ -14,9 +14,9 @@ from memtrain.callbacks.guard import Guard
 from memtrain.callbacks.ledger import Ledger
 from memtrain.cli.main import main
 from memtrain.training.exit_codes import INCOMPLETE
-from tests.callbacks.test_callbacks import copies, validation
-from tests.cli.test_main import small
 from tests.conftest import build_data, build_module, fit
+from tests.support.callbacks import copies, validation
+from tests.support.program import small
 
 
 def quick(corpus, pipeline, tmp_path) -> list[str]:
@@ -25,10 +25,10 @@ def quick(corpus, pipeline, tmp_path) -> list[str]:
         *small(corpus, pipeline, tmp_path),
         "callbacks.sample_grid.every=1",
         "callbacks.copies.every=2",
-        "callbacks.copies.generations=1",
+        "callbacks.copies.num_images_per_prompt=1",
         "callbacks.copies.reference=2",
-        "callbacks.memorized_table.num_steps=2",
-        "callbacks.memorized_table.generations=1",
+        "callbacks.memorized_table.num_inference_steps=2",
+        "callbacks.memorized_table.num_images_per_prompt=1",
     ]
 
 
@@ -111,7 +111,7 @@ def test_training_is_the_same_whatever_fails(pipeline_folder, corpus, tmp_path):
     plain, watched = build_module(pipeline_folder), build_module(pipeline_folder)
     fit(plain, build_data(corpus), tmp_path, 4)
     looks = copies(every=1)
-    looks.num_steps = 0  # the pipeline refuses it, in the midst of the averaged weights
+    looks.num_inference_steps = 0  # the pipeline refuses it, in the midst of the averaged weights
     guard = Guard([looks])
     fit(watched, build_data(corpus), tmp_path, 4, callbacks=[looks])
     assert guard.failed and (weights(plain) == weights(watched)).all()
@@ -124,9 +124,12 @@ def test_training_is_the_same_whatever_fails(pipeline_folder, corpus, tmp_path):
         ("copies.reference=-1", r"callbacks\.copies\.reference must be >= 0, got -1"),
         ("copies.max_rmse=0", r"callbacks\.copies\.max_rmse must be > 0, got 0"),
         ("memorized_table.max_rmse=0", r"callbacks\.memorized_table\.max_rmse must be > 0, got 0"),
-        ("memorized_table.num_steps=0", r"callbacks\.memorized_table\.num_steps must be >= 1, got 0"),
+        (
+            "memorized_table.num_inference_steps=0",
+            r"callbacks\.memorized_table\.num_inference_steps must be >= 1, got 0",
+        ),
         ("sample_grid.columns=0", r"callbacks\.sample_grid\.columns must be >= 1, got 0"),
-        ("sample_grid.num_steps=0", r"callbacks\.sample_grid\.num_steps must be >= 1, got 0"),
+        ("sample_grid.num_inference_steps=0", r"callbacks\.sample_grid\.num_inference_steps must be >= 1, got 0"),
         ("validation.batch_size=0", r"callbacks\.validation\.batch_size must be >= 1, got 0"),
     ],
 )

@@ -17,8 +17,8 @@ from memtrain.callbacks.live_statistics import (
 )
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, Decision, FixedThreshold, Observations
 from memtrain.core.statistics import auc, tpr_at_fpr
-from tests.callbacks.test_callbacks import copies, table, validation
 from tests.conftest import build_data, build_module, fit
+from tests.support.callbacks import copies, table, validation
 
 
 def observed(rows: int, seed: int = 0, **columns) -> Observations:

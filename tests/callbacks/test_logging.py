@@ -16,8 +16,8 @@ from memtrain.callbacks.logging import SAMPLES_SEEN, MetricsFile, dashboard_name
 from memtrain.callbacks.summary import Summary
 from memtrain.core.exclusion import FixedThreshold
 from memtrain.report.curves import read_metrics
-from tests.callbacks.test_callbacks import copies, pixels, table, validation
 from tests.conftest import build_data, build_module
+from tests.support.callbacks import copies, pixels, table, validation
 
 
 def read_wandb(folder: Path) -> list[dict]:

@@ -14,9 +14,9 @@ import yaml
 import memtrain
 from memtrain.cli import jobs
 from memtrain.training.resume import checkpoints_in
-from tests import slurm
-from tests.cli.test_main import fails
-from tests.training.forks import PATIENCE, small_run, wait_until
+from tests.support import slurm
+from tests.support.forks import PATIENCE, wait_until
+from tests.support.program import fails, small_run
 
 REPO = Path(__file__).resolve().parents[2]
 

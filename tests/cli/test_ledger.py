@@ -14,7 +14,7 @@ from memtrain.cli.ledger import ledger
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
 from memtrain.data.ledger import KeyNumbers, Rows
 from tests.conftest import build_data
-from tests.data.test_ledger import write
+from tests.support.ledgers import write
 
 MEMORIZED, ORDINARY, HELD_OUT = 20, 3000, 600
 

@@ -16,44 +16,11 @@ from memtrain.cli import schema
 from memtrain.cli.errors import one_line
 from memtrain.cli.main import config_folder, main
 from memtrain.core.exclusion import ExclusionRule
+from tests.support.program import fails, small
 
 CONF = config_folder()
 CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "study")  # of train
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-
-
-def fails(capsys, *argv: str) -> str:
-    """Run the program in this process; return the one line it ends with."""
-    with pytest.raises(SystemExit) as stopped:
-        main(list(argv))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code not in (0, None) and len(lines) == 1
-    return lines[0]
-
-
-def small(corpus, pipeline, tmp_path) -> list[str]:
-    return [
-        "train",
-        "experiment=demo",
-        f"data.shards={corpus}",
-        f"model.pretrained={pipeline}",
-        f"runs_dir={tmp_path}/runs",
-        "run_id=one",
-        "logger=csv",
-        "data.batch_size=4",
-        "canaries.count=3",
-        "canaries.repeats=4",
-        "reference.count=8",
-        "reference.batch_size=4",
-        "trainer.max_steps=4",
-        "callbacks.progress=null",
-        "callbacks.validation.every=2",
-        "callbacks.validation.timesteps_per_sample=4",
-        "callbacks.curves.every=2",
-        "callbacks.checkpoint.every=2",
-        "callbacks.copies.num_steps=2",
-        "callbacks.sample_grid.num_steps=2",
-    ]
 
 
 def test_help_says_what_to_type_next(capsys):
@@ -111,8 +78,17 @@ def test_every_choice_composes(choice):
         ),
         (["exclusion=fixd"], "fixd.*evidence.*fixed.*none"),
         (["trainer.max_steps=abc"], "abc.*trainer.max_steps|trainer.max_steps.*abc"),
-        (["exclusion.treshold=1"], "treshold"),
-        (["data.batch_sise=3"], "batch_sise"),
+        (
+            ["exclusion=fixed", "exclusion.treshold=1"],
+            r"no key exclusion\.treshold; did you mean exclusion\.threshold\?",
+        ),
+        (["data.batch_sise=3"], r"no key data\.batch_sise; did you mean data\.batch_size"),
+        (
+            ["callbacks.copies.num_steps=3"],
+            r"num_steps; did you mean callbacks\.copies\.num_inference_steps",
+        ),
+        (["callbacks.copies.generations=3"], r"; callbacks\.copies has every, .*num_images_per_prompt, "),
+        (["nmae=x"], r"no key nmae; did you mean name"),
         (["callbacks.validation.every=often"], "often"),
         (["optimizer.schedule=linear"], "optimizer.schedule must be one of.*got linear"),
         (["callbacks.export.dtype=int8"], "callbacks.export.dtype.*int8"),
@@ -130,8 +106,8 @@ def test_every_choice_composes(choice):
         (["logger=wandb", "logger.wandb.mode=on"], "logger.wandb.mode must be offline or online, got on"),
         (["seed=1", "=3"], "."),
         (
-            ["callbacks.copies=null", "callbacks.copies.num_steps=3"],
-            r"copies\.num_steps=3 sets a part of callbacks\.copies, which is null",
+            ["callbacks.copies=null", "callbacks.copies.num_inference_steps=3"],
+            r"copies\.num_inference_steps=3 sets a part of callbacks\.copies, which is null",
         ),
         (["score.timesteps.1=900"], r"score\.timesteps\.1=900 sets a part of score\.timesteps, which is null"),
         (["callbacks.sample_grid.prompts.first=fox"], r"callbacks\.sample_grid\.prompts\.first=fox cannot be set"),

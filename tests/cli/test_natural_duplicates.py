@@ -14,8 +14,8 @@ from memtrain.cli.main import main
 from memtrain.data.datamodule import from_shards
 from memtrain.data.ledger import read_ledger
 from memtrain.data.samples import ShardSamples
-from tests.cli.test_main import small
-from tests.data.corpora import encode, sample, textured, write_tar
+from tests.support.corpora import encode, sample, textured, write_tar
+from tests.support.program import small
 
 # what each sample shows: picture 0 five times, 1 four times, 2 three times, 24 others once
 SHOWS = [0, 1, 2, 0, 1, *range(3, 15), 0, 2, 0, 1, *range(15, 27), 1, 2, 0]
@@ -51,10 +51,10 @@ def settings(shards, pipeline, tmp_path, **others) -> list[str]:
         "callbacks.validation.every=30",
         "callbacks.checkpoint.every=30",
         "callbacks.copies.every=0",
-        "callbacks.copies.generations=2",
+        "callbacks.copies.num_images_per_prompt=2",
         "callbacks.copies.reference=2",
-        "callbacks.memorized_table.num_steps=2",
-        "callbacks.memorized_table.generations=1",
+        "callbacks.memorized_table.num_inference_steps=2",
+        "callbacks.memorized_table.num_images_per_prompt=1",
         *(f"{name.replace('__', '.')}={value}" for name, value in others.items()),
     ]
 

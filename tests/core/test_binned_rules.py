@@ -3,32 +3,9 @@ import math
 import pytest
 import torch
 
-from memtrain.core.binned_rules import Agc, Calibrated, Quantile
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
-from tests.core.observe import observe
-
-BINS = 10
-
-
-def quantile(**options) -> Quantile:
-    return ready(Quantile(**(dict(quantile=0.9, num_bins=BINS, half_life=1000, warmup=20) | options)))
-
-
-def calibrated(**options) -> Calibrated:
-    defaults = dict(false_positive_rate=0.01, num_bins=BINS, level_half_life=250, half_life=1000, pooling=1000)
-    return ready(Calibrated(**(defaults | dict(warmup=50) | options)))
-
-
-def agc(**options) -> Agc:
-    return ready(Agc(**(dict(ratio=1.25, num_bins=BINS, half_life=1000, warmup=2) | options)))
-
-
-def ready(rule):
-    rule.setup(num_samples=100, num_timesteps=1000)
-    return rule
-
-
-RULES = (quantile, calibrated, agc)
+from tests.support.observe import observe
+from tests.support.rules import BINNED, BINS, agc, calibrated, quantile
 
 
 class World:
@@ -132,7 +109,7 @@ def test_agc_by_hand():
     assert not rule.needs_score and not rule.needs_reference
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", BINNED)
 def test_resumed_equals_uninterrupted(make):
     whole, world = make(), World(3, 0.3)
     parts = [world.draw(200, step, group) for step in range(10) for group in (TRAINED, REFERENCE)]
@@ -150,7 +127,7 @@ def test_resumed_equals_uninterrupted(make):
     assert all(torch.equal(rest.state_dict()[name], value) for name, value in whole.state_dict().items())
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", BINNED)
 def test_a_checkpoint_of_another_rule_is_refused(make):
     with pytest.raises(ValueError, match=r"the checkpoint's exclusion rule has .*resume with the exclusion"):
         make().load_state_dict(make(num_bins=5).state_dict())

@@ -3,32 +3,9 @@ import math
 import pytest
 import torch
 
-from memtrain.core.evidence import LikelihoodEvidence, ZScoreEvidence
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
-from tests.core.observe import observe
-
-
-def z_scores(num_samples=100, **options) -> ZScoreEvidence:
-    defaults = dict(enter=1.0, leave=0.5, memory=0.8, min_timestep=0.7, num_bins=10, half_life=1000, warmup=20)
-    rule = ZScoreEvidence(**(defaults | options))
-    rule.setup(num_samples=num_samples, num_timesteps=1000)
-    return rule
-
-
-def likelihood(num_samples=100, **options) -> LikelihoodEvidence:
-    defaults = dict(false_positive_rate=0.05, miss_rate=0.1, memory=0.95, clip=3.0, shift=1.0, shift_weight=5)
-    defaults |= dict(num_bins=10, half_life=1000, canary_half_life=1000, own_visits=0, own_limit=1.0)
-    defaults |= dict(copies_weight=0.5, warmup=20)
-    rule = LikelihoodEvidence(**(defaults | options))
-    rule.setup(num_samples=num_samples, num_timesteps=1000)
-    return rule
-
-
-def with_own_part(num_samples=100, **options) -> LikelihoodEvidence:
-    return likelihood(num_samples, **(dict(own_visits=6) | options))
-
-
-RULES = (z_scores, likelihood, with_own_part)
+from tests.support.observe import observe
+from tests.support.rules import EVIDENCE, likelihood, with_own_part, z_scores
 
 
 def warm(rule, seed: int = 0, group: int = REFERENCE, mean: float = 0.0, index: int = 99, count: int = 2000) -> None:
@@ -40,7 +17,7 @@ def warm(rule, seed: int = 0, group: int = REFERENCE, mean: float = 0.0, index: 
 # ---- both
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVIDENCE)
 def test_nobody_is_left_out_before_the_reference_is_known(make):
     rule = make()
     assert rule.decide(observe([1e6])).keep_mask.all()
@@ -48,7 +25,7 @@ def test_nobody_is_left_out_before_the_reference_is_known(make):
     assert not rule.excluded.any()
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVIDENCE)
 def test_it_does_not_depend_on_the_order_within_a_step(make):
     rules = make(), make()
     for rule, direction in zip(rules, (1, -1), strict=True):
@@ -57,7 +34,7 @@ def test_it_does_not_depend_on_the_order_within_a_step(make):
     torch.testing.assert_close(rules[0].evidence, rules[1].evidence)
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVIDENCE)
 def test_unscored_rows_enter_no_statistic(make):
     rule, same = make(), make()
     warm(rule)
@@ -68,7 +45,7 @@ def test_unscored_rows_enter_no_statistic(make):
         assert torch.equal(rule.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVIDENCE)
 def test_canaries_that_are_not_sacrificed_teach_nothing(make):
     rule = make()
     warm(rule)
@@ -78,7 +55,7 @@ def test_canaries_that_are_not_sacrificed_teach_nothing(make):
     assert all(torch.equal(after[name], before[name]) for name in before if name in ("reference", "memorized"))
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVIDENCE)
 def test_resumed_equals_uninterrupted(make):
     whole, first, rest = make(), make(), make()
     steps = [(seed, group) for seed in range(4) for group in (REFERENCE, SACRIFICED, TRAINED)]
@@ -93,7 +70,7 @@ def test_resumed_equals_uninterrupted(make):
         assert torch.equal(rest.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVIDENCE)
 def test_the_checkpoint_of_another_corpus_or_rule_is_refused(make):
     with pytest.raises(ValueError, match="100 samples, this corpus has 50"):
         make(50).load_state_dict(make().state_dict())
@@ -103,7 +80,7 @@ def test_the_checkpoint_of_another_corpus_or_rule_is_refused(make):
         make().load_state_dict({})
 
 
-@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("make", EVIDENCE)
 def test_a_sample_takes_at_most_8_bytes(make):
     sizes = [sum(v.numel() * v.element_size() for v in make(n).state_dict().values()) for n in (100, 1100)]
     assert (sizes[1] - sizes[0]) / 1000 <= 8

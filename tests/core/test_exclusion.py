@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memtrain.core.exclusion import FixedThreshold, KeepAll, NormalizedThreshold
-from tests.core.observe import observe
+from tests.support.observe import observe
 
 
 def test_fixed_leaves_out_at_and_above_the_threshold():

@@ -5,17 +5,16 @@ import math
 import pytest
 import torch
 
-from memtrain.core.binned_rules import Agc, Quantile
+from memtrain.core.binned_rules import IetAgc, Quantile
 from memtrain.core.evidence import ZScoreEvidence
 from memtrain.core.exclusion import REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.quantiles import RunningQuantiles
 from memtrain.core.statistics import BinnedMoments, most_remembered
 from memtrain.core.trend import Trend
-from tests.core import test_binned_rules as binned
-from tests.core import test_evidence as evidence
-from tests.core.observe import observe
+from tests.support import rules
+from tests.support.observe import observe
 
-RULES = (*binned.RULES, *evidence.RULES)
+RULES = (*rules.BINNED, *rules.EVIDENCE)
 
 
 def warm(rule) -> None:
@@ -31,7 +30,7 @@ def warm(rule) -> None:
 @pytest.mark.parametrize("make", RULES)
 def test_a_score_that_says_nothing_changes_no_rule(make, what):
     """One such reference score used to make the moments NaN for ever, so that nobody was kept."""
-    if make is binned.agc:
+    if make is rules.agc:
         pytest.skip("goes by the loss")
     rule, same = make(), make()
     warm(rule)
@@ -45,7 +44,7 @@ def test_a_score_that_says_nothing_changes_no_rule(make, what):
 
 
 @pytest.mark.parametrize("what", [math.nan, math.inf])
-@pytest.mark.parametrize("make", [binned.agc, evidence.likelihood, evidence.with_own_part])
+@pytest.mark.parametrize("make", [rules.agc, rules.likelihood, rules.with_own_part])
 def test_a_loss_that_is_not_finite_changes_no_rule(make, what):
     rule, same = make(), make()
     warm(rule)
@@ -83,9 +82,9 @@ def test_no_more_is_remembered_than_said(half_life):
     "make",
     [
         lambda **o: Quantile(quantile=0.9, num_bins=10, **o),
-        lambda **o: Agc(ratio=1.25, num_bins=10, **o),
+        lambda **o: IetAgc(ratio=1.25, num_bins=10, **o),
         lambda **o: ZScoreEvidence(enter=1.0, leave=0.5, memory=0.8, min_timestep=0.7, num_bins=10, **o),
-        evidence.likelihood,
+        rules.likelihood,
     ],
 )
 def test_a_warmup_that_is_never_reached_is_refused(make):
@@ -106,6 +105,6 @@ def test_the_shortest_half_life_that_the_remedy_names_does():
 
 def test_other_half_lives_that_do_nothing_are_refused():
     with pytest.raises(ValueError, match=r"exclusion\.warmup=5000 is never reached.*exclusion\.half_life=300"):
-        binned.calibrated(num_bins=5, half_life=300, level_half_life=5000, warmup=5000)
+        rules.calibrated(num_bins=5, half_life=300, level_half_life=5000, warmup=5000)
     with pytest.raises(ValueError, match=r"exclusion\.shift_weight=20 is never reached.*exclusion\.canary_half_life=5"):
-        evidence.likelihood(canary_half_life=5, shift_weight=20)
+        rules.likelihood(canary_half_life=5, shift_weight=20)

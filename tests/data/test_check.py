@@ -12,7 +12,7 @@ from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import DAMAGED
 from memtrain.data.sources import local_shards
-from tests.data.corpora import (
+from tests.support.corpora import (
     FaultyCorpus,
     corpus_with_every_fault,
     cut,

@@ -20,7 +20,7 @@ from memtrain.data.duplicates import (
 )
 from memtrain.data.samples import ShardSamples
 from memtrain.data.sources import local_shards
-from tests.data.corpora import corpus_with_every_fault, encode, flat, sample, textured, write_tar
+from tests.support.corpora import corpus_with_every_fault, encode, flat, sample, textured, write_tar
 
 
 def duplicates_in(*folders: Path, distance: int = 31, workers: int = 1) -> Duplicates:

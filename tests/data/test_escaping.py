@@ -14,7 +14,7 @@ from memtrain.cli.main import main
 from memtrain.cli.shards import shards as shards_command
 from memtrain.data.datamodule import from_shards
 from memtrain.data.escaping import PrintableFormatter, as_cell, as_text, of_cell, printable
-from tests.data.corpora import encode, sample, textured, write_tar
+from tests.support.corpora import encode, sample, textured, write_tar
 
 FORGED = "a\n2026-01-01 ERROR the disk is full"
 EVIL = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx", "'=x", "\x1b[2Jx", FORGED, "b\udcff", "\u202etxt"]

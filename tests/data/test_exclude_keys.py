@@ -12,7 +12,7 @@ from memtrain.data.latents import LatentCache
 from memtrain.data.samples import ShardSamples
 from memtrain.training.latent_cache import made_with, write_latents
 from tests.conftest import build_data, build_module
-from tests.data.test_shards import picture, sample, write_tar
+from tests.support.tars import picture, sample, write_tar
 
 
 def names(samples: ShardSamples) -> list[str]:

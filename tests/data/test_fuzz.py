@@ -18,7 +18,7 @@ from PIL import Image
 
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
-from tests.data.test_shards import sample, write_tar
+from tests.support.tars import sample, write_tar
 
 KEYS = [f"{n}" * 9 for n in range(6)]
 COLOURS = {key: (20 * n + 10, 250 - 20 * n, 128) for n, key in enumerate(KEYS)}

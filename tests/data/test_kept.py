@@ -17,7 +17,7 @@ from memtrain.data.index import open_indexes, open_remote_indexes, write_index
 from memtrain.data.kept import read_array
 from memtrain.data.remote import ShardCache, ShardMissing
 from memtrain.data.samples import ShardSamples
-from tests.data.corpora import encode, sample, textured, write_tar
+from tests.support.corpora import encode, sample, textured, write_tar
 
 fork = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

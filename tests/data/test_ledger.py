@@ -10,38 +10,7 @@ import memtrain
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.ledger import SCHEMA, About, LedgerWriter, Rows, begin, drawn, read_about, read_ledger
-
-
-def visits(count: int, batch: int = 32, first: int = 0, seed: int = 0, samples: int = 80_000) -> Rows:
-    """Random ones, as a run over LAION has them: eight shards of 10,000 samples open, nothing seen twice."""
-    draw = np.random.default_rng(seed)
-    sample_index = draw.permutation(samples)[:count]
-    return Rows(
-        step=first + np.arange(count) // batch,
-        sample_index=sample_index,
-        picture=np.where(sample_index % 100, sample_index, 0),  # one in a hundred shows the first one's
-        group=draw.choice(np.array([TRAINED, CANARY, REFERENCE], np.int8), count, p=[0.8, 0.1, 0.1]),
-        timestep=draw.integers(0, 1000, count).astype(np.int16),
-        score=np.exp(draw.normal(0.5, 0.5, count)).astype(np.float32),
-        scored=draw.random(count) < 0.9,
-        loss=draw.gamma(2, 0.05, count).astype(np.float32),
-        threshold=np.full(count, 2, np.float32),
-        kept=draw.random(count) < 0.97,
-    )
-
-
-def laion_key(index: int) -> str:
-    shard = 17 + index // 10_000 * 4_321
-    return f"{shard:05d}.tar/{shard:05d}{index % 10_000:04d}"
-
-
-def write(run, *parts: Rows, rank: int = 0, key=laion_key, sample: float = 1.0):
-    (run / "ledger").mkdir(parents=True, exist_ok=True)
-    writer = LedgerWriter(run / "ledger", rank, key, About(1000, sample))
-    for rows in parts:
-        writer.add(rows)
-        writer.close_part()
-    return writer
+from tests.support.ledgers import laion_key, visits, write
 
 
 def test_what_is_written_comes_back(tmp_path):

@@ -19,7 +19,7 @@ from memtrain.data.pack import COLUMNS, pack
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import find_shards, index_shard
 from memtrain.data.sources import local_shards
-from tests.data.corpora import encode, png_bomb, textured, turned
+from tests.support.corpora import encode, png_bomb, textured, turned
 
 
 def write_pictures(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from memtrain.data.hashes import HASHES
 from memtrain.data.index import open_index, write_index
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.samples import ShardSamples
-from tests.data.corpora import encode, flat, sample, textured, write_tar
+from tests.support.corpora import encode, flat, sample, textured, write_tar
 
 # two shards: what each sample shows; "near" is picture 0 re-encoded, at another size
 SHARDS = [[0, 1, 2, 0, 3], ["near", 4, 1, 5, 6, 0]]

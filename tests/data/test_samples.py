@@ -16,7 +16,7 @@ from memtrain.data.index import open_index, write_index
 from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples, View
 from memtrain.data.sources import find_sources
-from tests.data.test_shards import picture, sample, write_tar
+from tests.support.tars import picture, sample, write_tar
 
 
 def with_json(key: str, row: dict | str) -> list[tuple[str, bytes]]:

@@ -1,43 +1,19 @@
 """Real tars, with the faults that are found in the wild."""
 
-import io
 import json
 import os
 import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from memtrain.data.check import LocalShard, check_shard
 from memtrain.data.datamodule import from_shards
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import DAMAGED, find_shards, index_shard
-from tests.data.corpora import encode, textured
-
-
-def picture(colour=(200, 30, 30), size=(40, 30), form="JPEG", mode="RGB", **save) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", size, colour).convert(mode).save(out, form, **save)
-    return out.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def sample(key: str, caption: str = "a caption", image: bytes | None = None, ext="jpg") -> list[tuple[str, bytes]]:
-    return [
-        (f"{key}.{ext}", picture() if image is None else image),
-        (f"{key}.txt", caption.encode()),
-        (f"{key}.json", json.dumps({"key": key}).encode()),
-    ]
+from tests.support.corpora import encode, textured
+from tests.support.tars import picture, sample, write_tar
 
 
 def test_shards_are_found_by_folder_pattern_and_list(tmp_path):

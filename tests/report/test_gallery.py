@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memtrain.report.gallery import Pair, write_gallery
+from memtrain.report.gallery import Match, write_gallery
 from memtrain.report.plane import Point, draw_plane
 
 HOSTILE = "<script>alert(1)</script>\"' onload='x' & {0} {caption}"
@@ -29,10 +29,10 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
-def pair(**said) -> Pair:
+def pair(**said) -> Match:
     shade = np.full((64, 48, 3), 200, dtype=np.uint8)
     defaults = dict(caption="a fox", key="00000.tar/1", group="canary", said="RMSE 0.1", is_copy=True)
-    return Pair(**(defaults | dict(generated=shade, original=shade // 2) | said))
+    return Match(**(defaults | dict(generated=shade, original=shade // 2) | said))
 
 
 def read(path) -> Reader:

@@ -30,7 +30,7 @@ from memtrain.report.page import ASSETS, write_report
 from memtrain.report.run import RULES, read_run
 from memtrain.report.verdict import baseline_of, verdict
 from tests.conftest import build_data, build_module, fit
-from tests.data.corpora import encode, sample, textured, write_tar
+from tests.support.corpora import encode, sample, textured, write_tar
 
 EVIL = '</script><script>alert("caption")</script> & <img src=x onerror=alert(1)> \u2028 \u202e"\' `${1}`'
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")

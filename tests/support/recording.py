@@ -16,9 +16,10 @@ import pyarrow.dataset as ds
 import torch
 from safetensors import safe_open
 
-# of columns and keys: times, and shares of time; ids that a process draws; folders of the machine
+# of columns and keys: times, and shares of time; ids that a process draws; folders of the machine; hashes of what
+# settings are called
 LEFT_OUT = re.compile(
-    r"(^|[/._ -])(time|date|seconds\w*|duration|mtime_ns|pid|wandb_id|run_id|folder|ckpt_path|scoring_share)$"
+    r"(^|[/._ -])(time|date|seconds\w*|duration|mtime_ns|pid|wandb_id|run_id|folder|ckpt_path|scoring_share|identity)$"
     r"|per_second"
 )
 NO_DATA = {".png", ".html", ".log", ".yaml", ".tar", ".wandb", ".md", ".txt", ".js"}
@@ -125,7 +126,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     with safe_open(path, "np") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys() if not LEFT_OUT.search(key)}  # noqa: SIM118
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:

@@ -10,8 +10,8 @@ from memtrain.data.duplicates import find_duplicates
 from memtrain.data.sources import local_shards
 from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_module, fit
-from tests.data.corpora import corpus_with_every_fault
-from tests.training.test_module import Record
+from tests.support.corpora import corpus_with_every_fault
+from tests.support.training import Record
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -45,7 +45,7 @@ def test_every_good_sample_is_seen_and_every_bad_one_counted(pipeline_folder, tm
 
 
 def test_a_corpus_that_is_mostly_broken_stops_with_a_summary_and_a_checkpoint(pipeline_folder, tmp_path):
-    from tests.data.test_shards import sample, write_tar
+    from tests.support.tars import sample, write_tar
 
     parts = [part for n in range(40) for part in sample(f"{n:09d}", "x", b"<html>" if n % 4 == 0 else None)]
     write_tar(tmp_path / "x.tar", parts)
@@ -57,7 +57,7 @@ def test_a_corpus_that_is_mostly_broken_stops_with_a_summary_and_a_checkpoint(pi
 
 
 def test_natural_duplicates_serve_as_canaries(pipeline_folder, tmp_path):
-    from tests.data.corpora import encode, sample, textured, write_tar
+    from tests.support.corpora import encode, sample, textured, write_tar
 
     pictures = [encode(textured(n)) for n in range(8)]
     copies = [0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7]

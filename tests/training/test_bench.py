@@ -5,7 +5,7 @@ import pytest
 from memtrain.cli.bench import bench
 from memtrain.training.bench import Interleave, OwnTurns, measure_scoring, variants
 
-NAMES = ["none", "every step", "every 4th visit", "with reference", "agc"]
+NAMES = ["none", "every step", "every 4th visit", "with reference", "iet_agc"]
 
 
 def test_bench_score_compares_whole_steps_on_the_demo_model(capsys):

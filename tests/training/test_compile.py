@@ -8,9 +8,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from memtrain.training.score_memory import Scoring
-from tests.callbacks.test_callbacks import copies, validation
 from tests.conftest import build_data, build_module, fit, weights
-from tests.training.test_module import quick_evidence
+from tests.support.callbacks import copies, validation
+from tests.support.rules import quick_evidence
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from memtrain.core.trend import Trend
 from memtrain.training import ranks
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from memtrain.training.step_record import DecidedRows, StepRecord
-from tests.core.observe import observe
-from tests.no_float64 import DEVICE, NoFloat64
-from tests.training.test_rules import quick_rules
+from tests.support.no_float64 import DEVICE, NoFloat64
+from tests.support.observe import observe
+from tests.support.rules import quick_rules
 
 
 def some(group: int, device) -> Observations:

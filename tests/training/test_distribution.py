@@ -44,7 +44,7 @@ def found(pipeline_folder, corpus, tmp_path_factory):
         json.dumps(dict(pipeline=str(pipeline_folder), corpus=str(corpus), out=str(out), worlds=list(worlds.items())))
     )
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.training.worlds", str(spec)],
+        [sys.executable, "-W", "ignore", "-m", "tests.support.worlds", str(spec)],
         check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200,
     )  # fmt: skip
     return lambda name, rank=0: torch.load(out / f"{name}-{rank}.pt", weights_only=True)

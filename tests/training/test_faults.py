@@ -16,11 +16,12 @@ from memtrain.data.ledger import read_ledger
 from memtrain.demo.compose import write_corpus
 from memtrain.training.checkpoint import checkpoint
 from memtrain.training.checks import check_accelerator
-from memtrain.training.methods import Method
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run, whole_checkpoint
 from tests.conftest import build_data, build_module, fit, weights
-from tests.training.forks import ROOT, ended, small_run, wait_until
-from tests.training.test_module import Record, quick_evidence
+from tests.support.forks import ROOT, ended, wait_until
+from tests.support.program import small_run
+from tests.support.rules import quick_evidence
+from tests.support.training import Poison, Record
 
 
 @pytest.fixture
@@ -359,20 +360,6 @@ def test_a_run_that_is_stopped_at_its_end_is_ended(pipeline_folder, corpus, tmp_
 
 
 # ---- what is not finite
-
-
-class Poison(Method):
-    """Of some batches, the first row's embedding is NaN."""
-
-    def __init__(self, calls):
-        self.calls, self.call = calls, 0
-
-    def embeddings(self, hidden, captioned, generators):
-        self.call += 1
-        if self.call in self.calls:
-            hidden = hidden.clone()
-            hidden[0] = torch.nan
-        return hidden
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(pipeline_folder, corpus, tmp_path, caplog):

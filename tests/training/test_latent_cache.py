@@ -12,8 +12,8 @@ from memtrain.data.datamodule import from_shards
 from memtrain.data.samples import ShardSamples
 from memtrain.training.latent_cache import check_captions, made_with, missing_shards, write_latents
 from tests.conftest import build_module, fit, weights
-from tests.data.test_shards import picture, sample, write_tar
-from tests.training.test_module import Record
+from tests.support.tars import picture, sample, write_tar
+from tests.support.training import Record
 
 
 def write(pipeline, corpus, out, flip=False, numbers=None, **options):

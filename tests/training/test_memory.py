@@ -5,8 +5,8 @@ import torch
 
 from memtrain.core.exclusion import ExclusionRule
 from memtrain.training.score_memory import ScoreMemory, Scoring
-from tests.allocations import Allocations
-from tests.training.test_rules import quick_rules
+from tests.support.allocations import Allocations
+from tests.support.rules import quick_rules
 
 SAMPLES = 100_003
 

@@ -6,8 +6,8 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 
 from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit, weights
-from tests.training.test_faults import Poison
-from tests.training.test_module import quick_evidence
+from tests.support.rules import quick_evidence
+from tests.support.training import Poison
 
 
 def fp16(scale: float) -> MixedPrecision:

@@ -3,27 +3,15 @@
 import math
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
-from memtrain.core.evidence import ZScoreEvidence
 from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, FixedThreshold, KeepAll, NormalizedThreshold
 from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
-from tests.data.corpora import encode, sample, textured, write_tar
-
-
-class Record(pl.Callback):
-    def __init__(self):
-        self.observed, self.kept, self.keys, self.window = [], [], [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.keys.append(batch.sample_index.tolist())
-        self.window.append(batch)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.observed.append(pl_module.last_step.trained.observed)
-            self.kept.append(pl_module.last_step.trained.decision.keep_mask)
+from tests.support.corpora import encode, sample, textured, write_tar
+from tests.support.rules import KeepNothing, quick_evidence
+from tests.support.training import KillAt, Killed, Record
 
 
 def run(pipeline, corpus, path, steps=4, batch_size=4, accumulate=1, exclusion=None, data=None, **options):
@@ -33,20 +21,11 @@ def run(pipeline, corpus, path, steps=4, batch_size=4, accumulate=1, exclusion=N
     return module, record, before
 
 
-def quick_evidence() -> ZScoreEvidence:
-    return ZScoreEvidence(enter=0.3, leave=0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2)
-
-
 class KeepOddPlaces(ExclusionRule):
     """Keeps samples by a property of their own, so that any cut of the batch keeps the same ones."""
 
     def decide(self, observed):
         return Decision(observed.sample_index % 3 > 0, torch.zeros_like(observed.score))
-
-
-class KeepNothing(ExclusionRule):
-    def decide(self, observed):
-        return Decision(torch.zeros_like(observed.scored), torch.zeros_like(observed.score))
 
 
 def test_an_infinite_threshold_trains_the_same_weights_as_no_exclusion(pipeline_folder, corpus, tmp_path):
@@ -193,19 +172,6 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path, workers
     for a, b in zip(rest.ema.shadow_params, whole.ema.shadow_params, strict=True):
         assert torch.equal(a, b)
     assert rest.accumulation.samples_seen == whole.accumulation.samples_seen and rest.global_step == 14
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(pl.Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 def test_a_checkpoint_holds_no_frozen_weight_and_loads_without_pickle(pipeline_folder, corpus, tmp_path):

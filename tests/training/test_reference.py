@@ -18,9 +18,8 @@ from memtrain.training.methods import EmbeddingNoise, Method, RandomTokensAdded
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
-from tests.data.corpora import encode, sample, textured, write_tar
-from tests.training.test_module import quick_evidence
-from tests.training.test_rules import quick_rules
+from tests.support.corpora import encode, sample, textured, write_tar
+from tests.support.rules import quick_evidence, quick_rules
 
 
 class Seen(pl.Callback):

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 
 from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit
-from tests.training.test_module import quick_evidence
+from tests.support.rules import quick_evidence
 
 STEPS = 16
 KILLS = 4

@@ -4,36 +4,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from memtrain.core.binned_rules import Agc, Calibrated, Quantile
-from memtrain.core.evidence import LikelihoodEvidence, ZScoreEvidence
 from memtrain.core.exclusion import Decision, ExclusionRule, Observations
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
-
-
-def quick_rules() -> dict[str, ExclusionRule]:
-    """Warm after a few steps, and with thresholds in the midst of the scores."""
-    return {
-        "quantile": Quantile(0.5, num_bins=2, half_life=50, warmup=4),
-        "calibrated": Calibrated(0.4, num_bins=2, level_half_life=20, half_life=50, pooling=20, warmup=4, start_step=2),
-        "agc": Agc(1.02, num_bins=2, half_life=50, warmup=4),
-        "evidence": LikelihoodEvidence(
-            0.4,
-            0.4,
-            memory=0.95,
-            clip=3.0,
-            shift=1.0,
-            shift_weight=5,
-            num_bins=1,
-            half_life=50,
-            canary_half_life=50,
-            own_visits=2,
-            own_limit=1.0,
-            copies_weight=0.5,
-            warmup=2,
-        ),
-        "z_scores": ZScoreEvidence(0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2),
-    }
+from tests.support.rules import quick_rules
 
 
 class Panel(ExclusionRule):
@@ -99,11 +73,11 @@ def test_two_ranks_decide_as_one(forks, pipeline_folder, corpus, tmp_path):
         assert 0 < keep.mean() < 1, name  # it left out some, and not all
 
 
-@pytest.mark.parametrize("name", ["quantile", "calibrated", "agc", "evidence"])
+@pytest.mark.parametrize("name", ["quantile", "calibrated", "iet_agc", "evidence"])
 def test_a_rule_is_in_force_from_its_start_step_on(pipeline_folder, corpus, tmp_path, name):
     rule = quick_rules()[name]
     rule.start_step = 6
-    scoring = Scoring(every=0) if name == "agc" else Scoring(every_visits=2)
+    scoring = Scoring(every=0) if name == "iet_agc" else Scoring(every_visits=2)
     module = build_module(pipeline_folder, rule, scoring=scoring, reference_batch=4, reference_every=1)
     kept = []
 

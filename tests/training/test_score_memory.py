@@ -11,7 +11,7 @@ from memtrain.core.exclusion import TRAINED, FixedThreshold, Observations
 from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from tests.conftest import build_data, build_module, fit, weights
-from tests.training.test_module import KillAt, Killed, Record
+from tests.support.training import KillAt, Killed, Record
 
 ROOT = Path(__file__).resolve().parents[2]
 

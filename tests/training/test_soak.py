@@ -11,7 +11,8 @@ import torch
 
 from memtrain.data.ledger import read_ledger
 from memtrain.training.resume import RunState
-from tests.training.forks import ended, small_run, wait_until
+from tests.support.forks import ended, wait_until
+from tests.support.program import small_run
 
 KILLS = int(os.environ.get("MEMTRAIN_SOAK_KILLS", "3"))
 STEPS = 12 * KILLS

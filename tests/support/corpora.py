@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-Members = list[tuple[str, bytes]]
+from tests.support.tars import Members, write_tar
 
 
 def encode(image: Image.Image, form: str = "JPEG", **options) -> bytes:
@@ -49,16 +49,6 @@ def sample(
     if caption is not None:
         members.append((f"{key}.txt", caption.encode() if isinstance(caption, str) else caption))
     return members
-
-
-def write_tar(path: Path, members: Members) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def write_stats(tar: Path, successes: int) -> None:

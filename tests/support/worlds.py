@@ -1,4 +1,4 @@
-"""`python -m tests.training.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process,
+"""`python -m tests.support.worlds SPEC`: trains jobs on worlds of gloo ranks, forked from one process,
 to pay for imports once. Each rank finds in its environment what torchrun would have told it, and writes what came
 of each job to OUT/JOB-RANK.pt.
 """
@@ -24,7 +24,7 @@ from memtrain.training import ranks
 from memtrain.training.checkpoint import checkpoint
 from memtrain.training.strategy import FullySharded, own_part, whole
 from tests.conftest import build_data, build_module
-from tests.training.test_module import KeepNothing, quick_evidence
+from tests.support.rules import KeepNothing, quick_evidence
 
 GLOBAL_BATCH = 16
 

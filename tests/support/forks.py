@@ -177,30 +177,3 @@ def wait_until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
-
-
-def small_run(corpus: Path, pipeline: Path, runs: Path, *more: str, steps: int = 12) -> list[str]:
-    """`memtrain train` on the tests' corpus, with a checkpoint every 4 steps and no pictures."""
-    off = ("validation", "sample_grid", "copies", "memorized_table", "export", "report", "progress")
-    off += ("canaries", "summary")
-    return [
-        "train",
-        "experiment=demo",
-        f"data.shards={corpus}",
-        f"model.pretrained={pipeline}",
-        f"runs_dir={runs}",
-        "name=faults",
-        "logger=csv",
-        "trainer=cpu",
-        "data.batch_size=4",
-        "canaries.count=3",
-        "canaries.repeats=4",
-        "reference.count=8",
-        "reference.batch_size=4",
-        f"trainer.max_steps={steps}",
-        "optimizer.warmup_steps=2",
-        "callbacks.curves.every=4",
-        "callbacks.checkpoint.every=4",
-        *(f"callbacks.{name}=null" for name in off),
-        *more,
-    ]
