@@ -37,3 +37,46 @@ def test_a_room_imports_what_is_below_it(room):
 
 def test_every_room_but_the_cli_is_held():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*BELOW, "cli"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The files of the package that one imports, under TYPE_CHECKING and within functions, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_circle_of_imports():
+    """A file that another one needs can be understood without it."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    needs = {name: imports_of(path) & files.keys() for name, path in files.items()}
+    while free := [name for name, needed in needs.items() if not needed & needs.keys()]:
+        for name in free:  # needs nothing that is left
+            del needs[name]
+    assert not needs, f"these import each other, or what does: {sorted(needs)}"
+
+
+def owners_set(path: Path) -> set[str]:
+    """Whose attributes a file sets: the first name of `trainer.strategy.checkpoint_io = ...`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        owner = node
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            while isinstance(owner, ast.Attribute):
+                owner = owner.value
+            found |= {owner.id} if isinstance(owner, ast.Name) else set()
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "callbacks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_callback_sets_nothing_of_the_run_it_looks_at(path):
+    assert not owners_set(path) & {"trainer", "pl_module", "exception"}
+
+
+def test_what_sets_something_of_the_run_is_found():
+    assert "trainer" in owners_set(PACKAGE / "training" / "checkpoint.py")
+    assert "exception" in owners_set(PACKAGE / "training" / "signals.py")

@@ -217,7 +217,9 @@ def check_words(
         for found, (top, bottom) in zip(usable, ends, strict=True)
         for text in (found.prompt, without(found.prompt, top), without(found.prompt, bottom))
     ]
-    seeds = [generation_seeds(found.prompt, num_images_per_prompt, seed, Stream.CHECK) for found in usable for _ in range(3)]
+    seeds = [
+        generation_seeds(found.prompt, num_images_per_prompt, seed, Stream.CHECK) for found in usable for _ in range(3)
+    ]
     scores = mean_scores(denoiser, texts, seeds, path, batches)
     return [
         WordCheck(found.prompt, whole, top.text, bottom.text, without_top, without_bottom)

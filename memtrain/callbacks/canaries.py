@@ -1,4 +1,4 @@
-"""Who the canaries are: `canaries.csv`."""
+"""The list of a run's canaries, `canaries.csv`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _AT_ONCE = 32
 
 
 class CanaryList(pl.Callback):
-    """At the start of a run writes `canaries.csv`: who all canaries and some reference samples are.
+    """Writes at the start of a run who all canaries and some reference samples are: `canaries.csv`.
 
     Of a canary with duplicates, one sample is listed.
 

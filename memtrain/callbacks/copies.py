@@ -22,7 +22,7 @@ MEMORIZED = 0.5  # of a canary's generations are copies
 
 
 class Copies(AfterEachStep):
-    """Generate from the captions of canaries and reference samples, with the averaged weights.
+    """Generates from the captions of canaries and reference samples with the averaged weights, and counts copies.
 
     A generation is a copy when its latents lie within `max_rmse` of the mean latents of the caption's own image
     (see `core.copies`). Reference images were never trained on, so their rate tells how often that is met by
@@ -85,9 +85,11 @@ class Copies(AfterEachStep):
 
     @torch.no_grad()
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at some canaries, the same ones each time."""
         if self._watched is None:
             groups = trainer.datamodule.groups
             sacrificed, canaries = groups.one_each(groups.sacrificed), groups.one_each(groups.canary)
+            # evenly spread over both groups, one after the other, and sorted into them again
             both = np.concatenate([sacrificed, canaries])
             chosen = np.arange(len(both))[:: max(1, -(-len(both) // self.watched))]
             self._watched = [
@@ -125,13 +127,18 @@ class Copies(AfterEachStep):
         num_images_per_prompt: int,
         shown: int = 0,
     ) -> list[Compared]:
-        """Generate for one group, log what came out, note who is memorized by now."""
+        """Generate from a group's captions, log how many are copies, and note who is memorized by now.
+
+        Args:
+            samples: latents (N, C, h, w), positions (N,) and captions, as `encode_samples` gives them.
+            shown: of the first so many samples the generated latents are kept, to be drawn.
+        """
         _, index, captions = samples
         if not captions:
             return []
         options = (self.num_inference_steps, self.guidance_scale, self.batch_size, shown)
         found = compare(trainer, pl_module, samples, num_images_per_prompt, *options)
-        copied = np.zeros((len(captions), num_images_per_prompt), dtype=bool)
+        copied = np.zeros((len(captions), num_images_per_prompt), dtype=bool)  # (N, G)
         for one in found:
             copied[one.sample, one.generation] = is_copy(one.rmse, self.max_rmse)
         name = GROUP_NAMES[number]
@@ -149,12 +156,13 @@ class Copies(AfterEachStep):
         return found
 
     def memorized_at(self, trainer: pl.Trainer) -> dict[str, int | None]:
-        """Key of each canary looked at -> the step of the first look at which it was memorized."""
+        """The step of the first look at which each canary looked at was memorized, by its key; None: not yet."""
         key = trainer.datamodule.samples.key
         return {as_text(key(position)): step for position, step in sorted(self.memorized.items())}
 
     @on_first_rank
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]) -> None:
+        """Write `samples.png`: a row a canary, its image and its first four generations."""
         _, index, captions = samples
         originals = trainer.datamodule.decode(index[: self.shown].tolist()).images.permute(0, 2, 3, 1).numpy()
         sizes = trainer.datamodule.groups.pictures.copies(index.cpu().numpy())

@@ -5,24 +5,24 @@ from __future__ import annotations
 import time
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
 from memtrain.callbacks.live_statistics import CAPTIONED, EXCLUDED, LiveStatistics
 from memtrain.callbacks.logging import log_histograms, log_metrics
 from memtrain.callbacks.steps import AfterEachStep
-from memtrain.core.exclusion import Observations
+from memtrain.core.exclusion import Decision, Observations
 from memtrain.training import ranks
+from memtrain.training.step_record import DecidedRows
 
 _HELD = 16  # steps whose observations are kept as they are, to be added up in one go
 
 
 class MemorizationCurves(AfterEachStep):
-    """Every `every` steps, over the rows of all ranks since the last point: what `LiveStatistics` says.
+    """Logs every `every` steps what `LiveStatistics` says of the rows of all ranks since the last point.
 
-    Also samples/s and `scoring_share`, the share of the time that scoring took: the second forward, and all of
-    what is done for the reference set. Both leave out
-    what comes between a point and the next step, validation for one; so this is the first of the callbacks.
+    It also logs samples/s and `scoring_share`, the share of the time that scoring took: the second forward, and all
+    of what is done for the reference set. Both leave out what comes between a point and the next step, validation
+    for one; so this is the first of the callbacks.
 
     Args:
         every: optimizer steps between two points.
@@ -45,20 +45,18 @@ class MemorizationCurves(AfterEachStep):
         self.recent = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
         if self.total is None:
             self.total, self.late = (self.recent.sums.cpu().double() for _ in range(2))
-        self.held: list[tuple[Observations, Tensor, Tensor]] = []
+        self.held: list[DecidedRows] = []
         self.step_at_log = trainer.global_step
         self.clock_runs = False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if not self.clock_runs:
             self.clock_runs = True
-            pl_module.scoring_time.take()
+            pl_module.predictor.scoring_time.take()
             self.samples_at_log, self.began = pl_module.accumulation.samples_seen, time.perf_counter()
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.held.append((pl_module.step_observed, pl_module.step_kept, pl_module.step_threshold))
-        if pl_module.reference_observed is not None:
-            self.held.append((pl_module.reference_observed, pl_module.reference_kept, pl_module.reference_threshold))
+        self.held += pl_module.last_step.groups
         if len(self.held) >= _HELD:
             self._add()
         if trainer.global_step % self.every == 0:
@@ -69,14 +67,18 @@ class MemorizationCurves(AfterEachStep):
             self._log(trainer, pl_module)
 
     def _add(self) -> None:
-        observed, kept, threshold = zip(*self.held, strict=True)
-        self.recent.add(Observations.concatenate(list(observed)), torch.cat(kept), torch.cat(threshold))
+        """Add the rows that are held to the recent sums."""
+        self.recent.add(
+            Observations.concatenate([rows.observed for rows in self.held]),
+            Decision.concatenate([rows.decision for rows in self.held]),
+        )
         self.held = []
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add up the ranks, log a point of the curves, and begin the next one."""
         if self.held:
             self._add()
-        self.recent.flat[-1] = pl_module.scoring_time.take() / trainer.world_size
+        self.recent.flat[-1] = pl_module.predictor.scoring_time.take() / trainer.world_size
         flat = ranks.all_reduce(trainer, self.recent.flat.clone()).cpu().double()
         self.recent.flat.zero_()
         seconds, scoring = time.perf_counter() - self.began, flat[-1].item()
@@ -100,7 +102,8 @@ class MemorizationCurves(AfterEachStep):
         return _share(self.total[:, :, group].sum((1, 2)))
 
     def excluded_by_timestep(self, group: int) -> list[float]:
-        """The same for each timestep bin, over the run's second half, when rules are warm."""
+        """`excluded_fraction` of each timestep bin, over the run's second half, when rules are warm."""
+        # late[:, :, group] is (F, noise, T); summed over noise, (F, T), and a column a bin
         return [_share(sums) for sums in self.late[:, :, group].sum(1).unbind(1)]
 
     @property
@@ -122,5 +125,6 @@ class MemorizationCurves(AfterEachStep):
 
 
 def _share(sums: Tensor) -> float:
+    """The excluded share of captioned visits, `nan` where there is none. (F,) -> float"""
     captioned = sums[CAPTIONED].item()
     return sums[EXCLUDED].item() / captioned if captioned else float("nan")

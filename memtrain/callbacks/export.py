@@ -13,7 +13,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Export(pl.Callback):
-    """At the end, before anything is drawn, writes `export/` with the averaged weights, for `from_pretrained`."""
+    """Writes `export/` with the averaged weights at the end, before anything is drawn; for `from_pretrained`."""
 
     def __init__(self, dtype: str):
         if dtype not in DTYPES:

@@ -24,7 +24,7 @@ class Compared:
     sample: int  # row of the samples
     generation: int
     rmse: float  # of the latents
-    latents: Tensor | None  # (C, H, W), where they were asked for
+    latents: Tensor | None  # (C, h, w), where they were asked for
 
 
 @torch.no_grad()
@@ -37,7 +37,11 @@ def generate(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Latents (B, C, H, W), float32 on the CPU, of one generation a prompt, each from a seed of its own."""
+    """Generate once from each prompt, from start noise of a seed of its own.
+
+    Returns:
+        Latents (B, C, h, w), float32 on the CPU.
+    """
     start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     # a compiled UNet would be compiled anew for what a pipeline calls it with
     with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
@@ -53,8 +57,9 @@ def generate(
 
 @torch.no_grad()
 def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
-    """(B, C, H, W) scaled latents -> (B, R, R, 3) uint8."""
+    """The pictures that scaled latents stand for. (B, C, h, w) -> (B, H, W, 3) uint8"""
     pixels = model.vae.decode((latents / model.vae.config.scaling_factor).to(model.vae.device, model.vae.dtype)).sample
+    # (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in 0..255
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -73,7 +78,7 @@ def compare(
     A generation's start noise depends on (seed, sample, generation) alone.
 
     Args:
-        samples: latents (N, C, H, W), positions (N,) and captions, as `encode_samples` gives them.
+        samples: latents (N, C, h, w), positions (N,) and captions, as `encode_samples` gives them.
         num_images_per_prompt: of each sample.
         shown: of the first so many samples the generated latents are returned.
     """

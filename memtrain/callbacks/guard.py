@@ -21,9 +21,9 @@ _ALONE = "_raised_where_nobody_waits"
 
 
 def on_first_rank(method: Callable) -> Callable:
-    """Of a callback's work, what the first rank does alone: files and pictures. No other rank waits for it.
+    """Mark the part of a callback's work that the first rank does alone, files and pictures; no other waits for it.
 
-    Takes what the method takes: the callback, the trainer, and more.
+    Calls the method, whose first argument is the trainer, on the first rank, and marks what it raises.
     """
 
     @functools.wraps(method)
@@ -59,6 +59,7 @@ class Guard:
             setattr(callback, hook, self._watched(callback, hook))
 
     def _watched(self, callback: pl.Callback, name: str) -> Callable:
+        """The callback's hook of this name, whose failure is noted where the run can go on."""
         hook = getattr(callback, name)
 
         @functools.wraps(hook)
@@ -74,6 +75,7 @@ class Guard:
         return watched
 
     def _note(self, trainer: pl.Trainer, name: str, error: Exception) -> None:
+        """Remember a failure and say it, once: a line on the terminal, the traceback in `run.log`."""
         said = " ".join(f"{type(error).__name__}: {error}".split())
         if f"{name}: {said}" in self.failed:
             return  # at every look the same
@@ -86,7 +88,7 @@ class Guard:
             log.error("its traceback could not be written: %s", said)
 
     def end(self, run_dir: Path, is_job: bool) -> None:
-        """Exits with `INCOMPLETE` where something failed. A job of -m raises ValueError: the others are to go on."""
+        """Exit with `INCOMPLETE` where something failed. A job of -m raises ValueError: the others are to go on."""
         if not self.failed:
             return
         names = ", ".join(dict.fromkeys(failure.split(":")[0] for failure in self.failed))

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 
-from memtrain.core.exclusion import Observations
+from memtrain.core.exclusion import Decision, Observations
 from memtrain.data.ledger import About, LedgerWriter, Rows, begin, drawn
 from memtrain.data.paths import LEDGER
+from memtrain.training.step_record import DecidedRows
 
 _HELD = 64  # steps whose rows stay on the device, so that training need not wait for them
 
 
 class Ledger(pl.Callback):
-    """Each rank's rows into `ledger/`, on disk whenever a checkpoint is made.
+    """Writes each rank's rows into `ledger/`, where they are on disk whenever a checkpoint is made.
 
     A row is written where the rule could decide: for rules that need scores, of captioned samples with a
     score, taken now or remembered; for others, of captioned samples. Comes before what reads the ledger.
@@ -33,7 +33,7 @@ class Ledger(pl.Callback):
         self.folder: Path | None = None
         self.resumed_from: str | None = None  # the ledger of the run that made the checkpoint
         self.writer: LedgerWriter | None = None
-        self.held: list[tuple[int, Observations, torch.Tensor, torch.Tensor]] = []
+        self.held: list[tuple[int, DecidedRows]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.folder = Path(trainer.default_root_dir).absolute() / LEDGER
@@ -45,7 +45,7 @@ class Ledger(pl.Callback):
         self.held, self.last_step = [], trainer.global_step
 
     def _earlier(self, trainer: pl.Trainer) -> list[Path]:
-        """Where the ledger that this run goes on with may lie: where it was, or beside the checkpoint."""
+        """The folders in which the ledger that this run goes on with may lie: its own, or one beside the checkpoint."""
         if self.resumed_from is None:
             return []
         return [Path(self.resumed_from), Path(trainer.ckpt_path).absolute().parents[1] / LEDGER]
@@ -58,24 +58,21 @@ class Ledger(pl.Callback):
         if trainer.global_step == self.last_step:
             return  # in the middle of an accumulation window
         self.last_step = trainer.global_step
-        step = trainer.global_step - 1
-        self.held.append((step, pl_module.step_observed, pl_module.step_kept, pl_module.step_threshold))
-        if pl_module.reference_observed is not None:
-            self.held.append(
-                (step, pl_module.reference_observed, pl_module.reference_kept, pl_module.reference_threshold)
-            )
+        record = pl_module.last_step
+        self.held += [(record.step, rows) for rows in record.groups]
         if len(self.held) >= _HELD:
             self._hand_over(pl_module)
 
     def _hand_over(self, pl_module: pl.LightningModule) -> None:
-        """The rows that are held, to the writer."""
+        """Give the rows that are held to the writer."""
         if not self.held:
             return
-        steps, observed, kept, threshold = zip(*self.held, strict=True)
+        steps, decided = zip(*self.held, strict=True)
         self.held = []
-        seen = Observations.concatenate(list(observed))
+        seen = Observations.concatenate([rows.observed for rows in decided])
+        decision = Decision.concatenate([rows.decision for rows in decided])
         rows = Rows(
-            step=np.repeat(np.array(steps, dtype=np.int64), [len(mask) for mask in kept]),
+            step=np.repeat(np.array(steps, dtype=np.int64), [len(rows.decision.keep_mask) for rows in decided]),
             sample_index=seen.sample_index.cpu().numpy(),
             picture=seen.picture.cpu().numpy(),
             group=seen.group.cpu().numpy().astype(np.int8),
@@ -83,19 +80,20 @@ class Ledger(pl.Callback):
             score=seen.score.cpu().numpy(),
             scored=seen.scored.cpu().numpy(),
             loss=seen.loss.cpu().numpy(),
-            threshold=torch.cat(threshold).cpu().numpy(),
-            kept=torch.cat(kept).cpu().numpy(),
+            threshold=decision.threshold.cpu().numpy(),
+            kept=decision.keep_mask.cpu().numpy(),
         )
         decidable = (seen.known if pl_module.exclusion.needs_score else seen.captioned).cpu().numpy()
         self.writer.add(rows.where(decidable & drawn(self.seed, rows.step, rows.sample_index, self.sample)))
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have all rows up to the last optimizer step on disk."""
         self._take(trainer, pl_module)
         self._hand_over(pl_module)
         self.writer.close_part()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Every rank's rows are on disk before the checkpoint is. Where a run breaks off, nobody waits."""
+        """Have every rank's rows on disk before the checkpoint is. Where a run breaks off, nobody waits."""
         if self.writer is None:
             return  # before the first step
         self._write(trainer, pl_module)

@@ -7,20 +7,24 @@ import math
 import torch
 from torch import Tensor
 
-from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, Observations
+from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, Decision, Observations
 from memtrain.core.statistics import timestep_bin
 
+# the figures that are summed: how many rows were read, their losses, how many were kept, ...
 ROWS, LOSS, KEPT, KEPT_LOSS, CAPTIONED, EXCLUDED, SCORED, SCORE, HELD, THRESHOLD = range(10)
 TIMESTEP_BINS = 10
 SCORE_BINS, LOWEST, HIGHEST = 1024, -4.0, 4.0  # of log10(score): a bin is 1.8 % wide
 QUANTILES = (0.05, 0.5, 0.95)
 _GROUPS = len(GROUP_NAMES)
-_SUMS = (10, 2, _GROUPS, TIMESTEP_BINS)
+_SUMS = (10, 2, _GROUPS, TIMESTEP_BINS)  # (F, noise, G, T)
 _HISTOGRAM = (2, _GROUPS, SCORE_BINS)
 
 
 class LiveStatistics:
-    """Sums over (what, noise, group, timestep bin), counts over (noise, group, score bin); noise: low, high.
+    """What rows showed, as sums and counts whose size does not depend on how many rows there were.
+
+    `sums` is (F, 2, G, T): one of the figures ROWS to THRESHOLD, low or high noise, group, timestep bin. `histogram`
+    is (2, G, SCORE_BINS), counts of scores.
 
     A caption that was dropped says nothing (docs/method.md): its row counts for the loss alone. A sample that
     could not be read counts for nothing. `flat` holds all of it, so that one all-reduce adds up the ranks;
@@ -45,10 +49,13 @@ class LiveStatistics:
         self.sums = self.flat[:sums].view(_SUMS)
         self.histogram = self.flat[sums:-1].view(_HISTOGRAM)
 
-    def add(self, observed: Observations, kept: Tensor, threshold: Tensor) -> None:
+    def add(self, observed: Observations, decision: Decision) -> None:
+        """Add N rows, and what the rule said of them."""
+        kept, threshold = decision.keep_mask, decision.threshold
         rows = observed.captioned | kept  # the others could not be read
         held = observed.captioned & threshold.isfinite()
         held &= observed.scored | ~observed.known  # a remembered score met the threshold of its own timestep
+        # the figures in their order: which rows count for each, and what they add; None: 1
         columns = (
             (rows, None),
             (rows, observed.loss),
@@ -62,6 +69,7 @@ class LiveStatistics:
             (held, threshold),
         )
         values = torch.stack([m.float() if v is None else torch.where(m, v, 0.0) for m, v in columns])
+        # (N,) places in the flattened (noise, G), then (noise, G, T) and (noise, G, SCORE_BINS)
         pool = (observed.timesteps >= self.high_noise * self.num_timesteps).long() * _GROUPS + observed.group
         cell = pool * TIMESTEP_BINS + timestep_bin(observed.timesteps, self.num_timesteps, TIMESTEP_BINS)
         self.sums.view(_SUMS[0], -1).index_add_(1, cell, values)
@@ -70,11 +78,12 @@ class LiveStatistics:
         self.histogram.view(-1).index_add_(0, cell, observed.scored.float())
 
     def metrics(self) -> dict[str, float]:
-        """What there is to say, by name; a share of nothing is left out."""
+        """All figures by their names in `metrics.csv`; those of no row at all are left out."""
         everywhere, by_timestep = self.sums.sum((1, 3)), self.sums.sum(1)  # (F, G), (F, G, T)
-        high_noise = self.sums[:, 1].sum(2)
+        high_noise = self.sums[:, 1].sum(2)  # (F, G)
         trained = [group for group in range(_GROUPS) if group != REFERENCE]
         rows, loss, kept, kept_loss = everywhere[:4, trained].sum(1).tolist()
+        # by name, a sum and what it is divided by
         found = {
             "loss/all": (loss, rows),
             "loss/kept": (kept_loss, kept),
@@ -98,7 +107,7 @@ class LiveStatistics:
         return shares | self._of_histograms()
 
     def _of_histograms(self) -> dict[str, float]:
-        """Quantiles, and how well one draw's score tells canaries from the reference set."""
+        """Figures of the histograms: quantiles, and how well one score tells canaries from the reference set."""
         found = {}
         for suffix, counts in (("", self.histogram.sum(0)), ("_high_noise", self.histogram[1])):
             for group, name in enumerate(GROUP_NAMES):
@@ -111,10 +120,11 @@ class LiveStatistics:
         return found
 
     def score_histograms(self, bars: int = 64) -> dict[str, tuple[Tensor, Tensor]]:
-        """By name, counts (bars,) and edges (bars + 1,), evenly spaced; groups without a score left out."""
+        """Histograms to be drawn, by name: counts (bars,) and edges (bars + 1,), which are evenly spaced."""
         found = {}
         for suffix, counts in (("", self.histogram.sum(0)), ("_high_noise", self.histogram[1])):
             for group, name in enumerate(GROUP_NAMES):
+                # from bins that are even in log d to bars that are even in d, each bin by its middle
                 seen = counts[group].nonzero()[:, 0]
                 if len(seen) == 0:
                     continue
@@ -142,14 +152,20 @@ def quantile_of_counts(counts: Tensor, q: float) -> float:
 
 
 def auc_of_counts(positive: Tensor, negative: Tensor) -> float:
-    """`core.statistics.auc` of binned scores; what shares a bin is a tie."""
+    """The area under the ROC curve of two groups' counts; scores that share a bin are ties. (SCORE_BINS,) x 2 -> float
+
+    `core.statistics.auc` is that of the scores themselves.
+    """
     positive, negative = positive.double(), negative.double()
     below = negative.cumsum(0) - negative
     return ((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum())).item()
 
 
 def tpr_of_counts(positive: Tensor, negative: Tensor, max_fpr: float = 0.01) -> float:
-    """`core.statistics.tpr_at_fpr` of binned scores: thresholds are the bins' lower ends."""
+    """The largest true-positive rate at a bounded false-positive rate; thresholds are the bins' lower ends.
+
+    `core.statistics.tpr_at_fpr` is that of the scores themselves. (SCORE_BINS,) x 2 -> float
+    """
     positive, negative = positive.double(), negative.double()
     false = negative.flip(0).cumsum(0).flip(0)  # negatives at or above each bin's lower end
     true = positive.flip(0).cumsum(0).flip(0)

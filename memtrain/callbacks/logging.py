@@ -41,7 +41,7 @@ SAMPLES_SEEN = "samples_seen"  # the other x-axis; in every row, and in no secti
 
 
 def dashboard_name(name: str) -> str:
-    """A metric's name in W&B and TensorBoard."""
+    """The name of a metric in W&B and TensorBoard: behind its section."""
     if name == SAMPLES_SEEN:
         return name
     fitting = {word: section for section, words in SECTIONS.items() for word in words if name.startswith(word)}
@@ -64,7 +64,7 @@ def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
 
 
 def log_histograms(trainer: pl.Trainer, histograms: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Counts (N,) and edges (N + 1,) of each, to W&B and TensorBoard."""
+    """Write histograms at the current step to W&B and TensorBoard: by name, counts (N,) and edges (N + 1,)."""
     if not trainer.is_global_zero or not histograms:
         return
     for logger in trainer.loggers:
@@ -108,7 +108,7 @@ def log_picture(trainer: pl.Trainer, name: str, path: Path) -> None:
 
 
 def log_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table for W&B; a cell that is an (R, R, 3) array is shown as a picture, any text as plain text."""
+    """Send a table to W&B; a cell that is an (R, R, 3) array is shown as a picture, any text as plain text."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
             import wandb
@@ -119,7 +119,7 @@ def log_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequ
 
 
 class MetricsFile(Logger):
-    """`logger=csv`: `metrics.csv` in the run's folder, a row a point, empty where a column has no value.
+    """Writes `metrics.csv` in the run's folder (`logger=csv`): a row a point, empty where a column has no value.
 
     A row is on disk at once, appended. A column that is new has the file written anew, aside and renamed, so
     that whoever reads sees whole rows. A run that goes on in the same folder keeps the rows before its first.
@@ -143,7 +143,7 @@ class MetricsFile(Logger):
         return str(self.path.parent)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are in config.yaml."""
+        """Do nothing: they are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -171,7 +171,7 @@ class MetricsFile(Logger):
 
 
 def wandb_logger(project: str, mode: str, name: str, save_dir: str) -> WandbLogger:
-    """A W&B run in the run's folder. `mode`: offline (the default; `wandb sync` sends it later) or online.
+    """Begin a W&B run in the run's folder. `mode`: offline (the default; `wandb sync` sends it later) or online.
 
     Where W&B cannot be reached at the start the run is an offline one; where it is lost later, training goes on,
     and the run's end waits no longer than `FINISH_PATIENCE`: what was not sent lies in the run's folder.
@@ -203,7 +203,7 @@ def wandb_logger(project: str, mode: str, name: str, save_dir: str) -> WandbLogg
 
 
 def share_of_rank(trainer: pl.Trainer, items: list) -> list:
-    """Every world_size-th item, from this rank's on."""
+    """This rank's share of the items: every world_size-th, so that all ranks together have all."""
     return items[trainer.global_rank :: trainer.world_size]
 
 

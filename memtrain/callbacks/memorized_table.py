@@ -28,27 +28,32 @@ COLUMNS = ("image", "caption", "key", "samples", "group", "score", "evidence", "
 
 
 class VisitedSamples:
-    """Sums over the visits of each picture seen; duplicates are one picture, by its first sample."""
+    """Sums over the visits of each picture that was seen; duplicates are one, which their first sample names."""
 
     def __init__(self):
         self.index = np.zeros(0, dtype=np.int64)  # (N,) positions in the corpus, of a picture's first sample, sorted
         self.sums = np.zeros((2 + SUMS, 0))  # (2 + SUMS, N): visits, scores of those that count, see core.visits
 
     def add(self, index: np.ndarray, rows: np.ndarray) -> None:
-        """index (B,), rows (2 + SUMS, B): see `sums`."""
+        """Add what V visits showed. index (V,) and rows (2 + SUMS, V): as `index` and `sums` are."""
         rows = np.concatenate([self.sums, rows], axis=1)
+        # pictures that were seen before and now again become one column each, in the order of their index
         self.index, place = np.unique(np.concatenate([self.index, index]), return_inverse=True)
         self.sums = np.stack([np.bincount(place, row, minlength=len(self.index)) for row in rows])
 
     def evidence(self, reference: VisitedSamples | None) -> np.ndarray:
-        """Of each picture, see `core.visits`; chance is that of the reference set, None: of all of them. (N,)"""
+        """The evidence against each picture, see `core.visits`. (N,)
+
+        Args:
+            reference: visits that chance is estimated on; None: it is on these themselves.
+        """
         both = [self.sums] if reference is None else [self.sums, reference.sums]
         sums = torch.from_numpy(np.concatenate(both, axis=1)[2:])
         compared = torch.arange(sums.shape[1]) >= (0 if reference is None else len(self.index))
         return evidence(sums, compared & (sums[0] > 0)).numpy()[: len(self.index)]
 
     def forget(self, evidence: np.ndarray, capacity: int) -> None:
-        """Of very many, those that stand out least."""
+        """Forget those that stand out least, once there are twice as many as `capacity`."""
         if len(self.index) > 2 * capacity:
             kept = np.sort(np.argsort(evidence, kind="stable")[-capacity:])
             self.index, self.sums = self.index[kept], self.sums[:, kept]
@@ -59,13 +64,13 @@ class VisitedSamples:
         return self.sums[1] / np.maximum(self.sums[2], 1)
 
     def highest(self, evidence: np.ndarray, count: int) -> np.ndarray:
-        """Rows of the `count` that stand out most, the first one most."""
+        """Which `count` pictures, or fewer, stand out most, the first one most. (N,) -> (count,) columns of `sums`"""
         order = np.argsort(-evidence, kind="stable")[:count]
         return order[self.sums[2, order] > 0]
 
 
 class MemorizedTable(AfterEachStep):
-    """The trained pictures that stand out most, with their nearest generation: W&B table and `memorized.png`.
+    """Shows the trained pictures that stand out most beside their nearest generation: W&B table, `memorized.png`.
 
     They are ranked by the evidence of `core.visits`, as `memtrain ledger` and the report rank them after the run.
     A visit counts at high noise, as a z-score against what the reference set showed of late in its timestep bin
@@ -116,9 +121,10 @@ class MemorizedTable(AfterEachStep):
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
-        self.held.append((step, pl_module.step_observed))
-        if pl_module.reference_observed is not None:
-            self.held_reference.append((step, pl_module.reference_observed))
+        record = pl_module.last_step
+        self.held.append((step, record.trained.observed))
+        if record.reference is not None:
+            self.held_reference.append((step, record.reference.observed))
         if len(self.held) >= _HELD:
             self._add(trainer, pl_module)
         if self.every and step % self.every == 0 and step != trainer.max_steps:
@@ -128,13 +134,13 @@ class MemorizedTable(AfterEachStep):
         self._make(trainer, pl_module)
 
     def _add(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add what is held, of all ranks."""
+        """Add the visits that are held, of all ranks, to the sums of their pictures."""
         if not self.held:
             return
         trained = self._gather(trainer, self.held)
         against = self._gather(trainer, self.held_reference) if self.held_reference else None
         self.held, self.held_reference = [], []
-        has_reference = pl_module.reference.size(pl_module) > 0
+        has_reference = pl_module.reference_size > 0
         learned = against if has_reference else trained
         if learned is not None:
             _, observed = learned
@@ -147,7 +153,7 @@ class MemorizedTable(AfterEachStep):
             self.visited.forget(self._evidence(pl_module), _CAPACITY)
 
     def _gather(self, trainer: pl.Trainer, held: list[tuple[int, Observations]]) -> tuple[Tensor, Observations]:
-        """When in the run each visit was, in (0, 1], and the visits; of all ranks, one after the other. (V,)"""
+        """The V visits of all ranks, one rank after the other, and when in the run each was: (V,) in (0, 1]."""
         time = torch.cat([torch.full((len(observed.score),), step / trainer.max_steps) for step, observed in held])
         observed = ranks.gather(trainer, Observations.concatenate([observed for _, observed in held]), 1)
         return time.double().repeat(trainer.world_size), observed
@@ -156,23 +162,25 @@ class MemorizedTable(AfterEachStep):
         return timestep_bin(observed.timesteps.cpu(), pl_module.num_timesteps, _BINS)
 
     def _count(self, visited: VisitedSamples, time: Tensor, observed: Observations, pl_module) -> None:
-        """Add visits, those that count with what they showed."""
+        """Add V visits to the sums of their pictures; those that count, scored at high noise, with what they showed."""
         bins = self._bins(observed, pl_module)
         z = (log_ratio(observed.score, observed.loss) - self.moments.mean[bins]) / self.moments.std[bins]
         counts = observed.scored.cpu() & (observed.timesteps.cpu() >= self.high_noise * pl_module.num_timesteps)
         counts &= self.moments.count[bins] >= _WARM
         captioned, score = observed.captioned.cpu(), observed.score.cpu().double()
+        # (1 + SUMS, V), 0 where a visit does not count; then (2 + SUMS, V) with a row of ones, for all that are visits
         shown = torch.where(counts, torch.cat([score[None], columns_of(z, time)]), 0.0)
         rows = torch.cat([captioned.double()[None], shown])
         visited.add(observed.picture.cpu()[captioned].numpy(), rows[:, captioned].numpy())
 
     def _evidence(self, pl_module: pl.LightningModule) -> np.ndarray:
-        """Of each picture visited. (N,)"""
-        has_reference = pl_module.reference.size(pl_module) > 0
+        """The evidence against each picture visited. (N,)"""
+        has_reference = pl_module.reference_size > 0
         return self.visited.evidence(self.reference if has_reference else None)
 
     @torch.no_grad()
     def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rank the pictures, generate from the captions of the first ones, and show them."""
         self._add(trainer, pl_module)
         strength = self._evidence(pl_module)
         samples = pl_module.encode_samples(self.visited.index[self.visited.highest(strength, self.samples)])

@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import RichProgressBar
 
 
 class Progress(RichProgressBar):
-    """Steps done, loss, score and excluded share of the newest batch; the run is one long epoch to Lightning."""
+    """Shows steps done, and loss, score and excluded share of the newest batch; to Lightning a run is one epoch."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"

@@ -20,4 +20,4 @@ class AfterEachStep(pl.Callback, ABC):
 
     @abstractmethod
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The weights are those of step `trainer.global_step`."""
+        """Look at the model, whose weights are those after `trainer.global_step` steps."""

@@ -22,7 +22,7 @@ GROUPS_COPIED = ("canary", "reference", "sacrificed")
 
 
 class Summary(pl.Callback):
-    """Gathers what the other callbacks measured, so it comes after them. Figures that nothing measured are null."""
+    """Writes and prints what the other callbacks measured, so it comes after them; null is what nothing measured."""
 
     ended = False
 
@@ -50,11 +50,13 @@ class Summary(pl.Callback):
             log_picture(trainer, "curves", folder / "curves.png")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """When the other callbacks, too, have written what they write at the end."""
+        """Say where the results lie, when the other callbacks, too, have written what they write at the end."""
         if self.ended and trainer.is_global_zero:
             print_files(Path(trainer.default_root_dir))
 
     def summarize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict:
+        """What goes into `summary.json`."""
+
         def figure(name: str) -> float | None:
             value = trainer.callback_metrics.get(name)
             return None if value is None else _or_none(value.item())
@@ -100,6 +102,8 @@ def _or_none(value: float) -> float | None:
 
 
 def print_summary(summary: dict) -> None:
+    """Print the figures that matter most as a table."""
+
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
@@ -131,7 +135,7 @@ def print_summary(summary: dict) -> None:
 
 
 def print_files(folder: Path) -> None:
-    """Where the run's results lie."""
+    """Print where the run's results lie."""
     for name, what in (
         ("curves.png", "curves"),
         ("samples.png", "samples"),

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, log_metrics, share_of_rank
 from memtrain.callbacks.steps import AfterEachStep
-from memtrain.core.diffusion import draw
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.statistics import auc, tpr_at_fpr
 from memtrain.core.streams import Stream
@@ -19,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Validation(AfterEachStep):
-    """Every `every` steps and at the end, with the averaged weights: what the model does to each group.
+    """Measures at fixed noise what the averaged weights do to each group: before, every `every` steps, at the end.
 
     Each sample is noised to `timesteps_per_sample` timesteps, evenly spread over the schedule; noise depends on
     (seed, sample, timestep) alone, so two runs of one seed are compared on the same draws.
@@ -63,6 +62,7 @@ class Validation(AfterEachStep):
             self._validate(trainer, pl_module)
 
     def _load(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Encode the samples that are looked at, some of each group, evenly spread."""
         groups = trainer.datamodule.groups
         self._groups = []
         for number, positions in (
@@ -103,35 +103,28 @@ class Validation(AfterEachStep):
             log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, said)
 
     def _look_at(self, trainer, pl_module, latents, index, captions) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps (K,), loss (N, K) and score (N, K) of N samples at K timesteps."""
-        k = self.timesteps_per_sample
-        timesteps = ((torch.arange(k) + 0.5) * pl_module.num_timesteps / k).long()
+        """Predict and score N samples at K timesteps, the work shared by the ranks.
+
+        Returns:
+            Timesteps (K,), loss (N, K) and score (N, K), on the CPU, on every rank.
+        """
+        predictor, k = pl_module.predictor, self.timesteps_per_sample
+        timesteps = ((torch.arange(k) + 0.5) * predictor.num_timesteps / k).long()
         rows = share_of_rank(trainer, [(n, i) for n in range(len(captions)) for i in range(k)])
         results = []
         for first in range(0, len(rows), self.batch_size):
             part = rows[first : first + self.batch_size]
-            noise = torch.cat(
-                [
-                    draw(
-                        pl_module.seed,
-                        Stream.HELD_OUT,
-                        i,
-                        [int(index[n])],
-                        latents.shape[1:],
-                        pl_module.num_timesteps,
-                    ).noise
-                    for n, i in part
-                ]
-            )
+            # (B, C, h, w): of each row from (seed, sample, timestep) alone
+            draws = [predictor.draw(Stream.HELD_OUT, i, [int(index[n])], latents.shape[1:]) for n, i in part]
             samples = [n for n, _ in part]
-            loss, score = pl_module.predict_and_score(
-                latents[samples].to(pl_module.device),
-                noise.to(pl_module.device),
-                timesteps[[i for _, i in part]].to(pl_module.device),
-                pl_module.encode_captions([captions[n] for n in samples]),
+            loss, score = predictor.predict_and_score(
+                latents[samples].to(predictor.device),
+                torch.cat([draw.noise for draw in draws]),
+                timesteps[[i for _, i in part]].to(predictor.device),
+                predictor.encode_captions([captions[n] for n in samples]),
             )
             results += zip(part, loss.tolist(), score.tolist(), strict=True)
-        values = torch.zeros(2, len(captions), k)
+        values = torch.zeros(2, len(captions), k)  # loss and score, (2, N, K)
         for (n, i), loss, score in from_all_ranks(trainer, results):
             values[:, n, i] = torch.tensor([loss, score])
         return timesteps, values[0], values[1]

@@ -234,7 +234,7 @@ class Copies:
 
 @dataclass
 class Checkpoint:
-    _target_: str = "memtrain.callbacks.checkpoint.checkpoint"
+    _target_: str = "memtrain.training.checkpoint.checkpoint"
     every: int = MISSING
     keep: int = MISSING
     folder: str = "${run_dir}/checkpoints"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -13,56 +14,52 @@ from memtrain.cli.jobs import is_job
 from memtrain.core.files import written_aside
 from memtrain.training.resume import Past, find_run, same_wandb_run
 
+if TYPE_CHECKING:  # torch is imported when what can be refused without it has been
+    from pytorch_lightning import Callback, Trainer
+    from pytorch_lightning.loggers import Logger
+
+    from memtrain.callbacks.guard import Guard
+    from memtrain.core.exclusion import ExclusionRule
+    from memtrain.data.datamodule import DataModule
+    from memtrain.training.module import DiffusionTraining
+    from memtrain.training.optimizers import AdamW
+
 log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> None:
     past = _earlier(cfg)
-    is_finished = past is not None and past.is_finished(cfg.trainer.max_steps)
-    if not is_finished:
-        check_start(None if past else cfg.ckpt_path)
-        check_training(cfg)
+    if past is not None and past.is_finished(cfg.trainer.max_steps):
+        _let_the_first_rank_speak()
+        log.info("%s is finished, at step %d: nothing to do", past.folder, past.state.finished_at)
+        return
+    check_start(None if past else cfg.ckpt_path)
+    check_training(cfg)
+    # here: what can be refused without torch, which takes seconds to import, has been
     import pytorch_lightning as pl
 
-    from memtrain.callbacks.guard import Guard
-    from memtrain.callbacks.signals import Signals
-    from memtrain.training.checks import check_accelerator, check_disk, check_job, check_reference
+    from memtrain.training.checks import check_accelerator, check_disk, check_reference
+    from memtrain.training.signals import Signals
     from memtrain.training.stops import ended_clearly
 
     _let_the_first_rank_speak()
-    if is_finished:
-        log.info("%s is finished, at step %d: nothing to do", past.folder, past.state.finished_at)
-        return
     ckpt_path = _start(cfg, past)
     check_accelerator(cfg.trainer.accelerator, cfg.trainer.devices)
     pl.seed_everything(cfg.seed, verbose=False)
-    exclusion = instantiate(cfg.exclusion)
-    optimizer = instantiate(cfg.optimizer)
-    # the ledger first: the report reads it
-    signals = Signals()
-    looks = {name: instantiate(c) for name, c in {"ledger": cfg.ledger, **cfg.callbacks}.items() if c is not None}
-    guard = Guard(
-        callbacks=[look for name, look in looks.items() if name not in ("ledger", "checkpoint")],
-        records=[look for name, look in looks.items() if name == "ledger"],
-    )
-    callbacks = [signals, *looks.values()]
-    check_reference(exclusion, cfg.reference.count)
-    datamodule = _data(cfg)
-    datamodule.check(cfg.trainer.accumulate_grad_batches, world_size=1)
-    module = _module(cfg, exclusion, optimizer)
-    datamodule.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
-    keep = 0 if cfg.callbacks.checkpoint is None else cfg.callbacks.checkpoint.keep
-    check_disk(Path(cfg.run_dir), module.trained_parameters(), keep)
-    with same_wandb_run(past and past.state.wandb_id):
-        loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
-    trainer = _trainer(cfg, callbacks, loggers)
-    check_job(trainer, is_job())
-    if ckpt_path is not None and past is not None:
-        ranks = trainer.world_size
-        past.check_global_batch(cfg.data.batch_size, trainer.accumulate_grad_batches, ranks, cfg.resume.allow)
-    _begin(cfg, past, ckpt_path, datamodule)
+    # rule, optimizer and callbacks are built at once, so their errors come before shards and weights are read
+    rule, optimizer = instantiate(cfg.exclusion), instantiate(cfg.optimizer)
+    signals, looks = Signals(), _looks(cfg)
+    guard = _guard(looks)
+    check_reference(rule, cfg.reference.count)
+    data = _data(cfg)
+    module = _module(cfg, rule, optimizer)
+    data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
+    check_disk(Path(cfg.run_dir), module.trained_parameters(), _checkpoints_kept(cfg))
+    trainer = _trainer(cfg, [signals, *looks.values()], _loggers(cfg, past))
+    _check_ranks(cfg, past, ckpt_path, trainer)
+    _begin(cfg, past, ckpt_path, data)
     with signals, ended_clearly(trainer, module.stops):
-        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     guard.end(Path(cfg.run_dir), is_job())
 
 
@@ -93,8 +90,24 @@ def _start(cfg: DictConfig, past: Past | None) -> Path | None:
     return past.checkpoint()
 
 
-def _data(cfg: DictConfig):
-    return instantiate(
+def _looks(cfg: DictConfig) -> dict[str, Callback]:
+    """The callbacks of the config by name, in the order in which they look; the ledger first: the report reads it."""
+    chosen = {"ledger": cfg.ledger, **cfg.callbacks}
+    return {name: instantiate(look) for name, look in chosen.items() if look is not None}
+
+
+def _guard(looks: dict[str, Callback]) -> Guard:
+    """Lets the run go on where a look fails. A gap in the ledger or the checkpoints ends it: they are no looks."""
+    from memtrain.callbacks.guard import Guard
+
+    return Guard(
+        callbacks=[look for name, look in looks.items() if name not in ("ledger", "checkpoint")],
+        records=[look for name, look in looks.items() if name == "ledger"],
+    )
+
+
+def _data(cfg: DictConfig) -> DataModule:
+    data = instantiate(
         cfg.data,
         seed=cfg.seed,
         canaries=cfg.canaries.count,
@@ -103,16 +116,18 @@ def _data(cfg: DictConfig):
         sacrificed_keys=list(cfg.canaries.sacrificed_keys),
         reference=cfg.reference.count,
     )
+    data.check(cfg.trainer.accumulate_grad_batches, world_size=1)
+    return data
 
 
-def _module(cfg: DictConfig, exclusion, optimizer):
+def _module(cfg: DictConfig, rule: ExclusionRule, optimizer: AdamW) -> DiffusionTraining:
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.objective import Objective
     from memtrain.training.score_memory import Scoring
 
     return DiffusionTraining(
         instantiate(cfg.model),
-        exclusion,
+        rule,
         optimizer,
         instantiate(cfg.method),
         seed=cfg.seed,
@@ -126,7 +141,18 @@ def _module(cfg: DictConfig, exclusion, optimizer):
     )
 
 
-def _trainer(cfg: DictConfig, callbacks: list, loggers: list):
+def _checkpoints_kept(cfg: DictConfig) -> int:
+    """How many checkpoints stay on the disk; 0: the run writes none."""
+    return 0 if cfg.callbacks.checkpoint is None else cfg.callbacks.checkpoint.keep
+
+
+def _loggers(cfg: DictConfig, past: Past | None) -> list[Logger]:
+    """The loggers of the config; W&B goes on with the run that the past one was."""
+    with same_wandb_run(past and past.state.wandb_id):
+        return [instantiate(logger) for logger in (cfg.logger or {}).values()]
+
+
+def _trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
     return instantiate(
         cfg.trainer,
         callbacks=callbacks,
@@ -141,8 +167,18 @@ def _trainer(cfg: DictConfig, callbacks: list, loggers: list):
     )
 
 
-def _begin(cfg: DictConfig, past: Past | None, ckpt_path: Path | None, datamodule) -> None:
-    """The run's folder, with its config and its log."""
+def _check_ranks(cfg: DictConfig, past: Past | None, ckpt_path: Path | None, trainer: Trainer) -> None:
+    """Raises ValueError where a job has several ranks, or a run that goes on would have another global batch."""
+    from memtrain.training.checks import check_job
+
+    check_job(trainer, is_job())
+    if ckpt_path is not None and past is not None:
+        accumulate = trainer.accumulate_grad_batches
+        past.check_global_batch(cfg.data.batch_size, accumulate, trainer.world_size, cfg.resume.allow)
+
+
+def _begin(cfg: DictConfig, past: Past | None, ckpt_path: Path | None, data: DataModule) -> None:
+    """Make the run's folder, with its config and its log."""
     from pytorch_lightning.utilities import rank_zero_only
 
     from memtrain.data.escaping import PrintableFormatter
@@ -156,6 +192,6 @@ def _begin(cfg: DictConfig, past: Past | None, ckpt_path: Path | None, datamodul
         logging.getLogger("memtrain").addHandler(run_log)
         with written_aside(run_dir / "config.yaml") as aside:
             aside.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-        warn_of_sacrificed(datamodule, named=len(cfg.canaries.sacrificed_keys) > 0)
+        warn_of_sacrificed(data, named=len(cfg.canaries.sacrificed_keys) > 0)
         if past is not None or cfg.resume.run is not None:
             log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")

@@ -34,14 +34,14 @@ Z_RANGE = {"low": -12.0, "high": 12.0, "width": 0.01}  # of log d in standard de
 
 
 def check_half_life(half_life: int, tail: float, name: str) -> None:
-    """A tail that needs more observations than are ever remembered would never be known."""
+    """Raises ValueError where a tail needs more observations to be known than are ever remembered."""
     needed = math.ceil(math.log(2) / tail)
     if not half_life >= needed:
         raise ValueError(f"exclusion.half_life must be >= {needed} for exclusion.{name}, got {half_life}")
 
 
 class BinnedThreshold(ExclusionRule):
-    """A sample is left out where d >= the running threshold of its timestep.
+    """A rule that leaves a sample out where d >= the running threshold of its timestep; a subclass has the thresholds.
 
     Args:
         num_bins: timestep bins over the whole schedule.
@@ -60,11 +60,12 @@ class BinnedThreshold(ExclusionRule):
         self.num_timesteps = num_timesteps
 
     def bins(self, timesteps: Tensor) -> Tensor:
+        """The bin of each timestep. (B,) int64 -> (B,) int64"""
         return timestep_bin(timesteps, self.num_timesteps, self.num_bins)
 
     @abstractmethod
     def threshold_at(self, timesteps: Tensor) -> Tensor:
-        """What is not known yet keeps everything. (B,) int64 on the CPU -> (B,)"""
+        """The threshold at each timestep; what is not known yet keeps everything. (B,) int64 on the CPU -> (B,)"""
 
     def decide(self, observed: Observations) -> Decision:
         threshold = self.threshold_at(observed.score_timesteps.cpu()).float().to(observed.score.device)
@@ -149,11 +150,11 @@ class Calibrated(BinnedThreshold):
         self.z_scores = RunningQuantiles(num_bins, **Z_RANGE, half_life=half_life)
 
     def centre_and_deviation(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Of log d, as never-trained samples have it. (B,), (B,)
+        """Mean and standard deviation of log d of never-trained samples at these timesteps. (B,) -> (B,), (B,)
 
         A bin with few scores is taken to have no offset and the deviation that all bins have.
         """
-        count, total, squares = self.residuals.sums
+        count, total, squares = self.residuals.sums  # (num_bins,) each
         shared = squares.sum() / count.sum().clamp(min=1e-12)
         offset = total / (count + SPREAD_PRIOR)
         variance = (squares + SPREAD_PRIOR * shared) / (count + SPREAD_PRIOR) - offset.square()
@@ -162,8 +163,8 @@ class Calibrated(BinnedThreshold):
         return self.level.at(timesteps / self.num_timesteps) + offset[bins], deviation[bins]
 
     def threshold_at(self, timesteps: Tensor) -> Tensor:
-        counts = self.z_scores.counts
-        pooled = counts.sum(0)
+        counts = self.z_scores.counts  # (num_bins, buckets)
+        pooled = counts.sum(0)  # (buckets,)
         mixed = counts + pooled * (self.pooling / pooled.sum().clamp(min=max(self.pooling, 1)))
         z = histogram_quantile(mixed, Z_RANGE["low"], Z_RANGE["width"], 1 - self.false_positive_rate)
         centre, deviation = self.centre_and_deviation(timesteps)
@@ -173,6 +174,7 @@ class Calibrated(BinnedThreshold):
         learned = telling(observed) & (observed.group.cpu() == REFERENCE)
         score, timesteps = log_score(observed.score)[learned], observed.timesteps.cpu()[learned]
         position, bins = timesteps / self.num_timesteps, self.bins(timesteps)
+        # each part learns from what the parts before it said, as they were before this step
         if self.residuals.count.sum() >= self.warmup:
             centre, deviation = self.centre_and_deviation(timesteps)
             self.z_scores.update((score - centre) / deviation, bins)
@@ -212,7 +214,7 @@ class IetAgc(BinnedThreshold):
         self.losses = BinnedMoments(num_bins, half_life)
 
     def threshold_at(self, timesteps: Tensor) -> Tensor:
-        """In the unit of the loss; 0 where it is not known yet."""
+        """The loss below which a sample is left out at each timestep; 0 where it is not known yet. (B,) -> (B,)"""
         known = self.losses.count >= self.warmup
         return torch.where(known, self.losses.mean / self.ratio, 0.0)[self.bins(timesteps)]
 

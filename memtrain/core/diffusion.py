@@ -17,7 +17,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1) with as many dimensions as `like`, in its dtype."""
+    """Values of B samples, shaped to multiply `like`, in its dtype. (B,) -> (B, 1, ..., 1)"""
     return values.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
 
 
@@ -27,7 +27,7 @@ def _check_prediction_type(prediction_type: str) -> None:
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4). (B, C, H, W)"""
+    """Noisy latents x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4). (B, C, H, W)"""
     alpha_bar = alphas_cumprod[timesteps]
     return _per_sample(alpha_bar.sqrt(), latents) * latents + _per_sample((1 - alpha_bar).sqrt(), latents) * noise
 
@@ -35,7 +35,7 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod:
 def prediction_target(
     latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
 ) -> Tensor:
-    """What the network is asked for: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+    """What the network is asked to predict: eps, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
     (Salimans & Ho 2022, appendix D). (B, C, H, W)"""
     _check_prediction_type(prediction_type)
     if prediction_type == "epsilon":
@@ -63,7 +63,7 @@ def to_noise(
 
 
 def signal_to_noise(timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """SNR(t) = abar_t / (1 - abar_t). (B,)"""
+    """The signal-to-noise ratio SNR(t) = abar_t / (1 - abar_t). (B,) -> (B,)"""
     alpha_bar = alphas_cumprod[timesteps]
     return alpha_bar / (1 - alpha_bar)
 

@@ -26,11 +26,12 @@ from memtrain.core.statistics import BinnedMoments, timestep_bin
 
 
 class Evidence(ExclusionRule):
-    """What the two rules share: who enters and leaves, for 5 bytes a sample.
+    """A rule that adds up what a sample's visits show, and excludes it while that is high; 5 bytes a sample.
 
-    Duplicates are one sample here: what a visit shows of one of them is evidence for all, whatever their keys, for
-    it is the picture that is memorized. A sample enters exclusion when its evidence reaches `enter` and leaves when
-    it falls below `leave`. Every scored visit changes it: `memory` times what it was, plus what the visit shows.
+    The two rules below say what a visit shows. Duplicates are one sample here: what a visit shows of one of them is
+    evidence for all, whatever their keys, for it is the picture that is memorized. A sample enters exclusion when
+    its evidence reaches `enter` and leaves when it falls below `leave`. Every scored visit changes it: `memory`
+    times what it was, plus what the visit shows.
 
     Args:
         memory: share of the evidence that outlives a visit, in [0, 1]; 0 acts on single draws.
@@ -69,18 +70,19 @@ class Evidence(ExclusionRule):
         self.excluded = torch.zeros(num_samples, dtype=torch.bool)
 
     def prior(self, copies: Tensor) -> Tensor:
-        """Evidence that lies in the number of a picture's samples in the corpus alone. (B,) int64 -> (B,)"""
+        """Evidence that lies in how many samples of the corpus show the picture, alone. (B,) int64 -> (B,)"""
         return torch.zeros(len(copies))
 
     @abstractmethod
     def shows(self, observed: Observations) -> tuple[Tensor, Tensor]:
-        """What each visit adds to its sample's evidence; whether it counts. (B,), (B,) bool, on the CPU"""
+        """What each of B visits adds to its sample's evidence, and whether it counts. (B,), (B,) bool, on the CPU"""
 
     def bins(self, observed: Observations) -> Tensor:
+        """The timestep bin of each visit. (B,) int64, on the CPU"""
         return timestep_bin(observed.timesteps.cpu(), self.num_timesteps, self.num_bins)
 
     def counts(self, observed: Observations) -> Tensor:
-        """Visits whose score says something, in bins whose reference is known. (B,) bool"""
+        """Whether each visit counts: its score says something, and its bin's reference is known. (B,) bool"""
         return telling(observed) & (self.reference.count[self.bins(observed)] >= self.warmup)
 
     def decide(self, observed: Observations) -> Decision:
@@ -94,6 +96,7 @@ class Evidence(ExclusionRule):
 
     def update(self, observed: Observations) -> None:
         shown, counts = self.shows(observed)
+        # P pictures, (P,) each; `place` (V,) tells the picture of each of the V visits that count
         index, place = observed.picture.cpu()[counts].unique(return_inverse=True)
         visits = torch.zeros(len(index)).index_add_(0, place, torch.ones(len(place)))
         total = torch.zeros(len(index)).index_add_(0, place, shown[counts])
@@ -124,7 +127,7 @@ class Evidence(ExclusionRule):
 
 
 def sum_of_powers(base: float, count: Tensor) -> Tensor:
-    """1 + base + ... + base^(count - 1)"""
+    """The sum 1 + base + ... + base^(count - 1) for each count. (P,) -> (P,)"""
     return count if base == 1 else (1 - base**count) / (1 - base)
 
 
@@ -217,22 +220,22 @@ class LikelihoodEvidence(Evidence):
         return (self.copies_weight * copies.float().log()).clamp(max=max(0.0, self.enter - self.clip))
 
     def statistic(self, observed: Observations) -> Tensor:
-        """x = log(d / sqrt(loss)). (B,) float64, on the CPU"""
+        """What is measured at a visit, x = log(d / sqrt(loss)). (B,) float64, on the CPU"""
         return log_score(observed.score) - log_score(observed.loss) / 2
 
     def expected_shift(self) -> Tensor:
-        """Of a memorized sample's mean against the reference set's, in its deviations. (num_bins,)"""
+        """How far a memorized sample's mean lies above the reference set's, in its deviations. (num_bins,)"""
         learnt = (self.memorized.mean - self.reference.mean) / self.reference.std
         weight = self.memorized.count / (self.memorized.count + self.shift_weight)
         return weight * learnt + (1 - weight) * self.shift
 
     def z_scores(self, observed: Observations) -> Tensor:
-        """x in the reference set's deviations from its mean. (B,) float64, on the CPU"""
+        """How far x lies above the reference set's mean, in its deviations. (B,) float64, on the CPU"""
         bins = self.bins(observed)
         return (self.statistic(observed) - self.reference.mean[bins]) / self.reference.std[bins]
 
     def own_part(self, index: Tensor) -> Tensor:
-        """What a sample's z-scores owe to its picture. (B,) int64 -> (B,) float64"""
+        """The part of a sample's z-scores that is its picture's own. (B,) int64 -> (B,) float64"""
         seen = self.seen[index].double()
         return (self.own[index] * seen / (seen + VISIT_RATIO)).clamp(-self.own_limit, self.own_limit)
 
@@ -250,9 +253,10 @@ class LikelihoodEvidence(Evidence):
             moments.update(x[learned], bins[learned])
 
     def _learn_own(self, observed: Observations) -> None:
+        """Average the z-scores of each picture's first visits."""
         index = observed.picture.cpu()
         learned = self.counts(observed) & (self.seen[index] < self.own_visits)
-        index, place = index[learned].unique(return_inverse=True)
+        index, place = index[learned].unique(return_inverse=True)  # (P,) pictures, (V,) of each visit
         z = self.z_scores(observed)[learned]
         visits = torch.zeros(len(index), dtype=torch.float64).index_add_(0, place, torch.ones_like(z))
         total = torch.zeros(len(index), dtype=torch.float64).index_add_(0, place, z)

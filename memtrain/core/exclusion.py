@@ -41,7 +41,7 @@ class Observations:
 
     @classmethod
     def of_visit(cls, *, timesteps: Tensor, scored: Tensor, **rest: Tensor) -> Observations:
-        """Where nothing is remembered: a score is known if it was taken now."""
+        """Rows of which nothing is remembered: a score is known if it was taken now."""
         return cls(timesteps=timesteps, scored=scored, known=scored, score_timesteps=timesteps, **rest)
 
     @staticmethod
@@ -51,6 +51,8 @@ class Observations:
 
 @dataclass(frozen=True)
 class Decision:
+    """What a rule decided about B samples."""
+
     keep_mask: Tensor  # (B,) bool, True = trained on
     threshold: Tensor  # (B,) float32, what each sample was held against, in the rule's own unit
 
@@ -60,7 +62,10 @@ class Decision:
 
 
 class ExclusionRule(ABC):
-    """Subclass this and name the class in the config (`exclusion._target_`) to have a rule of your own."""
+    """Decides which samples are left out of a step's loss.
+
+    Subclass this and name the class in the config (`exclusion._target_`) to have a rule of your own.
+    """
 
     learns = False  # True: `update` is called after every step with the observations of all ranks
     needs_score = True  # False: decides without scores, on every captioned row
@@ -89,7 +94,7 @@ class ExclusionRule(ABC):
 
 
 def telling(observed: Observations) -> Tensor:
-    """Rows that a rule may learn from: scored, score and loss finite and above 0. (B,) bool, on the CPU
+    """Which rows a rule may learn from: scored, score and loss finite and above 0. (B,) bool, on the CPU
 
     Where d is exactly 0 nothing could move it, such as a caption of no words; its logarithm is no small d's.
     """
@@ -98,7 +103,7 @@ def telling(observed: Observations) -> Tensor:
 
 
 def log_score(score: Tensor) -> Tensor:
-    """log d, finite where d is 0: such rows are not `telling`. float64, on the CPU"""
+    """The logarithm of d, finite where d is 0: such rows are not `telling`. (B,) -> (B,) float64, on the CPU"""
     return score.cpu().double().clamp(min=1e-12).log()
 
 
@@ -137,7 +142,7 @@ def reachable(warmup: float, half_life: int, *, bins: int = 1, needed: str = "wa
 
 
 def restored(state: dict[str, Tensor], **own: Tensor) -> list[Tensor]:
-    """The rule's own tensors, each filled with what the checkpoint has of it; no second copy of 100 M samples."""
+    """Fill a rule's own tensors with what the checkpoint has of them; no second copy of 100 M samples."""
     for name, tensor in own.items():
         if name not in state or state[name].shape != tensor.shape:
             found = f"{name} of shape {tuple(state[name].shape)}" if name in state else f"no {name}"

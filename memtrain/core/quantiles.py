@@ -31,7 +31,7 @@ class RunningQuantiles:
         self.counts = torch.zeros(num_bins, math.ceil((high - low) / width), dtype=torch.float64)
 
     def histogram(self, values: Tensor, bins: Tensor) -> Tensor:
-        """How many of B values fall into each bucket of each bin: what parts of a whole may add up.
+        """Count how many of B values fall into each bucket of each bin; the parts of a whole may be added up.
 
         values (B,), bins (B,) int64 -> (num_bins, num_buckets) float64
         """
@@ -50,7 +50,7 @@ class RunningQuantiles:
         self.counts += histogram
 
     def update(self, values: Tensor, bins: Tensor) -> None:
-        """values (B,), bins (B,) int64: all observations of one step, taken together."""
+        """Learn from all observations of one step, taken together. values (B,), bins (B,) int64"""
         self.add(self.histogram(values, bins))
 
     @property
@@ -71,7 +71,7 @@ def histogram_quantile(counts: Tensor, low: float, width: float, share: float) -
 
     counts (R, K), bucket k begins at low + k width -> (R,) float64
     """
-    below = counts.cumsum(1)
+    below = counts.cumsum(1)  # (R, K)
     rank = share * (below[:, -1:] + 1)
     bucket = torch.searchsorted(below, rank)[:, 0]
     return torch.where(bucket < counts.shape[1], low + width * (bucket.double() + 1), torch.inf)

@@ -60,6 +60,7 @@ def best_accuracy(positive: Tensor, negative: Tensor) -> float:
     """
     if len(positive) == 0 or len(negative) == 0:
         return float("nan")
+    # one threshold at each score, and one above all: (T,); how many of each group are right at it
     thresholds = torch.cat([positive, negative, positive.new_tensor([torch.inf])])
     right = len(positive) - torch.searchsorted(positive.sort().values, thresholds, right=False)
     right = right + torch.searchsorted(negative.sort().values, thresholds, right=False)
@@ -92,9 +93,9 @@ def bootstrap_interval(
 
 
 def most_remembered(half_life: float) -> float:
-    """What a count with exponential forgetting tends to and never reaches, one observation at a time: 1 / (1 - decay).
+    """The limit 1 / (1 - decay) of a count with exponential forgetting, which it never reaches.
 
-    About half_life / log 2.
+    With one observation at a time; about half_life / log 2.
     """
     return 1 / (1 - 0.5 ** (1 / half_life))
 
@@ -112,7 +113,7 @@ class BinnedMoments:
         self.sums = torch.zeros(3, num_bins, dtype=torch.float64)  # weight, weighted sum, sum of squares
 
     def update(self, values: Tensor, bins: Tensor) -> None:
-        """values (B,), bins (B,) int64: all observations of one step, taken together."""
+        """Learn from all observations of one step, taken together. values (B,), bins (B,) int64"""
         values, bins = values.cpu().double(), bins.cpu()
         finite = values.isfinite()
         values, bins = values[finite], bins[finite]
@@ -129,9 +130,11 @@ class BinnedMoments:
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each bin, 0 where there is no observation. (num_bins,)"""
         return self.sums[1] / self.sums[0].clamp(min=1e-12)
 
     @property
     def std(self) -> Tensor:
+        """Standard deviation of each bin, about 0 where there is no observation. (num_bins,)"""
         variance = self.sums[2] / self.sums[0].clamp(min=1e-12) - self.mean.square()
         return variance.clamp(min=1e-12).sqrt()

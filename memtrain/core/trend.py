@@ -30,8 +30,9 @@ class Trend:
         return torch.cos(angle[:, None] * torch.arange(self.degree + 1))
 
     def update(self, values: Tensor, position: Tensor) -> None:
-        """values (B,), position (B,): timesteps as a share of the schedule; all observations of one step."""
+        """Learn from all observations of one step. values (B,), position (B,): timesteps as a share of the schedule"""
         finite = values.isfinite()
+        # (B, degree + 2): basis and value; their products, summed over rows, are the normal equations
         rows = torch.cat([self._basis(position[finite]), values[finite].cpu().double()[:, None]], dim=1)
         self.sums = self.sums * self.decay ** len(rows) + rows.T @ rows
 
@@ -41,6 +42,6 @@ class Trend:
         return self.sums[0, 0].item()
 
     def at(self, position: Tensor) -> Tensor:
-        """The level at positions in [0, 1). (B,) float64"""
+        """The level at positions in [0, 1). (B,) -> (B,) float64"""
         normal = self.sums[:-1, :-1] + _RIDGE * torch.eye(self.degree + 1)
         return self._basis(position) @ torch.linalg.solve(normal, self.sums[:-1, -1])

@@ -19,7 +19,7 @@ SUMS = 6  # of each picture: visits, and sums over them of z, z^2, time, time^2 
 
 
 def log_ratio(score: Tensor, loss: Tensor) -> Tensor:
-    """x = log(d / sqrt(loss)), finite where one is 0. (B,) float64, on the CPU"""
+    """What a visit shows, x = log(d / sqrt(loss)), finite where one is 0. (B,), (B,) -> (B,) float64, on the CPU"""
     return log_score(score) - log_score(loss) / 2
 
 
@@ -35,7 +35,7 @@ def sums_of(columns: Tensor, picture: Tensor, num_pictures: int) -> Tensor:
 
 
 def evidence(sums: Tensor, compared: Tensor) -> Tensor:
-    """The larger of `level` and `rise`. (SUMS, N), (N,) bool -> (N,)"""
+    """The evidence against each picture: the larger of `level` and `rise`. (SUMS, N), (N,) bool -> (N,)"""
     return torch.maximum(level(sums, compared), rise(sums, compared))
 
 
@@ -51,7 +51,10 @@ def level(sums: Tensor, compared: Tensor) -> Tensor:
 
 
 def rise(sums: Tensor, compared: Tensor) -> Tensor:
-    """How much each picture's z-scores have risen since its first visits, likewise. (N,)"""
+    """How much each picture's z-scores have risen since its first visits, in standard deviations of chance. (N,)
+
+    Takes what `level` takes.
+    """
     visits, z, z_squares, time, time_squares, products = sums
     count = visits.clamp(min=1)
     centred = (time_squares - time.square() / count, products - time * z / count, z_squares - z.square() / count)

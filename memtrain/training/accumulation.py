@@ -28,9 +28,9 @@ class Accumulation:
 
     def __init__(self, denominator: str, stops: Stops):
         self.denominator, self.stops = denominator, stops
-        self.samples_seen = 0  # all ranks, as the other counts
-        self.samples_bad = 0  # that could not be decoded
-        self.updates_skipped = 0  # because every sample was excluded
+        self.samples_seen = 0  # by all ranks, as are the other counts
+        self.samples_bad = 0  # samples that could not be decoded
+        self.updates_skipped = 0  # updates that were not made because every sample was excluded
         self.scaler_backoffs = 0  # updates skipped because the scaled fp16 gradient overflowed
         self.step_is_bad = False  # the newest step: a loss or gradient was not finite
         self.is_skipped = False  # the newest step made no update
@@ -43,7 +43,7 @@ class Accumulation:
         self._valid: list[Tensor] = []
 
     def add(self, observed: Observations, decision: Decision, valid: Tensor) -> None:
-        """One micro-batch. `valid` (B,) bool: the sample could be decoded."""
+        """Take in what B rows of one micro-batch showed. `valid` (B,) bool: the sample could be decoded."""
         self._observed.append(observed)
         self._decisions.append(decision)
         self._valid.append(valid)
@@ -58,8 +58,10 @@ class Accumulation:
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         parts = zip(self._observed, self._valid, strict=True)
+        # rows of this rank, of all micro-batches, whose numbers are not finite: (N,) bool
         suspect = torch.cat([valid & ~(observed.loss + observed.score).isfinite() for observed, valid in parts])
         reported = self.stops.report(suspect.any(), ~are_finite([strategy.own_part(g) for g in gradients]))
+        # one sum over the ranks tells all there is: samples kept, samples decoded, and what each has to report
         counts = torch.stack(
             [sum(d.keep_mask.sum() for d in self._decisions), sum(valid.sum() for valid in self._valid)]
         ).float()
@@ -84,18 +86,19 @@ class Accumulation:
         torch._foreach_mul_(gradients, factor / (kept if self.denominator == "kept" else rows))
 
     def _count(self, datamodule: pl.LightningDataModule, rows: int) -> None:
-        """Rows of the step that could be decoded."""
+        """Count the samples of a step, of which `rows` could be decoded; too many that could not end the run."""
         seen = self.samples_seen + rows
         bad = self.samples_bad + datamodule.global_batch_size - rows
         datamodule.check_bad(bad, bad + seen)
         self.mid_step, self.samples_seen, self.samples_bad = True, seen, bad
 
     def _blamed(self, suspect: Tensor, samples: Samples) -> list[str]:
-        """Keys of these rows (bool) of this rank; of all, where none is marked."""
+        """Keys of this rank's samples that are marked in `suspect` (N,) bool; of all of them, where none is."""
         index = torch.cat([observed.sample_index for observed in self._observed])
         return [samples.key(position) for position in (index[suspect] if suspect.any() else index).tolist()]
 
     def _count_skipped(self, step: int, backs_off: bool) -> None:
+        """Count a step without an update by its cause, and say so at the first one of each."""
         if self.step_is_bad:
             return  # `stops` counts these
         if backs_off:
@@ -109,7 +112,7 @@ class Accumulation:
             log.warning("step %d: every sample was excluded, so there is no update (this is counted; said once)", step)
 
     def take(self) -> tuple[Observations, Decision]:
-        """The step's rows on this rank, one micro-batch after the other; the next step begins."""
+        """Hand over the step's N rows on this rank, one micro-batch after the other, and begin the next step."""
         observed, decision = Observations.concatenate(self._observed), Decision.concatenate(self._decisions)
         self._begin()
         return only_finite(observed) if self.step_is_bad else observed, decision
@@ -130,6 +133,6 @@ class Accumulation:
 
 
 def _gradient_scale(trainer: pl.Trainer) -> float:
-    """By which losses were multiplied before the backward pass, so that fp16 gradients do not vanish; 1: not at all."""
+    """The factor of the losses before the backward pass, so that fp16 gradients do not vanish; 1: there is none."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)  # of trainer.precision=16-mixed alone
     return 1.0 if scaler is None else scaler.get_scale()

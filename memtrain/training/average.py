@@ -14,7 +14,7 @@ from memtrain.training import strategy
 
 
 class AveragedWeights:
-    """Where no average is kept, the trained weights stand for it.
+    """The exponential moving average of the trained weights; where none is kept, they stand for it themselves.
 
     Args:
         decay: with warm-up; 0 keeps no average.
@@ -28,6 +28,7 @@ class AveragedWeights:
 
     @property
     def shadow_params(self) -> list[Tensor]:
+        """The averaged weights, in the order of `trained_parameters`; sharded as these are."""
         return self._ema.shadow_params if self._ema else trained_parameters(self._model)
 
     def begin(self, model: DiffusionModel, bones: dict[str, nn.Module]) -> None:
@@ -47,7 +48,7 @@ class AveragedWeights:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The average in place of the trained weights; all ranks enter together.
+        """Put the average in the place of the trained weights while the context lasts; all ranks enter together.
 
         Where weights are sharded, whole networks take their place, which each rank may run as often as it
         likes.

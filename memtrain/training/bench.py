@@ -49,6 +49,7 @@ class Variant:
 
 
 def variants() -> dict[str, Variant]:
+    """What is compared, by the name that the table of results gives it."""
     return {
         BASELINE: Variant(Scoring(every=0), KeepAll()),
         "every step": Variant(Scoring(), FixedThreshold(math.inf)),
@@ -67,21 +68,21 @@ def _evidence() -> LikelihoodEvidence:
 
 
 class OwnTurns(ReferenceSet):
-    """Counts the steps of one variant, where those of the run are shared by all."""
+    """A reference set with the turns of one variant: it counts steps of its own, for those of the run are shared."""
 
     def __init__(self):
         super().__init__(REFERENCE_EVERY, batch_size=None)
         self.taken = 0
 
     def turn(self, step: int) -> int | None:
-        """The first of its steps, which warms up, has a turn, and then one step of every round."""
+        """Number of the turn at this step: the first of its steps, a warm-up, has one, then one step of every round."""
         self.taken += 1
         return super().turn(self.taken - 1)
 
 
 @dataclass(frozen=True)
 class ScoringCost:
-    """Medians over the rounds. `ratio`: a variant's steps over those without scoring in the same round."""
+    """What scoring costs: medians over the rounds. `ratio`: a variant's steps over those without scoring in a round."""
 
     model: str
     clock: str
@@ -179,7 +180,7 @@ class Interleave(pl.Callback):
         self._references = {name: OwnTurns() for name in names}
 
     def _plan(self, names: list[str]) -> Iterator[tuple[str, int | None]]:
-        """(variant, round or None) of each step."""
+        """The variant of each step, and its round; None: it warms up."""
         yield from ((name, None) for name in names * 2)
         for number in range(self.rounds * self.steps):
             first = number % len(names)
@@ -208,6 +209,7 @@ class Interleave(pl.Callback):
             self.seconds[self._name][self._round] += self._now(module) - self._began
 
     def _now(self, module: DiffusionTraining) -> float:
+        """Seconds on the clock that steps are timed by: CPU time, or the time when the GPU is done."""
         if module.device.type == "cpu":
             return time.process_time()  # on one thread
         torch.cuda.synchronize(module.device)

@@ -47,7 +47,7 @@ def check_disk(run_dir: Path, parameters: Iterable[nn.Parameter], keep: int) -> 
 
 
 def check_checkpoint(ckpt_path: str | None) -> Path | None:
-    """The checkpoint to begin from, or an older one beside it where it is damaged. Raises ValueError: there is none."""
+    """The checkpoint to begin from, or an older one beside it where it is damaged. Raises ValueError where none is."""
     if ckpt_path is None:
         return None
     return whole_checkpoint(check_file("ckpt_path", ckpt_path, CHECKPOINT))
@@ -78,8 +78,10 @@ def check_reference(exclusion: ExclusionRule, count: int) -> None:
 
 
 def check_job(trainer: Trainer, is_job: bool) -> None:
-    """Raises ValueError where a job of -m has several ranks that Lightning would start: as the whole command, all jobs
-    again."""
+    """Raises ValueError where a job of -m has several ranks that Lightning would start.
+
+    It would start each as the whole command, with all the jobs again.
+    """
     if not is_job or trainer.world_size == 1:
         return
     if not trainer.strategy.cluster_environment.creates_processes_externally:

@@ -17,7 +17,11 @@ from memtrain.models.base import DiffusionModel
 def encode_samples(
     model: DiffusionModel, data: DataModule, positions: Sequence[int], batch_size: int = 32
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples."""
+    """Encode the samples at these positions, but those that cannot be read.
+
+    Returns:
+        Mean latents (N, C, h, w) on the CPU, positions (N,) on the device, and N captions.
+    """
     device = model.alphas_cumprod.device
     latents, index, captions = [], [], []
     for first in range(0, len(positions), batch_size):
@@ -38,7 +42,7 @@ def encode_samples(
 
 @torch.no_grad()
 def encode_once(model: DiffusionModel, data: DataModule, positions: Sequence[int], batch_size: int = 32) -> Batch:
-    """Samples of one size as one batch on the CPU, with posteriors in place of pictures; bad ones are reported.
+    """Encode samples of one size into one batch on the CPU, posteriors in place of pictures; bad ones are reported.
 
     For samples that look the same at every visit.
     """
@@ -47,15 +51,17 @@ def encode_once(model: DiffusionModel, data: DataModule, positions: Sequence[int
     for first in range(0, len(positions), batch_size):
         part = decode([(0, 0, int(position)) for position in positions[first : first + batch_size]])
         data.report(part)
+        # mean and standard deviation, (B, C, h, w) each -> (B, 2, C, h, w), as from a cache
         posterior = torch.stack(model.encode_posterior(part.images.to(device)), dim=1).cpu()
         parts.append(replace(part, images=part.images.new_zeros(len(part), 0), posterior=posterior))
+    # the parts, one after the other: every tensor of a batch has its rows first
     names = [field.name for field in fields(Batch) if isinstance(getattr(parts[0], field.name), Tensor)]
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return Batch(captions=[caption for part in parts for caption in part.captions], problems=[], **whole)
 
 
 def rows_of(batch: Batch, rows: Sequence[int], places: Sequence[int]) -> Batch:
-    """These rows of a batch, some perhaps said twice, at other places of a global batch."""
+    """The batch of these rows of another one, each at a place of its own in the global batch; a row may come twice."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     chosen = {name: value[list(rows)] for name, value in values.items() if isinstance(value, Tensor)}
     chosen |= {"captions": [batch.captions[row] for row in rows], "problems": []}

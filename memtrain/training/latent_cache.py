@@ -75,7 +75,7 @@ def write_latents(
     device: torch.device,
     progress: bool,
 ) -> None:
-    """Encode these shards, a file each, written aside and renamed: what is there is whole."""
+    """Encode the shards of these numbers into a file each, written aside and renamed: what is there is whole."""
     header = made_with(model, samples)
     model.to(device)
     numbers = list(numbers)
@@ -101,7 +101,11 @@ def write_latents(
 def _encode(
     model: DiffusionModel, loader: Iterable[Batch], count: int, flip: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one file; rows of pictures that cannot be decoded are zero and not valid."""
+    """Encode the rows of one shard into the tensors of its file; those that cannot be decoded are not valid.
+
+    N rows: posterior and posterior_flipped (N, 2, C, h, w), hidden (N, L, D), valid (N,) bool, and the captions as
+    one text in UTF-8, row n between caption_bounds[n] and caption_bounds[n + 1].
+    """
     columns: dict[str, list[torch.Tensor]] = {}
     captions: list[bytes] = []
 
@@ -126,7 +130,7 @@ def _encode(
 
 
 class _Rows:
-    """The loader's dataset: positions as rows of `BatchDecoder`."""
+    """A dataset of the rows that `BatchDecoder` takes: (step, place, position), one for each position."""
 
     def __init__(self, positions: range):
         self.positions = positions

@@ -26,11 +26,11 @@ class Method:
     rewrites = False  # True: `captions` changes something, so cached embeddings are of no use
 
     def captions(self, captions: list[str], generators: list[np.random.Generator], model: DiffusionModel) -> list[str]:
-        """The captions to train on. Empty ones stay empty."""
+        """Captions to train on in place of these, one for each. Empty ones stay empty."""
         return captions
 
     def embeddings(self, hidden: Tensor, captioned: Tensor, generators: list[np.random.Generator]) -> Tensor:
-        """(B, L, D) encoder_hidden_states to train with. Rows that are not `captioned` (B,) stay the same."""
+        """Embeddings (B, L, D) to train with in place of `hidden`. Rows that are not `captioned` (B,) stay the same."""
         return hidden
 
 
@@ -57,7 +57,7 @@ class EmbeddingNoise(Method):
 
 
 class CaptionRewriting(Method, ABC):
-    """Rewrites a share of the captions, each visit anew.
+    """A method that rewrites a share of the captions, at each visit anew; a subclass says how.
 
     Args:
         probability: that a caption is rewritten at a visit.
@@ -84,7 +84,7 @@ class CaptionRewriting(Method, ABC):
 
     @abstractmethod
     def rewrite(self, words: list[str], generator: np.random.Generator, tokenizer: Any) -> list[str]:
-        """Other words for a caption of at least one."""
+        """The words to train on in place of a caption's, of which there is at least one."""
 
 
 class RandomTokensAdded(CaptionRewriting):

@@ -1,25 +1,22 @@
 """The LightningModule: what happens to a batch, in order.
 
-encode -> noise -> predict with the caption -> predict with the empty caption -> score -> exclude -> loss
-
-What makes an optimizer step of the losses of micro-batches and ranks is in accumulation.py.
+predict and score (predictor.py) -> exclude -> loss -> one optimizer step out of micro-batches and ranks
+(accumulation.py) -> score the reference set (reference.py) -> the rule learns
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from memtrain.core import diffusion, losses
-from memtrain.core.diffusion import Draws, draw
+from memtrain.core import losses
 from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
-from memtrain.core.scores import text_conditional_magnitude
-from memtrain.core.streams import Stream, place_seed
+from memtrain.core.streams import Stream
 from memtrain.data.batches import Batch
 from memtrain.data.remote import ShardMissing
 from memtrain.models.base import DiffusionModel, trained_parameters
@@ -30,10 +27,11 @@ from memtrain.training.encoded import encode_samples
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
-from memtrain.training.reference import ReferenceSet
+from memtrain.training.predictor import Predictor
+from memtrain.training.reference import ReferenceSet, say_unscored
 from memtrain.training.score_memory import ScoreMemory, Scoring
+from memtrain.training.step_record import DecidedRows, StepRecord
 from memtrain.training.stops import Stops
-from memtrain.training.stopwatch import Stopwatch
 
 FROZEN_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -77,25 +75,34 @@ class DiffusionTraining(pl.LightningModule):
             raise ValueError("score.every=0 (never) is for rules that need no score, none and iet_agc; set it to 1")
         if scoring.timesteps is not None and scoring.timesteps[1] > len(model.alphas_cumprod):
             raise ValueError(f"score.timesteps ends at {len(model.alphas_cumprod)} at most, got {scoring.timesteps[1]}")
-        self.model, self.exclusion, self.optimizer_config, self.method = model, exclusion, optimizer, method
+        self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
         self.seed = seed
         self.latent_shape = model.latent_shape(resolution, resolution)
         self.objective, self.scoring = objective, scoring
+        self.predictor = Predictor(model, method, objective, seed)
         self.memory: ScoreMemory | None = None
-        self.scoring_time = Stopwatch()
         self.reference = ReferenceSet(reference_every, reference_batch)
         self.ema = AveragedWeights(ema_decay)
         self.stops = Stops(max_bad_steps)
         self.accumulation = Accumulation(objective.denominator, self.stops)
+        self.last_step: StepRecord | None = None  # the newest that is over; for those who look on
         self.strict_loading = False  # checkpoints hold trained weights alone
 
     # ---- set-up
 
     @property
     def num_timesteps(self) -> int:
-        return len(self.model.alphas_cumprod)
+        return self.predictor.num_timesteps
+
+    @property
+    def reference_size(self) -> int:
+        """How many reference rows a turn scores, over all ranks; 0: the reference set is not scored."""
+        if self.scoring.every == 0:
+            return 0
+        return self.reference.size(self.trainer.datamodule, self.exclusion.needs_reference)
 
     def trained_parameters(self) -> list[nn.Parameter]:
+        """The weights that are trained, in the order in which optimizer and average hold them."""
         return trained_parameters(self.model)
 
     def setup(self, stage: str) -> None:
@@ -128,14 +135,16 @@ class DiffusionTraining(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.ema.to(self.device)
-        self.reference.begin(self)
+        if self.scoring.every and self.reference_size == 0:
+            say_unscored(len(self.trainer.datamodule.groups.reference))
 
     # ---- one micro-batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The sum of a micro-batch's kept losses; what it is divided by is settled when the step is whole."""
         self.trainer.datamodule.report(batch)
         self.stops.missing = self.stops.missing or batch.missing
-        loss, observed = self.visit(batch, Stream.TRAIN)
+        loss, observed = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
         if self.memory:
             observed = self.memory.fill(observed)
         decision = self._decide(observed, batch.valid)
@@ -143,106 +152,14 @@ class DiffusionTraining(pl.LightningModule):
         self._log_progress(observed, decision, batch.valid)
         return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), decision.keep_mask)
 
-    def visit(self, batch: Batch, stream: Stream) -> tuple[Tensor, Observations]:
-        """Losses (B,), with a graph, and what the rows show; one path for what is trained on and what is held out.
-
-        `stream`: TRAIN, or REFERENCE_ROW, whose rows have draws of their own, keep their captions
-        and are all scored.
-        """
-        mean, std = batch.posterior.unbind(1) if batch.is_cached else self.model.encode_posterior(batch.images)
-        draws = self.draw(stream, batch.place.tolist(), mean.shape[1:])
-        latents = self.model.sample_latents(mean, std, draws.posterior_noise)
-        hidden, has_caption = self._caption(batch, draws, stream)
-
-        noise = draws.noise + self.objective.noise_offset * draws.offset_noise
-        due = self._due(batch.picture, draws.timesteps, has_caption) if stream == Stream.TRAIN else None
-        loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, due)
-
-        captioned = has_caption.to(self.device) & batch.valid
-        # rows that are not due have a score of 0, and so have those at which no caption could change a thing:
-        # v-prediction where abar_t = 0, words that the tokenizer does not know. None of them says anything
-        scored = captioned & (score != 0)
-        return loss, Observations.of_visit(
-            sample_index=batch.sample_index,
-            picture=batch.picture,
-            copies=batch.copies,
-            timesteps=draws.timesteps,
-            score=torch.where(scored, score, 0.0),
-            loss=loss.detach(),
-            group=batch.group,
-            captioned=captioned,
-            scored=scored,
-            latent_numel=torch.full_like(batch.sample_index, latents[0].numel()),
-        )
-
-    def _caption(self, batch: Batch, draws: Draws, stream: Stream) -> tuple[Tensor, Tensor]:
-        """encoder_hidden_states (B, L, D), and whose caption is not empty: (B,) bool, on the CPU."""
-        trained = stream == Stream.TRAIN
-        dropout = self.objective.caption_dropout if trained else 0.0
-        method = Stream.METHOD if trained else Stream.REFERENCE_METHOD
-        generators = [
-            np.random.default_rng(place_seed(self.seed, method, self.global_step, place))
-            for place in batch.place.tolist()
-        ]
-        captions = self.method.captions(batch.captions, generators, self.model)
-        dropped = (draws.uniform < dropout).tolist()
-        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
-        has_caption = torch.tensor([bool(caption) for caption in captions])
-        captioned = has_caption.to(self.device)
-        if batch.hidden is not None and not self.model.text_encoder_is_trained and not self.method.rewrites:
-            hidden = torch.where(captioned[:, None, None], batch.hidden, self.model.null_caption().float())
-        else:
-            hidden = self.encode_captions(captions)
-        return self.method.embeddings(hidden, captioned, generators), has_caption
-
     def _due(self, picture: Tensor, timesteps: Tensor, has_caption: Tensor) -> Tensor | None:
-        """Which rows are scored now: (B,) bool on the CPU; None for all of them, without a look at the data."""
+        """Say which of B rows are scored now: (B,) bool on the CPU; None: all, without a look at the data."""
         if self.scoring.every == 0 or self.global_step % self.scoring.every:
             return torch.zeros_like(has_caption)
         return self.memory.due(picture, timesteps) & has_caption if self.memory else None
 
-    def draw(self, stream: Stream, places: list[int], latent_shape: tuple[int, int, int]) -> Draws:
-        """What is random about the rows at these places of this step."""
-        return draw(self.seed, stream, self.global_step, places, latent_shape, self.num_timesteps).to(self.device)
-
-    def encode_captions(self, captions: list[str]) -> Tensor:
-        """(B, L, D) encoder_hidden_states."""
-        return self.model.encode_captions(self.model.tokenize(captions).to(self.device))
-
-    def predict_and_score(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, hidden: Tensor, due: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Loss, with a graph, and text-conditional magnitude, without one; both (B,) float32.
-
-        `hidden` (B, L, D) are the encoded captions. The second forward shares x_t and t with the first and sees
-        the empty caption. `due` (B,) bool, on the CPU: only these rows have one, the others' score is 0.
-        """
-        model = self.model
-        noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
-        target = diffusion.prediction_target(latents, noise, timesteps, model.alphas_cumprod, model.prediction_type)
-        prediction = model.predict(noisy, timesteps, hidden)
-        loss = losses.denoising_loss(prediction, target)
-        with torch.no_grad(), self.scoring_time.running(noisy.device):
-            if due is None:
-                return loss, self._score(noisy, timesteps, prediction)
-            score = torch.zeros_like(loss)
-            rows = due.nonzero()[:, 0].to(noisy.device)
-            if len(rows):  # a UNet cannot have a batch of none
-                score[rows] = self._score(noisy[rows], timesteps[rows], prediction[rows])
-            return loss, score
-
-    def _score(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor) -> Tensor:
-        """Text-conditional magnitude of B rows, given the prediction with their captions. (B,)"""
-        model = self.model
-        null_prediction = model.predict(noisy, timesteps, model.null_caption().expand(len(noisy), -1, -1))
-        cond, uncond = (
-            diffusion.to_noise(p.float(), noisy, timesteps, model.alphas_cumprod, model.prediction_type)
-            for p in (prediction.detach(), null_prediction)
-        )
-        return text_conditional_magnitude(cond, uncond)
-
     def _decide(self, observed: Observations, valid: Tensor) -> Decision:
-        """The rule's decision; what says nothing is kept, what cannot be decoded is not trained on."""
+        """Ask the rule about B rows; what says nothing is kept, what cannot be decoded is not trained on."""
         decision = self.exclusion.decide(observed)
         decidable = observed.known if self.exclusion.needs_score else observed.captioned
         free = ~decidable | (observed.group == SACRIFICED)
@@ -251,6 +168,7 @@ class DiffusionTraining(pl.LightningModule):
         return Decision((decision.keep_mask | free) & valid, decision.threshold)
 
     def _log_progress(self, observed: Observations, decision: Decision, valid: Tensor) -> None:
+        """Give the progress bar the micro-batch's means over its rows, B of them, that could be decoded."""
         rows = valid.sum().clamp(min=1)
         self.log_dict(
             {
@@ -266,48 +184,51 @@ class DiffusionTraining(pl.LightningModule):
     # ---- one optimizer step: all ranks, all micro-batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before clipping, and after fp16 gradients are unscaled."""
+        """Settle what the gradient is divided by: before it is clipped, and after fp16 gradients are unscaled."""
         self.accumulation.settle(self.trainer, self.trained_parameters())
 
-    def optimizer_step(self, *args, **kwargs) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update weights and average, leave a record of the step, and have rule and memory learn from it."""
         super().optimizer_step(*args, **kwargs)
         if not self.accumulation.is_skipped:
             self.ema.step()
-        self.step_observed, decision = self.accumulation.take()
-        self.step_kept, self.step_threshold = decision.keep_mask, decision.threshold
-        self._observe_reference()
+        observed, decision = self.accumulation.take()
+        self.last_step = StepRecord(self.global_step, DecidedRows(observed, decision), self._decide_reference())
         if (self.exclusion.learns or self.memory) and not self.accumulation.step_is_bad:
-            self._learn()
+            self._learn(self.last_step)
         self.accumulation.mid_step = False
 
-    def _observe_reference(self) -> None:
-        self.reference_observed, self.reference_kept, self.reference_threshold = None, None, None
-        seen = self.reference.observe(self)
-        if seen is not None:
-            self.reference_observed, valid = seen
-            decision = self._decide(self.reference_observed, valid)
-            self.reference_kept, self.reference_threshold = decision.keep_mask, decision.threshold
+    def _decide_reference(self) -> DecidedRows | None:
+        """Score the reference rows whose turn it is, and ask the rule whether it would exclude them; None: nobody's."""
+        seen = self.reference.observe(self.trainer, self.predictor, self.global_step, self.reference_size)
+        if seen is None:
+            return None
+        observed, valid = seen
+        return DecidedRows(observed, self._decide(observed, valid))
 
-    def _learn(self) -> None:
-        """Rule and memory see all ranks' rows, by their place in the global batch, then the reference set's."""
-        trained = ranks.gather(self.trainer, self.step_observed, self.trainer.accumulate_grad_batches)
-        reference = [] if self.reference_observed is None else [ranks.gather(self.trainer, self.reference_observed, 1)]
+    def _learn(self, record: StepRecord) -> None:
+        """Show memory and rule all ranks' rows, by their place in the global batch, the reference set's after them."""
+        observed = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
         if self.memory:
-            self.memory.update(trained)
+            self.memory.update(observed)
+        if record.reference is not None:
+            reference = ranks.gather(self.trainer, record.reference.observed, 1)
+            observed = Observations.concatenate([observed, reference])
         if self.exclusion.learns:
-            self.exclusion.update(Observations.concatenate([trained, *reference]))
+            self.exclusion.update(observed)
 
     def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
-        """Where the run is to stop, it does so here: the callbacks, the checkpoint last, are done with the step."""
+        """Stop the run where it is to: here the callbacks, the checkpoint last, are done with the step."""
         if self.stops.reason is not None:
             raise self.stops.reason
 
     # ---- for those who look on
 
     def encode_samples(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
-        """Mean latents (N, C, H, W) on the CPU, positions (N,) on the device and captions of readable samples.
+        """Encode the samples at these positions, but those that cannot be read, with the frozen VAE.
 
-        All ranks call it together. Raises ShardMissing on all where a shard is gone for any.
+        Returns mean latents (N, C, h, w) on the CPU, positions (N,) on the device, and N captions. All ranks call it
+        together. Raises ShardMissing on all where a shard is gone for any.
         """
         try:
             found = encode_samples(self.model, self.trainer.datamodule, positions)
@@ -318,7 +239,7 @@ class DiffusionTraining(pl.LightningModule):
         return found
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """The averaged weights in place of the trained ones, where there are any; all ranks enter together."""
+        """Put the averaged weights in the place of the trained ones for a while; all ranks enter together."""
         return self.ema.in_place()
 
     # ---- checkpoints

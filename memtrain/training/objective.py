@@ -15,7 +15,7 @@ DENOMINATORS = ("kept", "all")
 
 @dataclass(frozen=True)
 class Objective:
-    """The config's `loss`.
+    """How losses are weighed and divided, and what is done to captions and noise before: the config's `loss`.
 
     Args:
         denominator: divide the summed loss by the `kept` samples of the optimizer step, or by `all`.
@@ -38,7 +38,7 @@ class Objective:
             raise ValueError(f"loss.min_snr_gamma must be > 0 or null, got {self.min_snr_gamma:g}")
 
     def weights(self, timesteps: Tensor, model: DiffusionModel) -> Tensor:
-        """Of the losses. (B,) float32"""
+        """The weight of each sample's loss, which depends on its timestep alone. (B,) int64 -> (B,) float32"""
         if self.min_snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
         return min_snr_weights(timesteps, model.alphas_cumprod, self.min_snr_gamma, model.prediction_type)

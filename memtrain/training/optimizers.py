@@ -50,6 +50,7 @@ class AdamW:
             raise ValueError(f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}")
 
     def build(self, parameters: Iterable[nn.Parameter], num_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """The optimizer of these weights, and its learning rate over a run of `num_steps`."""
         kind = torch.optim.AdamW
         if self.eight_bit:
             try:

@@ -12,14 +12,14 @@ from memtrain.core.exclusion import Observations
 
 
 def all_reduce(trainer: pl.Trainer, values: Tensor) -> Tensor:
-    """The sum over ranks, in place."""
+    """Add values up over all ranks, in place; any shape."""
     if trainer.world_size > 1:
         torch.distributed.all_reduce(values)
     return values
 
 
 def gather_texts(trainer: pl.Trainer, text: str) -> list[str]:
-    """What each rank says, by rank."""
+    """The texts that all ranks give, in the order of the ranks, on every rank."""
     if trainer.world_size == 1:
         return [text]
     gathered: list[str] = [""] * trainer.world_size
@@ -38,21 +38,23 @@ def gather(trainer: pl.Trainer, observed: Observations, micro_batches: int) -> O
     packed = pack(observed)
     gathered = [torch.empty_like(packed) for _ in range(trainer.world_size)]
     torch.distributed.all_gather(gathered, packed)
+    # R ranks, M micro-batches of B rows; a rank's are (M B, bytes), a micro-batch of the global batch is all ranks' B:
+    # (M B, R, bytes) -> (M, B, R, bytes) -> (M, R, B, bytes) -> (M R B, bytes)
     ordered = torch.stack(gathered, 1).unflatten(0, (micro_batches, -1)).transpose(1, 2).flatten(0, 2)
     return unpack(ordered, observed)
 
 
 def pack(observed: Observations) -> Tensor:
-    """The bytes of each row, as they are: float64 would hold all columns too, but not every device has it.
+    """Turn B rows into their bytes, as they are: float64 would hold all columns too, but not every device has it.
 
-    (B, bytes) uint8, for `unpack`
+    B rows -> (B, bytes) uint8, for `unpack`
     """
     columns = [getattr(observed, field.name) for field in fields(Observations)]
     return torch.cat([column.contiguous()[:, None].view(torch.uint8) for column in columns], dim=1)
 
 
 def unpack(packed: Tensor, like: Observations) -> Observations:
-    """The rows that `pack` made bytes of, in the dtypes of `like`. (N, bytes) uint8 -> N rows"""
+    """Turn the bytes of `pack` into rows again, in the dtypes of `like`. (N, bytes) uint8 -> N rows"""
     dtypes = [getattr(like, field.name).dtype for field in fields(Observations)]
     parts = packed.split([dtype.itemsize for dtype in dtypes], dim=1)
     return Observations(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -14,11 +14,10 @@ from memtrain.core.exclusion import Observations
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.batches import Batch
 from memtrain.data.datamodule import DataModule
+from memtrain.models.base import DiffusionModel
 from memtrain.training.encoded import encode_once, rows_of
+from memtrain.training.predictor import Predictor
 from memtrain.training.stops import only_finite
-
-if TYPE_CHECKING:
-    from memtrain.training.module import DiffusionTraining
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ _KEYS_NAMED = 8
 
 
 class ReferenceSet:
-    """Some of it after every k-th step, the next ones every time, scored as what is trained on is.
+    """Samples that are held out: after every k-th step the next ones are scored, as what is trained on is.
 
     What a turn scores is a function of (seed, step, batch_size), not of ranks: those that have fewer rows fill up
     with rows that are not valid. A turn takes samples of one aspect-ratio bucket.
@@ -47,35 +46,35 @@ class ReferenceSet:
         self._buckets: list[np.ndarray] | None = None  # positions
         self._encoded: dict[int, Batch] = {}  # buckets that look the same at every turn
 
-    def size(self, training: DiffusionTraining) -> int:
-        """How many rows a turn scores, over all ranks; 0: the reference set is not scored."""
-        data = training.trainer.datamodule
-        if len(data.groups.reference) == 0 or training.scoring.every == 0:
+    def size(self, data: DataModule, is_needed: bool) -> int:
+        """How many rows a turn scores, over all ranks; 0: there are none, or nobody asked for them.
+
+        Args:
+            is_needed: the exclusion rule compares with them.
+        """
+        if len(data.groups.reference) == 0:
             return 0
         if self.batch_size is not None:
             return self.batch_size
-        return (data.global_batch_size + 1) // 2 if training.exclusion.needs_reference else 0
-
-    def begin(self, training: DiffusionTraining) -> None:
-        """Say so where the reference set is not scored, for what is shown of scores lacks it then."""
-        count = len(training.trainer.datamodule.groups.reference)
-        if count and training.scoring.every and self.size(training) == 0:
-            log.info(
-                "the %d reference samples are not scored, since the rule does without; reference.batch_size=16 has "
-                "them in the curves and in `memtrain ledger suspects`, at some cost",
-                count,
-            )
+        return (data.global_batch_size + 1) // 2 if is_needed else 0
 
     def turn(self, step: int) -> int | None:
-        """Whose turn it is after this step; None: nobody's."""
+        """The number of the turn that comes after this step; None: no sample is scored then."""
         return None if step % self.every else step // self.every
 
-    def observe(self, training: DiffusionTraining) -> tuple[Observations, Tensor] | None:
+    def observe(
+        self, trainer: pl.Trainer, predictor: Predictor, step: int, size: int
+    ) -> tuple[Observations, Tensor] | None:
         """Score the samples whose turn it is on this rank, with the weights as they are now; None: nobody's.
 
-        Returns what they show, and which rows are valid, (B,) bool. As many rows on each rank.
+        Args:
+            step: optimizer steps before this one.
+            size: rows of the turn, over all ranks.
+
+        Returns:
+            What they show, and which rows are valid, (B,) bool. As many rows on each rank.
         """
-        trainer, size, number = training.trainer, self.size(training), self.turn(training.global_step)
+        number = self.turn(step)
         if size == 0 or number is None:
             return None
         if self._buckets is None:
@@ -83,19 +82,19 @@ class ReferenceSet:
         with (
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
-            training.scoring_time.running(training.device),
+            predictor.scoring_time.running(predictor.device),
         ):
-            batch = self._batch(training, number, size).to(training.device)
-            _, observed = training.visit(batch, Stream.REFERENCE_ROW)
+            batch = self._batch(trainer, predictor.model, step, number, size).to(predictor.device)
+            _, observed = predictor.visit(batch, step, Stream.REFERENCE_ROW)
         finite = (observed.loss + observed.score).isfinite()
-        self._report(training, observed.sample_index[batch.valid & ~finite].tolist())
+        self._report(trainer.datamodule, step, observed.sample_index[batch.valid & ~finite].tolist())
         return only_finite(observed), batch.valid & finite
 
-    def _batch(self, training: DiffusionTraining, number: int, size: int) -> Batch:
-        """This rank's rows of a turn."""
-        trainer, data = training.trainer, training.trainer.datamodule
+    def _batch(self, trainer: pl.Trainer, model: DiffusionModel, step: int, number: int, size: int) -> Batch:
+        """The batch of this rank's B rows of a turn; those past the turn's end are not valid."""
+        data = trainer.datamodule
         per_rank = -(-size // trainer.world_size)
-        places = np.arange(per_rank) + trainer.global_rank * per_rank
+        places = np.arange(per_rank) + trainer.global_rank * per_rank  # (B,), in the turn
         bucket, first = self._whose(number, size)
         positions, row = self._buckets[bucket], first + places
         in_turn = places < size
@@ -104,40 +103,51 @@ class ReferenceSet:
         row %= len(positions)
         if is_seen_alike(data):
             if bucket not in self._encoded:  # once: the VAE is frozen
-                self._encoded[bucket] = encode_once(training.model, data, positions)
+                self._encoded[bucket] = encode_once(model, data, positions)
             batch = rows_of(self._encoded[bucket], row.tolist(), places.tolist())
         else:
             seed = place_seed(data.views.seed, Stream.REFERENCE_ROW, 0, 0)  # not the trained rows'
             views = replace(data.views, seed=seed)
             rows = zip(places.tolist(), positions[row].tolist(), strict=True)
-            batch = data.collate(views)([(training.global_step, place, position) for place, position in rows])
+            batch = data.collate(views)([(step, place, position) for place, position in rows])
             data.report(batch)
         return replace(batch, valid=batch.valid & torch.from_numpy(in_turn))
 
     def _whose(self, number: int, size: int) -> tuple[int, int]:
-        """Bucket of a turn, and the first row of it. A round has as many turns of a bucket as hold it."""
+        """The bucket of a turn, and the first of its rows. A round has as many turns of a bucket as hold it."""
         if len(self._buckets) == 1:
             return 0, number * size
+        # the turns of all buckets, each spread evenly over the round; a turn is at the middle of its part
         counts = [-(-len(positions) // size) for positions in self._buckets]
         turns = [((turn + 0.5) / count, b, turn) for b, count in enumerate(counts) for turn in range(count)]
         _, bucket, turn = sorted(turns)[number % len(turns)]
         return bucket, turn * size
 
-    def _report(self, training: DiffusionTraining, positions: list[int]) -> None:
+    def _report(self, data: DataModule, step: int, positions: list[int]) -> None:
         """Count and name samples whose score or loss is not finite."""
         if not positions:
             return
         self.not_finite += len(positions)
-        keys = ", ".join(training.trainer.datamodule.samples.key(position) for position in positions[:_KEYS_NAMED])
+        keys = ", ".join(data.samples.key(position) for position in positions[:_KEYS_NAMED])
         more = f" and {len(positions) - _KEYS_NAMED} more" if positions[_KEYS_NAMED:] else ""
         log.warning(
             "step %d: score or loss of reference samples is not finite: %s%s; they are left out, %d so far",
-            training.global_step, keys, more, self.not_finite,
+            step, keys, more, self.not_finite,
         )  # fmt: skip
 
 
+def say_unscored(count: int) -> None:
+    """Says that a reference set of so many samples is not scored, for what is shown of scores lacks it then."""
+    if count:
+        log.info(
+            "the %d reference samples are not scored, since the rule does without; reference.batch_size=16 has "
+            "them in the curves and in `memtrain ledger suspects`, at some cost",
+            count,
+        )
+
+
 def by_bucket(data: DataModule) -> list[np.ndarray]:
-    """Positions of the reference set, those of one size together, the most usual size first."""
+    """The positions of the reference set, (N_b,) of each size of pictures b, the most usual size first."""
     positions = data.groups.reference
     if len(data.samples.sizes) == 1:
         return [positions]

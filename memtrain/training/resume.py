@@ -52,7 +52,7 @@ _BATCH = ("data.batch_size", "trainer.accumulate_grad_batches")  # with the numb
 
 @dataclass(frozen=True)
 class RunState:
-    """`run.json` in a run's folder."""
+    """What `run.json` in a run's folder says, beside its checkpoints."""
 
     wandb_id: str | None
     finished_at: int | None  # step
@@ -66,17 +66,18 @@ class RunState:
 
     @staticmethod
     def read(folder: Path) -> RunState:
-        """Nothing is known of a run that was stopped before its first step."""
+        """The state of the run in a folder; nothing is known of one that was stopped before its first step."""
         path = folder / _STATE
         return RunState(**json.loads(path.read_text())) if path.exists() else RunState(None, None)
 
 
 def checkpoint_name(step: int) -> str:
+    """The name of the file that holds a step's checkpoint."""
     return f"step-{step:08d}.ckpt"
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Step -> file, in order."""
+    """The checkpoints in a folder by their step, the oldest first."""
     found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*.ckpt")]
     return dict(sorted((int(match[1]), path) for match, path in found if match))
 
@@ -121,7 +122,7 @@ def whole_checkpoint(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Past:
-    """A run to go on with."""
+    """An earlier run that is to be gone on with: its folder, and what it left word of."""
 
     folder: Path
     state: RunState
@@ -130,7 +131,7 @@ class Past:
         return self.state.finished_at is not None and self.state.finished_at >= max_steps
 
     def checkpoint(self) -> Path | None:
-        """The newest that is whole; None where the run was stopped before its first."""
+        """The newest checkpoint that is whole; None where the run was stopped before its first."""
         there = list(checkpoints_in(self.folder / CHECKPOINTS).values())
         return whole_checkpoint(there[-1]) if there else None
 
@@ -203,7 +204,7 @@ def find_run(resume: str | None, named: Path) -> Past | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> what it was and what it is, where they differ and it matters."""
+    """The keys in which two configs differ and it matters, with what each was and what it is now."""
     before, now = _flat(before), _flat(now)
     keys = [key for key in dict.fromkeys([*before, *now]) if not _is_under(key, _FREE)]
     found = {key: (before.get(key, "(absent)"), now.get(key, "(absent)")) for key in keys}
@@ -223,7 +224,7 @@ def _is_under(key: str, parents: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def same_wandb_run(identity: str | None) -> Iterator[None]:
-    """W&B, started inside, goes on with the run of this id."""
+    """Have W&B, started while the context lasts, go on with the run of this id; None: begin a run of its own."""
     before = os.environ.get("WANDB_RUN_ID")
     if identity is not None:
         os.environ["WANDB_RUN_ID"] = identity

@@ -34,11 +34,12 @@ class Scoring:
 
     @property
     def remembers(self) -> bool:
+        """Whether some visits act on an earlier score."""
         return self.every > 1 or self.every_visits > 1 or self.timesteps is not None
 
 
 class ScoreMemory:
-    """Which visits are due to be scored, and what a sample scored last.
+    """Knows of every sample which of its visits are due to be scored, and what it scored last.
 
     Duplicates share what is remembered. 7 bytes a sample: score (float32), the timestep it was taken at (int16),
     visits to wait (uint8). The first visit that is scored differs from sample to sample, so that every batch holds
@@ -66,12 +67,15 @@ class ScoreMemory:
         return due & (timesteps >= low) & (timesteps < high)
 
     def recall(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """Last score, NaN where there is none, and its timestep. (B,) float32, (B,) int64, on their device"""
+        """The last score of these pictures, NaN where there is none, and its timestep.
+
+        (B,) int64 -> (B,) float32, (B,) int64, on the same device
+        """
         index = picture.cpu()
         return self.score[index].to(picture.device), self.score_timestep[index].long().to(picture.device)
 
     def fill(self, observed: Observations) -> Observations:
-        """The same rows; those that were not scored now have the sample's last score, where there is one."""
+        """Rows as they are; but those that were not scored now get their picture's last score, if there is one."""
         last, last_timesteps = self.recall(observed.picture)
         remembered = observed.captioned & ~observed.scored & ~last.isnan()
         return replace(
@@ -88,6 +92,7 @@ class ScoreMemory:
         visited = index[captioned].unique()
         self.wait[visited] -= (self.wait[visited] > 0).to(torch.uint8)
         sample, place = index[scored].unique(return_inverse=True)
+        # of a picture that came several times, the row that came last: (pictures,)
         last = torch.zeros(len(sample), dtype=torch.long).scatter_reduce_(0, place, torch.arange(len(place)), "amax")
         self.score[sample] = observed.score.cpu()[scored][last]
         self.score_timestep[sample] = observed.timesteps.cpu()[scored][last].to(torch.int16)

@@ -25,7 +25,9 @@ _LOST_RANK = re.compile(r"gloo|NCCL|Connection closed by peer|Connection reset b
 
 
 class Stops:
-    """Each rank reports beside the counts that all ranks sum at every step anyway, and reads the sum.
+    """Knows why a run may have to end early, and has all ranks decide it alike.
+
+    Each rank reports beside the counts that all ranks sum at every step anyway, and reads the sum.
 
     Args:
         max_bad_steps: so many optimizer steps that are not finite, one after the other, end the run.
@@ -42,7 +44,10 @@ class Stops:
         self.reason: BaseException | None = None  # raised by all ranks at the same moment
 
     def report(self, bad_losses: Tensor, bad_gradients: Tensor) -> Tensor:
-        """What this rank has seen at this step. (), () bool -> (3 + signals,) float32"""
+        """Tell what this rank has seen at this step, as numbers to be summed over ranks.
+
+        (), () bool -> (3 + signals,) float32
+        """
         told = [float(self.missing is not None), *(float(self.received == number) for number in EXIT_CODES)]
         told = torch.tensor(told, device=bad_losses.device)
         return torch.cat([torch.stack([bad_losses, bad_gradients]).float(), told])
@@ -59,7 +64,7 @@ class Stops:
             raise self.reason
 
     def agree(self, signals: Sequence[float]) -> None:
-        """Whether the run stops at this step: by a signal that any rank received.
+        """Have the run stop at this step where any rank received a signal.
 
         Args:
             signals: the sum over ranks of what each said of them.
@@ -69,7 +74,7 @@ class Stops:
             self.reason = SystemExit(EXIT_CODES[agreed[0]])
 
     def count_bad(self, step: int, keys: Sequence[str]) -> None:
-        """One more bad step: a loss or gradient was not finite on any rank, and the step is skipped on all.
+        """Count a bad step: a loss or gradient was not finite on some rank, and the step is skipped on all.
 
         Args:
             step: this one.
@@ -89,7 +94,7 @@ class Stops:
 
 @contextlib.contextmanager
 def ended_clearly(trainer: pl.Trainer, stops: Stops) -> Iterator[None]:
-    """Says in words what broke a run off from outside."""
+    """Turn the error of a run that was broken off from outside into words that say what did."""
     try:
         yield
     except RuntimeError as error:
@@ -104,12 +109,12 @@ def ended_clearly(trainer: pl.Trainer, stops: Stops) -> Iterator[None]:
 
 
 def are_finite(gradients: list[Tensor]) -> Tensor:
-    """Whether all values are. () bool, without a look at the data"""
+    """Whether every value of every gradient is finite. () bool on their device, without waiting for it"""
     return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
 
 
 def only_finite(observed: Observations) -> Observations:
-    """The same rows, where those that are not finite say nothing: they enter no curve, no rule and no ledger."""
+    """Rows as they are, but for those that are not finite: they say nothing, and enter no curve, rule or ledger."""
     finite = (observed.loss + observed.score).isfinite()
     return replace(
         observed,

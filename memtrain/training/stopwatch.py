@@ -22,6 +22,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
+        """Count the time of the block; work on a GPU counts as long as it takes there."""
         if self._runs:
             yield
             return
@@ -46,7 +47,7 @@ class Stopwatch:
         self._events.append((began, ended))
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """The seconds that were counted since the last call."""
         if self._events:
             self._events[-1][1].synchronize()
         seconds = self._seconds + sum(began.elapsed_time(ended) for began, ended in self._events) / 1e3

@@ -20,7 +20,7 @@ BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
 
 
 class FullySharded(ModelParallelStrategy):
-    """All ranks hold one set of shards between them; a checkpoint is one file, as without sharding."""
+    """Lightning's FSDP2 with one set of shards over all ranks, and checkpoints of one file, as without sharding."""
 
     def __init__(self, process_group_backend: str | None = None):
         super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
@@ -32,7 +32,7 @@ class FullySharded(ModelParallelStrategy):
 
 
 def trainer(strategy: str, **settings) -> pl.Trainer:
-    """The config's `strategy` is a name, fsdp; here is what it stands for."""
+    """Build the trainer of `trainer=fsdp`, whose config names the strategy and cannot hold it."""
     return pl.Trainer(strategy=FullySharded(), **settings)
 
 
@@ -44,7 +44,12 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def shard_trained(model: DiffusionModel, mesh: DeviceMesh) -> dict[str, nn.Module]:
-    """Shard the networks that are trained. Returns their bones, by name: copies without weights, see `filled`."""
+    """Shard the networks of a model that are trained, in place.
+
+    Returns:
+        A copy without weights of each as it was, by the name that the model has for it: bones that `filled` makes a
+        whole network of.
+    """
     trained = {id(network) for network in model.trained_modules()}
     bones = {}
     for name, network in model.named_children():
@@ -55,13 +60,13 @@ def shard_trained(model: DiffusionModel, mesh: DeviceMesh) -> dict[str, nn.Modul
 
 
 def without_weights(network: nn.Module) -> nn.Module:
-    """A copy whose parameters take no room; of a network that is not yet sharded."""
+    """A copy of a network that is not yet sharded, with parameters that take no room."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
     return copy.deepcopy(network, empty)
 
 
 def filled(empty: nn.Module, weights: Iterator[Tensor]) -> nn.Module:
-    """A network with the next weights of these, whole, on each rank. All ranks call this together."""
+    """A whole network on each rank, of bones and the next weights of these. All ranks call this together."""
     network = copy.deepcopy(empty)
     state = {name: whole(next(weights).detach()) for name, _ in network.named_parameters()}
     network.load_state_dict(state, strict=False, assign=True)  # buffers are those of the copy

@@ -5,11 +5,11 @@ import math
 import pytest
 import pytorch_lightning as pl
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.callbacks.ledger import Ledger
 from memtrain.core.exclusion import GROUP_NAMES, Decision, ExclusionRule, FixedThreshold
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.ledger import SCHEMA, read_about, read_ledger
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
 
@@ -27,11 +27,10 @@ class Watch(pl.Callback):
             return
         self.last = trainer.global_step
         key = trainer.datamodule.samples.key
-        for observed, kept, threshold in (
-            (pl_module.step_observed, pl_module.step_kept, pl_module.step_threshold),
-            (pl_module.reference_observed, pl_module.reference_kept, pl_module.reference_threshold),
-        ):
-            for row in range(0 if observed is None else len(kept)):
+        assert pl_module.last_step.step == self.last - 1
+        for rows in pl_module.last_step.groups:
+            observed, kept, threshold = rows.observed, rows.decision.keep_mask, rows.decision.threshold
+            for row in range(len(kept)):
                 if observed.known[row] if pl_module.exclusion.needs_score else observed.captioned[row]:
                     index, picture = int(observed.sample_index[row]), int(observed.picture[row])
                     self.rows.append(

@@ -15,7 +15,7 @@ from memtrain.callbacks.live_statistics import (
     score_at,
     tpr_of_counts,
 )
-from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, FixedThreshold, Observations
+from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, Decision, FixedThreshold, Observations
 from memtrain.core.statistics import auc, tpr_at_fpr
 from tests.conftest import build_data, build_module, fit
 from tests.support.callbacks import copies, table, validation
@@ -44,8 +44,8 @@ def observed(rows: int, seed: int = 0, **columns) -> Observations:
 
 def statistics_of(*parts) -> LiveStatistics:
     statistics = LiveStatistics(1000, 0.7)
-    for part in parts:
-        statistics.add(*part)
+    for rows, kept, threshold in parts:
+        statistics.add(rows, Decision(kept, threshold))
     return statistics
 
 

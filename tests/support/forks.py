@@ -24,9 +24,10 @@ cache = os.environ.get("MEMTRAIN_CACHE", "")
 import tests.conftest
 os.environ["MEMTRAIN_CACHE"] = cache
 import hydra, pytorch_lightning, diffusers, wandb
-import memtrain.callbacks.canaries, memtrain.callbacks.checkpoint, memtrain.callbacks.curves, memtrain.callbacks.ledger
-import memtrain.callbacks.logging, memtrain.callbacks.signals, memtrain.callbacks.summary, memtrain.callbacks.validation
-import memtrain.cli.main, memtrain.cli.train, memtrain.models.stable_diffusion, memtrain.training.module
+import memtrain.callbacks.canaries, memtrain.callbacks.curves, memtrain.callbacks.ledger, memtrain.callbacks.logging
+import memtrain.callbacks.summary, memtrain.callbacks.validation, memtrain.cli.main, memtrain.cli.train
+import memtrain.models.stable_diffusion
+import memtrain.training.checkpoint, memtrain.training.module, memtrain.training.signals
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 def run(job, rank):

@@ -14,8 +14,8 @@ class Record(pl.Callback):
         self.keys.append(batch.sample_index.tolist())
         self.window.append(batch)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.observed.append(pl_module.step_observed)
-            self.kept.append(pl_module.step_kept)
+            self.observed.append(pl_module.last_step.trained.observed)
+            self.kept.append(pl_module.last_step.trained.decision.keep_mask)
 
 
 class Killed(Exception):

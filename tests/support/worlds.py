@@ -16,12 +16,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.callbacks.export import Export
 from memtrain.callbacks.sample_grid import SampleGrid
 from memtrain.callbacks.validation import Validation
 from memtrain.core.exclusion import Decision, ExclusionRule, FixedThreshold, KeepAll
 from memtrain.training import ranks
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.strategy import FullySharded, own_part, whole
 from tests.conftest import build_data, build_module
 from tests.support.rules import KeepNothing, quick_evidence
@@ -54,7 +54,8 @@ class Steps(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.alone_with_nothing += not pl_module.step_kept.any() and not pl_module.accumulation.is_skipped
+            kept = pl_module.last_step.trained.decision.keep_mask
+            self.alone_with_nothing += not kept.any() and not pl_module.accumulation.is_skipped
 
 
 class Collectives(pl.Callback):

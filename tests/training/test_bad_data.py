@@ -5,10 +5,10 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.data.datamodule import from_shards
 from memtrain.data.duplicates import find_duplicates
 from memtrain.data.sources import local_shards
+from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_module, fit
 from tests.support.corpora import corpus_with_every_fault
 from tests.support.training import Record

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from memtrain.callbacks.checkpoint import AsideIO, checkpoint
+from memtrain.training.checkpoint import AsideIO, checkpoint
 from memtrain.training.checks import (
     CHECKPOINT_BYTES_PER_PARAMETER,
     EXPORT_BYTES_PER_PARAMETER,

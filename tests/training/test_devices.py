@@ -9,12 +9,13 @@ from torch import Tensor
 
 from memtrain.callbacks.curves import MemorizationCurves
 from memtrain.callbacks.memorized_table import MemorizedTable
-from memtrain.core.exclusion import REFERENCE, TRAINED, Observations
+from memtrain.core.exclusion import REFERENCE, TRAINED, Decision, Observations
 from memtrain.core.quantiles import RunningQuantiles
 from memtrain.core.statistics import BinnedMoments, auc, tpr_at_fpr
 from memtrain.core.trend import Trend
 from memtrain.training import ranks
 from memtrain.training.score_memory import ScoreMemory, Scoring
+from memtrain.training.step_record import DecidedRows, StepRecord
 from tests.support.no_float64 import DEVICE, NoFloat64
 from tests.support.observe import observe
 from tests.support.rules import quick_rules
@@ -82,10 +83,11 @@ def test_score_memory_curves_and_table_look_on():
     with NoFloat64():
         points = []
         for device in ("cpu", DEVICE):
+            kept, threshold = torch.ones(32, dtype=torch.bool).to(device), torch.ones(32).to(device)
+            trained = DecidedRows(some(TRAINED, device), Decision(kept, threshold))
             module = SimpleNamespace(
-                num_timesteps=1000, device=device, step_observed=some(TRAINED, device), reference_observed=None,
-                step_kept=torch.ones(32, dtype=torch.bool).to(device), step_threshold=torch.ones(32).to(device),
-                scoring_time=SimpleNamespace(take=lambda: 0.0), reference=SimpleNamespace(size=lambda _: 4),
+                num_timesteps=1000, device=device, last_step=StepRecord(0, trained, None),
+                predictor=SimpleNamespace(scoring_time=SimpleNamespace(take=lambda: 0.0)), reference_size=4,
                 accumulation=SimpleNamespace(samples_seen=32, updates_skipped=0),
             )  # fmt: skip
             curves, memory = MemorizationCurves(every=9, high_noise=0.5), ScoreMemory(32, Scoring(every_visits=2))
@@ -98,7 +100,7 @@ def test_score_memory_curves_and_table_look_on():
                 callback.after_step(trainer, module)
             curves._log(trainer, module)
             table._add(trainer, module)
-            memory.update(memory.fill(module.step_observed))
+            memory.update(memory.fill(trained.observed))
             points.append([curves.total, torch.from_numpy(table.visited.sums), memory.score])
     assert all(torch.equal(here, there) for here, there in zip(*points, strict=True))
     assert points[0][0].sum() > 0

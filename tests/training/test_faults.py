@@ -11,10 +11,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.callbacks.ledger import Ledger
 from memtrain.data.ledger import read_ledger
 from memtrain.demo.compose import write_corpus
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.checks import check_accelerator
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run, whole_checkpoint
 from tests.conftest import build_data, build_module, fit, weights

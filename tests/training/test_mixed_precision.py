@@ -4,7 +4,7 @@ import pytest
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from memtrain.callbacks.checkpoint import checkpoint
+from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit, weights
 from tests.support.rules import quick_evidence
 from tests.support.training import Poison

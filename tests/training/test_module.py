@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, FixedThreshold, KeepAll, NormalizedThreshold
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
 from tests.support.corpora import encode, sample, textured, write_tar
@@ -84,7 +84,9 @@ def test_the_null_forward_agrees_with_a_dropped_caption(pipeline_folder, corpus,
     latents, _, _ = module.encode_samples([0, 1, 2])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([10, 500, 990])
-    _, score = module.predict_and_score(latents, noise, timesteps, module.encode_captions(["", "fox", ""]))
+    _, score = module.predictor.predict_and_score(
+        latents, noise, timesteps, module.predictor.encode_captions(["", "fox", ""])
+    )
     torch.testing.assert_close(score[[0, 2]], torch.zeros(2), atol=1e-5, rtol=0)
     assert score[1] > 1e-3
 
@@ -97,7 +99,7 @@ def test_the_reference_set_is_never_trained_on_and_canaries_often(pipeline_folde
     assert all((observed.group != REFERENCE).all() for observed in record.observed)
     epoch = seen[: len(data.order) // 5 * 5]
     assert sum(epoch.count(canary) for canary in data.groups.canary) >= 3 * 4 - 4  # less at most the remainder
-    assert module.reference_observed is None  # step 19 of reference_every=2: not due
+    assert module.last_step.reference is None  # step 19 of reference_every=2: not due
 
 
 @pytest.mark.parametrize("denominator", ["kept", "all"])

@@ -31,9 +31,10 @@ class Seen(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.trained.append(pl_module.step_observed)
-        self.reference.append(pl_module.reference_observed)
-        self.kept.append(pl_module.reference_kept)
+        self.trained.append(pl_module.last_step.trained.observed)
+        reference = pl_module.last_step.reference
+        self.reference.append(reference and reference.observed)
+        self.kept.append(reference and reference.decision.keep_mask)
 
     @property
     def turns(self):
@@ -72,19 +73,17 @@ def test_a_trained_row_and_a_reference_row_of_the_same_draws_are_equal(
 ):
     """The same pictures at the same places with the same draws, once in either role: loss and score are equal."""
     method_seed = partial(place_seed, 7, Stream.METHOD)
-    monkeypatch.setattr("memtrain.training.module.place_seed", lambda seed, stream, *place: method_seed(*place))
+    monkeypatch.setattr("memtrain.training.predictor.place_seed", lambda seed, stream, *place: method_seed(*place))
     monkeypatch.setattr("memtrain.training.reference.place_seed", lambda seed, *rest: seed)
     module = still(pipeline_folder, noise_offset=0.1, reference_batch=4, method=method or Method())
-    draw = module.draw
-    monkeypatch.setattr(module, "draw", lambda stream, places, shape: draw(Stream.TRAIN, places, shape))
+    predictor, draw = module.predictor, module.predictor.draw
+    monkeypatch.setattr(predictor, "draw", lambda stream, *rows: draw(Stream.TRAIN, *rows))
     seen, data = Seen(), build_data(corpus, 4, **views)
     fit(module, data, tmp_path, 4, callbacks=[seen])
     for turn, observed in enumerate(seen.reference):
         rows = [(turn, place, int(index)) for place, index in enumerate(observed.sample_index)]
-        module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = turn
-        assert module.global_step == turn
         with torch.no_grad():
-            loss, trained = module.visit(data.collate(data.views)(rows), Stream.TRAIN)
+            loss, trained = predictor.visit(data.collate(data.views)(rows), turn, Stream.TRAIN)
         torch.testing.assert_close(observed.loss, loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(observed.score, trained.score, rtol=1e-4, atol=0)
         assert torch.equal(observed.timesteps, trained.timesteps) and observed.scored.all()
@@ -103,8 +102,8 @@ def test_a_reference_row_is_what_the_equations_say(pipeline_folder, corpus, tmp_
     noise = draws.noise + 0.1 * draws.offset_noise
     noisy = diffusion.add_noise(latents, noise, draws.timesteps, model.alphas_cumprod)
     with torch.no_grad():
-        cond = model.predict(noisy, draws.timesteps, module.encode_captions(batch.captions))
-        null = model.predict(noisy, draws.timesteps, module.encode_captions([""] * 3))
+        cond = model.predict(noisy, draws.timesteps, module.predictor.encode_captions(batch.captions))
+        null = model.predict(noisy, draws.timesteps, module.predictor.encode_captions([""] * 3))
     torch.testing.assert_close(observed.loss, (cond - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
     torch.testing.assert_close(observed.score, (cond - null).flatten(1).norm(dim=1), rtol=1e-3, atol=0)
     assert (observed.group == REFERENCE).all()
@@ -168,13 +167,11 @@ def test_what_is_scored_does_not_depend_on_ranks(pipeline_folder, corpus, tmp_pa
     """5 rows: two ranks used to score 6 of them."""
     module = still(pipeline_folder, reference_batch=5)
     trainer = fit(module, build_data(corpus), tmp_path, 1)
-    whole, valid = module.reference.observe(module)
+    whole, valid = module.reference.observe(trainer, module.predictor, 1, 5)
     assert len(valid) == 5 and valid.all()
     parts = []
     for rank in range(world):
-        module._trainer = Ranks(trainer, rank, world)
-        parts.append(module.reference.observe(module))
-    module._trainer = trainer
+        parts.append(module.reference.observe(Ranks(trainer, rank, world), module.predictor, 1, 5))
     assert len({len(valid) for _, valid in parts}) == 1  # as many on each, for the gather
     valid = torch.cat([valid for _, valid in parts])
     assert valid.tolist() == [True] * 5 + [False] * (len(valid) - 5)
@@ -300,14 +297,14 @@ def test_where_noise_is_all_a_row_says_nothing(zero_terminal, corpus, tmp_path, 
     options = dict(scoring=Scoring(every_visits=2)) if remembers else {}
     module = still(zero_terminal, rule, min_snr_gamma=5.0, reference_batch=4, **options)
     assert module.model.alphas_cumprod[-1] == 0
-    draw = module.draw
+    draw = module.predictor.draw
 
-    def drawn(stream, places, shape):
-        draws = draw(stream, places, shape)
+    def drawn(*rows):
+        draws = draw(*rows)
         draws.timesteps[::2] = 999
         return draws
 
-    monkeypatch.setattr(module, "draw", drawn)
+    monkeypatch.setattr(module.predictor, "draw", drawn)
     fit(module, build_data(corpus, sacrificed=1), tmp_path, 12, callbacks=[seen])
     learned = BinnedMoments(1, half_life=50)
     for observed in seen.turns:  # two of four rows, or fewer where the last timestep was drawn as well

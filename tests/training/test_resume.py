@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 
-from memtrain.callbacks.checkpoint import checkpoint
+from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit
 from tests.support.rules import quick_evidence
 
@@ -25,7 +25,7 @@ class Account(pl.Callback):
         self.file = Path(folder, f"seen-{os.getpid()}.jsonl")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        observed = pl_module.step_observed
+        observed = pl_module.last_step.trained.observed
         row = dict(step=trainer.global_step, place=batch.place.tolist(), index=batch.sample_index.tolist())
         row |= dict(loss=observed.loss.tolist(), score=observed.score.tolist())
         with self.file.open("a") as file:

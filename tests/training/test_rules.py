@@ -83,7 +83,7 @@ def test_a_rule_is_in_force_from_its_start_step_on(pipeline_folder, corpus, tmp_
 
     class Keep(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            kept.append(pl_module.step_kept)
+            kept.append(pl_module.last_step.trained.decision.keep_mask)
 
     fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 16, callbacks=[Keep()])
     assert torch.cat(kept[:6]).all() and not torch.cat(kept[6:]).all()

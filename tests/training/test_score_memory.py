@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from memtrain.callbacks.checkpoint import checkpoint
 from memtrain.core.exclusion import TRAINED, FixedThreshold, Observations
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from tests.conftest import build_data, build_module, fit, weights
 from tests.support.training import KillAt, Killed, Record

@@ -22,7 +22,7 @@ _ONE_SIGNAL = 1.0  # seconds; a scheduler may deliver one to the process and to 
 
 
 class Signals(pl.Callback):
-    """SIGTERM, SIGINT, SIGUSR1, SIGUSR2: the optimizer step is finished, a checkpoint written, the run ends.
+    """Ends a run at SIGTERM, SIGINT, SIGUSR1 or SIGUSR2: the optimizer step is finished, a checkpoint written.
 
     The exit code is that of `EXIT_CODES`. A signal that reaches one rank ends all at the same step. A second
     one exits at once, also out of a collective that never returns; so does the first before and after training,
@@ -73,12 +73,14 @@ class Signals(pl.Callback):
         self._restore()
 
     def _listen(self) -> None:
+        """Put our handlers in the place of those that are there, which are remembered."""
         for number in EXIT_CODES:
             before = signal.signal(number, self._receive)
             self.before.setdefault(number, before)
         self.listening = True
 
     def _restore(self) -> None:
+        """Put the earlier handlers back and end the thread that watches."""
         self._hand_back()
         if self.listening:
             signal.set_wakeup_fd(self.before_wakeup)
@@ -86,11 +88,12 @@ class Signals(pl.Callback):
             self.listening = False
 
     def _hand_back(self) -> None:
+        """Put the earlier handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, when Python has the word again."""
+        """Note the first signal, in the main thread, when Python has the word again; exit if no step is going on."""
         if os.getpid() != self.process:
             return  # a decoding process: the one that it works for decides
         number = signal.Signals(number)
@@ -103,7 +106,7 @@ class Signals(pl.Callback):
             )
 
     def _watch(self, arrived: socket.socket) -> None:
-        """In a thread of its own: exit at the second signal, whatever the main thread waits for."""
+        """Exit at the second signal, whatever the main thread waits for; runs in a thread of its own."""
         first, at = 0, 0.0
         while numbers := arrived.recv(1):
             number = numbers[0]
@@ -120,7 +123,7 @@ class Signals(pl.Callback):
 
 
 def _speaks(trainer: pl.Trainer, agreed: bool) -> bool:
-    """Whether this rank's exit code counts: where all end, that of the first; each of torchrun's agents wants one."""
+    """Whether this rank's exit code counts. Where all end, that of the first does; torchrun's agents want one each."""
     if trainer.world_size == 1 or trainer.is_global_zero:
         return True
     environment = trainer.strategy.cluster_environment

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """A checkpoint every `every` optimizer steps, at the end, and where the run is stopped; the last `keep` stay.
+    """Writes a checkpoint every `every` optimizer steps, at the end, and where the run is stopped; `keep` stay.
 
     It holds trained weights, optimizer, EMA, rule, remembered scores, position, random state and the W&B id.
     `last.ckpt` is a link to the newest. Where one of several ranks breaks off alone, nothing is written: what
@@ -78,7 +78,7 @@ class Checkpoints(Checkpoint):
             self._write_state(trainer, finished_at=trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning does not end a run that was stopped between its last step and its end: nothing is left to train."""
+        """End a run that was stopped between its last step and its end, which Lightning finds nothing to do in."""
         if self.run_ended:
             return
         pl_module.to(trainer.strategy.root_device)
@@ -88,10 +88,12 @@ class Checkpoints(Checkpoint):
             callback.on_train_end(trainer, pl_module)
 
     def _write_state(self, trainer: pl.Trainer, finished_at: int | None) -> None:
+        """Write `run.json`: what a later run must know of this one beside the checkpoint."""
         state = RunState(self.wandb_id, finished_at, trainer.datamodule.global_batch_size)
         state.write(trainer.default_root_dir)
 
     def _save(self, trainer: pl.Trainer) -> None:
+        """Write the checkpoint of this step; the first rank then links `last.ckpt` to it and deletes those too many."""
         path = self.folder / checkpoint_name(trainer.global_step)
         trainer.save_checkpoint(path)
         self.saved_at = trainer.global_step
@@ -123,12 +125,12 @@ class Checkpoints(Checkpoint):
 
 
 def checkpoint(every: int, folder: str, keep: int = 2) -> Checkpoints:
-    """`callbacks.checkpoint`."""
+    """Build the callback that the config calls `callbacks.checkpoint`."""
     return Checkpoints(every, folder, keep)
 
 
 class AsideIO(TorchCheckpointIO):
-    """Writes beside the file, in its folder, and renames: a file under its name is whole, and nothing is copied."""
+    """Writes a checkpoint beside its file, in the same folder, and renames it: a file under its name is whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
@@ -147,7 +149,7 @@ class AsideIO(TorchCheckpointIO):
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What torch's writer, closing its file, hides behind an error of its own."""
+    """The operating system's error that torch's writer hides behind one of its own; None: it hides none."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
@@ -160,7 +162,7 @@ def _is_between_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> boo
 
 
 def get_random_state() -> dict[str, Any]:
-    """Of this process, in types that load without pickle."""
+    """The state of this process's random generators, in types that load without pickle."""
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     return {
@@ -172,6 +174,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """Give this process's random generators the state that `get_random_state` found."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
