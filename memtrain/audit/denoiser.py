@@ -6,9 +6,8 @@ Shapes: B rows (a row is one generation), L tokens, D width of the text embeddin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -18,41 +17,11 @@ from torch import Tensor, nn
 
 from memtrain.core.diffusion import PREDICTION_TYPES, to_noise
 from memtrain.core.streams import Stream, place_seed
+from memtrain.models.base import Conditioning
 from memtrain.models.folders import AUDITED
 from memtrain.models.pipelines import hash_weights, load_pipeline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told about B prompts."""
-
-    hidden: Tensor  # (B, L, D) encoder_hidden_states
-    pooled: Tensor | None  # (B, P), SDXL only
-    time_ids: Tensor | None  # (B, 6), SDXL only: original size, crop, target size
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Conditioning(*(None if value is None else change(value) for value in values))
-
-    def __len__(self) -> int:
-        return len(self.hidden)
-
-    def index(self, rows: list[int] | Tensor) -> Conditioning:
-        return self._map(lambda value: value[rows])
-
-    def expand(self, count: int) -> Conditioning:
-        """One prompt, `count` rows."""
-        return self._map(lambda value: value.expand(count, *value.shape[1:]))
-
-    def to(self, *place) -> Conditioning:
-        return self._map(lambda value: value.to(*place))
-
-    @staticmethod
-    def cat(parts: list[Conditioning]) -> Conditioning:
-        columns = zip(*([getattr(part, field.name) for field in fields(part)] for part in parts), strict=True)
-        return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 class Denoiser:
@@ -240,7 +209,7 @@ class Denoiser:
         t: int | Tensor,
         noise_cond: Tensor,
         noise_null: Tensor,
-        guidance_scale: float,
+        guidance_scale: float | Tensor,
         num_inference_steps: int,
     ) -> Tensor:
         """x_t -> x_{t - T / num_inference_steps}: DDIM with eta = 0 (Song et al. 2021, eq. 12).
@@ -253,22 +222,6 @@ class Denoiser:
         alpha_before = self.alphas_cumprod[before] if before >= 0 else self.scheduler.final_alpha_cumprod.to(alpha)
         clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         return alpha_before.sqrt() * clean + (1 - alpha_before).sqrt() * noise
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[str] | Conditioning,
-        seeds: list[int],
-        num_inference_steps: int,
-        guidance_scale: float,
-    ) -> Tensor:
-        """Scaled latents (B, C, H, W) of one generation a prompt, each from a seed of its own."""
-        cond = prompts if isinstance(prompts, Conditioning) else self.encode(prompts)
-        null, latents = self.null(len(cond)), self.noise(seeds)
-        for t in self.timesteps(num_inference_steps).tolist():
-            pair = self.predict_pair(latents, t, cond, null)
-            latents = self.step(latents, t, *pair, guidance_scale, num_inference_steps)
-        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -284,6 +237,19 @@ class Denoiser:
             if overflows:
                 vae.to(dtype=dtype)
         return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No gradient for weights meanwhile: autograd then keeps far fewer activations."""
+        modules = [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+        trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+        for weight in trained:
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in trained:
+                weight.requires_grad_(True)
 
     def fingerprint(self) -> str:
         """A hash of the weights that scores depend on and of the noise schedule."""

@@ -20,6 +20,7 @@ from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.compare import encode_images
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.fid import Features, FrechetDistance
+from memtrain.audit.sampling import generate
 from memtrain.audit.similarity import Pictures, Similarity
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
 from memtrain.core.diffusion import add_noise, draw
@@ -222,9 +223,8 @@ class Evaluation:
         def work(rows: range):
             part = wanted[rows.start : rows.stop]
             captions = [chosen.captions[n] for n, _ in part]
-            latents = self.denoiser.generate(
-                captions, [seeds[n][g] for n, g in part], settings.num_inference_steps, settings.guidance_scale
-            )
+            cond, own = self.denoiser.encode(captions), [seeds[n][g] for n, g in part]
+            latents = generate(self.denoiser, cond, own, settings.num_inference_steps, settings.guidance_scale)
             pictures = Pictures(latents.float().cpu(), self.denoiser.decode(latents))
             values = similarity.compare(similarity.features(pictures), originals[[n for n, _ in part]])
             clip = [None] * len(part)

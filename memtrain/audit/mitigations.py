@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtrain.audit.denoiser import Conditioning, Denoiser
-from memtrain.audit.explain import frozen
+from memtrain.audit.denoiser import Denoiser
 from memtrain.core.scores import text_conditional_magnitude
+from memtrain.models.base import Conditioning
 from memtrain.models.words import draw_words, insert_words, num_words_within, window
 
 
@@ -86,7 +86,7 @@ class Embedding(Mitigation):
             return score, score
 
         optimizer = torch.optim.AdamW([free], lr=self.lr)
-        with frozen(denoiser):
+        with denoiser.frozen():
             iterations = _descend(free, evaluate, optimizer, self.iterations, target)
         return replace(start, cond=told(free), iterations=iterations)
 
@@ -123,7 +123,7 @@ class InitialNoise(Mitigation):
             return latents * (norm / latents.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1))
 
         optimizer = torch.optim.Adam([latents], lr=self.lr)
-        with frozen(denoiser):
+        with denoiser.frozen():
             iterations = _descend(latents, evaluate, optimizer, self.iterations, target, keep_norm)
         return replace(start, latents=latents, iterations=iterations)
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from memtrain.audit.attention import CrossAttention, cross_attention, end_positions
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.denoiser import Conditioning, Denoiser, generation_seeds
+from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.sampling import PathStep, SamplingPath
 from memtrain.core import scores as equations
+from memtrain.models.base import Conditioning
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,11 @@ class DetectionSettings:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One scored step of B rows."""
+class ScoredStep(PathStep):
+    """One scored step of B rows, and what was shown to the network."""
 
-    latents: Tensor  # (B, C, H, W) x_t
-    t: int
     cond: Conditioning
     null: Conditioning
-    noise_cond: Tensor  # (B, C, H, W)
-    noise_null: Tensor
     attention: CrossAttention | None  # where a score reads it
 
 
@@ -61,7 +59,7 @@ class StepScore:
     reads_attention = False  # at the scored steps
     to_the_end = False  # needs the last step of the schedule
 
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+    def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
         """(B,), of what one step shows."""
         raise NotImplementedError
 
@@ -76,7 +74,7 @@ class Magnitude(StepScore):
 
     name = "magnitude"
 
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+    def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
         return equations.text_conditional_magnitude(step.noise_cond, step.noise_null)
 
 
@@ -92,7 +90,7 @@ class Anisotropy(StepScore):
     name = "anisotropy"
     extra_evaluations = 2
 
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+    def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
         timesteps = denoiser.scheduler.timesteps.tolist()  # of the schedule that is being followed
         low = timesteps[-min(self.low_place, len(timesteps))]
         pair = denoiser.predict_pair(step.latents, low, step.cond, step.null)
@@ -107,7 +105,7 @@ class AttentionEntropy(StepScore):
     name = "attention_entropy"
     reads_attention = True
 
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+    def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
         return equations.cross_attention_entropy(step.attention.token_means())
 
 
@@ -130,7 +128,7 @@ class Sharpness(StepScore):
     name = "sharpness"
     extra_evaluations = 2
 
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
+    def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
         sigma = (1 - denoiser.alphas_cumprod[step.t]).sqrt()
         difference = (step.noise_null - step.noise_cond) / sigma  # of scores: s = -eps / sigma
         moved = step.latents + self.delta * difference
@@ -206,33 +204,33 @@ def follow(
     Returns:
         Each step score, (B, k), and the latents (B, C, H, W), finished ones where densities are asked for.
     """
-    settings = plan.settings
-    latents, null = denoiser.noise(seeds), denoiser.null(len(cond))
-    timesteps = denoiser.timesteps(settings.num_inference_steps).tolist()[: plan.steps_run]
+    settings, null = plan.settings, denoiser.null(len(cond))
     ending = [score for score in plan.step_scores if score.to_the_end]
     stepwise = [score for score in plan.step_scores if not score.to_the_end]
     read = any(score.reads_attention for score in stepwise)
+    attention: CrossAttention | None = None
+
+    def predict(index: int, t: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal attention
+        if (read and index < settings.num_scored_steps) or (ending and index == plan.steps_run - 1):
+            with cross_attention(denoiser.pipeline.unet, end_places) as attention:
+                return denoiser.predict_pair(latents, t, cond, null)
+        return denoiser.predict_pair(latents, t, cond, null)
+
     values: dict[str, list[Tensor]] = {score.name: [] for score in plan.step_scores}
     differences: list[Tensor] = []
-    for place, t in enumerate(timesteps):
-        scored, last = place < settings.num_scored_steps, place == len(timesteps) - 1
-        attention = None
-        if (scored and read) or (last and ending):
-            with cross_attention(denoiser.pipeline.unet, end_places) as attention:
-                pair = denoiser.predict_pair(latents, t, cond, null)
-        else:
-            pair = denoiser.predict_pair(latents, t, cond, null)
-        if scored:
-            step = Step(latents, t, cond, null, *pair, attention)
+    schedule = settings.guidance_scale, settings.num_inference_steps
+    path = SamplingPath(denoiser, denoiser.noise(seeds), cond, *schedule, plan.steps_run, predict)
+    for shown in path:
+        if shown.index < settings.num_scored_steps:
+            step = ScoredStep(**vars(shown), cond=cond, null=null, attention=attention)
             for score in stepwise:
                 values[score.name].append(score.at(denoiser, step))
             if ending:
-                differences.append(pair[0] - pair[1])
-        if not last or plan.densities:
-            latents = denoiser.step(latents, t, *pair, settings.guidance_scale, settings.num_inference_steps)
+                differences.append(shown.noise_cond - shown.noise_null)
     for score in ending:
-        values[score.name] = score.at_end(differences, attention.end_map(*latents.shape[-2:]))
-    return {name: torch.stack(columns, dim=1) for name, columns in values.items()}, latents
+        values[score.name] = score.at_end(differences, attention.end_map(*path.latents.shape[-2:]))
+    return {name: torch.stack(columns, dim=1) for name, columns in values.items()}, path.latents
 
 
 def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batches: ShrinkingBatches) -> Scored:

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told about B prompts."""
+
+    hidden: Tensor  # (B, L, D) encoder_hidden_states
+    pooled: Tensor | None  # (B, P), SDXL only
+    time_ids: Tensor | None  # (B, 6), SDXL only: original size, crop, target size
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        values = (getattr(self, field.name) for field in fields(self))
+        return Conditioning(*(None if value is None else change(value) for value in values))
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def index(self, rows: list[int] | Tensor) -> Conditioning:
+        return self._map(lambda value: value[rows])
+
+    def expand(self, count: int) -> Conditioning:
+        """One prompt, `count` rows."""
+        return self._map(lambda value: value.expand(count, *value.shape[1:]))
+
+    def to(self, *place) -> Conditioning:
+        return self._map(lambda value: value.to(*place))
+
+    @staticmethod
+    def cat(parts: list[Conditioning]) -> Conditioning:
+        columns = zip(*([getattr(part, field.name) for field in fields(part)] for part in parts), strict=True)
+        return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 class DiffusionModel(Protocol):

@@ -9,6 +9,7 @@ import torch
 from memtrain.audit.attention import cross_attention, end_positions
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.sampling import generate
 from tests.audit.conftest import PROMPTS
 
 
@@ -43,7 +44,7 @@ def test_predictions_and_path_are_the_stock_pipelines(denoiser, stock, guidance_
         torch.testing.assert_close(noise_null, stock_null, atol=1e-4, rtol=1e-4)
         latents = denoiser.step(latents, t, noise_cond, noise_null, guidance_scale, 4)
     torch.testing.assert_close(latents, end, atol=1e-4, rtol=1e-4)
-    assert torch.equal(latents, denoiser.generate(PROMPTS, seeds_of(PROMPTS), 4, guidance_scale))
+    assert torch.equal(latents, generate(denoiser, cond, seeds_of(PROMPTS), 4, guidance_scale))
 
 
 def test_sdxl_predictions_are_the_stock_pipelines(xl_pipeline):
@@ -55,7 +56,8 @@ def test_sdxl_predictions_are_the_stock_pipelines(xl_pipeline):
         pair = xl.predict_pair(latents, int(xl.timesteps(2)[0]), xl.encode(PROMPTS), xl.null(3))
     torch.testing.assert_close(pair[0], expected[0][1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(pair[1], expected[0][0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(xl.generate(PROMPTS, seeds_of(PROMPTS), 2, 5.0), end, atol=1e-4, rtol=1e-4)
+    drawn = generate(xl, xl.encode(PROMPTS), seeds_of(PROMPTS), 2, 5.0)
+    torch.testing.assert_close(drawn, end, atol=1e-4, rtol=1e-4)
     assert xl.decode(end).shape == (3, 32, 32, 3)
 
 

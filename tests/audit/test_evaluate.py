@@ -113,12 +113,13 @@ def test_generations_are_the_denoisers_and_their_distance_is_to_their_own_traini
 ):
     from memtrain.audit.batches import ShrinkingBatches
     from memtrain.audit.compare import encode_images
+    from memtrain.audit.sampling import generate
     from memtrain.audit.training_samples import read_pictures
 
     out, result, _ = evaluated
     denoiser = Denoiser.load(str(pipeline_folder), "cpu")
     for row in read_rows(out, [result]).to_pylist()[::3]:
-        latents = denoiser.generate([row["caption"]], [row["seed"]], 2, 3.0)
+        latents = generate(denoiser, denoiser.encode([row["caption"]]), [row["seed"]], 2, 3.0)
         original = read_pictures(samples, samples.find([row["key"]]).tolist(), (64, 64))
         difference = latents - encode_images(denoiser, original, ShrinkingBatches(1))
         assert row["latent_rmse"] == pytest.approx(difference.square().mean().sqrt().item(), rel=1e-4)
