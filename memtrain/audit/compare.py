@@ -167,12 +167,12 @@ class Comparison:
 @torch.no_grad()
 def encode_images(denoiser: Denoiser, images: np.ndarray, batches: ShrinkingBatches) -> Tensor:
     """(R, height, width, 3) uint8 -> (R, C, H, W) scaled mean latents, float32, on the CPU."""
-    vae = denoiser.pipeline.vae
+    model = denoiser.model
 
     def work(rows: range) -> Tensor:
-        pixels = torch.from_numpy(images[rows.start : rows.stop]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        mean = vae.encode(pixels.to(denoiser.device, vae.dtype)).latent_dist.mean
-        return (mean.float() * vae.config.scaling_factor).cpu()
+        pixels = torch.from_numpy(images[rows.start : rows.stop]).permute(0, 3, 1, 2)  # (B, 3, height, width)
+        mean, std = model.encode_posterior(pixels.to(denoiser.device))
+        return model.sample_latents(mean, std, torch.zeros_like(std)).cpu()
 
     return torch.cat(list(batches.over(len(images), work)))
 
@@ -191,12 +191,12 @@ def caption_margin(
 
     def work(rows: range) -> Tensor:
         clean, count = latents[rows.start : rows.stop].to(judge.device), len(rows)
-        cond, null = judge.encode([prompts[row] for row in rows]), judge.null(count)
+        cond, null = judge.encode([prompts[row] for row in rows]), judge.model.null(count)
         losses = torch.zeros(2, count, device=judge.device)
         for t in _MARGIN_TIMESTEPS:
             noise = judge.noise([place_seed(seeds[row], Stream.MARGIN, t, 0) for row in rows])
             steps = torch.full((count,), t, device=judge.device)
-            noisy = add_noise(clean, noise, steps, judge.alphas_cumprod)
+            noisy = add_noise(clean, noise, steps, judge.model.alphas_cumprod)
             for loss, predicted in zip(losses, judge.predict_pair(noisy, t, cond, null), strict=True):
                 loss += (predicted - noise).square().flatten(1).mean(dim=1)
         return (1 - losses[0] / losses[1]).cpu()

@@ -314,7 +314,7 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _truncated(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
-    tokenizer = denoiser.tokenizer
+    tokenizer = denoiser.model.tokenizer
     lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
     return np.array(lengths) > tokenizer.model_max_length
 

@@ -114,8 +114,8 @@ def _explain_one(
         )
     )
     norms, scores = (torch.cat(column) for column in zip(*parts, strict=True))  # (R, S, L), (R, S)
-    words = words_of(prompt, denoiser.tokenizer)
-    ids = denoiser.token_ids([prompt])[0].tolist()
+    words = words_of(prompt, denoiser.model.tokenizer)
+    ids = denoiser.model.tokenize([prompt])[0].tolist()
     places = sorted({place for word in words for place in word.tokens})
     return Explanation(
         prompt=prompt,
@@ -142,11 +142,11 @@ def _edits(
     count: int,
 ) -> list[Edit]:
     """The prompt without each of its top words, and with others in their place; lowest score first."""
-    prompt, table = explanation.prompt, denoiser.pipeline.text_encoder.get_input_embeddings().weight.detach()
+    prompt, table = explanation.prompt, denoiser.model.text_encoders[0].get_input_embeddings().weight.detach()
     tried: list[tuple[str, str, str | None]] = []
     for word in explanation.ranked()[:count]:
         tried.append((without(prompt, word), word.text, None))
-        alternatives = neighbours(word.text, denoiser.tokenizer, table, _ALTERNATIVES)
+        alternatives = neighbours(word.text, denoiser.model.tokenizer, table, _ALTERNATIVES)
         for other in alternatives if word.text[0].isalpha() else ():  # a mark has no other word
             tried.append((replaced(prompt, word, other), word.text, other))
     scores = mean_scores(denoiser, [text for text, _, _ in tried], [seeds] * len(tried), path, batches)
@@ -210,23 +210,23 @@ def check_words(
 
 def _said(denoiser: Denoiser, token: int) -> str:
     """A token's own spelling, also where it is but a piece of a character."""
-    text = denoiser.tokenizer.decode([token]).strip()
-    return text if text and "�" not in text else denoiser.tokenizer.convert_ids_to_tokens(token)
+    text = denoiser.model.tokenizer.decode([token]).strip()
+    return text if text and "�" not in text else denoiser.model.tokenizer.convert_ids_to_tokens(token)
 
 
 def token_gradients(
     denoiser: Denoiser, prompts: list[str], seeds: list[int], path: ScoredPath
 ) -> tuple[Tensor, Tensor]:
     """‖∂d/∂e_i‖₂ (R, S, L) and d (R, S), on the CPU; how the path itself depends on e is not followed."""
-    cond, null, norms, scores = denoiser.encode(prompts), denoiser.null(len(prompts)), [], []
+    cond, null, norms, scores = denoiser.encode(prompts), denoiser.model.null(len(prompts)), [], []
 
     def predict(index: int, t: int, latents: Tensor) -> tuple[Tensor, Tensor]:
         if index not in path.steps:
             with torch.no_grad():
                 return denoiser.predict_pair(latents, t, cond, null)
-        embeds = denoiser.token_embeds(prompts).float().requires_grad_()
+        embeds = denoiser.model.token_embeds(prompts).float().requires_grad_()
         with torch.enable_grad():
-            pair = denoiser.predict_pair(latents, t, denoiser.encode_embeds(embeds, prompts), null)
+            pair = denoiser.predict_pair(latents, t, denoiser.model.encode_embeds(embeds, prompts), null)
             score = text_conditional_magnitude(*pair)  # (R,)
             (gradient,) = torch.autograd.grad(score.sum(), embeds)  # (R, L, E); rows do not mix
         norms.append(gradient.norm(dim=2).cpu())

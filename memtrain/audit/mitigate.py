@@ -231,7 +231,7 @@ def decode(denoiser: Denoiser, latents: Tensor, batches: ShrinkingBatches) -> np
         list(
             batches.over(
                 len(latents),
-                lambda rows: denoiser.decode(latents[rows.start : rows.stop].to(denoiser.device)),
+                lambda rows: denoiser.model.decode(latents[rows.start : rows.stop].to(denoiser.device)),
             )
         )
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.denoiser import Denoiser
-from memtrain.models.base import Conditioning
+from memtrain.models.conditioning import Conditioning
 
 # (number of the step, timestep, x_t) -> noise predicted with the prompt and with the empty one, (B, C, H, W) each
 PredictPair = Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
@@ -53,7 +53,7 @@ class SamplingPath:
     ):
         self.denoiser, self.latents, self.guidance_scale = denoiser, latents, guidance_scale
         self.num_inference_steps, self.stop = num_inference_steps, stop
-        null = denoiser.null(len(cond))
+        null = denoiser.model.null(len(cond))
         self.predict = predict or (lambda index, t, latents: denoiser.predict_pair(latents, t, cond, null))
 
     def __iter__(self) -> Iterator[PathStep]:

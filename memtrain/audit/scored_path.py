@@ -12,7 +12,7 @@ from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.sampling import PredictPair, SamplingPath
 from memtrain.core.scores import text_conditional_magnitude
-from memtrain.models.base import Conditioning
+from memtrain.models.conditioning import Conditioning
 
 FIRST_STEPS = (0, 1, 2, 3, 4)  # one step alone ranks the words of the demo's canaries much less reliably
 

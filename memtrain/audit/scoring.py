@@ -18,7 +18,7 @@ from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.sampling import PathStep, SamplingPath
 from memtrain.core import scores as equations
-from memtrain.models.base import Conditioning
+from memtrain.models.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Sharpness(StepScore):
     extra_evaluations = 2
 
     def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
-        sigma = (1 - denoiser.alphas_cumprod[step.t]).sqrt()
+        sigma = (1 - denoiser.model.alphas_cumprod[step.t]).sqrt()
         difference = (step.noise_null - step.noise_cond) / sigma  # of scores: s = -eps / sigma
         moved = step.latents + self.delta * difference
         noise_cond, noise_null = denoiser.predict_pair(moved, step.t, step.cond, step.null)
@@ -204,7 +204,7 @@ def follow(
     Returns:
         Each step score, (B, k), and the latents (B, C, H, W), finished ones where densities are asked for.
     """
-    settings, null = plan.settings, denoiser.null(len(cond))
+    settings, null = plan.settings, denoiser.model.null(len(cond))
     ending = [score for score in plan.step_scores if score.to_the_end]
     stepwise = [score for score in plan.step_scores if not score.to_the_end]
     read = any(score.reads_attention for score in stepwise)
@@ -213,7 +213,7 @@ def follow(
     def predict(index: int, t: int, latents: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal attention
         if (read and index < settings.num_scored_steps) or (ending and index == plan.steps_run - 1):
-            with cross_attention(denoiser.pipeline.unet, end_places) as attention:
+            with cross_attention(denoiser.model.network, end_places) as attention:
                 return denoiser.predict_pair(latents, t, cond, null)
         return denoiser.predict_pair(latents, t, cond, null)
 
@@ -242,10 +242,10 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
         first = rows.start // n
         texts = list(prompts[first : (rows.stop - 1) // n + 1])
         places = torch.tensor([row // n - first for row in rows], device=denoiser.device)
-        ends = end_positions(denoiser.token_ids(texts), denoiser.tokenizer.eos_token_id).to(denoiser.device)
+        ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.tokenizer.eos_token_id).to(denoiser.device)
         cond = denoiser.encode(texts).index(places)
         found, latents = follow(denoiser, plan, cond, ends[places], seeds[rows.start : rows.stop])
-        images = denoiser.decode(latents) if plan.densities else None
+        images = denoiser.model.decode(latents) if plan.densities else None
         return {name: value.cpu().numpy() for name, value in found.items()}, images
 
     parts = list(batches.over(len(seeds), work))

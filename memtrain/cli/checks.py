@@ -15,7 +15,7 @@ from memtrain.models.folders import AUDITED, CLIP, TRAINED, check_folder, check_
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
-_STABLE_DIFFUSION = "memtrain.models.stable_diffusion.StableDiffusion"
+_STABLE_DIFFUSION = "memtrain.models.stable_diffusion.StableDiffusion.from_pretrained"
 
 
 def check_training(cfg: DictConfig) -> None:

@@ -106,7 +106,7 @@ def _originals(cfg: DictConfig, denoiser, keys: Sequence[str]):
     from memtrain.audit.training_samples import read_pictures
     from memtrain.data.samples import ShardSamples
 
-    size = tuple(side * denoiser.pipeline.vae_scale_factor for side in denoiser.latent_shape[1:])
+    size = denoiser.model.own_size
     samples = ShardSamples(OmegaConf.to_container(cfg.data, resolve=True)["shards"], min(size))
     return read_pictures(samples, samples.find(keys).tolist(), size)
 

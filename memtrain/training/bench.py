@@ -223,7 +223,9 @@ GROUPS = {"canaries": 0, "repeats": 1, "reference": 200}
 
 def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
     return DiffusionTraining(
-        StableDiffusion(str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False),
+        StableDiffusion.from_pretrained(
+            str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False
+        ),
         KeepAll(),
         AdamW(1e-5, (0.9, 0.999), 0.01, 1e-8, "constant", 0, eight_bit=False),
         Method(),
@@ -238,7 +240,7 @@ def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
 
 
 def _hidden_shape(module: DiffusionTraining) -> tuple[int, int]:
-    return tuple(module.model.null_caption().shape[1:])
+    return tuple(module.model.null(1).hidden.shape[1:])
 
 
 class NoiseLatents:

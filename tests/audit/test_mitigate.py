@@ -58,7 +58,7 @@ def test_only_bos_stays_where_it_is(denoiser):
     before, after = found.before.prompt_embeds, found.prompt_embeds
     torch.testing.assert_close(after[:, 0], before[:, 0], rtol=0, atol=0)
     assert (after[:, 1:] != before[:, 1:]).flatten(1).any(dim=1).all()
-    assert all(weight.grad is None for weight in denoiser.pipeline.unet.parameters())
+    assert all(weight.grad is None for weight in denoiser.model.unet.parameters())
 
 
 def test_a_finished_generation_is_not_moved_by_the_others(denoiser, plain):
@@ -77,16 +77,15 @@ def test_the_optimised_noise_keeps_its_norm(denoiser):
     assert not torch.equal(after, before)
 
 
-def test_embeddings_and_noise_draw_the_same_pictures_with_the_stock_pipeline(denoiser):
+def test_embeddings_and_noise_draw_the_same_pictures_with_the_stock_pipeline(denoiser, pipeline):
     found = mitigate(denoiser, PROMPT, 0.0, method=Embedding(iterations=2), **FEW)
-    pipeline = denoiser.pipeline
     kept = pipeline.scheduler
     pipeline.scheduler = DDIMScheduler.from_config(kept.config, clip_sample=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         latents = pipeline(
             prompt_embeds=found.prompt_embeds,
-            negative_prompt_embeds=denoiser.null(2).hidden,
+            negative_prompt_embeds=denoiser.model.null(2).hidden,
             latents=found.after.start,
             num_inference_steps=4,
             guidance_scale=7.5,
@@ -124,7 +123,7 @@ def test_late_guidance_is_unconditional_until_the_first_local_minimum(denoiser):
     for row, scores in enumerate(found.scores.tolist()):
         minima = [n for n in range(2, steps) if scores[n - 2] > scores[n - 1] < scores[n]]
         assert found.guided_from[row] == (minima[0] if minima else steps)
-    null, latents = denoiser.null(3), denoiser.noise(seeds)  # plainly written
+    null, latents = denoiser.model.null(3), denoiser.noise(seeds)  # plainly written
     cond = denoiser.encode([PROMPT] * 3)
     with torch.no_grad():
         for number, t in enumerate(denoiser.timesteps(steps).tolist()):
