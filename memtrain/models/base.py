@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
-from memtrain.core import diffusion
+from memtrain.core.diffusion import NoiseProcess
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.folders import TRAINED
 from memtrain.models.pipelines import hash_weights, load_pipeline
@@ -40,20 +40,16 @@ class DiffusionModel(nn.Module, ABC):
     text_encoder_names: ClassVar[tuple[str, ...]]
     tokenizer_names: ClassVar[tuple[str, ...]]
 
-    alphas_cumprod: Tensor  # (T,) float32, where the model computes
-    prediction_type: str  # one of core.diffusion.PREDICTION_TYPES
+    noise_process: NoiseProcess  # its schedule lies where the model computes
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__()
-        name, config = type(pipeline).__name__, pipeline.scheduler and pipeline.scheduler.config
+        name = type(pipeline).__name__
         for part in (self.network_name, *self.text_encoder_names, *self.tokenizer_names, "scheduler"):
             if getattr(pipeline, part) is None:
                 raise ValueError(f"this {name} has no {part}")
         for part in (*self.network_names, *self.tokenizer_names, "scheduler"):
             setattr(self, part, getattr(pipeline, part))
-        self.prediction_type = config.get("prediction_type", "epsilon")
-        if self.prediction_type not in diffusion.PREDICTION_TYPES:
-            raise ValueError(f"this {name} predicts {self.prediction_type}")
         self.scale_factor = pipeline.vae_scale_factor  # px of a latent's side
         self.text_encoder_is_trained = self.compiled = False
         self._null: Conditioning | None = None
@@ -121,7 +117,7 @@ class DiffusionModel(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where it computes; its networks are there, or are brought there by the pipeline's own hooks."""
-        return self.alphas_cumprod.device
+        return self.noise_process.device
 
     def fingerprint(self, *names: str) -> dict[str, str]:
         """A hash of the weights of these networks, by name; else of what latents and embeddings depend on."""
@@ -257,7 +253,7 @@ class DiffusionModel(nn.Module, ABC):
 
     def to_noise(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """The noise that a prediction stands for, (B, C, H, W): scores are taken between noises."""
-        return diffusion.to_noise(prediction, noisy_latents, timesteps, self.alphas_cumprod, self.prediction_type)
+        return self.noise_process.to_noise(prediction, noisy_latents, timesteps)
 
     @abstractmethod
     def _call(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:

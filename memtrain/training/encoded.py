@@ -22,7 +22,7 @@ def encode_samples(
     Returns:
         Mean latents (N, C, h, w) on the CPU, positions (N,) on the device, and N captions.
     """
-    device = model.alphas_cumprod.device
+    device = model.device
     latents, index, captions = [], [], []
     for first in range(0, len(positions), batch_size):
         batch = data.decode(positions[first : first + batch_size])
@@ -46,7 +46,7 @@ def encode_once(model: DiffusionModel, data: DataModule, positions: Sequence[int
 
     For samples that look the same at every visit.
     """
-    decode, device = data.collate(data.views), model.alphas_cumprod.device
+    decode, device = data.collate(data.views), model.device
     parts = []
     for first in range(0, len(positions), batch_size):
         part = decode([(0, 0, int(position)) for position in positions[first : first + batch_size]])

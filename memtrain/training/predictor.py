@@ -51,7 +51,7 @@ class Predictor:
 
     @property
     def num_timesteps(self) -> int:
-        return len(self.model.alphas_cumprod)
+        return self.model.noise_process.num_timesteps
 
     def visit(self, batch: Batch, step: int, stream: Stream, due: Due | None = None) -> tuple[Tensor, Observations]:
         """Losses (B,), with a graph, and what the rows show; one path for what is trained on and what is held out.
@@ -91,7 +91,8 @@ class Predictor:
 
     def draw(self, stream: Stream, step: int, places: Sequence[int], latent_shape: Sequence[int]) -> Draws:
         """What is random about the rows at these places of a step, on the model's device."""
-        return diffusion.draw(self.seed, stream, step, places, latent_shape, self.num_timesteps).to(self.device)
+        process = self.model.noise_process
+        return diffusion.draw(self.seed, stream, step, places, latent_shape, process).to(self.device)
 
     def _caption(self, batch: Batch, draws: Draws, step: int, stream: Stream) -> tuple[Conditioning, Tensor]:
         """What the network is told about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
@@ -128,10 +129,9 @@ class Predictor:
             due: (B,) bool, on the CPU; only these rows have a second forward pass, the others' score is 0.
         """
         model = self.model
-        noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
-        target = diffusion.prediction_target(latents, noise, timesteps, model.alphas_cumprod, model.prediction_type)
+        noisy = model.noise_process.add_noise(latents, noise, timesteps)
         prediction = model.predict(noisy, timesteps, told)
-        loss = losses.denoising_loss(prediction, target)
+        loss = losses.denoising_loss(prediction, model.noise_process.target(latents, noise, timesteps))
         with torch.no_grad(), self.scoring_time.running(noisy.device):
             if due is None:
                 return loss, self._score(noisy, timesteps, prediction)
