@@ -1,6 +1,6 @@
 """Several finished models against one another: copies, alignment, quality; results kept a model.
 
-See `memtrain.audit.evaluation` for what is measured.
+See `memtrain.audit.evaluate.one_model` for what is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.evaluation import (
+from memtrain.audit.evaluate.one_model import (
     Advance,
     Evaluation,
     Found,
