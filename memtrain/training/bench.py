@@ -23,7 +23,7 @@ from memtrain.core.exclusion import ExclusionRule, FixedThreshold, KeepAll
 from memtrain.data.datamodule import DataModule
 from memtrain.data.latents import CachedSample
 from memtrain.demo.stream import from_composites
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.pretrained import from_pretrained
 from memtrain.training.methods import Method
 from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
@@ -223,7 +223,7 @@ GROUPS = {"canaries": 0, "repeats": 1, "reference": 200}
 
 def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
     return DiffusionTraining(
-        StableDiffusion.from_pretrained(
+        from_pretrained(
             str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False
         ),
         KeepAll(),
