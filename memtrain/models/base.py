@@ -39,6 +39,8 @@ class DiffusionModel(nn.Module, ABC):
     text_encoder_names: ClassVar[tuple[str, ...]]
     tokenizer_names: ClassVar[tuple[str, ...]]
 
+    vae: Any  # of diffusers; None where a pipeline in hand has none: then there are no pictures
+    scheduler: Any  # of diffusers, the pipeline's own
     alphas_cumprod: Tensor  # (T,) float32, where the model computes
     prediction_type: str  # one of core.diffusion.PREDICTION_TYPES
 
@@ -61,15 +63,17 @@ class DiffusionModel(nn.Module, ABC):
 
     @property
     def network_names(self) -> tuple[str, ...]:
+        """All that has weights."""
         return (self.network_name, "vae", *self.text_encoder_names)
 
     @property
-    def network(self) -> nn.Module:
-        """The network that predicts."""
+    def network(self) -> Any:
+        """The network that predicts, a module of diffusers."""
         return getattr(self, self.network_name)
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[Any]:
+        """Those of transformers, in the order in which their embeddings stand side by side."""
         return [getattr(self, name) for name in self.text_encoder_names]
 
     @property

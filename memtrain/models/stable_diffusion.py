@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ from memtrain.models.families import FAMILIES
 class StableDiffusion(DiffusionModel):
     """Stable Diffusion 1.x and 2.x, v-prediction included. See `DiffusionModel`."""
 
-    pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     network_name = "unet"
-    text_encoder_names = ("text_encoder",)
-    tokenizer_names = ("tokenizer",)
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    unet: Any
+    text_encoder: Any
+    tokenizer: Any
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
@@ -110,7 +114,7 @@ class StableDiffusion(DiffusionModel):
         pipeline.register_modules(
             scheduler=self.scheduler,
             **{
-                name: nn.Module.to(
+                name: nn.Module.to(  # type: ignore[call-overload] # torch's annotations lack memory_format
                     copy.deepcopy(getattr(self, name)), "cpu", dtype, memory_format=torch.contiguous_format
                 )
                 for name in self.network_names
