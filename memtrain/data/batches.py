@@ -15,7 +15,7 @@ from memtrain.data.groups import Groups
 from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample, LatentCache
 from memtrain.data.remote import ShardMissing
-from memtrain.data.samples import STRAIGHT, View
+from memtrain.data.view import STRAIGHT, View
 
 
 class Samples(Protocol):

@@ -76,8 +76,8 @@ def difference(found: Mapping, wanted: Mapping, ignored: tuple[str, ...] = ()) -
 
 def shard_state(samples: ShardSamples, number: int) -> dict[str, int | str | None]:
     """What a file's header says of its shard, so that none is taken for that of another state of it."""
-    index = samples.indexes[number]
-    return {"shard_size": index.size, "shard_mtime_ns": index.mtime_ns, "chosen": samples.chosen_digest(number)}
+    index = samples.indexed.indexes[number]
+    return {"shard_size": index.size, "shard_mtime_ns": index.mtime_ns, "chosen": samples.rows.filtered.digest(number)}
 
 
 def is_of_state(header: Mapping, state: Mapping) -> bool:
@@ -146,7 +146,7 @@ class LatentCache:
 
     def get(self, index: int, flip: bool) -> CachedSample:
         """Raises BadSample where the picture could not be decoded."""
-        number, row = self.samples.locate(index)
+        number, row = self.samples.rows.locate(index)
         file = self._file(number)
         if not file.get_slice("valid")[row : row + 1][0]:
             raise BadSample("image cannot be decoded (said when it was cached)")

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from memtrain.core.exclusion import GROUP_NAMES
 from memtrain.core.files import written_aside
 from memtrain.core.streams import Stream, place_seeds
+from memtrain.data.escaping import as_text
 from memtrain.data.paths import check_ledger, ledger_parts
-from memtrain.data.samples import as_text
 
 log = logging.getLogger(__name__)
 

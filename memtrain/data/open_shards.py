@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
+from memtrain.data.columns import read_columns
 from memtrain.data.images import BadSample
-from memtrain.data.index import IndexFile
+from memtrain.data.index import IndexFile, key_of
 from memtrain.data.remote import ShardCache, ShardMissing
 from memtrain.data.sources import Shard
 
@@ -34,6 +36,10 @@ class OpenShard:
         self.size, self.is_indexed = status.st_size, index.is_of(status)
         self.records = index.records()
         self.rows = None if chosen is None else np.load(f"{chosen}.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        """How many rows it has."""
+        return len(self.records if self.rows is None else self.rows)
 
     def record(self, row: int) -> np.void:
         return self.records[row if self.rows is None else self.rows[row]]
@@ -58,26 +64,30 @@ class OpenShards:
     Args:
         shards, indexes: of the corpus, in its order.
         remote: fetches and keeps those that are not on disk.
+        chosen: STEM of each shard's rows in STEM.npy, which a filter chose; None: all its records.
     """
 
-    def __init__(self, shards: Sequence[Shard], indexes: Sequence[IndexFile], remote: ShardCache):
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        indexes: Sequence[IndexFile],
+        remote: ShardCache,
+        chosen: Sequence[str] | None = None,
+    ):
         self.shards, self.indexes, self.remote = shards, indexes, remote
-        self._chosen: Sequence[str] | None = None
+        self._chosen = chosen
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-
-    def choose(self, stems: Sequence[str]) -> None:
-        """From now on `record` counts the rows of these files alone, one a shard, named without .npy."""
-        self._chosen = stems
-        self._open.clear()
-
-    def chosen(self, number: int) -> np.ndarray | slice:
-        """Which of a shard's records are chosen, as an index into them."""
-        return slice(None) if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
 
     def path(self, number: int) -> Path:
         """Where a shard lies on disk; fetched first where it is remote."""
         shard = self.shards[number]
         return self.remote.fetch(shard.url) if shard.is_remote else Path(shard.url)
+
+    def columns(self, number: int, names: Sequence[str]) -> pa.Table:
+        """These columns of a shard's rows."""
+        shard = self[number]
+        keys = [key_of(shard.record(row)) for row in range(len(shard))]
+        return read_columns(self.path(number), keys, names, lambda row: shard.read_json(shard.record(row)))
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Fetch these shards in the background, where they are remote."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from memtrain.data.datamodule import DataModule
-from memtrain.data.samples import View
+from memtrain.data.view import View
 from memtrain.demo.compose import RESOLUTION, Composites
 
 _SHARD = 10_000  # samples

@@ -13,8 +13,8 @@ from torch import nn
 
 from memtrain.core.exclusion import ExclusionRule
 from memtrain.data.datamodule import DataModule
+from memtrain.data.escaping import as_text
 from memtrain.data.paths import CHECKPOINT, check_file
-from memtrain.data.samples import as_text
 from memtrain.training.resume import CHECKPOINTS, checkpoints_in, whole_checkpoint
 
 log = logging.getLogger(__name__)

@@ -53,9 +53,8 @@ def missing_shards(samples: ShardSamples, out: str, header: dict, flip: bool, ov
 
 def check_captions(samples: ShardSamples, numbers: Iterable[int]) -> None:
     """Raises ValueError where a shard's first sample has several captions: a cache holds one embedding a sample."""
-    starts = samples.ends - samples.counts
     for number in numbers:
-        if samples.counts[number] and len(samples.captions(int(starts[number]))) > 1:
+        if samples.counts[number] and len(samples.captions(int(samples.rows.starts[number]))) > 1:
             raise ValueError(
                 f"data.caption={samples.caption} is a list of captions in {samples.shards[number].name}, and a cache "
                 "holds one a sample; choose a column with one, or train without data.cache"
@@ -79,11 +78,10 @@ def write_latents(
     header = made_with(model, samples)
     model.to(device)
     numbers = list(numbers)
-    starts = samples.ends - samples.counts
     for number in track(numbers, "Encoding shards", disable=not progress):
         shard = samples.shards[number]
         path = cache_path(out, shard.url, shard.name)
-        positions = range(starts[number], samples.ends[number])
+        positions = range(samples.rows.starts[number], samples.rows.ends[number])
         loader = DataLoader(
             _Rows(positions),
             batch_size=batch_size,

@@ -45,7 +45,7 @@ def opened(corpus, cache, **options):
 def state(samples):
     pictures = find_pictures(samples, "near", 1)
     buckets = [samples.buckets(number).tolist() for number in range(SHARDS)]
-    return [samples.counts.tolist(), dict(samples.dropped), buckets, pictures.positions.tolist()]
+    return [samples.counts.tolist(), dict(samples.rows.filtered.dropped), buckets, pictures.positions.tolist()]
 
 
 def start(barrier, answers, corpus, cache):
@@ -207,7 +207,7 @@ def test_a_damaged_remote_index_is_never_left_to_the_next_start(corpus, tmp_path
 def test_an_index_that_lies_gives_a_bad_sample(corpus, tmp_path):
     """Where the files of the cache are whole, and wrong."""
     samples = ShardSamples(str(corpus), 64, cache_dir=tmp_path / "cache")
-    file = f"{samples.indexes[0].stem}.npy"
+    file = f"{samples.indexed.indexes[0].stem}.npy"
     records = np.load(file)
     for row, (offset, size) in enumerate([(-512, 10), (0, 2**62), (2**62, 10), (0, -5)]):
         records["image"][row] = (offset, size)
