@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def photo(seed: int, height: int, width: int) -> np.ndarray:
     return np.stack(levels, axis=-1).clip(0, 255).astype(np.uint8)
 
 
-def jpeg(pixels: np.ndarray, **options) -> bytes:
+def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
     """Pixels (h, w, 3) or (h, w), uint8 -> a JPEG of quality 95, img2dataset's. `options` are Pillow's."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", **({"quality": 95} | options))
@@ -146,8 +147,11 @@ def measure_start_up(shards: int, samples_per_shard: int, folder: Path) -> Start
         for suffix in ("", ".index.npy", ".index.json"):
             os.link(f"{first}{suffix}", folder / f"{number:05d}.tar{suffix}")
     before, start = _resident_bytes(), time.perf_counter()
-    groups = dict(canaries=24, repeats=100, reference=min(500, samples_per_shard))
-    data = from_shards(str(folder), 64, 8, 0, duplicates="none", seed=0, **groups)  # they are all duplicates here
+    reference = min(500, samples_per_shard)
+    data = from_shards(
+        str(folder), 64, 8, 0, duplicates="none",  # they are all duplicates here
+        seed=0, canaries=24, repeats=100, reference=reference,
+    )  # fmt: skip
     corpus = time.perf_counter() - start
     sampler = GlobalBatchSampler(data.order, 8, 1, 0, 1, num_steps=1)
     BatchDecoder(data.samples, data.groups, data.views)(next(iter(sampler)))

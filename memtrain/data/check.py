@@ -121,7 +121,7 @@ class CorpusReport:
             "shards": len(self.shards),
             "samples": sum(shard.samples for shard in self.shards),
             "complete": sum(shard.complete for shard in self.shards),
-            "faults": {kind: sum(shard["faults"][kind] for shard in shards) for kind in KINDS},
+            "faults": {kind: sum(shard.counts[kind] for shard in self.shards) for kind in KINDS},
         }
         return {
             "loses": self.loses,
@@ -257,9 +257,9 @@ def _note_repeats(reports: Sequence[ShardReport], tables: Sequence[pa.Table]) ->
     samples, rows = pa.concat_tables(tables), np.arange(len(shard))
     in_corpus = first_equal(codes(samples["sha256"]))
     in_shard = start[shard] + np.concatenate([first_equal(codes(table["sha256"])) for table in tables])
-    for row in np.flatnonzero(in_shard != rows):
+    for row in np.flatnonzero(in_shard != rows).tolist():
         reports[shard[row]].note("duplicate_within", key(row), f"same image as {key(in_shard[row])}")
-    for row in np.flatnonzero((in_shard == rows) & (shard[in_corpus] != shard)):
+    for row in np.flatnonzero((in_shard == rows) & (shard[in_corpus] != shard)).tolist():
         other = in_corpus[row]
         cause = f"same image as {reports[shard[other]].name}/{key(other)}"
         reports[shard[row]].note("duplicate_across", key(row), cause)

@@ -28,18 +28,26 @@ def kept_filters(
         samples: of each shard.
         choose: rows of a shard that are left, and how many each condition drops.
     """
-    found = [_read_filter(stem, count) for stem, count in zip(stems, samples, strict=True)]
-    if None in found:
+    found: dict[int, Filtered] = {}
+
+    def look(number: int) -> bool:
+        filtered = _read_filter(stems[number], samples[number])
+        if filtered is not None:
+            found[number] = filtered
+        return filtered is not None
+
+    missing = [number for number in range(len(stems)) if not look(number)]
+    if missing:
         with one_at_a_time(Path(stems[0]).parent, stems):
-            for number in track(range(len(stems)), "Filtering shards", disable=len(stems) < 20):
-                found[number] = _read_filter(stems[number], samples[number])  # another rank may have been first
-                if found[number] is None:
-                    rows, dropped = choose(number)
-                    write_array(f"{stems[number]}.npy", rows.astype(np.int32))
-                    with written_aside(Path(f"{stems[number]}.json"), shared=True) as aside:
-                        aside.write_text(json.dumps(dropped), encoding="utf-8")
-                    found[number] = len(rows), dropped
-    return found
+            for number in track(missing, "Filtering shards", disable=len(missing) < 20):
+                if look(number):  # another rank was first
+                    continue
+                rows, dropped = choose(number)
+                write_array(f"{stems[number]}.npy", rows.astype(np.int32))
+                with written_aside(Path(f"{stems[number]}.json"), shared=True) as aside:
+                    aside.write_text(json.dumps(dropped), encoding="utf-8")
+                found[number] = len(rows), dropped
+    return [found[number] for number in range(len(stems))]
 
 
 def _read_filter(stem: str, samples: int) -> Filtered | None:

@@ -157,7 +157,8 @@ def near_pairs(words: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, n
         words: (N, 16) uint16, no two rows alike.
     """
     masks = np.flatnonzero(distance // CHUNKS >= _BITS).astype(np.uint16)  # 1, 17 or 137 of them
-    gathered, count = [(np.empty(0, np.int64),) * 2], 0
+    none = np.empty(0, np.int64)
+    gathered, count = [(none, none)], 0
     for chunk in range(CHUNKS):
         order = np.argsort(words[:, chunk], kind="stable")
         ranked = words[order]  # here: rows by the value of this chunk, so that equal ones are neighbours
@@ -171,12 +172,17 @@ def near_pairs(words: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, n
                 left, right = left[close], right[close]
                 close = _distance(ranked[left], ranked[right]) <= distance
                 gathered.append((order[left[close]], order[right[close]]))
-                count += np.count_nonzero(close)
+                count += int(np.count_nonzero(close))
                 if count >= _BLOCK:
-                    yield tuple(map(np.concatenate, zip(*gathered, strict=True)))
+                    yield _joined(gathered)
                     gathered, count = [], 0
     if gathered:
-        yield tuple(map(np.concatenate, zip(*gathered, strict=True)))
+        yield _joined(gathered)
+
+
+def _joined(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    left, right = zip(*pairs, strict=True)
+    return np.concatenate(left), np.concatenate(right)
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:

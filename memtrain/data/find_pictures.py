@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.progress import track
@@ -23,6 +24,8 @@ from memtrain.data.indexed import IndexedShards
 from memtrain.data.kept import one_at_a_time, read_array, write_array
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.samples import ShardSamples
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +109,11 @@ def _hash_files(indexed: IndexedShards, workers: int) -> list[tuple[str, str | N
     missing = lacking()
     if any(not shards[number].is_remote for number in missing):
         with one_at_a_time(folder, named):
-            missing = sorted(number for number in lacking() if not shards[number].is_remote)
-            rows = sum(indexes[number].samples for number in missing)
+            unhashed = sorted(number for number in lacking() if not shards[number].is_remote)
+            rows = sum(indexes[number].samples for number in unhashed)
             if rows >= 10_000:
                 log.info("hashing %d images once, to know duplicates (data.duplicates=none leaves that out)", rows)
-            _over_shards([(indexes[n], Path(shards[n].url), files[n]) for n in missing], workers)
+            _over_shards([(indexes[n], Path(shards[n].url), files[n]) for n in unhashed], workers)
         missing = lacking()
     remote = [shards[number].name for number in sorted(missing) if shards[number].is_remote]
     if remote:
@@ -123,7 +126,7 @@ def _hash_files(indexed: IndexedShards, workers: int) -> list[tuple[str, str | N
 
 
 def _over_shards(missing: Sequence[tuple[IndexFile, Path, str]], workers: int) -> None:
-    def bar(items):
+    def bar(items: Iterable[T]) -> Iterable[T]:
         return track(items, "Hashing images", total=len(missing), disable=len(missing) < 20)
 
     if workers > 1 and len(missing) >= 4 * workers:
@@ -156,7 +159,9 @@ def _group(indexes: Sequence[IndexFile], files: Sequence[str | None], near: bool
     start = 0
     for index, file in zip(indexes, files, strict=True):
         if file is not None:
-            parts.append(read_hashes(file, index.samples))
+            found = read_hashes(file, index.samples)
+            assert found is not None, f"{file} was whole a moment ago"
+            parts.append(found)
             numbers.append(np.arange(start, start + index.samples))
         start += index.samples
     hashes, records = np.concatenate(parts), np.concatenate(numbers)

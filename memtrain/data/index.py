@@ -174,9 +174,11 @@ def _holds_records(path: str, count: int) -> bool:
 def _lies_within(index: IndexFile) -> bool:
     """Whether all that the records name lies in a tar of the size that the index tells."""
     records = read_array(f"{index.stem}.npy")
+    if records is None:
+        return False
     for name in _EXTENTS:
         offset, size = records[name]["offset"], records[name]["size"]
-        there = np.ones(len(records), bool) if name != "metadata" else size != _NONE.size
+        there = np.ones(len(records), np.bool_) if name != "metadata" else size != _NONE.size
         if not ((offset >= 0) & (size >= 0) & (offset <= index.size) & (size <= index.size - offset))[there].all():
             return False
     return True

@@ -105,7 +105,7 @@ class LatentCache:
             raise ValueError("data.cache=beside needs shards on disk; name a folder")
         self.samples, self.flip = samples, flip
         self.paths = [str(cache_path(cache, shard.url, shard.name)) for shard in samples.shards]
-        self.made_with: dict | None = None
+        self.made_with: dict = {}  # see `check`
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._open: OrderedDict[int, safe_open] = OrderedDict()
 

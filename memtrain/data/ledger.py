@@ -108,8 +108,9 @@ class LedgerWriter:
 
     def close_part(self) -> None:
         """Put what was added since the last part on disk."""
-        rows = Rows.concatenate(self.buffer) if self.buffer else ()
-        self.buffer = []
+        if not self.buffer:
+            return
+        rows, self.buffer = Rows.concatenate(self.buffer), []
         if len(rows):
             self.number += 1
             _write(self._table(rows), self.folder / f"rank{self.rank}-{self.number:06d}.parquet")
@@ -217,7 +218,7 @@ def batches(
 class KeyNumbers:
     """Numbers samples as their keys come, piece by piece: 4 bytes a row instead of a key."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.keys = pa.array([], pa.string())  # of each number
 
     def of(self, keys: pa.Array) -> np.ndarray:

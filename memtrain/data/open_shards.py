@@ -106,13 +106,14 @@ class OpenShards:
 
     def _try_to_open(self, number: int) -> OpenShard:
         chosen = None if self._chosen is None else self._chosen[number]
+        name, reason = self.shards[number].name, ""
         for attempt in range(_TRIES):
             try:
                 return OpenShard(self.path(number), self.indexes[number], chosen)
             except ShardMissing:
                 raise  # it has had its tries
             except OSError as error:
-                name, reason = self.shards[number].name, error.strerror or error
+                reason = error.strerror or str(error)
                 log.warning("%s cannot be opened (%s), try %d of %d", name, reason, attempt + 1, _TRIES)
                 time.sleep(_BACKOFF_S * 2**attempt if attempt + 1 < _TRIES else 0)
         raise ShardMissing(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memtrain.core.streams import Stream
-from memtrain.data.groups import Groups
+from memtrain.data.groups import Counts, Groups
 from memtrain.data.groups import stream_generator as _generator
 
 
@@ -50,7 +50,7 @@ class EpochOrder:
 
     def __init__(
         self,
-        counts: Sequence[int],
+        counts: Counts,
         groups: Groups,
         repeats: int,
         seed: int,
@@ -63,9 +63,9 @@ class EpochOrder:
         self.apart = groups.apart()
         bounds = np.searchsorted(self.apart, np.append(self.starts, self.counts.sum()))
         self.trained = self.counts - np.diff(bounds)  # per shard, without canaries and reference set
-        weights = np.ones(len(self.counts)) if weights is None else np.asarray(weights, dtype=np.float64)
-        whole = np.floor(weights).astype(np.int64)
-        fraction = np.rint((weights - whole) * self.trained).astype(np.int64)
+        times = np.ones(len(self.counts)) if weights is None else np.asarray(weights, dtype=np.float64)
+        whole = np.floor(times).astype(np.int64)
+        fraction = np.rint((times - whole) * self.trained).astype(np.int64)
         shards = np.arange(len(self.counts))
         # here: each visit of a shard in an epoch, and how many of its rows it takes
         self.visits = np.concatenate([shards.repeat(whole), shards[fraction > 0]])
@@ -141,7 +141,16 @@ class BucketedOrder(EpochOrder):
         rest: what `EpochOrder` takes; weights must be whole numbers.
     """
 
-    def __init__(self, counts, groups, repeats, seed, weights, mix_shards, buckets: Callable[[int], np.ndarray]):
+    def __init__(
+        self,
+        counts: Counts,
+        groups: Groups,
+        repeats: int,
+        seed: int,
+        weights: Sequence[float],
+        mix_shards: int,
+        buckets: Callable[[int], np.ndarray],
+    ):
         super().__init__(counts, groups, repeats, seed, weights, mix_shards)
         if any(weight % 1 for weight in weights):
             raise ValueError(

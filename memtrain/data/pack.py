@@ -172,7 +172,9 @@ def _read(row: Row) -> bytes:
         raise BadSample(f"file cannot be read ({type(error).__name__})") from error
 
 
-def _encode_image(data: bytes, extension: str, resolution: int | None):
+def _encode_image(
+    data: bytes, extension: str, resolution: int | None
+) -> tuple[str, bytes, tuple[int, int], tuple[int, int]]:
     """Extension, bytes, (height, width) now and before. Raises BadSample where the picture is not whole."""
     original = picture_shape(data)  # a square of 1 px where it cannot be decoded
     if resolution is None:

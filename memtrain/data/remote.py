@@ -105,7 +105,7 @@ class ShardCache:
 
     def prefetch(self, urls: Sequence[str]) -> None:
         """Have a thread fetch these, one after the other, each tried once; a failure is left to `fetch`."""
-        if self._queue_pid != os.getpid():  # a forked worker has the queue but not the thread
+        if self._queue is None or self._queue_pid != os.getpid():  # a forked worker has the queue but not the thread
             self._queue, self._queue_pid = SimpleQueue(), os.getpid()
             threading.Thread(target=self._fetch_ahead, args=(self._queue,), daemon=True).start()
         for url in urls:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,8 +82,8 @@ def _condition(node: ast.expr) -> pc.Expression:
         case ast.Compare(left=left, ops=ops, comparators=right) if all(type(op) in _COMPARISONS for op in ops):
             sides = [left, *right]  # 0.3 < similarity < 0.5 compares neighbours
             joined = None
-            for op, one, other in zip(ops, sides[:-1], sides[1:], strict=True):
-                part = _COMPARISONS[type(op)](_side(one), _side(other))
+            for compared, one, other in zip(ops, sides[:-1], sides[1:], strict=True):
+                part = _COMPARISONS[type(compared)](_side(one), _side(other))
                 joined = part if joined is None else joined & part
             return joined
         case ast.Name():
@@ -96,7 +97,7 @@ def _name(node: ast.expr) -> str:
     return node.id
 
 
-def _constant(node: ast.expr):
+def _constant(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:

@@ -58,7 +58,7 @@ class Rows:
         starts = self.records.cumsum() - self.records
         bounds = np.searchsorted(records, np.append(starts, self.records.sum()))
         found = np.full(len(records), -1, dtype=np.int64)
-        for number in np.flatnonzero(np.diff(bounds)):
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
             mine = slice(bounds[number], bounds[number + 1])
             place = np.full(self.records[number], -1, dtype=np.int64)
             place[self.samples_of(number)] = np.arange(self.starts[number], self.ends[number])

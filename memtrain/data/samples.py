@@ -73,7 +73,7 @@ class ShardSamples:
         self.indexed = IndexedShards(shards, cache_dir, cache_bytes, workers)
         self.shards = self.indexed.shards
         filtered = filter_rows(clauses, self.indexed)
-        excluded = excluded_rows(listed, exclude_keys, self.indexed, filtered) if listed else {}
+        excluded = excluded_rows(listed, exclude_keys, self.indexed, filtered) if exclude_keys and listed else {}
         self.rows = Rows([index.samples for index in self.indexed.indexes], filtered, excluded)
         self.counts = self.rows.counts
         if len(self) == 0:

@@ -248,7 +248,7 @@ def index_shard(path: Path) -> ShardIndex:
 
 def _group(members: Iterable[_Member]) -> Iterator[tuple[str, dict[str, _Member]]]:
     """Join neighbours of one key into one sample; an extension that comes again starts a new sample."""
-    current: str | None = None
+    current = ""
     group: dict[str, _Member] = {}
     for member in members:
         if member.key != current or member.extension in group:

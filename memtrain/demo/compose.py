@@ -137,6 +137,9 @@ class Composites:
     def __len__(self) -> int:
         return 2**40
 
+    def __iter__(self) -> Iterator[Composite]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Composite:
         if not 0 <= index < len(self):
             raise IndexError(f"composite {index} of {len(self)}")
@@ -183,7 +186,8 @@ def samples_of(recipe: dict) -> Iterator[tuple[Composite, bytes]]:
     All others come once.
     """
     composites = distinct(Composites(recipe["seed"]))
-    repeated, once = [], []
+    repeated: list[Composite] = []
+    once: list[Composite] = []
     while len(repeated) < recipe["repeated"]:
         composite = next(composites)
         has_features = perceptual_hash(jpeg(composite.image))[1] >= MIN_QUALITY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def from_composites(
     num_workers: int,
     seed: int,
     sacrificed_keys: Sequence[str] = (),
-    **groups: int,
+    **groups: Any,
 ) -> DataModule:
     """`data=composites`. `groups`: canaries, repeats, sacrificed and reference of `DataModule`."""
     if sacrificed_keys:

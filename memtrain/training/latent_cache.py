@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.progress import track
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from memtrain.core.files import written_aside
 from memtrain.data.batches import Batch, BatchDecoder
@@ -77,7 +77,7 @@ def write_latents(
     """Encode the shards of these numbers into a file each, written aside and renamed: what is there is whole."""
     header = made_with(model, samples)
     model.to(device)
-    numbers = list(numbers)
+    numbers, none = list(numbers), np.zeros(0, np.int64)
     for number in track(numbers, "Encoding shards", disable=not progress):
         shard = samples.shards[number]
         path = cache_path(out, shard.url, shard.name)
@@ -85,7 +85,7 @@ def write_latents(
         loader = DataLoader(
             _Rows(positions),
             batch_size=batch_size,
-            collate_fn=BatchDecoder(samples, Groups(len(samples), *[np.zeros(0, np.int64)] * 3), views=None),
+            collate_fn=BatchDecoder(samples, Groups(len(samples), none, none, none), views=None),
             num_workers=num_workers,
         )
         tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)
@@ -127,7 +127,7 @@ def _encode(
     return tensors
 
 
-class _Rows:
+class _Rows(Dataset[tuple[int, int, int]]):
     """A dataset of the rows that `BatchDecoder` takes: (step, place, position), one for each position."""
 
     def __init__(self, positions: range):

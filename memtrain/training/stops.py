@@ -49,8 +49,8 @@ class Stops:
         (), () bool -> (3 + signals,) float32
         """
         told = [float(self.missing is not None), *(float(self.received == number) for number in EXIT_CODES)]
-        told = torch.tensor(told, device=bad_losses.device)
-        return torch.cat([torch.stack([bad_losses, bad_gradients]).float(), told])
+        bad = torch.stack([bad_losses, bad_gradients]).float()
+        return torch.cat([bad, torch.tensor(told, device=bad.device)])
 
     def break_off(self, trainer: pl.Trainer, missing: float) -> None:
         """Raises ShardMissing on all ranks where a shard is gone for any: a step with half its rows is none.
