@@ -19,7 +19,7 @@ from memtrain.data.view import STRAIGHT, View
 
 
 class Samples(Protocol):
-    """Anything with positions 0..N-1 that can be decoded."""
+    """Samples at positions 0..N-1 that can be decoded, such as `ShardSamples`."""
 
     sizes: list[tuple[int, int]]  # (height, width) of the pictures, px; the usual one first
 
@@ -37,13 +37,13 @@ class Samples(Protocol):
 
 
 class Latents(Protocol):
-    """Anything with positions 0..N-1 whose latents and embeddings are known, such as a `LatentCache`."""
+    """Latents and embeddings of samples at positions 0..N-1, such as a `LatentCache`."""
 
     @property
     def samples(self) -> Samples: ...
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of a sample's posterior and of its embedding."""
+        """Shapes of a sample's posterior and of its embedding."""
 
     def get(self, index: int, flip: bool) -> CachedSample: ...
 
@@ -63,6 +63,7 @@ class Views:
             raise ValueError(f"data.flip is a share in [0, 1], got {self.flip:g}")
 
     def view(self, step: int, place: int) -> View:
+        """The view at a place of the global batch of a step."""
         top, left, flip, caption = np.random.default_rng(place_seed(self.seed, Stream.VIEW, step, place)).random(4)
         crop = (top, left) if self.crop == "random" else STRAIGHT.crop
         return View(crop, bool(flip < self.flip), caption)
@@ -136,7 +137,7 @@ class BatchDecoder:
             except ShardMissing as error:  # handed on: the ranks have to end at the same step
                 missing = str(error)
                 break
-        _, place, index = np.array(rows, dtype=np.int64).T
+        _, place, index = np.array(rows, dtype=np.int64).T  # (B, 3) -> three of (B,)
         return Batch(
             images=torch.from_numpy(images),
             captions=captions,
@@ -166,7 +167,7 @@ class CachedBatches:
                 missing = str(error)
                 break
         posterior, hidden = self.cache.shapes()
-        _, place, index = np.array(rows, dtype=np.int64).T
+        _, place, index = np.array(rows, dtype=np.int64).T  # (B, 3) -> three of (B,)
         return Batch(
             images=torch.zeros(len(rows), 0, dtype=torch.uint8),
             captions=["" if sample is None else sample.caption for sample in found],

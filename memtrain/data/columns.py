@@ -36,7 +36,7 @@ def parse_json(data: bytes | None) -> dict:
 
 
 def _from_parquet(path: Path, keys: Sequence[str], columns: Sequence[str]) -> pa.Table | None:
-    """None where the parquet is missing, broken, or does not know every key once."""
+    """Columns of these samples from a parquet; None where it is missing, broken, or does not know every key once."""
     try:
         if not set(columns) | {"key"} <= set(pq.read_schema(path).names):
             return None
@@ -55,7 +55,7 @@ def _from_parquet(path: Path, keys: Sequence[str], columns: Sequence[str]) -> pa
 
 
 def _array(values: list) -> pa.Array:
-    """Values as found in json: numbers as float64 where they mix, anything that does not fit as null."""
+    """A column of values as found in json: numbers as float64 where they mix, what does not fit as null."""
     kinds = {type(value) for value in values if value is not None}
     if not kinds:
         return pa.nulls(len(values))

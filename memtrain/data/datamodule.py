@@ -195,6 +195,7 @@ class DataModule(pl.LightningDataModule):
             )
 
     def problems_by_cause(self) -> dict[str, int]:
+        """How many samples could not be used for each cause, by the indexes and by what was seen since the start."""
         skipped = (why for _, why in getattr(self.samples, "skipped", tuple)())
         return dict(Counter([*skipped, *self.problems.values()]))
 
@@ -222,7 +223,7 @@ def from_shards(
     sacrificed_keys: Sequence[str] = (),
     **rest: Any,
 ) -> DataModule:
-    """`data=shards`. `rest`: what `DataModule` takes."""
+    """Build the DataModule of `data=shards`. `rest`: what `DataModule` takes."""
     if resolution < 1:
         raise ValueError(f"data.resolution must be >= 1, got {resolution}")
     samples = ShardSamples(

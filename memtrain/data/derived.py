@@ -21,7 +21,7 @@ Filtered = tuple[int, dict[str, int]]  # rows that are left, and how many each c
 def kept_filters(
     stems: Sequence[str], samples: Sequence[int], choose: Callable[[int], tuple[np.ndarray, dict[str, int]]]
 ) -> list[Filtered]:
-    """For each shard how many rows a filter leaves and drops; which, is in STEM.npy.
+    """How many rows of each shard a filter leaves and drops; which are left, is in STEM.npy.
 
     Args:
         stems: paths without .npy and .json, in one folder.
@@ -51,7 +51,7 @@ def kept_filters(
 
 
 def _read_filter(stem: str, samples: int) -> Filtered | None:
-    """None where a shard is not filtered yet, or its files are damaged."""
+    """What is kept of a shard's filter; None where there is nothing yet, or its files are damaged."""
     try:
         dropped = json.loads(Path(f"{stem}.json").read_bytes())
         counts = list(dropped.values())

@@ -109,6 +109,7 @@ def draw_groups(
     sizes = np.asarray(counts, dtype=np.int64)
     total, starts = int(sizes.sum()), sizes.cumsum() - sizes
     first_named = _one_a_picture(np.asarray(named, dtype=np.int64), pictures, canaries, planted)
+    # here: each shard's duplicates lie between two bounds of the sorted list of all
     bounds = np.searchsorted(pictures.positions, np.append(starts, total))
     single = sizes - np.diff(bounds)  # of each shard, samples without a duplicate
     drawn = canaries if planted else 0
@@ -117,12 +118,14 @@ def draw_groups(
             f"canaries.count={canaries} and reference.count={reference} leave nothing of the {total} "
             f"samples to train on ({len(pictures.positions)} of them are duplicates); lower them or add shards"
         )
+    # the shards that are drawn from: as few as hold enough samples without a duplicate, but 16 where there are
     shards = stream_generator(seed, Stream.HOME_SHARDS).permutation(len(sizes))
     enough = int(np.searchsorted(single[shards].cumsum(), drawn + reference)) + 1
     homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
     pool = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in homes])
     permuted = stream_generator(seed, Stream.GROUPS).permutation(pool)
     permuted = permuted[~np.isin(permuted, np.concatenate([pictures.positions, first_named]))]
+    # the pictures that are canaries, those that are named first
     if planted:
         chosen = [np.array([position]) for position in [*first_named, *permuted[: canaries - len(first_named)]]]
     else:

@@ -36,10 +36,10 @@ MADE_WITH = {
 
 @dataclass(frozen=True)
 class CachedSample:
-    """`posterior` (2, C, h, w) float32, mean and standard deviation, unscaled; `hidden` (L, D) float32."""
+    """A sample as the model takes it: its latents' distribution and its encoded caption."""
 
-    posterior: np.ndarray
-    hidden: np.ndarray
+    posterior: np.ndarray  # (2, C, h, w) float32, mean and standard deviation, unscaled
+    hidden: np.ndarray  # (L, D) float32
     caption: str
 
 
@@ -138,14 +138,14 @@ class LatentCache:
         return self._open[number]
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of a sample's posterior and of its embedding."""
+        """Shapes of a sample's posterior and of its embedding."""
         if self._shapes is not None:
             return self._shapes
         file = self._file(int(self.samples.counts.argmax()))
         return tuple(file.get_slice("posterior").get_shape()[1:]), tuple(file.get_slice("hidden").get_shape()[1:])
 
     def get(self, index: int, flip: bool) -> CachedSample:
-        """Raises BadSample where the picture could not be decoded."""
+        """What is cached of the sample at a position. Raises BadSample where its picture could not be decoded."""
         number, row = self.samples.rows.locate(index)
         file = self._file(number)
         if not file.get_slice("valid")[row : row + 1][0]:

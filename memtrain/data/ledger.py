@@ -56,7 +56,7 @@ class About:
 
 @dataclass(frozen=True)
 class Rows:
-    """N visits of samples."""
+    """Rows of the ledger: N visits of samples."""
 
     step: np.ndarray  # (N,) int64
     sample_index: np.ndarray  # (N,) int64, position in the corpus
@@ -137,7 +137,7 @@ class LedgerWriter:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """As small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
+    """Write a part as small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
     with written_aside(path) as aside:
         pq.write_table(
             table,
@@ -174,6 +174,7 @@ def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
 
 
 def _link(path: Path, to: Path) -> None:
+    """Have a part under another name, too; copied where it cannot be linked."""
     try:
         os.link(path, to)  # parts are replaced, never changed
     except OSError:  # another file system
@@ -222,7 +223,7 @@ class KeyNumbers:
         self.keys = pa.array([], pa.string())  # of each number
 
     def of(self, keys: pa.Array) -> np.ndarray:
-        """(N,) keys -> (N,) int32"""
+        """The number of each key, new ones for keys that were not seen before. (N,) -> (N,) int32"""
         encoded = keys.dictionary_encode()
         known = pc.index_in(encoded.dictionary, self.keys)
         fresh = encoded.dictionary.filter(known.is_null())

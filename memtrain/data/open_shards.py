@@ -42,6 +42,7 @@ class OpenShard:
         return len(self.records if self.rows is None else self.rows)
 
     def record(self, row: int) -> np.void:
+        """The index's record of a row, see `memtrain.data.index.IndexFile.records`."""
         return self.records[row if self.rows is None else self.rows[row]]
 
     def read(self, extent: np.void) -> bytes:
@@ -96,7 +97,7 @@ class OpenShards:
             self.remote.prefetch(urls)
 
     def __getitem__(self, number: int) -> OpenShard:
-        """Raises ShardMissing after three tries."""
+        """The shard of this number, open. Raises ShardMissing after three tries."""
         if number not in self._open:
             while len(self._open) >= _OPEN_SHARDS:
                 self._open.popitem(last=False)

@@ -79,6 +79,7 @@ class EpochOrder:
         visits = _generator(self.seed, Stream.SHARD_ORDER, epoch).permutation(len(self.visits))
         planted = np.repeat(self.groups.planted, self.repeats)
         planted = _generator(self.seed, Stream.CANARY_ORDER, epoch).permutation(planted)
+        # windows of `mix_shards` visits each; canaries end where their share of the rows that were seen ends
         groups = [visits[i : i + self.mix_shards] for i in range(0, len(visits), self.mix_shards)] or [visits]
         seen = np.cumsum([self.rows_of_visit[group].sum() for group in groups])
         bounds = np.rint(seen / max(1, seen[-1]) * len(planted)).astype(np.int64)
@@ -157,7 +158,8 @@ class BucketedOrder(EpochOrder):
                 f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1"
             )
         self.buckets = buckets
-        rows: Counter[int] = Counter()  # of each bucket in an epoch
+        # rows of each bucket in an epoch: all samples by their weight, less those apart, plus the planted canaries
+        rows: Counter[int] = Counter()
         for number, weight in enumerate(weights):
             for bucket, count in Counter(buckets(number).tolist()).items():
                 rows[bucket] += count * int(weight)
@@ -169,7 +171,7 @@ class BucketedOrder(EpochOrder):
         self.rows_of_bucket = rows
 
     def bucket_of(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) int64"""
+        """The bucket of the sample at each position. (n,) -> (n,) int64"""
         shards = np.searchsorted(self.starts + self.counts, positions, side="right")
         found = np.zeros(len(positions), dtype=np.int64)
         for shard in np.unique(shards):
@@ -191,13 +193,13 @@ class BucketedOrder(EpochOrder):
         for window, following in itertools.pairwise(self._windows_from(epoch)):
             if window.number == 0:
                 waiting = {}
-            ready = []
+            ready: list[np.ndarray] = []  # global batches that are together with this window's rows
             positions = self.positions(window)
             buckets = self.bucket_of(positions)
             for bucket in np.unique(buckets).tolist():
                 rows = np.concatenate([waiting.get(bucket, positions[:0]), positions[buckets == bucket]])
                 whole = len(rows) // size * size
-                ready += list(rows[:whole].reshape(-1, size))
+                ready += list(rows[:whole].reshape(-1, size))  # (whole,) -> (batches, size)
                 waiting[bucket] = rows[whole:]
             if skipped >= len(ready):
                 skipped -= len(ready)

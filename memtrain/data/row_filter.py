@@ -67,6 +67,7 @@ def parse_filter(text: str) -> list[Clause]:
 
 
 def _condition(node: ast.expr) -> pc.Expression:
+    """A part of a filter as an expression of pyarrow. Raises TypeError where it is not a condition."""
     match node:
         case ast.BoolOp(op=op, values=values):
             joined = _condition(values[0])
