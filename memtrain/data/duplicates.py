@@ -257,6 +257,4 @@ def read_groups(path: str | Path, name: str) -> pa.Table:
     try:
         return pq.read_table(file, columns=["group", "key"])
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"{name}={path} cannot be read ({str(error).splitlines()[0]}); {GROUPS}"
-        ) from error
+        raise ValueError(f"{name}={path} cannot be read ({str(error).splitlines()[0]}); {GROUPS}") from error
