@@ -167,6 +167,7 @@ class CachedBatches:
                 missing = str(error)
                 break
         posterior, hidden = self.cache.shapes()
+        # here: a row that could not be read has zeros; stacked, a row a sample
         _, place, index = np.array(rows, dtype=np.int64).T  # (B, 3) -> three of (B,)
         return Batch(
             images=torch.zeros(len(rows), 0, dtype=torch.uint8),

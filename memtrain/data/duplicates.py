@@ -125,7 +125,7 @@ def components(digests: np.ndarray, words: np.ndarray, quality: np.ndarray, dist
     if len(good) == 0:
         return labels
     # equal hashes are joined first, so that pairs are looked for among distinct ones alone
-    same = first_equal(np.unique(words[good], axis=0, return_inverse=True)[1].reshape(-1))
+    same = first_equal(np.unique(words[good], axis=0, return_inverse=True)[1].reshape(-1))  # (G,)
     labels = join(labels, good, good[same])
     distinct = good[np.unique(same)]
     for left, right in near_pairs(words[distinct], distance):

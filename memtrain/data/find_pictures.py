@@ -59,7 +59,7 @@ def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictu
             found = _read_groups(grouped)  # another rank may have been first
             if found is None:
                 pictures = _group(samples.indexed.indexes, [file for _, file in files], near=duplicates == "near")
-                found = np.stack([pictures.positions, pictures.first])
+                found = np.stack([pictures.positions, pictures.first])  # (M,) each -> (2, M)
                 write_array(grouped, found)
     records, first = found
     positions = samples.rows.positions_of(records)

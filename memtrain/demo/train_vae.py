@@ -112,7 +112,7 @@ def latent_std(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 def psnr(images: torch.Tensor, reconstructed: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pixels in [-1, 1], the mean over the pictures."""
-    mean_square = (images - reconstructed).square().flatten(1).mean(dim=1)
+    mean_square = (images - reconstructed).square().flatten(1).mean(dim=1)  # (B, 3, H, W) -> (B, 3 H W) -> (B,)
     return (10 * torch.log10(4 / mean_square)).mean().item()
 
 

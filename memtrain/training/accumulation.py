@@ -65,7 +65,7 @@ class Accumulation:
         reported = self.stops.report(suspect.any(), ~are_finite([strategy.own_part(g) for g in gradients]))
         # one sum over the ranks tells all there is: samples kept, samples decoded, and what each has to report
         keep_masks = torch.cat([decision.keep_mask for decision in self._decisions])
-        counts = torch.stack([keep_masks.sum(), torch.cat(self._valid).sum()]).float()
+        counts = torch.stack([keep_masks.sum(), torch.cat(self._valid).sum()]).float()  # () each -> (2,)
         sums = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()
         kept, rows, bad_losses, bad_gradients, missing, *signals = sums
         self.stops.break_off(trainer, missing)

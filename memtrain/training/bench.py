@@ -282,7 +282,8 @@ class NoiseLatents:
     def get(self, index: int, flip: bool) -> CachedSample:
         rng = np.random.default_rng(index)
         mean, hidden = (rng.standard_normal(shape, np.float32) for shape in (self.latent_shape, self.hidden_shape))
-        return CachedSample(np.stack([mean, np.full_like(mean, 0.1)]), hidden, "noise")
+        posterior = np.stack([mean, np.full_like(mean, 0.1)])  # two of (C, h, w) -> (2, C, h, w)
+        return CachedSample(posterior, hidden, "noise")
 
 
 def write_sd_shaped(folder: Path) -> Path:

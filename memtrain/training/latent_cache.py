@@ -112,6 +112,7 @@ def _encode(
 
     for batch in loader:
         images = batch.images.to(device)
+        # mean and standard deviation, (B, C, h, w) each -> (B, 2, C, h, w)
         keep("posterior", torch.stack(model.encode_posterior(images), dim=1).to(dtype))
         if flip:
             keep("posterior_flipped", torch.stack(model.encode_posterior(images.flip(-1)), dim=1).to(dtype))

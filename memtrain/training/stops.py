@@ -49,7 +49,7 @@ class Stops:
         (), () bool -> (3 + signals,) float32
         """
         told = [float(self.missing is not None), *(float(self.received == number) for number in EXIT_CODES)]
-        bad = torch.stack([bad_losses, bad_gradients]).float()
+        bad = torch.stack([bad_losses, bad_gradients]).float()  # () each -> (2,)
         return torch.cat([bad, torch.tensor(told, device=bad.device)])
 
     def break_off(self, trainer: pl.Trainer, missing: float) -> None:
@@ -110,7 +110,7 @@ def ended_clearly(trainer: pl.Trainer, stops: Stops) -> Iterator[None]:
 
 def are_finite(gradients: list[Tensor]) -> Tensor:
     """Whether every value of every gradient is finite. () bool on their device, without waiting for it"""
-    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()  # norms, () each -> (gradients,) -> ()
 
 
 def only_finite(observed: Observations) -> Observations:
