@@ -112,7 +112,7 @@ class EpochOrder:
         `upcoming` is told the shards of the open window and of the next, so that they can be fetched.
         """
         epoch, offset = divmod(consumed, len(self))
-        left = np.zeros(0, dtype=np.int64)
+        left: np.ndarray = np.zeros(0, dtype=np.int64)
         windows = self._windows_from(epoch)
         # here: windows of all epochs from this one on, each with the next
         for window, following in itertools.pairwise(windows):

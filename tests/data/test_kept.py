@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from memtrain.data import find_pictures as finding
+from memtrain.data import index as indexing
 from memtrain.data.find_pictures import find_pictures
 from memtrain.data.images import BadSample
 from memtrain.data.index import open_indexes, open_remote_indexes, write_index
@@ -183,6 +185,21 @@ def test_records_that_point_out_of_the_tar_are_not_believed(corpus, tmp_path, ex
 
     index = remote(corpus, tmp_path, change)
     assert np.array_equal(index.records(), expected) and "is damaged" in caplog.text
+
+
+def test_records_that_vanish_before_they_are_read_are_made_anew(corpus, tmp_path, expected, caplog, monkeypatch):
+    holds, looked = indexing._holds_records, []
+
+    def vanish_once(path, count):
+        found = holds(path, count)
+        if found and not looked:
+            looked.append(path)
+            Path(path).unlink()
+        return found
+
+    monkeypatch.setattr(indexing, "_holds_records", vanish_once)
+    made = remote(corpus, tmp_path, lambda *_: None)
+    assert looked and np.array_equal(made.records(), expected) and "is damaged" in caplog.text
 
 
 def test_a_good_remote_index_spares_the_shard_and_bad_hashes_are_left_out(corpus, tmp_path, expected, caplog):
