@@ -14,6 +14,7 @@ class DiffusionModel(Protocol):
     alphas_cumprod: Tensor  # (T,) float32
     prediction_type: str  # one of core.diffusion.PREDICTION_TYPES
     tokenizer: Any  # of transformers
+    text_encoder_is_trained: bool
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """(B, L) int64; longer captions are cut, shorter ones padded."""
@@ -38,6 +39,12 @@ class DiffusionModel(Protocol):
 
     def fingerprint(self) -> dict[str, str]:
         """A hash of the weights of `vae` and `text_encoder`: what latents and embeddings depend on."""
+
+    def named_children(self) -> Iterable[tuple[str, nn.Module]]:
+        """The networks, each by the attribute that holds it, as `nn.Module` lists them."""
+
+    def to(self, device: torch.device) -> Any:
+        """Move weights and buffers to a device, as `nn.Module` does."""
 
     def trained_modules(self) -> Iterable[nn.Module]:
         """The modules whose weights are trained."""

@@ -27,6 +27,8 @@ class StableDiffusion(nn.Module):
             one batch size, and once for forwards without a gradient, of any. Pipelines sample without it.
     """
 
+    alphas_cumprod: Tensor  # a buffer
+
     def __init__(
         self,
         pretrained: str,
@@ -150,7 +152,7 @@ class StableDiffusion(nn.Module):
         pipeline.register_modules(
             scheduler=self.scheduler,
             **{
-                name: nn.Module.to(
+                name: nn.Module.to(  # type: ignore[call-overload] # torch's annotations lack memory_format
                     copy.deepcopy(getattr(self, name)), "cpu", dtype, memory_format=torch.contiguous_format
                 )
                 for name in ("unet", "vae", "text_encoder")

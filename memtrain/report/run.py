@@ -64,6 +64,7 @@ class Run:
 
     @property
     def unprotected(self) -> bool:
+        """Whether neither a rule nor a method keeps the run from memorizing."""
         return self.rule == "none" and self.method == "Method"
 
     def first(self, column: str) -> float | None:
@@ -71,13 +72,14 @@ class Run:
         return self.curves[column][1][0] if column in self.curves else None
 
     def last(self, column: str) -> float | None:
+        """The newest value of a column."""
         return self.curves[column][1][-1] if column in self.curves else None
 
     def copy_rate(self, group: str) -> float | None:
         return self.last(f"copy_rate/{group}")
 
     def excluded(self, group: str) -> float | None:
-        """Excluded share of a group's visits: over the run; while it is going on, at the newest point."""
+        """The excluded share of a group's visits: over the run; while it is going on, at the newest point."""
         found = self.summary.get("score", {}).get(group, {}).get("excluded_fraction")
         return self.last(f"excluded/{group}") if found is None else found
 
@@ -122,6 +124,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _config(path: Path, remarks: list[str]) -> dict[str, Any]:
+    """A run's config; where it cannot be read {}, with a remark."""
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, YAMLError, OmegaConfBaseException):
