@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 from memtrain.cli.arguments import spelled
 from memtrain.cli.errors import one_line
 from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
 from memtrain.cli.terminal import quiet
 from memtrain.data.escaping import printable
+from memtrain.data.paths import config_folder
 
 HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
 
@@ -41,12 +41,6 @@ First steps
 
 An error is one line; MEMTRAIN_TRACEBACK=1 shows where it came from.
 """
-
-
-def config_folder() -> Path:
-    """conf/ inside the wheel, or at the top of a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -210,12 +210,14 @@ def from_shards(
     repeats_from: str | None = None,
     crop: str = "center",
     flip: float = 0.0,
+    mix_shards: int = 8,
+    max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
     repeats: int | None,
     sacrificed_keys: Sequence[str] = (),
-    **rest: int | float,
+    **groups: int,
 ) -> DataModule:
-    """`data=shards`. `rest`: what `DataModule` takes."""
+    """`data=shards`. `groups`: seed, canaries, sacrificed and reference of `DataModule`."""
     if resolution < 1:
         raise ValueError(f"data.resolution must be >= 1, got {resolution}")
     samples = ShardSamples(
@@ -248,10 +250,12 @@ def from_shards(
         weights=weights,
         crop=crop,
         flip=flip,
+        mix_shards=mix_shards,
+        max_bad_fraction=max_bad_fraction,
         cache=latents,
         pictures=pictures,
         named=samples.find(sacrificed_keys),
-        **rest,
+        **groups,
     )
 
 
