@@ -146,6 +146,7 @@ def _register_resolvers() -> None:
     """What conf/ may ask for as `${memtrain.NAME:}`."""
     from omegaconf import OmegaConf
 
+    from memtrain.cli.choices import choices
     from memtrain.cli.jobs import job_run_id
     from memtrain.demo import PIPELINE
 
@@ -153,6 +154,7 @@ def _register_resolvers() -> None:
         ("run_id", job_run_id),
         ("devices", processes_per_node),
         ("nodes", nodes),
+        ("choices", choices),
         ("demo_pipeline", lambda: str(PIPELINE)),
     ):
         OmegaConf.register_new_resolver(f"memtrain.{name}", resolver, replace=True)
