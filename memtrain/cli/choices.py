@@ -1,4 +1,4 @@
-"""What conf/ offers, for the help of a command: its groups, the choices in each, and what each choice's file says of it."""
+"""What conf/ offers, for the help of a command: its groups, and what each choice's file says of it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Types of every config key: a misspelt or mistyped one stops at once, with its name.
 
 Keys and their values are in conf/, and nowhere else. A file there asks for the types of its own keys with
-`/schema/NAME@_here_` in its defaults list. A key of a section that names a class (`_target_`) has the type of the class's
-parameter; any other that of its value, or text where that is null or missing. What neither shows is said here.
+`/schema/NAME@_here_` in its defaults list. In a section that names a class (`_target_`) a key has the type of the
+class's parameter; any other has that of its value, or is text where that is null or missing. What neither shows
+is said here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -30,7 +31,6 @@ def _varied() -> type:
     return dataclasses.make_dataclass("Varied", [(name, types[name], value) for name, value in given.items()])
 
 
-
 # sections that a class takes, though they name none
 TAKEN_BY = {
     "train.score": "memtrain.training.score_memory.Scoring",
@@ -40,18 +40,18 @@ TAKEN_BY = {
 OPTIONAL = {"study.prune"}  # sections that may be null, beside those that name a class
 TYPES = {
     "train.resume.allow": Any,  # "all", or a list of keys
-    "train.canaries.repeats": Optional[int],
-    "train.reference.batch_size": Optional[int],
+    "train.canaries.repeats": int | None,
+    "train.reference.batch_size": int | None,
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
     "trainer.num_nodes": int,
-    "trainer.gradient_clip_val": Optional[float],
+    "trainer.gradient_clip_val": float | None,
     "detect.max_fpr": Any,  # a share, or a list of them
-    "detect.threshold": Optional[float],
+    "detect.threshold": float | None,
     "mitigate.method": Any,  # names: one, a list or all; and each method's settings
     "mitigate.target": Any,  # a score, or q0.1
     "evaluate.models": Any,  # one, or a list
     "evaluate.data.shards": Any,  # as data.shards of train
-    "sweep.patience": Optional[float],
+    "sweep.patience": float | None,
     "study.space": dict[str, _varied()],
 }
 _ASKS = re.compile(r"/schema/(\S+)@_here_")
@@ -89,7 +89,7 @@ def _fields(name: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any, A
         path = f"{name}.{key}"
         if path not in TYPES and isinstance(value, Mapping):
             inner = node(path, value)
-            kind = Optional[inner] if "_target_" in value or path in OPTIONAL else inner
+            kind = inner | None if "_target_" in value or path in OPTIONAL else inner
             yield key, kind, dataclasses.field(default_factory=inner)
         else:
             kind = TYPES.get(path) or (_shown_by(value) if taken is None else taken[key])
@@ -108,7 +108,7 @@ def groups(config: Mapping[str, Any], with_optional: bool = False) -> list[str]:
 def _shown_by(value: Any) -> Any:
     """The type of a key with this value."""
     if value is None:
-        return Optional[str]
+        return str | None
     if isinstance(value, list):
         return list[type(value[0]) if value else str]
     return type(value)

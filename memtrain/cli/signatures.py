@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from functools import cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _PLAIN = {"bool": bool, "float": float, "int": int, "str": str}
@@ -71,7 +71,8 @@ def _type(annotation: ast.expr | None) -> Any:
         case ast.Name(id=name) if name in _PLAIN:
             return _PLAIN[name]
         case ast.BinOp(op=ast.BitOr(), left=left, right=ast.Constant(value=None)):
-            return Optional[_type(left)]  # noqa: UP045: `Any | None` is Any
+            inner = _type(left)
+            return inner if inner is Any else inner | None
         case ast.Subscript(value=ast.Name(id=name), slice=inner) if name in _LISTS:
             return list[_type(inner.elts[0] if isinstance(inner, ast.Tuple) else inner)]
     return Any

@@ -3,9 +3,10 @@
 import inspect
 import subprocess
 import sys
-from typing import Any, Optional
+from typing import Any
 
 import pytest
+from hydra.utils import get_object
 
 from memtrain.cli import signatures
 from memtrain.cli.signatures import parameters
@@ -16,15 +17,9 @@ TAKERS = sorted({target for _, target, _ in sections() if ours(target)})
 
 @pytest.mark.parametrize("target", TAKERS)
 def test_the_names_are_those_of_the_imported_signature(target):
-    own = inspect.signature(imported(target)).parameters.values()
+    own = inspect.signature(get_object(target)).parameters.values()
     named = [one.name for one in own if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
     assert list(parameters(target)) == named
-
-
-def imported(target: str):
-    from hydra.utils import get_object
-
-    return get_object(target)
 
 
 def test_there_are_takers_of_every_kind():
@@ -52,11 +47,11 @@ def test_types_are_those_that_a_config_knows(package):
     (package / "mine.py").write_text(
         "from torch import Tensor\n"
         "def taken(a: int, b: float, c: bool, d: str, e: int | None, f: list[str], g: tuple[float, float],\n"
-        "          h: Sequence[int] | None, i: Tensor, j, k: int | float | None, *, last: str = 'x', **rest: int): ...\n"
+        "          h: Sequence[int] | None, i: Tensor, j, k: int | float | None, *, last: str = '', **rest: int): ...\n"
     )
     assert parameters("memtrain.mine.taken") == {
-        "a": int, "b": float, "c": bool, "d": str, "e": Optional[int], "f": list[str], "g": list[float],
-        "h": Optional[list[int]], "i": Any, "j": Any, "k": Any, "last": str,
+        "a": int, "b": float, "c": bool, "d": str, "e": int | None, "f": list[str], "g": list[float],
+        "h": list[int] | None, "i": Any, "j": Any, "k": Any, "last": str,
     }  # fmt: skip
 
 
