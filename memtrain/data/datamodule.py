@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -218,12 +217,14 @@ def from_shards(
     repeats_from: str | None = None,
     crop: str = "center",
     flip: float = 0.0,
+    mix_shards: int = 8,
+    max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
     repeats: int | None,
     sacrificed_keys: Sequence[str] = (),
-    **rest: Any,
+    **groups: int,
 ) -> DataModule:
-    """Build the DataModule of `data=shards`. `rest`: what `DataModule` takes."""
+    """Build the DataModule of `data=shards`. `groups`: seed, canaries, sacrificed and reference of `DataModule`."""
     if resolution < 1:
         raise ValueError(f"data.resolution must be >= 1, got {resolution}")
     samples = ShardSamples(
@@ -256,10 +257,12 @@ def from_shards(
         weights=weights,
         crop=crop,
         flip=flip,
+        mix_shards=mix_shards,
+        max_bad_fraction=max_bad_fraction,
         cache=latents,
         pictures=pictures,
         named=samples.find(sacrificed_keys),
-        **rest,
+        **groups,
     )
 
 

@@ -29,8 +29,8 @@ class Parameter:
     name: str
     key: str
     choices: Sequence[Value] | None = None
-    low: float | None = None
-    high: float | None = None
+    low: int | float | None = None
+    high: int | float | None = None
     log: bool = False
     when: str | None = None
 

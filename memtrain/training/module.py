@@ -74,7 +74,8 @@ class DiffusionTraining(pl.LightningModule):
     ):
         super().__init__()
         if scoring.every == 0 and exclusion.needs_score:
-            raise ValueError("score.every=0 (never) is for rules that need no score, none and iet_agc; set it to 1")
+            rule = type(exclusion).__name__
+            raise ValueError(f"score.every=0 (never) is for rules that need no score, and {rule} does; set it to 1")
         if scoring.timesteps is not None and scoring.timesteps[1] > len(model.alphas_cumprod):
             raise ValueError(f"score.timesteps ends at {len(model.alphas_cumprod)} at most, got {scoring.timesteps[1]}")
         self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
