@@ -1,6 +1,7 @@
 """memtrain: fine-tune text-to-image diffusion models without memorizing their training data."""
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["detect", "explain", "mitigate", "read_ledger", "text_conditional_magnitude"]
@@ -14,7 +15,7 @@ _ROOMS = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import what needs torch, diffusers or pyarrow when it is asked for."""
     if name in _ROOMS:
         return getattr(importlib.import_module(_ROOMS[name]), name)

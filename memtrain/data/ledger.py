@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from memtrain.core.exclusion import GROUP_NAMES
 from memtrain.core.files import written_aside
 from memtrain.core.streams import Stream, place_seeds
+from memtrain.data.escaping import as_text
 from memtrain.data.paths import check_ledger, ledger_parts
-from memtrain.data.samples import as_text
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class About:
 
 @dataclass(frozen=True)
 class Rows:
-    """N visits of samples."""
+    """Rows of the ledger: N visits of samples."""
 
     step: np.ndarray  # (N,) int64
     sample_index: np.ndarray  # (N,) int64, position in the corpus
@@ -108,8 +108,9 @@ class LedgerWriter:
 
     def close_part(self) -> None:
         """Put what was added since the last part on disk."""
-        rows = Rows.concatenate(self.buffer) if self.buffer else ()
-        self.buffer = []
+        if not self.buffer:
+            return
+        rows, self.buffer = Rows.concatenate(self.buffer), []
         if len(rows):
             self.number += 1
             _write(self._table(rows), self.folder / f"rank{self.rank}-{self.number:06d}.parquet")
@@ -136,7 +137,7 @@ class LedgerWriter:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """As small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
+    """Write a part as small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
     with written_aside(path) as aside:
         pq.write_table(
             table,
@@ -173,6 +174,7 @@ def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
 
 
 def _link(path: Path, to: Path) -> None:
+    """Have a part under another name, too; copied where it cannot be linked."""
     try:
         os.link(path, to)  # parts are replaced, never changed
     except OSError:  # another file system
@@ -217,11 +219,11 @@ def batches(
 class KeyNumbers:
     """Numbers samples as their keys come, piece by piece: 4 bytes a row instead of a key."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.keys = pa.array([], pa.string())  # of each number
 
     def of(self, keys: pa.Array) -> np.ndarray:
-        """(N,) keys -> (N,) int32"""
+        """The number of each key, new ones for keys that were not seen before. (N,) -> (N,) int32"""
         encoded = keys.dictionary_encode()
         known = pc.index_in(encoded.dictionary, self.keys)
         fresh = encoded.dictionary.filter(known.is_null())

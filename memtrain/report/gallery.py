@@ -64,9 +64,10 @@ _PAIR = """<li{mark}>
 
 
 def write_gallery(path: Path, heading: str, rule: str, pairs: Sequence[Match]) -> None:
-    """The pairs in the order given. All text is shown as text.
+    """Write a page of pairs, in the order given. All text is shown as text.
 
     Args:
+        heading: of the page.
         rule: what counts as a copy, in words.
     """
     shown = [

@@ -63,7 +63,8 @@ class Predictor:
             due: tells which rows are scored; None: all of them are.
         """
         # mean and standard deviation of the VAE's posterior, (B, C, h, w) each; a cache has (B, 2, C, h, w)
-        mean, std = batch.posterior.unbind(1) if batch.is_cached else self.model.encode_posterior(batch.images)
+        cached = batch.posterior
+        mean, std = self.model.encode_posterior(batch.images) if cached is None else cached.unbind(1)
         draws = self.draw(stream, step, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
         told, has_caption = self._caption(batch, draws, step, stream)
