@@ -7,9 +7,9 @@ __version__ = "0.1.0"
 __all__ = ["detect", "explain", "mitigate", "read_ledger", "text_conditional_magnitude"]
 
 _ROOMS = {
-    "detect": "memtrain.audit.detect",
-    "explain": "memtrain.audit.explain",
-    "mitigate": "memtrain.audit.mitigate",
+    "detect": "memtrain.audit.detect.detection",
+    "explain": "memtrain.audit.explain.explanation",
+    "mitigate": "memtrain.audit.mitigate.mitigation",
     "read_ledger": "memtrain.data.ledger",
     "text_conditional_magnitude": "memtrain.core.scores",
 }

@@ -55,7 +55,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Rows:
+class LedgerRows:
     """Rows of the ledger: N visits of samples."""
 
     step: np.ndarray  # (N,) int64
@@ -72,12 +72,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.step)
 
-    def where(self, mask: np.ndarray) -> Rows:
-        return Rows(*(getattr(self, field.name)[mask] for field in fields(Rows)))
+    def where(self, mask: np.ndarray) -> LedgerRows:
+        return LedgerRows(*(getattr(self, field.name)[mask] for field in fields(LedgerRows)))
 
     @staticmethod
-    def concatenate(parts: Sequence[Rows]) -> Rows:
-        return Rows(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Rows)))
+    def concatenate(parts: Sequence[LedgerRows]) -> LedgerRows:
+        names = [field.name for field in fields(LedgerRows)]
+        return LedgerRows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def drawn(seed: int, step: np.ndarray, sample_index: np.ndarray, share: float) -> np.ndarray:
@@ -99,9 +100,9 @@ class LedgerWriter:
         self.folder, self.rank, self.key = folder, rank, key
         self.schema = SCHEMA.with_metadata({_ABOUT: json.dumps(about.__dict__).encode()})
         self.number = max((number for number, of, _ in ledger_parts(folder) if of == rank), default=0)
-        self.buffer: list[Rows] = []
+        self.buffer: list[LedgerRows] = []
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: LedgerRows) -> None:
         self.buffer.append(rows)
         if sum(map(len, self.buffer)) >= _PART_ROWS:
             self.close_part()
@@ -110,12 +111,12 @@ class LedgerWriter:
         """Put what was added since the last part on disk."""
         if not self.buffer:
             return
-        rows, self.buffer = Rows.concatenate(self.buffer), []
+        rows, self.buffer = LedgerRows.concatenate(self.buffer), []
         if len(rows):
             self.number += 1
             _write(self._table(rows), self.folder / f"rank{self.rank}-{self.number:06d}.parquet")
 
-    def _table(self, rows: Rows) -> pa.Table:
+    def _table(self, rows: LedgerRows) -> pa.Table:
         columns = [
             rows.step,
             self._keys(rows.sample_index),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from memtrain.audit.compare import BeforeAfter
+from memtrain.audit.mitigate.comparison import BeforeAfter
 
 INK, MUTED, ALARM = "#1f2430", "#6b7280", "#c0392b"
 

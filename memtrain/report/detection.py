@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from memtrain.core.files import written_aside
 
 if TYPE_CHECKING:
-    from memtrain.audit.detect import Detection
+    from memtrain.audit.detect.detection import Detection
 
 MEMORIZED, OTHER, INK = "#c0392b", "#2c7fb8", "#1f2430"
 SHOWN = 8  # prompts in the plot of steps
@@ -24,7 +24,7 @@ SHOWN = 8  # prompts in the plot of steps
 
 def write_detection(folder: Path, detection: Detection, summary: dict) -> None:
     """Write `scores.parquet` with the flags, `summary.json` (nan is null) and the plots of the main score."""
-    from memtrain.audit.parts import write_table
+    from memtrain.audit.detect.parts import write_table
 
     write_table(folder / "scores.parquet", detection.table(summary["threshold"]))
     with written_aside(folder / "summary.json") as aside:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from memtrain.audit.explain import Explanation
+from memtrain.audit.explain.explanation import Explanation
 
 INK, MUTED, BAR = "#1f2430", "#6b7280", "#c0392b"
 _LONGEST_LABEL = 24  # characters of a word in the chart

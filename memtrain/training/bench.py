@@ -27,7 +27,7 @@ from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample
 from memtrain.data.view import View
 from memtrain.demo.stream import from_composites
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.pretrained import from_pretrained
 from memtrain.training.methods import Method
 from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
@@ -227,7 +227,9 @@ GROUPS: dict[str, Any] = {"canaries": 0, "repeats": 1, "reference": 200}
 
 def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
     return DiffusionTraining(
-        StableDiffusion(str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False),
+        from_pretrained(
+            str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False
+        ),
         KeepAll(),
         AdamW(1e-5, (0.9, 0.999), 0.01, 1e-8, "constant", 0, eight_bit=False),
         Method(),
@@ -242,7 +244,7 @@ def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
 
 
 def _hidden_shape(module: DiffusionTraining) -> tuple[int, int]:
-    _, length, width = module.model.null_caption().shape
+    _, length, width = module.model.null(1).hidden.shape
     return length, width
 
 

@@ -116,7 +116,7 @@ def _encode(
         keep("posterior", torch.stack(model.encode_posterior(images), dim=1).to(dtype))
         if flip:
             keep("posterior_flipped", torch.stack(model.encode_posterior(images.flip(-1)), dim=1).to(dtype))
-        keep("hidden", model.encode_captions(model.tokenize(batch.captions).to(device)).to(dtype))
+        keep("hidden", model.encode(batch.captions).hidden.to(dtype))
         keep("valid", batch.valid)
         captions += [caption.encode("utf-8", "replace") for caption in batch.captions]
     tensors = {name: torch.cat(rows).contiguous() for name, rows in columns.items()}

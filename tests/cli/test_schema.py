@@ -20,16 +20,16 @@ SECTIONS = [found for found in sections() if ours(found[1]) and found[0] != "fsd
 ASKED = {file: schema._ASKS.findall(file.read_text()) for file in FILES}
 # What a command of that name takes in Python, too. Values of all keys of conf/ that it shares are the same.
 IN_PYTHON = [
-    ("detect", "memtrain.audit.detect.detect"),
-    ("detect", "memtrain.audit.scoring.DetectionSettings"),
-    ("explain", "memtrain.audit.explain.explain"),
-    ("explain", "memtrain.audit.explain.check_words"),
-    ("mitigate", "memtrain.audit.mitigate.mitigate"),
-    ("mitigate", "memtrain.audit.mitigate.Sampling"),
-    ("mitigate", "memtrain.audit.compare.Judges"),
-    ("mitigate", "memtrain.audit.compare.Comparison"),
-    ("evaluate", "memtrain.audit.similarity.LatentRmse"),
-    ("evaluate", "memtrain.audit.similarity.Sscd"),
+    ("detect", "memtrain.audit.detect.detection.detect"),
+    ("detect", "memtrain.audit.detect.scoring.DetectionSettings"),
+    ("explain", "memtrain.audit.explain.explanation.explain"),
+    ("explain", "memtrain.audit.explain.explanation.check_words"),
+    ("mitigate", "memtrain.audit.mitigate.mitigation.mitigate"),
+    ("mitigate", "memtrain.audit.mitigate.mitigation.Sampling"),
+    ("mitigate", "memtrain.audit.mitigate.comparison.Judges"),
+    ("mitigate", "memtrain.audit.mitigate.comparison.Comparison"),
+    ("evaluate", "memtrain.audit.evaluate.similarity.LatentRmse"),
+    ("evaluate", "memtrain.audit.evaluate.similarity.Sscd"),
     ("data/shards", "memtrain.data.datamodule.DataModule"),
     ("data/shards", "memtrain.data.samples.ShardSamples"),
 ]

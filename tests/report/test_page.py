@@ -22,7 +22,7 @@ from memtrain.callbacks.ledger import Ledger
 from memtrain.callbacks.report import Report
 from memtrain.cli.main import main
 from memtrain.core.exclusion import GROUP_NAMES
-from memtrain.data.ledger import About, LedgerWriter, Rows, read_ledger
+from memtrain.data.ledger import About, LedgerRows, LedgerWriter, read_ledger
 from memtrain.data.paths import LEDGER
 from memtrain.report.comparison import differences, table
 from memtrain.report.figures import figures_of, plane
@@ -105,7 +105,7 @@ def write_ledger(run, excludes: bool, with_reference: bool, fixed: bool) -> None
         kept = score < 1.5 if fixed else ~(memorized & excludes & (rng.random(24) < 0.75))
         scored = rng.random(24) < 0.9
         writer.add(
-            Rows(
+            LedgerRows(
                 np.full(24, step), index, index, group.astype(np.int8), timestep.astype(np.int16),
                 score.astype(np.float32), scored, np.full(24, 0.1, np.float32),
                 threshold.astype(np.float32), kept,
