@@ -83,10 +83,10 @@ class Denoiser:
         rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
-    def predict(self, latents: Tensor, t: int | Tensor, told: Conditioning) -> Tensor:
+    def predict(self, latents: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
         """Noise predicted for B rows at one timestep, whatever the network predicts; (B, C, H, W) float32."""
         timesteps = torch.full((len(latents),), int(t), device=self.device)
-        prediction = self.model.predict(latents.to(self.dtype), timesteps, told)
+        prediction = self.model.predict(latents.to(self.dtype), timesteps, conditioning)
         return self.model.to_noise(prediction.float(), latents.float(), timesteps)
 
     def predict_pair(

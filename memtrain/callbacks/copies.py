@@ -15,7 +15,7 @@ from memtrain.callbacks.logging import log_metrics, log_picture
 from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.copies import checked_max_rmse, is_copy
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
-from memtrain.data.samples import as_text
+from memtrain.data.escaping import as_text
 from memtrain.report.pictures import draw_samples, samples_of_picture
 
 MEMORIZED = 0.5  # of a canary's generations are copies

@@ -17,7 +17,7 @@ from memtrain.core.copies import checked_max_rmse
 from memtrain.core.exclusion import GROUP_NAMES, Observations
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 from memtrain.core.visits import SUMS, columns_of, evidence, log_ratio
-from memtrain.data.samples import as_text
+from memtrain.data.escaping import as_text
 from memtrain.report.pictures import draw_samples, samples_of_picture
 from memtrain.training import ranks
 

@@ -21,9 +21,9 @@ def mitigate(cfg: DictConfig) -> None:
     texts, keys, reference = _prompts(cfg)
     import torch
 
-    from memtrain.audit.compare import Comparison, Judges, markdown
     from memtrain.audit.denoiser import Denoiser
-    from memtrain.audit.mitigate import Sampling
+    from memtrain.audit.mitigate.comparison import Comparison, Judges, markdown
+    from memtrain.audit.mitigate.mitigation import Sampling
 
     methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)

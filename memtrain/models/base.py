@@ -19,15 +19,14 @@ from torch import Tensor, nn
 
 from memtrain.core.diffusion import NoiseProcess
 from memtrain.models.conditioning import Conditioning
-from memtrain.models.folders import TRAINED
-from memtrain.models.pipelines import hash_weights, load_pipeline
+from memtrain.models.pipelines import hash_weights
 
 
 class DiffusionModel(nn.Module, ABC):
     """The networks of a stock diffusers pipeline, and how they are used.
 
     Made of a pipeline in hand it holds the pipeline's own modules, where and as they are, and changes nothing in
-    them. `from_pretrained` loads modules of its own and makes them ready to be trained.
+    them. `memtrain.models.pretrained` makes one of modules of its own, ready to be trained.
 
     Args:
         pipeline: of this family's class.
@@ -40,6 +39,8 @@ class DiffusionModel(nn.Module, ABC):
     text_encoder_names: ClassVar[tuple[str, ...]]
     tokenizer_names: ClassVar[tuple[str, ...]]
 
+    vae: Any  # of diffusers; None where a pipeline in hand has none: then there are no pictures
+    scheduler: Any  # of diffusers, the pipeline's own
     noise_process: NoiseProcess  # its schedule lies where the model computes
 
     def __init__(self, pipeline: DiffusionPipeline):
@@ -54,59 +55,21 @@ class DiffusionModel(nn.Module, ABC):
         self.text_encoder_is_trained = self.compiled = False
         self._null: Conditioning | None = None
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained: str,
-        train_text_encoder: bool,
-        gradient_checkpointing: bool,
-        channels_last: bool,
-        compile: bool,
-    ) -> DiffusionModel:
-        """A model to train: the predicting network is trained, text encoders are frozen or trained, the VAE is frozen.
-
-        Args:
-            pretrained: diffusers folder or hub id.
-            train_text_encoder: train the text encoders too.
-            gradient_checkpointing: recompute activations in backward; slower, far less memory.
-            channels_last: the network's memory format that convolutions prefer on recent GPUs.
-            compile: `torch.compile` the network, for each size of picture twice: once for the forward that is
-                trained, of one batch size, and once for forwards without a gradient, of any. Pipelines sample
-                without it.
-        """
-        pipeline = load_pipeline(pretrained, TRAINED, torch.float32, key="model.pretrained")
-        try:
-            model = cls(pipeline)
-        except ValueError as error:
-            raise ValueError(f"model.pretrained={pretrained}: {error}; {TRAINED.remedy}") from None
-        model.text_encoder_is_trained, model.compiled = train_text_encoder, compile
-        model.requires_grad_(False)
-        for module in model.trained_modules():
-            module.requires_grad_(True)
-        if gradient_checkpointing:
-            model.network.enable_gradient_checkpointing()
-            for encoder in model.text_encoders if train_text_encoder else ():
-                encoder.gradient_checkpointing_enable()
-        model.vae.to(memory_format=torch.channels_last)  # encoding takes half the time on a CPU
-        if channels_last:
-            model.network.to(memory_format=torch.channels_last)
-        if compile:
-            model.network.compile()
-        return model.train()
-
     # ---- its parts
 
     @property
     def network_names(self) -> tuple[str, ...]:
+        """All that has weights."""
         return (self.network_name, "vae", *self.text_encoder_names)
 
     @property
-    def network(self) -> nn.Module:
-        """The network that predicts."""
+    def network(self) -> Any:
+        """The network that predicts, a module of diffusers."""
         return getattr(self, self.network_name)
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[Any]:
+        """Those of transformers, in the order in which their embeddings stand side by side."""
         return [getattr(self, name) for name in self.text_encoder_names]
 
     @property
@@ -124,6 +87,28 @@ class DiffusionModel(nn.Module, ABC):
         return {name: hash_weights(getattr(self, name)) for name in names or ("vae", *self.text_encoder_names)}
 
     # ---- what is trained
+
+    def make_trainable(
+        self, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
+    ) -> None:
+        """Train the network that predicts, freeze the VAE, freeze or train the text encoders.
+
+        See `memtrain.models.pretrained.from_pretrained`; modules of a pipeline in somebody's hand are not for this.
+        """
+        self.text_encoder_is_trained, self.compiled = train_text_encoder, compile
+        self.requires_grad_(False)
+        for module in self.trained_modules():
+            module.requires_grad_(True)
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+            for encoder in self.text_encoders if train_text_encoder else ():
+                encoder.gradient_checkpointing_enable()
+        self.vae.to(memory_format=torch.channels_last)  # encoding takes half the time on a CPU
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        if compile:
+            self.network.compile()
+        self.train()
 
     def trained_modules(self) -> Iterable[nn.Module]:
         """The modules whose weights are trained."""
@@ -244,19 +229,19 @@ class DiffusionModel(nn.Module, ABC):
 
     # ---- predictions
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, C, H, W) the network's prediction, in its own parameterisation. timesteps (B,) int64"""
         if not self.compiled or torch.is_grad_enabled():
-            return self._call(noisy_latents, timesteps, told)
+            return self._call(noisy_latents, timesteps, conditioning)
         rows = len(noisy_latents)
-        return self._call(_any_rows(noisy_latents), _any_rows(timesteps), told.map(_any_rows))[:rows]
+        return self._call(_any_rows(noisy_latents), _any_rows(timesteps), conditioning.map(_any_rows))[:rows]
 
     def to_noise(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """The noise that a prediction stands for, (B, C, H, W): scores are taken between noises."""
         return self.noise_process.to_noise(prediction, noisy_latents, timesteps)
 
     @abstractmethod
-    def _call(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+    def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's forward."""
 
     # ---- what comes of it

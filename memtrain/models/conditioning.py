@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ class Conditioning:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """The same change made to all that there is."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return Conditioning(*(None if value is None else change(value) for value in values))
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -36,5 +35,6 @@ class Conditioning:
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
         """The rows of one after those of the other."""
-        columns = zip(*([getattr(part, field.name) for field in fields(part)] for part in parts), strict=True)
-        return Conditioning(*(None if column[0] is None else torch.cat(column) for column in columns))
+        first = parts[0]
+        names = [name for name, value in vars(first).items() if value is not None]
+        return replace(first, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

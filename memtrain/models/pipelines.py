@@ -44,7 +44,7 @@ def load_pipeline(source: str, kind: Kind, dtype: torch.dtype, *, key: str) -> D
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Of names, shapes and values in float32, so that it does not depend on the precision of the run."""
+    """A hash of names, shapes and values in float32, so that it does not depend on the precision of the run."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from memtrain.models.families import FAMILIES
 class StableDiffusion(DiffusionModel):
     """Stable Diffusion 1.x and 2.x, v-prediction included. See `DiffusionModel`."""
 
-    pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     network_name = "unet"
-    text_encoder_names = ("text_encoder",)
-    tokenizer_names = ("tokenizer",)
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    unet: Any
+    text_encoder: Any
+    tokenizer: Any
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
@@ -90,9 +94,13 @@ class StableDiffusion(DiffusionModel):
             mask = tokens.attention_mask.to(self.device)
         return Conditioning(self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0])
 
-    def _call(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
-        added = None if told.pooled is None else {"text_embeds": told.pooled, "time_ids": told.time_ids}
-        return self.unet(noisy_latents, timesteps, told.hidden, added_cond_kwargs=added, return_dict=False)[0]
+    def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        added = (
+            None
+            if conditioning.pooled is None
+            else {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
+        )
+        return self.unet(noisy_latents, timesteps, conditioning.hidden, added_cond_kwargs=added, return_dict=False)[0]
 
     # ---- what comes of it
 
@@ -114,7 +122,7 @@ class StableDiffusion(DiffusionModel):
         pipeline.register_modules(
             scheduler=self.scheduler,
             **{
-                name: nn.Module.to(
+                name: nn.Module.to(  # type: ignore[call-overload] # torch's annotations lack memory_format
                     copy.deepcopy(getattr(self, name)), "cpu", dtype, memory_format=torch.contiguous_format
                 )
                 for name in self.network_names

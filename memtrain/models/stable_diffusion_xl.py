@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
@@ -19,6 +20,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class = StableDiffusionXLPipeline
     text_encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
+    text_encoder_2: Any
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
@@ -39,7 +41,7 @@ class StableDiffusionXL(StableDiffusion):
         null = super()._encode_null()
         if not self.null_is_zeros:
             return null
-        return replace(null, hidden=torch.zeros_like(null.hidden), pooled=torch.zeros_like(null.pooled))
+        return replace(null.map(torch.zeros_like), time_ids=null.time_ids)
 
     @contextmanager
     def _vae_in_range(self) -> Iterator[None]:

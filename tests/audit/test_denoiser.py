@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 
-from memtrain.audit.attention import cross_attention, end_positions
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.detect.attention import cross_attention, end_positions
 from memtrain.audit.sampling import generate
 from tests.audit.conftest import PROMPTS
 

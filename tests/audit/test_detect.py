@@ -9,13 +9,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from memtrain.audit import detect as module
-from memtrain.audit.bench import measure_detection
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.density import EmbeddingDensity, TiledL2Density, tiled_distance
-from memtrain.audit.detect import SCORE_NAMES, detect, named_scores
-from memtrain.audit.scoring import DetectionSettings, Plan, Sharpness
-from memtrain.audit.separation import by_group, by_step
+from memtrain.audit.detect import detection as module
+from memtrain.audit.detect.bench import measure_detection
+from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density, tiled_distance
+from memtrain.audit.detect.detection import SCORE_NAMES, detect, named_scores
+from memtrain.audit.detect.scores import Sharpness
+from memtrain.audit.detect.scoring import DetectionSettings, Plan
+from memtrain.audit.detect.separation import by_group, by_step
 from memtrain.cli.arguments import spelled
 from memtrain.cli.detect import detect as command
 from memtrain.cli.main import config_folder

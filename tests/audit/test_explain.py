@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.explain import check_words, explain, token_gradients
+from memtrain.audit.explain.explanation import check_words, explain, token_gradients
+from memtrain.audit.explain.words import words_of
 from memtrain.audit.scored_path import ScoredPath
-from memtrain.audit.words import words_of
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import main
 from memtrain.core.scores import text_conditional_magnitude

@@ -8,10 +8,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.compare import Comparison, Judges, caption_margin, encode_images
 from memtrain.audit.denoiser import generation_seeds
-from memtrain.audit.mitigate import Sampling, follow, generate, mitigate, resolve_target
-from memtrain.audit.mitigations import (
+from memtrain.audit.mitigate.comparison import Comparison, Judges, caption_margin
+from memtrain.audit.mitigate.methods import (
     Embedding,
     InitialNoise,
     LateGuidance,
@@ -20,6 +19,8 @@ from memtrain.audit.mitigations import (
     RepeatWords,
     Start,
 )
+from memtrain.audit.mitigate.mitigation import Sampling, follow, generate, mitigate, resolve_target
+from memtrain.audit.pictures import encode_images
 from memtrain.cli.main import main
 from memtrain.core.copies import latent_rmse
 from memtrain.data.samples import ShardSamples
@@ -137,7 +138,7 @@ def test_late_guidance_is_unconditional_until_the_first_local_minimum(denoiser):
 
 def test_late_guidance_finds_the_minimum_of_each_row(denoiser, monkeypatch):
     falling = iter([[3.0, 3.0, 1.0], [2.0, 4.0, 2.0], [2.5, 5.0, 3.0], [1.0, 6.0, 4.0]])  # a step each
-    scores = "memtrain.audit.mitigate.text_conditional_magnitude"
+    scores = "memtrain.audit.mitigate.mitigation.text_conditional_magnitude"
     monkeypatch.setattr(scores, lambda *_: torch.tensor(next(falling)))
     start = Start.of(denoiser, [PROMPT] * 3, [1, 2, 3])
     assert follow(denoiser, start, Sampling(4), holds_guidance=True).guided_from.tolist() == [2, 4, 4]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.explain.words import neighbours, replaced, without, words_of
 from memtrain.audit.scored_path import FIRST_STEPS, ScoredPath, mean_scores
-from memtrain.audit.words import neighbours, replaced, without, words_of
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.core.streams import Stream
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.detect import detect
+from memtrain.audit.detect.detection import detect
 from memtrain.core.scores import text_conditional_magnitude
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.mitigate import Generations, Sampling, decode, generate, resolve_target
-from memtrain.audit.mitigations import Mitigation
+from memtrain.audit.mitigate.methods import Mitigation
+from memtrain.audit.mitigate.mitigation import Generations, Sampling, generate, resolve_target
+from memtrain.audit.pictures import decode_latents, encode_images
 from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, copy_rate, is_copy, latent_rmse
 from memtrain.core.streams import Stream, place_seed
 
@@ -118,7 +119,7 @@ class Comparison:
     ) -> MethodResult:
         """Generate with a method (None: as it is), and judge."""
         made = generate(self.denoiser, self.prompts, self.seeds, self.sampling, self.batches, method, target, progress)
-        images = decode(self.denoiser, made.latents, self.batches)
+        images = decode_latents(self.denoiser, made.latents, self.batches)
         rmse = None if self.originals is None else latent_rmse(made.latents, self.originals)
         judge, clip = self.judges.judge, self.judges.clip
         margin = judge and caption_margin(judge, images, self.prompts, self.seeds, self.batches)
@@ -161,19 +162,6 @@ class Comparison:
                 )
             )
         return pairs
-
-
-@torch.no_grad()
-def encode_images(denoiser: Denoiser, images: np.ndarray, batches: ShrinkingBatches) -> Tensor:
-    """(R, height, width, 3) uint8 -> (R, C, H, W) scaled mean latents, float32, on the CPU."""
-    model = denoiser.model
-
-    def work(rows: range) -> Tensor:
-        pixels = torch.from_numpy(images[rows.start : rows.stop]).permute(0, 3, 1, 2)  # (B, 3, height, width)
-        mean, std = model.encode_posterior(pixels.to(denoiser.device))
-        return model.sample_latents(mean, std, torch.zeros_like(std)).cpu()
-
-    return torch.cat(list(batches.over(len(images), work)))
 
 
 @torch.no_grad()

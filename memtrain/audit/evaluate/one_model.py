@@ -17,11 +17,11 @@ from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.compare import encode_images
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.fid import Features, FrechetDistance
+from memtrain.audit.evaluate.fid import Features, FrechetDistance
+from memtrain.audit.evaluate.similarity import Pictures, Similarity
+from memtrain.audit.pictures import encode_images
 from memtrain.audit.sampling import generate
-from memtrain.audit.similarity import Pictures, Similarity
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
 from memtrain.core.diffusion import draw
 from memtrain.core.streams import Stream, place_seed

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.mitigations import Embedding, Mitigation, Start
+from memtrain.audit.mitigate.methods import Embedding, Mitigation, Start
+from memtrain.audit.pictures import decode_latents
 from memtrain.audit.sampling import SamplingPath
 from memtrain.audit.scored_path import ScoredPath, mean_scores
 from memtrain.core.scores import text_conditional_magnitude
@@ -111,7 +112,7 @@ def mitigate(
     Args:
         target: for methods that descend a score: d at the first step, per generation; or `"q0.9"`, that
             quantile of the scores of the `reference` prompts.
-        method: of `memtrain.audit.mitigations`; None is `Embedding()`.
+        method: of `memtrain.audit.mitigate.methods`; None is `Embedding()`.
 
     Raises:
         ValueError: a target is needed and missing, or no number, or a quantile without reference.
@@ -136,8 +137,8 @@ def mitigate(
         target=target if method.needs_target else None,
         before=before,
         after=after,
-        images_before=decode(denoiser, before.latents, batches),
-        images_after=decode(denoiser, after.latents, batches),
+        images_before=decode_latents(denoiser, before.latents, batches),
+        images_after=decode_latents(denoiser, after.latents, batches),
     )
 
 
@@ -222,16 +223,4 @@ def follow(denoiser: Denoiser, start: Start, sampling: Sampling, holds_guidance:
         scores=torch.stack(scores, dim=1).cpu(),
         iterations=start.iterations,
         guided_from=guided_from.cpu(),
-    )
-
-
-def decode(denoiser: Denoiser, latents: Tensor, batches: ShrinkingBatches) -> np.ndarray:
-    """(R, C, H, W) scaled latents -> (R, height, width, 3) uint8."""
-    return np.concatenate(
-        list(
-            batches.over(
-                len(latents),
-                lambda rows: denoiser.model.decode(latents[rows.start : rows.stop].to(denoiser.device)),
-            )
-        )
     )
