@@ -39,6 +39,12 @@ FAMILIES = {
         (*_PARTS, "text_encoder_2", "tokenizer_2"),
         is_trained=False,
     ),
+    "StableDiffusion3Pipeline": Family(
+        "memtrain.models.stable_diffusion_3.StableDiffusion3",
+        ("transformer", *_PARTS[1:], "text_encoder_2", "tokenizer_2"),
+        is_trained=False,
+        left_out=dict(image_encoder=None, feature_extractor=None),
+    ),
 }
 
 

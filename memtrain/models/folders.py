@@ -24,7 +24,7 @@ TRAINED = Kind(
 )
 AUDITED = Kind(
     list(FAMILIES),
-    "model takes a Stable Diffusion 1.x, 2.x or XL diffusers folder or a hub id",
+    "model takes a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 diffusers folder or a hub id",
 )
 CLIP = "name a CLIP folder or hub id, or leave it out"
 

@@ -37,12 +37,13 @@ def test_predictions_and_path_are_the_stock_pipelines(denoiser, stock, guidance_
     latents = denoiser.noise(seeds_of(PROMPTS))
     expected, end = stock_predictions(stock, PROMPTS, latents, 4, guidance_scale)
     cond, null = denoiser.encode(PROMPTS), denoiser.model.null(len(PROMPTS))
-    for t, (stock_null, stock_cond) in zip(denoiser.timesteps(4).tolist(), expected, strict=True):
+    timesteps = denoiser.model.sampler.timesteps(4)
+    for index, (stock_null, stock_cond) in enumerate(expected):
         with torch.no_grad():
-            noise_cond, noise_null = denoiser.predict_pair(latents, t, cond, null)
-        torch.testing.assert_close(noise_cond, stock_cond, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(noise_null, stock_null, atol=1e-4, rtol=1e-4)
-        latents = denoiser.step(latents, t, noise_cond, noise_null, guidance_scale, 4)
+            predicted = denoiser.predict_pair(latents, timesteps[index], cond, null)
+        torch.testing.assert_close(predicted.noise_cond, stock_cond, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(predicted.noise_null, stock_null, atol=1e-4, rtol=1e-4)
+        latents = denoiser.model.sampler.step(latents, timesteps, index, predicted, guidance_scale)
     torch.testing.assert_close(latents, end, atol=1e-4, rtol=1e-4)
     assert torch.equal(latents, generate(denoiser, cond, seeds_of(PROMPTS), 4, guidance_scale))
 
@@ -52,9 +53,10 @@ def test_sdxl_predictions_are_the_stock_pipelines(xl_pipeline):
     latents = xl.noise(seeds_of(PROMPTS))
     expected, end = stock_predictions(xl_pipeline, PROMPTS, latents, 2, 5.0)
     with torch.no_grad():
-        pair = xl.predict_pair(latents, int(xl.timesteps(2)[0]), xl.encode(PROMPTS), xl.model.null(3))
-    torch.testing.assert_close(pair[0], expected[0][1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(pair[1], expected[0][0], atol=1e-4, rtol=1e-4)
+        first = xl.model.sampler.timesteps(2)[0]
+        pair = xl.predict_pair(latents, first, xl.encode(PROMPTS), xl.model.null(3))
+    torch.testing.assert_close(pair.noise_cond, expected[0][1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pair.noise_null, expected[0][0], atol=1e-4, rtol=1e-4)
     drawn = generate(xl, xl.encode(PROMPTS), seeds_of(PROMPTS), 2, 5.0)
     torch.testing.assert_close(drawn, end, atol=1e-4, rtol=1e-4)
     assert xl.model.decode(end).shape == (3, 32, 32, 3)
@@ -86,7 +88,7 @@ def test_attention_is_read_without_a_trace(denoiser):
         plain = denoiser.predict_pair(latents, 500, cond, null)
         with cross_attention(unet, ends) as seen:
             watched = denoiser.predict_pair(latents, 500, cond, null)
-    assert torch.equal(plain[0], watched[0]) and torch.equal(plain[1], watched[1])
+    assert torch.equal(plain.cond, watched.cond) and torch.equal(plain.null, watched.null)
     torch.testing.assert_close(seen.token_means().sum(dim=1), torch.ones(2))  # probabilities
     end_map = seen.end_map(16, 16)
     assert end_map.shape == (2, 16, 16) and (end_map > 0).all() and (end_map < 1).all()

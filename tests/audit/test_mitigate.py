@@ -127,12 +127,15 @@ def test_late_guidance_is_unconditional_until_the_first_local_minimum(denoiser):
     null, latents = denoiser.model.null(3), denoiser.noise(seeds)  # plainly written
     cond = denoiser.encode([PROMPT] * 3)
     with torch.no_grad():
-        for number, t in enumerate(denoiser.timesteps(steps).tolist()):
-            noise_cond, noise_null = denoiser.predict_pair(latents, t, cond, null)
+        timesteps = denoiser.model.sampler.timesteps(steps)
+        for number, t in enumerate(timesteps):
+            pair = denoiser.predict_pair(latents, t, cond, null)
+            noise_cond, noise_null = pair.noise_cond, pair.noise_null
             guided = noise_null + 7.5 * (noise_cond - noise_null)
             chosen = [guided[r] if number >= found.guided_from[r] else noise_null[r] for r in range(3)]
             chosen = torch.stack(chosen)
-            latents = denoiser.step(latents, t, chosen, chosen, 1.0, steps)
+            taken = Predictions(chosen, chosen, chosen, chosen)
+            latents = denoiser.model.sampler.step(latents, timesteps, number, taken, 1.0)
     torch.testing.assert_close(found.latents, latents, rtol=1e-4, atol=1e-4)
 
 

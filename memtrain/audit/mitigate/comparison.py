@@ -184,7 +184,8 @@ def caption_margin(
             noise = judge.noise([place_seed(seeds[row], Stream.MARGIN, t, 0) for row in rows])
             steps = torch.full((count,), t, device=judge.device)
             noisy = judge.model.noise_process.add_noise(clean, noise, steps)
-            for loss, predicted in zip(losses, judge.predict_pair(noisy, t, cond, null), strict=True):
+            pair = judge.predict_pair(noisy, t, cond, null)
+            for loss, predicted in zip(losses, (pair.noise_cond, pair.noise_null), strict=True):
                 loss += (predicted - noise).square().flatten(1).mean(dim=1)
         return (1 - losses[0] / losses[1]).cpu()
 
