@@ -5,12 +5,14 @@ import logging
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.detect.attention import cross_attention, end_positions
-from memtrain.audit.sampling import generate
+from memtrain.audit.sampling import SamplingPath, generate
 from tests.audit.conftest import PROMPTS
+from tests.support.families import stable_diffusion
 
 
 def seeds_of(prompts: list[str]) -> list[int]:
@@ -46,6 +48,33 @@ def test_predictions_and_path_are_the_stock_pipelines(denoiser, stock, guidance_
         latents = denoiser.model.sampler.step(latents, timesteps, index, predicted, guidance_scale)
     torch.testing.assert_close(latents, end, atol=1e-4, rtol=1e-4)
     assert torch.equal(latents, generate(denoiser, cond, seeds_of(PROMPTS), 4, guidance_scale))
+
+
+def test_from_zero_signal_the_path_is_the_stock_pipelines_and_v_itself_is_compared(pipelines):
+    """Zero terminal SNR: the first noise is x_T whatever v is predicted."""
+    own = stable_diffusion(pipelines["v_prediction"])
+    own.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    own.scheduler = DDIMScheduler.from_config(own.scheduler.config, clip_sample=False)
+    found, latents = Denoiser.of(own), torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected, end = stock_predictions(own, PROMPTS, latents, 4, 7.5)
+    path = SamplingPath(found, latents, found.encode(PROMPTS), 7.5, 4)
+    with torch.no_grad():
+        steps = list(path)
+    assert steps[0].t == 999 and found.model.noise_process.alphas_cumprod[999] == 0
+    torch.testing.assert_close(path.latents, end, atol=1e-4, rtol=1e-4)
+    for step, (null, cond) in zip(steps, expected, strict=True):
+        alpha = found.model.noise_process.alphas_cumprod[step.t]
+        factor = 1 if step.index == 0 else alpha.sqrt()
+        torch.testing.assert_close(
+            step.predicted.magnitude, factor * (cond - null).flatten(1).norm(dim=1), atol=1e-4, rtol=1e-3
+        )
+
+
+def test_a_noise_that_tells_of_no_picture_is_refused(pipeline_folder):
+    own = stable_diffusion(pipeline_folder)
+    own.scheduler.register_to_config(rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="starts from zero signal .*tells of no picture"):
+        Denoiser.of(own)
 
 
 def test_sdxl_predictions_are_the_stock_pipelines(xl_pipeline):

@@ -10,7 +10,6 @@ from memtrain.audit.explain.words import words_of
 from memtrain.audit.scored_path import ScoredPath
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import main
-from memtrain.core.scores import text_conditional_magnitude
 from memtrain.report.tokens import draw_significance, write_page
 from tests.support.families import assert_unchanged, state_of
 

@@ -24,6 +24,7 @@ from memtrain.audit.pictures import encode_images
 from memtrain.cli.main import main
 from memtrain.core.copies import latent_rmse
 from memtrain.data.samples import ShardSamples
+from memtrain.models.samplers import Predictions
 
 PROMPT = "fox on a red background"
 FEW = dict(num_images_per_prompt=2, num_inference_steps=4)
@@ -141,8 +142,7 @@ def test_late_guidance_is_unconditional_until_the_first_local_minimum(denoiser):
 
 def test_late_guidance_finds_the_minimum_of_each_row(denoiser, monkeypatch):
     falling = iter([[3.0, 3.0, 1.0], [2.0, 4.0, 2.0], [2.5, 5.0, 3.0], [1.0, 6.0, 4.0]])  # a step each
-    scores = "memtrain.audit.mitigate.mitigation.text_conditional_magnitude"
-    monkeypatch.setattr(scores, lambda *_: torch.tensor(next(falling)))
+    monkeypatch.setattr(Predictions, "magnitude", property(lambda _: torch.tensor(next(falling))))
     start = Start.of(denoiser, [PROMPT] * 3, [1, 2, 3])
     assert follow(denoiser, start, Sampling(4), holds_guidance=True).guided_from.tolist() == [2, 4, 4]
 
