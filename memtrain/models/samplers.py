@@ -149,4 +149,5 @@ class Euler(Sampler):
         return latents + (before - sigma) * v
 
     def identity(self) -> bytes:
-        return json.dumps({**self.scheduler.config, **self.options}, sort_keys=True, default=str).encode()
+        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        return json.dumps({**config, **self.options}, sort_keys=True).encode()

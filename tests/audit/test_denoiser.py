@@ -73,7 +73,7 @@ def test_from_zero_signal_the_path_is_the_stock_pipelines_and_v_itself_is_compar
 def test_a_noise_that_tells_of_no_picture_is_refused(pipeline_folder):
     own = stable_diffusion(pipeline_folder)
     own.scheduler.register_to_config(rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="starts from zero signal .*tells of no picture"):
+    with pytest.raises(ValueError, match=r"starts from zero signal .*tells of no picture"):
         Denoiser.of(own)
 
 
