@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from memtrain.cli.schema import groups
+from memtrain.cli.schema import LOADER, groups
 from memtrain.data.paths import config_folder
 
 _WIDTH = 120
@@ -17,7 +17,7 @@ _TEMPLATE = "  {group:<12}{name:<24}{says}"
 
 def choices(command: str) -> str:
     """A line for each file of the groups that the command's config chooses from."""
-    config = yaml.safe_load((config_folder() / f"{command}.yaml").read_text(encoding="utf-8"))
+    config = yaml.load((config_folder() / f"{command}.yaml").read_text(encoding="utf-8"), LOADER)
     lines: list[str] = []
     for group in groups(config, with_optional=True):
         named = group

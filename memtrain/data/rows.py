@@ -9,7 +9,7 @@ import numpy as np
 from memtrain.data.row_filter import FilteredRows
 
 
-class Rows:
+class SampleRows:
     """Translates between positions in a corpus, rows of a shard and records of its index.
 
     A shard's index has *records*. The filter passes some of them: its *rows*, by whose number latents are cached

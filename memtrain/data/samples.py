@@ -18,7 +18,7 @@ from memtrain.data.indexed import IndexedShards
 from memtrain.data.open_shards import OpenShards
 from memtrain.data.remote import ShardMissing
 from memtrain.data.row_filter import filter_rows, parse_filter
-from memtrain.data.rows import Rows
+from memtrain.data.rows import SampleRows
 from memtrain.data.sources import home_of
 from memtrain.data.view import STRAIGHT, View
 
@@ -74,7 +74,7 @@ class ShardSamples:
         self.shards = self.indexed.shards
         filtered = filter_rows(clauses, self.indexed)
         excluded = excluded_rows(listed, exclude_keys, self.indexed, filtered) if exclude_keys and listed else {}
-        self.rows = Rows([index.samples for index in self.indexed.indexes], filtered, excluded)
+        self.rows = SampleRows([index.samples for index in self.indexed.indexes], filtered, excluded)
         self.counts = self.rows.counts
         if len(self) == 0:
             raise ValueError(self._why_empty(shards, exclude_keys))

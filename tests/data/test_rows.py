@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from memtrain.data.row_filter import FilteredRows
-from memtrain.data.rows import Rows
+from memtrain.data.rows import SampleRows
 
 RECORDS = [5, 4, 6]
 PASSED = [[0, 2, 3, 4], [], [1, 2, 4, 5]]
@@ -13,12 +13,12 @@ SAMPLES = [(0, 2), (0, 4), (2, 1), (2, 2), (2, 4)]  # (shard, record), by positi
 
 
 @pytest.fixture
-def rows(tmp_path) -> Rows:
+def rows(tmp_path) -> SampleRows:
     stems = [str(tmp_path / str(number)) for number in range(3)]
     for stem, passed in zip(stems, PASSED, strict=True):
         np.save(f"{stem}.npy", np.array(passed, dtype=np.int32))
     filtered = FilteredRows([len(passed) for passed in PASSED], stems)
-    return Rows(RECORDS, filtered, {number: np.array(rows) for number, rows in EXCLUDED.items()})
+    return SampleRows(RECORDS, filtered, {number: np.array(rows) for number, rows in EXCLUDED.items()})
 
 
 def test_a_position_is_that_of_its_record(rows):
@@ -50,6 +50,6 @@ def test_beyond_the_corpus_is_nothing(rows):
 
 
 def test_without_a_filter_rows_are_records():
-    rows = Rows([3, 2], FilteredRows([3, 2]), {})
+    rows = SampleRows([3, 2], FilteredRows([3, 2]), {})
     assert [rows.locate(position) for position in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert rows.positions_of(np.arange(5)).tolist() == list(range(5)) and rows.filtered.digest(0) is None
