@@ -33,7 +33,7 @@ def evaluate(cfg: DictConfig) -> None:
         TimeRemainingColumn,
     )
 
-    from memtrain.audit.evaluate import models as room
+    from memtrain.audit.evaluate import several_models as room
     from memtrain.audit.evaluate.one_model import Settings
     from memtrain.audit.training_samples import choose
     from memtrain.data.samples import ShardSamples
@@ -118,7 +118,7 @@ def _write(out: Path, results: list[ModelResult]) -> None:
     """The rows of all models, the table, and the plane."""
     import pyarrow.parquet as pq
 
-    from memtrain.audit.evaluate.models import read_rows, write_json
+    from memtrain.audit.evaluate.several_models import read_rows, write_json
     from memtrain.core.files import written_aside
     from memtrain.report.plane import Point, draw_plane
 
