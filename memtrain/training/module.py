@@ -76,8 +76,9 @@ class DiffusionTraining(pl.LightningModule):
         if scoring.every == 0 and exclusion.needs_score:
             rule = type(exclusion).__name__
             raise ValueError(f"score.every=0 (never) is for rules that need no score, and {rule} does; set it to 1")
-        if scoring.timesteps is not None and scoring.timesteps[1] > len(model.alphas_cumprod):
-            raise ValueError(f"score.timesteps ends at {len(model.alphas_cumprod)} at most, got {scoring.timesteps[1]}")
+        last = model.noise_process.num_timesteps
+        if scoring.timesteps is not None and scoring.timesteps[1] > last:
+            raise ValueError(f"score.timesteps ends at {last} at most, got {scoring.timesteps[1]}")
         self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
         self.seed = seed
         self.latent_shape = model.latent_shape(resolution, resolution)
