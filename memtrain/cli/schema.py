@@ -56,6 +56,19 @@ class StableDiffusion:
 
 
 @dataclass
+class LowRank:
+    _target_: str = MISSING
+    rank: int = MISSING
+    alpha: float | None = MISSING
+    dropout: float = MISSING
+    target_modules: Any = MISSING  # attention, linear, or a list of names
+    text_encoder: bool = MISSING
+    use_dora: bool = MISSING
+    formats: list[str] = MISSING
+    merge: bool = MISSING
+
+
+@dataclass
 class Threshold:
     _target_: str = MISSING
     threshold: float = MISSING
@@ -334,6 +347,7 @@ class Train:
     max_bad_steps: int = MISSING
     data: Any = MISSING
     model: Any = MISSING
+    adapter: Any = MISSING
     exclusion: Any = MISSING
     method: Any = MISSING
     optimizer: Any = MISSING
@@ -384,6 +398,7 @@ def register() -> None:
         ("schema/data", "shards", Shards),
         ("schema/data", "composites", Composites),
         ("schema/model", "stable_diffusion", StableDiffusion),
+        ("schema/adapter", "low_rank", LowRank),
         ("schema/exclusion", "threshold", Threshold),
         ("schema/exclusion", "quantile", Quantile),
         ("schema/exclusion", "calibrated", Calibrated),

@@ -16,6 +16,7 @@ class Pretrained:
 @dataclass
 class Detect:
     model: Pretrained = field(default_factory=Pretrained)
+    lora: str | None = MISSING
     prompts: str | None = MISSING
     memorized: str | None = MISSING
     other: str | None = MISSING
@@ -42,6 +43,7 @@ class Detect:
 @dataclass
 class Explain:
     model: Pretrained = field(default_factory=Pretrained)
+    lora: str | None = MISSING
     prompt: str | None = MISSING
     prompts: str | None = MISSING
     column: str | None = MISSING
@@ -70,6 +72,7 @@ class MitigateData:
 @dataclass
 class Mitigate:
     model: Pretrained = field(default_factory=Pretrained)
+    lora: str | None = MISSING
     prompt: str | None = MISSING
     prompts: str | None = MISSING
     column: str | None = MISSING
@@ -110,6 +113,7 @@ class EvaluateSamples:
 @dataclass
 class Evaluate:
     models: Any = MISSING
+    lora: Any = MISSING  # str, or a list with one for each model, or null
     data: EvaluateData = field(default_factory=EvaluateData)
     samples: EvaluateSamples = field(default_factory=EvaluateSamples)
     num_images_per_prompt: int = MISSING

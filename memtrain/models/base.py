@@ -14,6 +14,7 @@ class DiffusionModel(Protocol):
     alphas_cumprod: Tensor  # (T,) float32
     prediction_type: str  # one of core.diffusion.PREDICTION_TYPES
     tokenizer: Any  # of transformers
+    text_encoder_is_trained: bool  # its weights, or an adapter of it
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """(B, L) int64; longer captions are cut, shorter ones padded."""
@@ -53,4 +54,6 @@ class DiffusionModel(Protocol):
 
 
 def trained_parameters(model: DiffusionModel) -> list[nn.Parameter]:
-    return [parameter for module in model.trained_modules() for parameter in module.parameters()]
+    """The weights that are trained: all of the trained modules', or an adapter's alone."""
+    parameters = (parameter for module in model.trained_modules() for parameter in module.parameters())
+    return [parameter for parameter in parameters if parameter.requires_grad]
