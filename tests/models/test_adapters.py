@@ -112,7 +112,7 @@ def test_target_modules_that_match_nothing_list_what_there_is(pipeline_folder, o
 
 def test_a_text_encoder_is_not_trained_twice(pipeline_folder):
     model = StableDiffusion(str(pipeline_folder), True, False, False, False)
-    with pytest.raises(ValueError, match="model.train_text_encoder=true.*say adapter.text_encoder=true"):
+    with pytest.raises(ValueError, match=r"model.train_text_encoder=true.*say adapter.text_encoder=true"):
         low_rank().attach(model, 0)
 
 
