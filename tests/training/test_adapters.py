@@ -94,31 +94,39 @@ def test_a_checkpoint_of_another_base_is_refused(pipeline_folder, corpus, tmp_pa
         fit(build_module(pipeline_folder), build_data(corpus), tmp_path, 2, ckpt_path=str(tmp_path / "last.ckpt"))
 
 
-def train_a_rank(pipeline: str, corpus: str, out: str, ranks: int) -> None:
-    """Two runs: one as it is, and one with everything sharded where there are ranks, stopped after three steps."""
+def train_a_rank(pipeline: str, corpus: str, out: str, ranks: int, steps: int, last: str | None, name: str) -> None:
+    """Until `steps`; where the name says so with all weights sharded, the frozen ones too."""
     module = build(pipeline, text_encoder=True)
-    fit(module, build_data(corpus, 4 // ranks), out, 6, ranks=ranks)
-    found = dict(weights=weights(module), scored=module.exclusion.reference.count.sum())
-    if ranks > 1:
-        for steps, last in ((3, None), (6, f"{out}/last.ckpt")):
-            torch.distributed.destroy_process_group()
-            sharded = FullySharded(process_group_backend="gloo")
-            module = build(pipeline, text_encoder=True)
-            looks = [Validation(6, 2, 2, 0.5, 4), Export("float32"), checkpoint(6, out)]
-            fit(module, build_data(corpus, 4 // ranks), out, steps, 1, looks, last, ranks, sharded)
-        found |= dict(sharded=flat(module.trained_parameters()), average=flat(module.ema.shadow_params))
-    else:
-        found["average"] = flat(module.ema.shadow_params)
-    torch.save(found, f"{out}/{ranks}-{module.global_rank}.pt")
+    looks, strategy = [checkpoint(6, out)], None
+    if name == "sharded":
+        looks = [Validation(6, 2, 2, 0.5, 4), Export("float32"), *looks]
+        strategy = FullySharded(process_group_backend="gloo")
+    fit(module, build_data(corpus, 4 // ranks), out, steps, 1, looks, last, ranks, strategy)
+    found = dict(weights=flat(module.trained_parameters()), average=flat(module.ema.shadow_params))
+    found["scored"] = module.exclusion.reference.count.sum()
+    torch.save(found, f"{out}/{name}-{module.global_rank}.pt")
 
 
-def test_two_ranks_sharded_too_train_the_adapter_that_one_trains(forks, pipeline_folder, corpus, tmp_path):
-    for ranks in (1, 2):
-        forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, ranks, log=tmp_path / f"log{ranks}", ranks=ranks)
-    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    assert torch.equal(first["weights"], second["weights"])
-    for ours, theirs in (("weights", "weights"), ("sharded", "weights"), ("average", "average")):
-        torch.testing.assert_close(first[ours], one[theirs], atol=1e-6, rtol=0)
+@pytest.mark.slow
+def test_two_ranks_train_the_adapter_that_one_trains(forks, pipeline_folder, corpus, tmp_path):
+    """Sharded ranks, too, which go on from a checkpoint of theirs."""
+    last = str(tmp_path / "sharded" / "last.ckpt")
+    for ranks, steps, begin, name in (
+        (1, 6, None, "one"),
+        (2, 6, None, "two"),
+        (2, 3, None, "sharded"),
+        (2, 6, last, "sharded"),
+    ):
+        (tmp_path / name).mkdir(exist_ok=True)
+        arguments = pipeline_folder, corpus, tmp_path / name, ranks, steps, begin, name
+        forks.call(train_a_rank, *arguments, log=tmp_path / "log", ranks=ranks)
+    one, *others = (
+        torch.load(tmp_path / f"{name[:-2]}/{name}.pt")
+        for name in ("one-0", "two-0", "two-1", "sharded-0", "sharded-1")
+    )
+    for other in others:
+        for part in ("weights", "average"):
+            torch.testing.assert_close(other[part], one[part], atol=1e-6, rtol=0)
     assert one["scored"] > 0
     begun = torch.cat(
         [p.detach().flatten() for p in trained_parameters(build(pipeline_folder, text_encoder=True).model)]
