@@ -103,11 +103,12 @@ class LowRank(Adapter):
         layers = targets(networks, self.target_modules)
         model.requires_grad_(False)
         for place, (name, network) in enumerate(networks.items()):
-            self._give(network, layers[name], place_seed(seed, Stream.ADAPTER, 0, place))
+            self.give(network, layers[name], place_seed(seed, Stream.ADAPTER, 0, place))
         self._networks = networks
         model.train()
 
-    def _give(self, network: nn.Module, layers: list[str], seed: int) -> None:
+    def give(self, network: nn.Module, layers: list[str], seed: int) -> None:
+        """Give a network an adapter at these layers."""
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
