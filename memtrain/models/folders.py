@@ -47,6 +47,8 @@ def check_pipeline(key: str, source: str, kind: Kind) -> None:
         return
     folder, said = Path(source).expanduser(), f"{key}={source}"
     index = folder / "model_index.json"
+    if not index.is_file() and (folder / LORA_FILE).is_file():
+        raise ValueError(f"{said} is an adapter, not a pipeline; name its base there, and say lora={source}")
     if not index.is_file():
         raise ValueError(f"{said} is not a pipeline: it has no model_index.json; {kind.remedy}")
     try:
