@@ -14,7 +14,6 @@ from torch import nn
 from memtrain.core.streams import Stream, place_seed
 from memtrain.models.base import DiffusionModel
 from memtrain.models.lora_files import ADAPTER, FORMATS, write_lora
-from memtrain.models.pipelines import hash_weights
 
 KINDS = ("attention", "linear")  # of layers that adapter.target_modules may name
 
@@ -96,10 +95,10 @@ class LowRank(Adapter):
                 "model.train_text_encoder=true trains all weights of the text encoder, and an adapter leaves them as "
                 "they are; say adapter.text_encoder=true for an adapter there, or adapter=none"
             )
-        self.base = {name: hash_weights(network) for name, network in model.named_children()}
+        self.base = model.fingerprint(*model.network_names)
         model.text_encoder_is_trained = self.text_encoder
-        adapted = {id(network) for network in model.trained_modules()}
-        networks = {name: network for name, network in model.named_children() if id(network) in adapted}
+        names = (model.network_name, *(model.text_encoder_names if self.text_encoder else ()))
+        networks = {name: getattr(model, name) for name in names}
         layers = targets(networks, self.target_modules)
         model.requires_grad_(False)
         for place, (name, network) in enumerate(networks.items()):

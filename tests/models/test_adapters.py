@@ -8,10 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from memtrain.models.base import trained_parameters
+from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.models.lora_files import load_lora
 from memtrain.models.pipelines import hash_weights
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.pretrained import from_pretrained
 from tests.support.adapters import adapted, low_rank, moved
 
 KINDS = {
@@ -36,7 +36,7 @@ def predicted(unet, text_encoder, ids) -> torch.Tensor:
     return unet(latents, timesteps, text_encoder(ids)[0]).sample
 
 
-def said_by(model: StableDiffusion) -> torch.Tensor:
+def said_by(model: DiffusionModel) -> torch.Tensor:
     return predicted(model.unet, model.text_encoder, model.tokenize(["fox", "", "red apple"]))
 
 
@@ -111,7 +111,7 @@ def test_target_modules_that_match_nothing_list_what_there_is(pipeline_folder, o
 
 
 def test_a_text_encoder_is_not_trained_twice(pipeline_folder):
-    model = StableDiffusion(str(pipeline_folder), True, False, False, False)
+    model = from_pretrained(str(pipeline_folder), True, False, False, False)
     with pytest.raises(ValueError, match=r"model.train_text_encoder=true.*say adapter.text_encoder=true"):
         low_rank().attach(model, 0)
 
@@ -179,7 +179,7 @@ def test_what_is_frozen_is_cast_and_the_adapter_is_not(pipeline_folder):
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
         prediction = model.predict(
-            torch.randn(2, 4, 16, 16), torch.tensor([1, 900]), model.encode_captions(model.tokenize(["fox", ""]))
+            torch.randn(2, 4, 16, 16), torch.tensor([1, 900]), model.encode(["fox", ""])
         )
     prediction.float().square().mean().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in trained_parameters(model))
@@ -187,7 +187,7 @@ def test_what_is_frozen_is_cast_and_the_adapter_is_not(pipeline_folder):
 
 def test_dropout_is_of_trained_forwards_alone(pipeline_folder):
     model, _ = moved(pipeline_folder, dropout=0.5)
-    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), model.null_caption()
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), model.null(1)
     assert not torch.equal(model.predict(*inputs), model.predict(*inputs))
     with torch.no_grad():
         assert torch.equal(model.predict(*inputs), model.predict(*inputs))

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from memtrain.models.adapters import LowRank
-from memtrain.models.base import trained_parameters
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.base import DiffusionModel, trained_parameters
+from memtrain.models.pretrained import from_pretrained
 
 
 def low_rank(**options) -> LowRank:
@@ -14,9 +14,9 @@ def low_rank(**options) -> LowRank:
     return LowRank(**(defaults | dict(merge=False, formats=["diffusers"]) | options))
 
 
-def adapted(pipeline: Path, seed: int = 7, **options) -> tuple[StableDiffusion, LowRank]:
+def adapted(pipeline: Path, seed: int = 7, **options) -> tuple[DiffusionModel, LowRank]:
     """A model with an adapter, as at the start of a run."""
-    model = StableDiffusion(
+    model = from_pretrained(
         str(pipeline), train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False
     )
     adapter = low_rank(**options)
@@ -24,7 +24,7 @@ def adapted(pipeline: Path, seed: int = 7, **options) -> tuple[StableDiffusion, 
     return model, adapter
 
 
-def moved(pipeline: Path, **options) -> tuple[StableDiffusion, LowRank]:
+def moved(pipeline: Path, **options) -> tuple[DiffusionModel, LowRank]:
     """The same with other weights than it begins with, as if it had learnt."""
     model, adapter = adapted(pipeline, **options)
     noise = torch.Generator().manual_seed(1)

@@ -46,7 +46,7 @@ def test_the_gradient_is_that_of_the_weights_with_the_adapter_added(pipeline_fol
     draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), mean.shape[1:])
     latents = model.sample_latents(mean, std, draws.posterior_noise)
     noisy = diffusion.add_noise(latents, draws.noise, draws.timesteps, model.alphas_cumprod)
-    hidden = model.encode_captions(model.tokenize(batch.captions))
+    hidden = model.encode(batch.captions).hidden
     prediction = functional_call(unet, given, (noisy, draws.timesteps, hidden)).sample
     (prediction - draws.noise).square().flatten(1).mean(dim=1).sum().backward()
     for name, parameter in model.unet.named_parameters():
