@@ -88,12 +88,16 @@ class LowRank(Adapter):
         """Freeze the model and give its networks an adapter, which begins as a function of the seed.
 
         Raises:
-            ValueError: the text encoder is trained already, or `target_modules` match nothing.
+            ValueError: the text encoder is trained already, `target_modules` match nothing, or a format is not for it.
         """
         if model.text_encoder_is_trained:
             raise ValueError(
                 "model.train_text_encoder=true trains all weights of the text encoder, and an adapter leaves them as "
                 "they are; say adapter.text_encoder=true for an adapter there, or adapter=none"
+            )
+        if "kohya" in self.formats and not self.merge and model.network_name != "unet":
+            raise ValueError(
+                f"adapter.formats=kohya is written for UNets, and this model has a {model.network_name}; leave kohya out"
             )
         self.base = model.fingerprint(*model.network_names)
         model.text_encoder_is_trained = self.text_encoder
@@ -113,7 +117,7 @@ class LowRank(Adapter):
 
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type] # peft takes any number
             lora_dropout=self.dropout,
             target_modules=layers,
             use_dora=self.use_dora,
@@ -191,7 +195,8 @@ def targets(networks: dict[str, nn.Module], wanted: Sequence[str]) -> dict[str, 
     for name, network in networks.items():
         nowhere = [one for one in wanted if not any(layers[one] for layers in found.values())]
         if nowhere or not any(found[name].values()):
-            ends = dict.fromkeys(re.search(r"[^.]+(\.\d+)*$", layer)[0] for layer in _layers(network))
+            found_ends = (re.search(r"[^.]+(\.\d+)*$", layer) for layer in _layers(network))
+            ends = dict.fromkeys(end[0] for end in found_ends if end)
             raise ValueError(
                 f"adapter.target_modules={','.join(nowhere or wanted) or '[]'} match no layer of the {name}; say "
                 f"{', '.join(KINDS)}, or some of its layers: {', '.join(ends)}"

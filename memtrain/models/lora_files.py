@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CLIPTextModel, PreTrainedModel
 
 from memtrain.models.folders import KOHYA_FILE, check_lora
 
@@ -39,7 +39,7 @@ def write_lora(
     layers: dict[str, dict[str, Tensor]] = {}
     for name, network in networks.items():
         # transformers 5 has CLIP's layers one level higher than it had, and than files have them
-        prefix = "text_model." if name.startswith("text_encoder") and not hasattr(network, "text_model") else ""
+        prefix = "text_model." if isinstance(network, CLIPTextModel) and not hasattr(network, "text_model") else ""
         state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
         layers[name] = {
             prefix + key: (tensor.detach() * (scale if "lora_B" in key else 1)).to("cpu", dtype).contiguous()
@@ -93,10 +93,10 @@ def _is_lost(name: str) -> bool:
 
 def _check_fit(pipeline: DiffusionPipeline, state: dict[str, Tensor]) -> None:
     """Raises ValueError with the first key, of an adapter in diffusers' form, that no layer of the pipeline fits."""
-    networks = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
+    every = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
+    networks = {name: network for name, network in every.items() if network is not None}
     for key in state:
-        name = key.split(".")[0]
-        if networks.get(name) is None:
+        if key.split(".")[0] not in networks:
             raise ValueError(f"{key} is of no network of a {type(pipeline).__name__}; it was made for another base")
     for name, network in networks.items():
         own = {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
@@ -135,7 +135,9 @@ def _as_peft_names(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
 
 
 def _shape(network: nn.Module, layer: str) -> torch.Size | None:
+    """Of the weights of a network's layer; None: there is none, or it has none."""
     try:
-        return network.get_submodule(layer).weight.shape
+        weight = network.get_submodule(layer).weight
     except AttributeError:
         return None
+    return weight.shape if isinstance(weight, Tensor) else None

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.detect import SCORE_NAMES, detect
+from memtrain.audit.detect.detection import SCORE_NAMES, detect
 from memtrain.cli.main import main
 from memtrain.models.lora_files import load_lora, write_lora
 from tests.audit.conftest import PROMPTS

@@ -116,6 +116,13 @@ def test_a_text_encoder_is_not_trained_twice(pipeline_folder):
         low_rank().attach(model, 0)
 
 
+def test_a_format_is_not_written_for_a_network_that_it_does_not_know(pipeline_folder):
+    model = from_pretrained(str(pipeline_folder), False, False, False, False)
+    model.network_name, model.transformer = "transformer", model.unet
+    with pytest.raises(ValueError, match=r"adapter.formats=kohya is written for UNets, and this model has a transfor"):
+        low_rank(formats=["kohya"]).attach(model, 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_exported_says_what_was_trained(pipeline_folder, tmp_path, kind):
     """Both files through the stock pipeline's `load_lora_weights`, and the merged pipeline as it is."""
