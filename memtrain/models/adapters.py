@@ -97,7 +97,7 @@ class LowRank(Adapter):
             )
         if "kohya" in self.formats and not self.merge and model.network_name != "unet":
             raise ValueError(
-                f"adapter.formats=kohya is written for UNets, and this model has a {model.network_name}; leave kohya out"
+                f"adapter.formats=kohya is written for UNets, and this model has a {model.network_name}; leave it out"
             )
         self.base = model.fingerprint(*model.network_names)
         model.text_encoder_is_trained = self.text_encoder

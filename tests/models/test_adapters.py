@@ -185,9 +185,7 @@ def test_what_is_frozen_is_cast_and_the_adapter_is_not(pipeline_folder):
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
-        prediction = model.predict(
-            torch.randn(2, 4, 16, 16), torch.tensor([1, 900]), model.encode(["fox", ""])
-        )
+        prediction = model.predict(torch.randn(2, 4, 16, 16), torch.tensor([1, 900]), model.encode(["fox", ""]))
     prediction.float().square().mean().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in trained_parameters(model))
 
