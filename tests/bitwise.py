@@ -174,6 +174,10 @@ RUNS = {
     "natural": ruled("evidence", "data.shards=natural", "canaries.repeats=null", "canaries.count=3"),
     "exact": ruled("z_scores", "data.shards=natural", "data.duplicates=exact", *UNWATCHED),
     "cached": ruled("evidence", "data.cache=latents", "data.flip=0.5", *UNWATCHED),
+    "lora": ruled(
+        "evidence", "adapter=lora", "adapter.rank=4", "adapter.text_encoder=true", "adapter.formats=[diffusers,kohya]",
+        "callbacks.copies=null", "callbacks.memorized_table=null",
+    ),
     "two_ranks": ruled("evidence", "data.batch_size=4"),
     "resumed": ruled("evidence", f"trainer.max_steps={STEPS + 5}", "resume.allow=all"),
 }  # fmt: skip
