@@ -69,7 +69,8 @@ def test_another_prediction_stands_in(denoiser):
     path = path_of(denoiser, predict=predict)
     assert all((step.noise_cond == 0).all() for step in path)
     assert asked == list(enumerate(denoiser.timesteps(STEPS).tolist()))
-    last = (1 / denoiser.model.alphas_cumprod[asked[0][1]]).sqrt() * denoiser.noise(SEEDS)  # x_0 where no noise is seen
+    alpha_bar = denoiser.model.noise_process.alphas_cumprod[asked[0][1]]
+    last = (1 / alpha_bar).sqrt() * denoiser.noise(SEEDS)  # x_0 where no noise is seen
     final = denoiser.scheduler.final_alpha_cumprod.sqrt()
     torch.testing.assert_close(path.latents, final * last)
 
