@@ -44,7 +44,8 @@ def test_the_gradient_is_that_of_the_weights_with_the_adapter_added(pipeline_fol
     mean, std = model.encode_posterior(batch.images)
     draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), mean.shape[1:])
     latents = model.sample_latents(mean, std, draws.posterior_noise)
-    noisy = model.noise_process.add_noise(latents, draws.noise, draws.timesteps)
+    kept = model.scheduler.alphas_cumprod[draws.timesteps][:, None, None, None]  # of the signal
+    noisy = kept.sqrt() * latents + (1 - kept).sqrt() * draws.noise
     hidden = model.encode(batch.captions).hidden
     prediction = functional_call(unet, given, (noisy, draws.timesteps, hidden)).sample
     (prediction - draws.noise).square().flatten(1).mean(dim=1).sum().backward()
