@@ -18,6 +18,7 @@ from memtrain.core.streams import Stream, place_seed
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import family_of
 from memtrain.models.folders import AUDITED
+from memtrain.models.lora_files import load_lora
 from memtrain.models.pipelines import load_pipeline
 from memtrain.models.samplers import Predictions
 
@@ -53,9 +54,11 @@ class Denoiser:
         return Denoiser(pipeline)
 
     @staticmethod
-    def load(model: str, device: str | None = None, dtype: str = "float32", key: str = "model") -> Denoiser:
+    def load(
+        model: str, device: str | None = None, dtype: str = "float32", key: str = "model", lora: str | None = None
+    ) -> Denoiser:
         """A diffusers folder (read offline) or a hub id; device None is the GPU where there is one. `key`: what
-        the user called it.
+        the user called it. `lora`: an adapter to load into it, a folder or a file.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
@@ -63,6 +66,8 @@ class Denoiser:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         pipeline = load_pipeline(model, AUDITED, DTYPES[dtype], key=key)
+        if lora is not None:
+            load_lora(pipeline, lora)
         try:
             pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except (RuntimeError, AssertionError) as error:

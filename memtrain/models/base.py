@@ -264,7 +264,9 @@ class DiffusionModel(nn.Module, ABC):
 
 
 def trained_parameters(model: DiffusionModel) -> list[nn.Parameter]:
-    return [parameter for module in model.trained_modules() for parameter in module.parameters()]
+    """The weights that are trained: all of the trained modules', or an adapter's alone."""
+    parameters = (parameter for module in model.trained_modules() for parameter in module.parameters())
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def _any_rows(tensor: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class ModelResult:
     frechet_generated: int  # pictures on either side
     frechet_real: int
     identity: str
+    lora: str | None = None  # a folder or file that was loaded into it
 
     @property
     def memorization(self) -> GroupResult:
