@@ -164,7 +164,7 @@ def detect(
     the order of the list or the other prompts in it. The empty prompt scores 0.
 
     Args:
-        pipeline: a stock Stable Diffusion 1.x, 2.x or XL pipeline; nothing in it is changed.
+        pipeline: a stock Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 pipeline; nothing in it is changed.
         prompts: P of them.
         labels: True for memorized, to measure the separation.
         groups: a name for each prompt, reported apart.
