@@ -110,11 +110,11 @@ def test_pictures_survive_the_way_there_and_back_as_in_the_stock_pipeline(clip_o
 
 
 def test_a_saved_pipeline_gives_the_same_scores_and_nothing_is_changed(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
     before = state_of(pipeline)
     scores = ["magnitude", "anisotropy", "sharpness", "tiled_l2"]
     prompts = CAPTIONS[::2]
     found = detect(pipeline, prompts, scores=scores, **FEW)
-    pipeline.save_pretrained(tmp_path)
     own = Denoiser.load(str(tmp_path), device="cpu")
     again = detect(own, prompts, scores=scores, batch_size=3, **FEW)
     for name in scores:
