@@ -50,7 +50,7 @@ class StableDiffusion3(StableDiffusion):
             )
         if "FlowMatch" not in type(self.scheduler).__name__:
             raise ValueError(f"this {name} has a {type(self.scheduler).__name__}, which is of no rectified flow")
-        self.noise_process = RectifiedFlow(scheduler.num_train_timesteps)
+        self.noise_process = RectifiedFlow(scheduler.num_train_timesteps, shift=scheduler.shift)
         self.sampler = Euler(self.noise_process, scheduler, self._shift())
 
     def _shift(self) -> dict[str, float]:
