@@ -9,7 +9,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from memtrain import detect, explain, mitigate
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.mitigate.comparison import Comparison, Judges
 from memtrain.audit.mitigate.methods import Embedding, InitialNoise, LateGuidance, RandomNumbers
+from memtrain.audit.mitigate.mitigation import Sampling
 from memtrain.audit.sampling import generate
 from memtrain.models.stable_diffusion_3 import StableDiffusion3
 from tests.support.families import assert_unchanged, stable_diffusion, stable_diffusion_3, state_of
@@ -166,6 +168,12 @@ def test_mitigations_draw_what_the_stock_pipeline_draws_of_what_they_changed(cli
         output_type="latent",
     ).images
     torch.testing.assert_close(found.after.latents, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_judge_of_another_size_is_refused(clip_only, pipeline_folder):
+    judges = Judges(originals=None, judge=Denoiser.of(stable_diffusion(pipeline_folder)), clip=None)
+    with pytest.raises(ValueError, match="judge draws 64 x 64 px and the model 16 x 16"):
+        Comparison(Denoiser.of(clip_only), CAPTIONS[:1], 1, Sampling(2), judges)
 
 
 @pytest.mark.parametrize("score", ["attention_entropy", "bright_ending"])
