@@ -16,6 +16,7 @@ from memtrain.core.exclusion import FixedThreshold
 from memtrain.core.streams import Stream
 from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit, weights
+from tests.support.adapters import low_rank
 from tests.support.conf import CONF
 from tests.support.families import stable_diffusion, stable_diffusion_3
 from tests.support.rules import quick_evidence
@@ -105,6 +106,17 @@ def test_a_run_that_was_killed_goes_on_as_the_whole_one(flow_folder, corpus, tmp
     gone_on = train(tmp_path / "cut", ckpt_path=str(tmp_path / "cut" / "last.ckpt"))
     assert torch.equal(weights(whole), weights(gone_on))
     assert torch.equal(whole.exclusion.evidence, gone_on.exclusion.evidence)
+
+
+def test_an_adapter_is_trained_exported_and_loaded_again(flow_folder, corpus, tmp_path):
+    module = build_module(flow_folder, adapter=low_rank(), ema_decay=0.0)
+    fit(module, build_data(corpus), tmp_path, 3, callbacks=[Export(dtype="float32")])
+    options = dict(num_images_per_prompt=1, num_inference_steps=3)
+    own = Denoiser.load(str(flow_folder), device="cpu", lora=str(tmp_path / "export"))
+    base = Denoiser.load(str(flow_folder), device="cpu")
+    found = detect(own, ["fox", "cat"], **options).scores
+    assert found == pytest.approx(detect(module.model.pipeline(), ["fox", "cat"], **options).scores, abs=1e-5)
+    assert (abs(found - detect(base, ["fox", "cat"], **options).scores) > 1e-5).all()
 
 
 def test_sigma_is_drawn_as_the_config_says(flow_folder):
