@@ -1,7 +1,7 @@
 """`python -IS fork_client.py SOCKET EXECUTABLE ARGUMENTS`: does what `python ARGUMENTS` does, without its imports.
 
-`-m MODULE …` runs in a child of tests/support/fork_server.py, with the environment, folder, open files and signals of
-this process; all else in Python itself.
+`-m MODULE …` of the modules below, which import much, runs in a child of tests/support/fork_server.py, with the
+environment, folder, open files and signals of this process; all else in Python itself.
 """
 
 import json
@@ -10,10 +10,17 @@ import signal
 import socket
 import sys
 
+SLOW = (
+    "memtrain.cli.main",
+    "tests.support.slow_to_end",
+    "joblib.externals.loky.backend.popen_loky_posix",
+    "submitit.core._submit",
+)
+
 
 def main(address: str, executable: str, *arguments: str) -> None:
     words = [word for word in arguments if word != "-u"]
-    if words[:1] != ["-m"]:
+    if words[:1] != ["-m"] or words[1] not in SLOW:
         os.execv(sys.executable, [sys.executable, *arguments])
     files = [int(name) for name in os.listdir("/proc/self/fd")]
     files = [file for file in files if _is_inherited(file)]

@@ -23,7 +23,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 class Forks:
     """`with Forks() as forks: forks.start([...], log); forks.wait()`. One job at a time, of one or several ranks.
 
-    `forks.python` is a program that does what `python` does; `-m MODULE …` runs in a fork, too.
+    `forks.python` is a program that does what `python` does; modules that import much run in a fork, too.
     """
 
     def __enter__(self) -> "Forks":
