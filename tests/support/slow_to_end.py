@@ -1,4 +1,4 @@
-"""`python -m tests.support.slow_to_end`: the program, whose first task takes a second longer to end than others of SLURM.
+"""`python -m tests.support.slow_to_end`: the program, whose first task of SLURM takes a second longer to end than others.
 
 As it does when W&B uploads.
 """
