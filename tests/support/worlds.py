@@ -64,14 +64,15 @@ class Collectives(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == self.first:
             torch.distributed.all_reduce = self._sized
-            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self.profiler = torch.autograd.profiler.profile()
             self.profiler.__enter__()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == self.last:
             self.profiler.__exit__(None, None, None)
             torch.distributed.all_reduce = self.all_reduce
-            self.asked = Counter(e.name for e in self.profiler.events() if e.name.startswith("gloo:"))
+            names = [event.name() for event in self.profiler.kineto_results.events()]  # its own table takes seconds
+            self.asked = Counter(name for name in names if name.startswith("gloo:"))
 
     def _sized(self, tensor, *args, **kwargs):
         self.sizes.add(tensor.numel())
@@ -89,7 +90,7 @@ def train(pipeline: str, corpus: str, out: str, job: dict, world: int) -> None:
     if job["rule"] == "plain":
         ranks.all_reduce = lambda trainer, values: values
     callbacks = [steps, counting] if counting else [steps]
-    if job["sharded"]:  # what runs the networks outside of a step, on all ranks, on one, or not alike often
+    if job["sharded"] and not job["resume"]:  # they run the networks outside of a step, on one rank or on all
         callbacks += [Validation(3, 3, 2, 0.7, 4), SampleGrid(0, ["fox"], 2, 2, 2.0), Export("float32")]
         callbacks += [checkpoint(3, f"{out}/sharded")]
     module = build_module(pipeline, RULES[job["rule"]](), caption_dropout=0.0, reference_batch=4)
@@ -106,7 +107,7 @@ def train(pipeline: str, corpus: str, out: str, job: dict, world: int) -> None:
         accumulate_grad_batches=job["accumulate"],
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=job["sharded"],
+        enable_checkpointing=job["sharded"] and not job["resume"],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
