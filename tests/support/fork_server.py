@@ -45,10 +45,10 @@ class Request(TypedDict):
 IMPORTED = """
     tests.conftest memtrain.callbacks.canaries memtrain.callbacks.curves memtrain.callbacks.ledger
     memtrain.callbacks.logging memtrain.callbacks.summary memtrain.callbacks.validation memtrain.cli.jobs
-    memtrain.cli.schema memtrain.cli.train memtrain.core.evidence memtrain.training.checkpoint
-    memtrain.training.checks memtrain.training.signals
+    memtrain.cli.schema memtrain.cli.sweep memtrain.cli.train memtrain.core.evidence memtrain.sweep.study
+    memtrain.training.checkpoint memtrain.training.checks memtrain.training.signals
     PIL.JpegImagePlugin diffusers.guiders hydra._internal.core_plugins.basic_launcher
-    lightning_fabric.utilities.rank_zero multiprocessing.spawn pyarrow.dataset
+    lightning_fabric.utilities.rank_zero multiprocessing.spawn optuna.storages pyarrow.dataset
     torch.distributed.algorithms.ddp_comm_hooks torch.utils.serialization.config wandb
 """
 EXTRAS = "joblib submitit hydra_plugins.hydra_joblib_launcher hydra_plugins.hydra_submitit_launcher"

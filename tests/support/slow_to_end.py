@@ -1,4 +1,4 @@
-"""`python -m tests.support.slow_to_end`: the program, whose first task of SLURM takes a second longer to end than others.
+"""`python -m tests.support.slow_to_end`: the program, which as the first task of SLURM takes a second longer to end.
 
 As it does when W&B uploads.
 """
