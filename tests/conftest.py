@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,6 +27,12 @@ from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import Scoring
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests come first, so that no process is left alone with one in the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
