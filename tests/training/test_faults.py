@@ -12,6 +12,8 @@ import pytorch_lightning as pl
 import torch
 
 from memtrain.callbacks.ledger import Ledger
+from memtrain.cli.main import main
+from memtrain.data import open_shards
 from memtrain.data.ledger import read_ledger
 from memtrain.demo.compose import write_corpus
 from memtrain.training.checkpoint import checkpoint
@@ -107,6 +109,11 @@ def test_a_rank_that_dies_is_said_by_the_others(forks, run, tmp_path):
     assert all(damage(path) is None for path in checkpoints_in(tmp_path / "faults" / "one" / "checkpoints").values())
 
 
+def main_with_few_open_shards(*argv: str) -> None:
+    open_shards._OPEN_SHARDS = 8
+    main(list(argv))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_is_gone_for_one_rank_ends_all_with_a_checkpoint_and_the_run_goes_on(
@@ -123,8 +130,9 @@ def test_a_shard_that_is_gone_for_one_rank_ends_all_with_a_checkpoint_and_the_ru
     def checkpoints():
         return list(checkpoints_in(tmp_path / "faults" / "one" / "checkpoints"))
 
-    forks.start(run("one", 5000, "data.batch_size=2"), tmp_path / "log", ranks=2)
-    wait_until(checkpoints)
+    argv = run("one", 5000, "data.batch_size=2")
+    forks.start(argv, tmp_path / "log", ranks=2, function=main_with_few_open_shards)
+    forks.wait_until(checkpoints)
     (corpus / "00017.tar").rename(tmp_path / "00017.tar")
     assert forks.wait() == [2, 2], forks.said()
     for rank in (0, 1):  # both name it
