@@ -120,9 +120,9 @@ def test_wrong_things_end_in_one_line(capsys, corpus, pipeline_folder, tmp_path,
     assert not (tmp_path / "runs").exists()  # before any work is done
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(corpus):
+def test_a_reader_that_has_seen_enough_is_no_error(forks, corpus):
     check = subprocess.Popen(
-        [sys.executable, "-m", "memtrain.cli.main", "shards", "check", str(corpus), "--json"],
+        [forks.python, "-m", "memtrain.cli.main", "shards", "check", str(corpus), "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     check.stdout.close()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from memtrain.cli.main import main
+from memtrain.training.resume import checkpoints_in
 
 
 def fails(capsys, *argv: str) -> str:
@@ -66,3 +67,8 @@ def small_run(corpus: Path, pipeline: Path, runs: Path, *more: str, steps: int =
         *(f"callbacks.{name}=null" for name in off),
         *more,
     ]
+
+
+def saved(folder: Path) -> list[int]:
+    """Steps of the checkpoints of `small_run(…, folder, "run_id=one")`."""
+    return list(checkpoints_in(folder / "faults" / "one" / "checkpoints"))
