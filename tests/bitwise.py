@@ -299,7 +299,8 @@ def prepare(work: Path) -> None:
     print(f"memtrain: {memtrain.__file__}")
     if not Path(memtrain.__file__).resolve().is_relative_to(Path.cwd().resolve()):
         raise SystemExit("error: that is not the memtrain of this folder; run this at the top of a checkout")
-    for name in ("callbacks.canaries", "callbacks.copies", "audit.evaluate", "audit.mitigate", "cli.train"):
+    audits = ("audit.evaluate.models", "audit.mitigate.mitigation")
+    for name in ("callbacks.canaries", "callbacks.copies", *audits, "cli.train"):
         with contextlib.suppress(ModuleNotFoundError):  # it has another name by now: then each child imports it
             importlib.import_module(f"memtrain.{name}")
     work.mkdir(parents=True)

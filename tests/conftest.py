@@ -21,7 +21,7 @@ from memtrain.core.exclusion import KeepAll
 from memtrain.data.datamodule import from_shards
 from memtrain.demo.compose import write_corpus
 from memtrain.demo.make_base import untrained_pipeline
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.pretrained import from_pretrained
 from memtrain.training.methods import Method
 from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
@@ -84,7 +84,7 @@ def build_module(
         ema_decay=0.9,
     )
     return DiffusionTraining(
-        StableDiffusion(str(pipeline), **(model_options | (model or {}))),
+        from_pretrained(str(pipeline), **(model_options | (model or {}))),
         exclusion or KeepAll(),
         # a large eps: with 1e-8 Adam turns gradients that are rounding noise into steps of the full rate
         AdamW(1e-3, (0.9, 0.999), 0.01, 1e-3, "constant", 0, eight_bit=False),

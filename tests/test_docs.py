@@ -231,7 +231,7 @@ def test_every_picture_is_shown():
 
 def test_files_of_the_drawings_exist():
     page = read(REPO / "docs/architecture.md")
-    named = set(re.findall(r"\b(\w+/\w+\.py)", page))
+    named = set(re.findall(r"\b(\w+(?:/\w+)+\.py)", page))
     assert [path for path in named if not (REPO / "memtrain" / path).exists() and not (REPO / path).exists()] == []
     assert len(named) > 25
 

@@ -17,6 +17,7 @@ BELOW = {
     "callbacks": {"core", "models", "data", "training", "report"},
     "demo": {"core", "models", "data"},
 }
+AUDITS = ("detect", "explain", "mitigate", "evaluate")  # commands with a folder each
 
 
 def rooms_that(room: str) -> set[str]:
@@ -50,14 +51,49 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def needs_within(folder: Path) -> dict[str, set[str]]:
+    """Of each file in a folder: which others of it are imported, by their dotted names."""
+    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    return {name: imports_of(path) & files.keys() for name, path in files.items()}
+
+
 def test_no_circle_of_imports():
     """A file that another one needs can be understood without it."""
-    files = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-    needs = {name: imports_of(path) & files.keys() for name, path in files.items()}
+    needs = needs_within(PACKAGE)
     while free := [name for name, needed in needs.items() if not needed & needs.keys()]:
         for name in free:  # needs nothing that is left
             del needs[name]
     assert not needs, f"these import each other, or what does: {sorted(needs)}"
+
+
+def test_a_file_of_the_audit_is_read_with_five_others_at_most():
+    """The longest chain of imports between its files has six."""
+    needs = needs_within(PACKAGE / "audit")
+
+    def chain(name: str) -> list[str]:
+        return [name, *max((chain(needed) for needed in needs[name]), key=len, default=[])]
+
+    longest = max(map(chain, needs), key=len)
+    assert len(longest) <= 6, " → ".join(longest)
+
+
+@pytest.mark.parametrize("command", AUDITS)
+def test_a_command_of_the_audit_needs_no_other_one(command):
+    paths = list((PACKAGE / "audit" / command).glob("*.py"))
+    others = tuple(f"memtrain.audit.{other}" for other in AUDITS if other != command)
+    needed = set().union(*map(imports_of, paths))
+    assert len(paths) > 1 and not {name for name in needed if name.startswith(others)}
+
+
+@pytest.mark.parametrize("room", [*BELOW, "cli"])
+def test_no_class_name_comes_twice_in_a_room(room):
+    names = [
+        node.name
+        for path in (PACKAGE / room).rglob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert {name for name in names if names.count(name) > 1} == set()
 
 
 def owners_set(path: Path) -> set[str]:

@@ -41,9 +41,7 @@ class ClipScore:
             self.processor = CLIPImageProcessorPil.from_pretrained(source, local_files_only=local)
         except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"clip={clip} cannot be loaded: {reason}; {CLIP}"
-            ) from error
+            raise ValueError(f"clip={clip} cannot be loaded: {reason}; {CLIP}") from error
         self.model.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()

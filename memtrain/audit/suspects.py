@@ -18,9 +18,10 @@ import torch
 
 from memtrain.core.exclusion import GROUP_NAMES, REFERENCE, TRAINED
 from memtrain.core.visits import columns_of, evidence, log_ratio, sums_of
+from memtrain.data.escaping import as_text
 from memtrain.data.find_pictures import find_pictures, read_pictures_from
 from memtrain.data.ledger import KeyNumbers, batches, read_about, read_ledger
-from memtrain.data.samples import ShardSamples, as_text
+from memtrain.data.samples import ShardSamples
 from memtrain.data.sources import find_sources
 
 HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out

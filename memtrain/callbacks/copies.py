@@ -9,13 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from memtrain.callbacks.generation import Compared, compare, decode
+from memtrain.callbacks.generation import Compared, compare
 from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_metrics, log_picture
 from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.copies import checked_max_rmse, is_copy
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
-from memtrain.data.samples import as_text
+from memtrain.data.escaping import as_text
 from memtrain.report.pictures import draw_samples, samples_of_picture
 
 MEMORIZED = 0.5  # of a canary's generations are copies
@@ -169,7 +169,7 @@ class Copies(AfterEachStep):
         rows = []
         for number, original in enumerate(originals):
             of = sorted((one for one in found if one.sample == number), key=lambda one: one.generation)[:4]
-            images = decode(pl_module.model, torch.stack([one.latents for one in of]))
+            images = pl_module.model.decode(torch.stack([one.latents for one in of]))
             label = f"{samples_of_picture(sizes[number])}: {captions[number]}".removeprefix(": ")
             rows.append((label, original, images, [one.rmse for one in of]))
         path = Path(trainer.default_root_dir) / "samples.png"

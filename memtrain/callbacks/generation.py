@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from diffusers import StableDiffusionPipeline
@@ -14,7 +13,6 @@ from torch import Tensor
 from memtrain.callbacks.logging import from_all_ranks, share_of_rank
 from memtrain.core.copies import latent_rmse
 from memtrain.core.streams import Stream, place_seed
-from memtrain.models.base import DiffusionModel
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,6 @@ def generate(
             output_type="latent",
         ).images
     return latents.float().cpu()
-
-
-@torch.no_grad()
-def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
-    """The pictures that scaled latents stand for. (B, C, h, w) -> (B, H, W, 3) uint8"""
-    pixels = model.vae.decode((latents / model.vae.config.scaling_factor).to(model.vae.device, model.vae.dtype)).sample
-    # (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in 0..255
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def compare(

@@ -8,7 +8,7 @@ import numpy as np
 import pytorch_lightning as pl
 
 from memtrain.core.exclusion import Decision, Observations
-from memtrain.data.ledger import About, LedgerWriter, Rows, begin, drawn
+from memtrain.data.ledger import About, LedgerRows, LedgerWriter, begin, drawn
 from memtrain.data.paths import LEDGER
 from memtrain.training.step_record import DecidedRows
 
@@ -71,7 +71,7 @@ class Ledger(pl.Callback):
         self.held = []
         seen = Observations.concatenate([rows.observed for rows in decided])
         decision = Decision.concatenate([rows.decision for rows in decided])
-        rows = Rows(
+        rows = LedgerRows(
             step=np.repeat(np.array(steps, dtype=np.int64), [len(rows.decision.keep_mask) for rows in decided]),
             sample_index=seen.sample_index.cpu().numpy(),
             picture=seen.picture.cpu().numpy(),

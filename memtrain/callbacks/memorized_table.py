@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from memtrain.callbacks.generation import Compared, compare, decode
+from memtrain.callbacks.generation import Compared, compare
 from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture, log_table
 from memtrain.callbacks.steps import AfterEachStep
@@ -17,7 +17,7 @@ from memtrain.core.copies import checked_max_rmse
 from memtrain.core.exclusion import GROUP_NAMES, Observations
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 from memtrain.core.visits import SUMS, columns_of, evidence, log_ratio
-from memtrain.data.samples import as_text
+from memtrain.data.escaping import as_text
 from memtrain.report.pictures import draw_samples, samples_of_picture
 from memtrain.training import ranks
 
@@ -197,7 +197,7 @@ class MemorizedTable(AfterEachStep):
         data, positions = trainer.datamodule, index.cpu().numpy()
         originals = data.decode(positions).images.permute(0, 2, 3, 1).numpy()
         nearest = [min((o for o in found if o.sample == n), key=lambda o: o.rmse) for n in range(len(captions))]
-        images = decode(pl_module.model, torch.stack([one.latents for one in nearest]))
+        images = pl_module.model.decode(torch.stack([one.latents for one in nearest]))
         groups, sizes = data.groups.of(positions), data.groups.pictures.copies(positions)
         table, pictures = [], []
         for n, row in enumerate(np.searchsorted(self.visited.index, positions)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from memtrain.callbacks.generation import decode, generate
+from memtrain.callbacks.generation import generate
 from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture
 from memtrain.callbacks.steps import AfterEachStep
@@ -65,6 +65,6 @@ class SampleGrid(AfterEachStep):
         )
         path = Path(trainer.default_root_dir) / "grids" / f"step-{trainer.global_step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        images = decode(pl_module.model, latents)
+        images = pl_module.model.decode(latents)
         draw_grid(path, prompts, images.reshape(len(prompts), self.columns, *images.shape[1:]))
         log_picture(trainer, "samples_of_fixed_prompts", path)

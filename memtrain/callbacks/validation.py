@@ -121,7 +121,7 @@ class Validation(AfterEachStep):
                 latents[samples].to(predictor.device),
                 torch.cat([draw.noise for draw in draws]),
                 timesteps[[i for _, i in part]].to(predictor.device),
-                predictor.encode_captions([captions[n] for n in samples]),
+                predictor.model.encode([captions[n] for n in samples]),
             )
             results += zip(part, loss.tolist(), score.tolist(), strict=True)
         values = torch.zeros(2, len(captions), k)  # loss and score, (2, N, K)

@@ -95,8 +95,8 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _detect(args: argparse.Namespace) -> None:
-    from memtrain.audit.bench import measure_detection
     from memtrain.audit.denoiser import Denoiser
+    from memtrain.audit.detect.bench import measure_detection
     from memtrain.demo import PIPELINE
     from memtrain.demo.make_base import all_captions
 

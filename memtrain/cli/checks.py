@@ -15,7 +15,7 @@ from memtrain.models.folders import AUDITED, CLIP, TRAINED, check_folder, check_
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
-_STABLE_DIFFUSION = "memtrain.models.stable_diffusion.StableDiffusion"
+_PRETRAINED = "memtrain.models.pretrained.from_pretrained"
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -24,7 +24,7 @@ def check_training(cfg: DictConfig) -> None:
         check_shards(cfg)
         _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
         _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
-    if cfg.model._target_ == _STABLE_DIFFUSION:
+    if cfg.model._target_ == _PRETRAINED:
         check_pipeline("model.pretrained", cfg.model.pretrained, TRAINED)
 
 

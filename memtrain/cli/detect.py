@@ -13,8 +13,8 @@ from memtrain.cli.checks import check_detection
 def detect(cfg: DictConfig) -> None:
     check_detection(cfg)
     prompts = _prompts(cfg)
-    from memtrain.audit import detect as audit
     from memtrain.audit.denoiser import Denoiser
+    from memtrain.audit.detect import detection as audit
     from memtrain.report.detection import show_summary, write_detection
 
     max_fprs = list(cfg.max_fpr) if isinstance(cfg.max_fpr, ListConfig) else [cfg.max_fpr]

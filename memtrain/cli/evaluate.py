@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from memtrain.cli.checks import check_evaluation
 
 if TYPE_CHECKING:
-    from memtrain.audit.evaluation import Measures, ModelResult
+    from memtrain.audit.evaluate.one_model import Measures, ModelResult
 
 _CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
 
@@ -33,8 +33,8 @@ def evaluate(cfg: DictConfig) -> None:
         TimeRemainingColumn,
     )
 
-    from memtrain.audit import evaluate as room
-    from memtrain.audit.evaluation import Settings
+    from memtrain.audit.evaluate import models as room
+    from memtrain.audit.evaluate.one_model import Settings
     from memtrain.audit.training_samples import choose
     from memtrain.data.samples import ShardSamples
     from memtrain.report.gallery import write_gallery
@@ -89,9 +89,9 @@ def _models(cfg: DictConfig) -> list[str]:
 
 def _measures(cfg: DictConfig, device) -> Measures:
     from memtrain.audit.alignment import ClipScore
-    from memtrain.audit.evaluation import Measures
-    from memtrain.audit.fid import LatentGrid, ScriptFeatures
-    from memtrain.audit.similarity import LatentRmse, Sscd
+    from memtrain.audit.evaluate.fid import LatentGrid, ScriptFeatures
+    from memtrain.audit.evaluate.one_model import Measures
+    from memtrain.audit.evaluate.similarity import LatentRmse, Sscd
 
     return Measures(
         similarity=Sscd(cfg.sscd, device, cfg.sscd_resize, cfg.min_sscd) if cfg.sscd else LatentRmse(cfg.max_rmse),
@@ -118,7 +118,7 @@ def _write(out: Path, results: list[ModelResult]) -> None:
     """The rows of all models, the table, and the plane."""
     import pyarrow.parquet as pq
 
-    from memtrain.audit.evaluate import read_rows, write_json
+    from memtrain.audit.evaluate.models import read_rows, write_json
     from memtrain.core.files import written_aside
     from memtrain.report.plane import Point, draw_plane
 

@@ -16,8 +16,8 @@ from memtrain.cli.checks import check_explanation
 def explain(cfg: DictConfig) -> None:
     check_explanation(cfg)
     texts = prompt_texts(cfg)
-    from memtrain.audit import explain as audit
     from memtrain.audit.denoiser import Denoiser
+    from memtrain.audit.explain import explanation as audit
     from memtrain.report.tokens import draw_significance, write_page
 
     sampling = dict(

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 from memtrain.cli.arguments import spelled
 from memtrain.cli.errors import one_line
 from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
 from memtrain.cli.terminal import quiet
 from memtrain.data.escaping import printable
+from memtrain.data.paths import config_folder
 
 HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
 
@@ -41,12 +41,6 @@ First steps
 
 An error is one line; MEMTRAIN_TRACEBACK=1 shows where it came from.
 """
-
-
-def config_folder() -> Path:
-    """conf/ inside the wheel, or at the top of a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -152,6 +146,7 @@ def _register_resolvers() -> None:
     """What conf/ may ask for as `${memtrain.NAME:}`."""
     from omegaconf import OmegaConf
 
+    from memtrain.cli.choices import choices
     from memtrain.cli.jobs import job_run_id
     from memtrain.demo import PIPELINE
 
@@ -159,6 +154,7 @@ def _register_resolvers() -> None:
         ("run_id", job_run_id),
         ("devices", processes_per_node),
         ("nodes", nodes),
+        ("choices", choices),
         ("demo_pipeline", lambda: str(PIPELINE)),
     ):
         OmegaConf.register_new_resolver(f"memtrain.{name}", resolver, replace=True)

@@ -21,9 +21,9 @@ def mitigate(cfg: DictConfig) -> None:
     texts, keys, reference = _prompts(cfg)
     import torch
 
-    from memtrain.audit.compare import Comparison, Judges, markdown
     from memtrain.audit.denoiser import Denoiser
-    from memtrain.audit.mitigate import Sampling
+    from memtrain.audit.mitigate.comparison import Comparison, Judges, markdown
+    from memtrain.audit.mitigate.mitigation import Sampling
 
     methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
@@ -106,7 +106,7 @@ def _originals(cfg: DictConfig, denoiser, keys: Sequence[str]):
     from memtrain.audit.training_samples import read_pictures
     from memtrain.data.samples import ShardSamples
 
-    size = tuple(side * denoiser.pipeline.vae_scale_factor for side in denoiser.latent_shape[1:])
+    size = denoiser.model.own_size
     samples = ShardSamples(OmegaConf.to_container(cfg.data, resolve=True)["shards"], min(size))
     return read_pictures(samples, samples.find(keys).tolist(), size)
 

@@ -1,400 +1,114 @@
-"""Types of every config key: a misspelt or mistyped one stops at once, with its name. Values are in conf/."""
+"""Types of every config key: a misspelt or mistyped one stops at once, with its name.
+
+Keys and their values are in conf/, and nowhere else. A file there asks for the types of its own keys with
+`/schema/NAME@_here_` in its defaults list. In a section that names a class (`_target_`) a key has the type of the
+class's parameter; any other has that of its value, or is text where that is null or missing. What neither shows
+is said here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from memtrain.cli.schema_audit import Detect, Evaluate, Explain, Mitigate
-from memtrain.cli.schema_sweep import Study, Sweep
-
-
-@dataclass
-class Shards:
-    _target_: str = MISSING
-    shards: Any = MISSING  # str, {shards: …, weight: …}, or a list of these
-    resolution: int = MISSING
-    max_aspect_ratio: float = MISSING
-    bucket_multiple: int = MISSING
-    crop: str = MISSING
-    flip: float = MISSING
-    caption: str = MISSING
-    where: str | None = MISSING
-    batch_size: int = MISSING
-    num_workers: int = MISSING
-    mix_shards: int = MISSING
-    max_bad_fraction: float = MISSING
-    missing_shards: str = MISSING
-    duplicates: str = MISSING
-    repeats_from: str | None = MISSING
-    cache: str | None = MISSING
-    exclude_keys: str | None = MISSING
-    cache_dir: str | None = MISSING
-    cache_bytes: int = MISSING
-
-
-@dataclass
-class Composites:
-    _target_: str = MISSING
-    count: int = MISSING
-    resolution: int = MISSING
-    batch_size: int = MISSING
-    num_workers: int = MISSING
-
-
-@dataclass
-class StableDiffusion:
-    _target_: str = MISSING
-    pretrained: str = MISSING
-    train_text_encoder: bool = MISSING
-    gradient_checkpointing: bool = MISSING
-    channels_last: bool = MISSING
-    compile: bool = MISSING
-
-
-@dataclass
-class Threshold:
-    _target_: str = MISSING
-    threshold: float = MISSING
-    start_step: int = MISSING
-
-
-@dataclass
-class Quantile:
-    _target_: str = MISSING
-    quantile: float = MISSING
-    num_bins: int = MISSING
-    half_life: int = MISSING
-    warmup: int = MISSING
-    start_step: int = MISSING
-
-
-@dataclass
-class Calibrated:
-    _target_: str = MISSING
-    false_positive_rate: float = MISSING
-    num_bins: int = MISSING
-    level_half_life: int = MISSING
-    half_life: int = MISSING
-    pooling: int = MISSING
-    warmup: int = MISSING
-    start_step: int = MISSING
-
-
-@dataclass
-class IetAgc:
-    _target_: str = MISSING
-    ratio: float = MISSING
-    num_bins: int = MISSING
-    half_life: int = MISSING
-    warmup: int = MISSING
-    start_step: int = MISSING
-
-
-@dataclass
-class Evidence:
-    _target_: str = MISSING
-    false_positive_rate: float = MISSING
-    miss_rate: float = MISSING
-    memory: float = MISSING
-    clip: float = MISSING
-    shift: float = MISSING
-    shift_weight: float = MISSING
-    num_bins: int = MISSING
-    half_life: int = MISSING
-    canary_half_life: int = MISSING
-    own_visits: int = MISSING
-    own_limit: float = MISSING
-    copies_weight: float = MISSING
-    warmup: int = MISSING
-    start_step: int = MISSING
-
-
-@dataclass
-class ZScores:
-    _target_: str = MISSING
-    enter: float = MISSING
-    leave: float = MISSING
-    memory: float = MISSING
-    min_timestep: float = MISSING
-    num_bins: int = MISSING
-    half_life: int = MISSING
-    warmup: int = MISSING
-    start_step: int = MISSING
-
-
-@dataclass
-class CaptionRewriting:
-    _target_: str = MISSING
-    probability: float = MISSING
-    count: int = MISSING
-
-
-@dataclass
-class EmbeddingNoise:
-    _target_: str = MISSING
-    std: float = MISSING
-
-
-@dataclass
-class Ledger:
-    _target_: str = MISSING
-    sample: float = MISSING
-    seed: int = MISSING
-
-
-@dataclass
-class AdamW:
-    _target_: str = MISSING
-    lr: float = MISSING
-    betas: list[float] = MISSING
-    weight_decay: float = MISSING
-    eps: float = MISSING
-    schedule: str = MISSING
-    warmup_steps: float = MISSING
-    eight_bit: bool = MISSING
-
-
-@dataclass
-class Trainer:
-    _target_: str = MISSING
-    accelerator: str = MISSING
-    devices: Any = MISSING  # a number, -1 for all, a list of numbers, or auto
-    num_nodes: int = MISSING
-    strategy: str = MISSING
-    precision: str = MISSING
-    max_steps: int = MISSING
-    accumulate_grad_batches: int = MISSING
-    gradient_clip_val: float | None = MISSING
-
-
-@dataclass
-class Validation:
-    _target_: str = "memtrain.callbacks.validation.Validation"
-    every: int = MISSING
-    samples: int = MISSING
-    timesteps_per_sample: int = MISSING
-    high_noise: float = MISSING
-    batch_size: int = MISSING
-
-
-@dataclass
-class Curves:
-    _target_: str = "memtrain.callbacks.curves.MemorizationCurves"
-    every: int = MISSING
-    high_noise: float = MISSING
-
-
-@dataclass
-class SampleGrid:
-    _target_: str = "memtrain.callbacks.sample_grid.SampleGrid"
-    every: int = MISSING
-    prompts: list[str] = MISSING
-    columns: int = MISSING
-    num_inference_steps: int = MISSING
-    guidance_scale: float = MISSING
-
-
-@dataclass
-class CanaryList:
-    _target_: str = "memtrain.callbacks.canaries.CanaryList"
-    reference: int = MISSING
-
-
-@dataclass
-class MemorizedTable:
-    _target_: str = "memtrain.callbacks.memorized_table.MemorizedTable"
-    every: int = MISSING
-    samples: int = MISSING
-    num_images_per_prompt: int = MISSING
-    high_noise: float = MISSING
-    num_inference_steps: int = MISSING
-    guidance_scale: float = MISSING
-    max_rmse: float = MISSING
-    batch_size: int = MISSING
-
-
-@dataclass
-class Copies:
-    _target_: str = "memtrain.callbacks.copies.Copies"
-    every: int = MISSING
-    watched: int = MISSING
-    watched_images_per_prompt: int = MISSING
-    num_images_per_prompt: int = MISSING
-    reference: int = MISSING
-    num_inference_steps: int = MISSING
-    guidance_scale: float = MISSING
-    max_rmse: float = MISSING
-    batch_size: int = MISSING
-    shown: int = MISSING
-
-
-@dataclass
-class Checkpoint:
-    _target_: str = "memtrain.training.checkpoint.checkpoint"
-    every: int = MISSING
-    keep: int = MISSING
-    folder: str = "${run_dir}/checkpoints"
-
-
-@dataclass
-class Export:
-    _target_: str = "memtrain.callbacks.export.Export"
-    dtype: str = MISSING
-
-
-@dataclass
-class Summary:
-    _target_: str = "memtrain.callbacks.summary.Summary"
-
-
-@dataclass
-class Report:
-    _target_: str = "memtrain.callbacks.report.Report"
-
-
-@dataclass
-class Progress:
-    _target_: str = "memtrain.callbacks.progress.Progress"
-    refresh_rate: int = MISSING
-
-
-@dataclass
-class Callbacks:
-    """In the order in which they run: the model is saved, then what is measured, then what is made of it.
-
-    The curves come first, so that their clock leaves out the time that the others take."""
-
-    curves: Curves | None = field(default_factory=Curves)
-    export: Export | None = field(default_factory=Export)
-    canaries: CanaryList | None = field(default_factory=CanaryList)
-    validation: Validation | None = field(default_factory=Validation)
-    copies: Copies | None = field(default_factory=Copies)
-    summary: Summary | None = field(default_factory=Summary)
-    sample_grid: SampleGrid | None = field(default_factory=SampleGrid)
-    memorized_table: MemorizedTable | None = field(default_factory=MemorizedTable)
-    checkpoint: Checkpoint | None = field(default_factory=Checkpoint)
-    report: Report | None = field(default_factory=Report)
-    progress: Progress | None = field(default_factory=Progress)
-
-
-@dataclass
-class Canaries:
-    count: int = MISSING
-    repeats: int | None = MISSING
-    sacrificed: int = MISSING
-    sacrificed_keys: list[str] = MISSING
-
-
-@dataclass
-class Reference:
-    count: int = MISSING
-    every: int = MISSING
-    batch_size: int | None = MISSING
-
-
-@dataclass
-class Score:
-    every: int = MISSING
-    every_visits: int = MISSING
-    timesteps: list[int] | None = MISSING
-
-
-@dataclass
-class Loss:
-    denominator: str = MISSING
-    caption_dropout: float = MISSING
-    min_snr_gamma: float | None = MISSING
-    noise_offset: float = MISSING
-
-
-@dataclass
-class Ema:
-    decay: float = MISSING
-
-
-@dataclass
-class Resume:
-    run: str | None = MISSING
-    allow: Any = MISSING  # "all", or a list of keys
-
-
-@dataclass
-class Train:
-    name: str = MISSING
-    runs_dir: str = MISSING
-    run_id: str = MISSING
-    run_dir: str = MISSING
-    seed: int = MISSING
-    resume: Resume = field(default_factory=Resume)
-    ckpt_path: str | None = MISSING
-    max_bad_steps: int = MISSING
-    data: Any = MISSING
-    model: Any = MISSING
-    exclusion: Any = MISSING
-    method: Any = MISSING
-    optimizer: Any = MISSING
-    trainer: Any = MISSING
-    logger: Any = MISSING
-    ledger: Any = MISSING
-    callbacks: Any = MISSING
-    canaries: Canaries = field(default_factory=Canaries)
-    reference: Reference = field(default_factory=Reference)
-    score: Score = field(default_factory=Score)
-    loss: Loss = field(default_factory=Loss)
-    ema: Ema = field(default_factory=Ema)
-
-
-@dataclass
-class Cache:
-    data: Any = MISSING
-    model: Any = MISSING
-    out: str = MISSING
-    dtype: str = MISSING
-    overwrite: bool = MISSING
-    processes: int = MISSING
-
-
-@dataclass
-class Demo:
-    out: str = MISSING
-    num_samples: int = MISSING
-    repeated: int = MISSING
-    copies: int = MISSING
-    seed: int = MISSING
-    shard_size: int = MISSING
-
-
+from memtrain.cli.signatures import is_ours, parameters
+from memtrain.data.paths import config_folder
+from memtrain.sweep.space import Parameter
+
+
+def _varied() -> type:
+    """Keys of one setting that a study varies: what `Parameter` takes, but its name, which is the key it stands at."""
+    types = parameters(f"{Parameter.__module__}.{Parameter.__name__}")
+    own = {field.name: field.default for field in dataclasses.fields(Parameter) if field.name != "name"}
+    given = {name: MISSING if default is dataclasses.MISSING else default for name, default in own.items()}
+    return dataclasses.make_dataclass("Varied", [(name, types[name], value) for name, value in given.items()])
+
+
+# sections that a class takes, though they name none
+TAKEN_BY = {
+    "train.score": "memtrain.training.score_memory.Scoring",
+    "train.loss": "memtrain.training.objective.Objective",
+    "study.prune": "memtrain.sweep.pruning.MedianRule",
+}
+OPTIONAL = {"study.prune"}  # sections that may be null, beside those that name a class
+TYPES = {
+    "train.resume.allow": Any,  # "all", or a list of keys
+    "train.canaries.repeats": int | None,
+    "train.reference.batch_size": int | None,
+    "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
+    "trainer.num_nodes": int,
+    "trainer.gradient_clip_val": float | None,
+    "detect.max_fpr": Any,  # a share, or a list of them
+    "detect.threshold": float | None,
+    "mitigate.method": Any,  # names: one, a list or all; and each method's settings
+    "mitigate.target": Any,  # a score, or q0.1
+    "evaluate.models": Any,  # one, or a list
+    "evaluate.data.shards": Any,  # as data.shards of train
+    "sweep.patience": float | None,
+    "study.space": dict[str, _varied()],
+}
+_ASKS = re.compile(r"/schema/(\S+)@_here_")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # Hydra reads the files anew, ten times as slowly
+
+
+@cache
 def register() -> None:
-    """Make the types known to Hydra; a config names its own in its defaults list."""
+    """Make the types known to Hydra, each under the name that a file of conf/ asks for."""
     store = ConfigStore.instance().store
-    for group, name, node in (
-        ("schema", "train", Train),
-        ("schema", "cache", Cache),
-        ("schema", "demo", Demo),
-        ("schema", "detect", Detect),
-        ("schema", "explain", Explain),
-        ("schema", "mitigate", Mitigate),
-        ("schema", "evaluate", Evaluate),
-        ("schema", "sweep", Sweep),
-        ("schema", "study", Study),
-        ("schema/data", "shards", Shards),
-        ("schema/data", "composites", Composites),
-        ("schema/model", "stable_diffusion", StableDiffusion),
-        ("schema/exclusion", "threshold", Threshold),
-        ("schema/exclusion", "quantile", Quantile),
-        ("schema/exclusion", "calibrated", Calibrated),
-        ("schema/exclusion", "iet_agc", IetAgc),
-        ("schema/exclusion", "evidence", Evidence),
-        ("schema/exclusion", "z_scores", ZScores),
-        ("schema/method", "rewriting", CaptionRewriting),
-        ("schema/method", "noise", EmbeddingNoise),
-        ("schema/ledger", "ledger", Ledger),
-        ("schema/optimizer", "adamw", AdamW),
-        ("schema", "trainer", Trainer),
-        ("schema", "callbacks", Callbacks),
-    ):
-        store(group=group, name=name, node=node)
+    for file in (*config_folder().glob("*.yaml"), *config_folder().glob("*/*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        if asked := _ASKS.search(text):
+            group, _, name = f"schema/{asked[1]}".rpartition("/")
+            store(group=group, name=name, node=node(asked[1].replace("/", "."), yaml.load(text, LOADER)))
+
+
+def node(name: str, section: Mapping[str, Any]) -> type:
+    """A dataclass of the keys of a file, or of a section of one, without their values.
+
+    Raises:
+        LookupError: the class that takes the section does not take one of its keys.
+    """
+    return dataclasses.make_dataclass(name.replace(".", "_"), _fields(name, section))
+
+
+def _fields(name: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    target = section.get("_target_", TAKEN_BY.get(name, ""))
+    taken = {"_target_": str} | parameters(target) if is_ours(target) else None
+    for key, value in section.items():
+        if key in ("defaults", "hydra"):
+            continue
+        if taken is not None and key not in taken:
+            raise LookupError(f"{name}.{key}: {target} has no such parameter; it has {', '.join(taken)}")
+        path = f"{name}.{key}"
+        if path not in TYPES and isinstance(value, Mapping):
+            inner = node(path, value)
+            kind = inner | None if "_target_" in value or path in OPTIONAL else inner
+            yield key, kind, dataclasses.field(default_factory=inner)
+        else:
+            kind = TYPES.get(path) or (_shown_by(value) if taken is None else taken[key])
+            yield key, kind, dataclasses.field(default=MISSING)
+    for group in groups(section):
+        yield group, Any, dataclasses.field(default=MISSING)  # typed by the file that is chosen
+
+
+def groups(config: Mapping[str, Any], with_optional: bool = False) -> list[str]:
+    """Those of which a command's config chooses a file each; of optional ones, such as `experiment`, none."""
+    chosen = [entry for entry in config.get("defaults", ()) if isinstance(entry, dict)]
+    pairs = [pair for entry in chosen for pair in entry.items() if not pair[0].startswith("override ")]
+    return [group for group, choice in pairs if with_optional or choice is not None]
+
+
+def _shown_by(value: Any) -> Any:
+    """The type of a key with this value."""
+    if value is None:
+        return str | None
+    if isinstance(value, list):
+        return list[type(value[0]) if value else str]
+    return type(value)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypeVar
+
 from torch import Tensor
 
 DEFAULT_MAX_RMSE = 0.25  # no generation of the demo's from captions that were never trained on lies so near
+
+
+Verdict = TypeVar("Verdict", covariant=True)
+
+
+class Distance(Protocol[Verdict]):
+    """What can be compared with a number: a number itself, a tensor or an array."""
+
+    def __le__(self, other: float, /) -> Verdict: ...
 
 
 def checked_max_rmse(max_rmse: float, key: str = "max_rmse") -> float:
@@ -30,7 +41,7 @@ def latent_rmse(latents: Tensor, originals: Tensor) -> Tensor:
     return (latents - originals).square().flatten(1).mean(dim=1).sqrt()
 
 
-def is_copy(rmse, max_rmse: float = DEFAULT_MAX_RMSE):
+def is_copy(rmse: Distance[Verdict], max_rmse: float = DEFAULT_MAX_RMSE) -> Verdict:
     """Whether a generation at this distance, see `latent_rmse`, is a copy: a number, tensor or array, of any shape."""
     return rmse <= max_rmse
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ def place_seeds(seed: int, stream: int, step: np.ndarray, place: np.ndarray) -> 
 def _mixed(seed: int, stream: int, step: Words, place: Words) -> Words:
     """Of integers, or of uint64 arrays, which wrap by themselves and whose summands must fit in 64 bits."""
     mask = (1 << 64) - 1
-    state = seed & mask
+    state: Any = seed & mask  # a number; with the first array among the parts, an array
     for part in (stream, step, place):
         state = (((state + 0x9E3779B97F4A7C15) & mask) + part) & mask
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memtrain.core.streams import Stream, place_seed
-from memtrain.data.groups import Groups
+from memtrain.data.groups import Counts, Groups
 from memtrain.data.images import BadSample
-from memtrain.data.latents import CachedSample, LatentCache
+from memtrain.data.latents import CachedSample
 from memtrain.data.remote import ShardMissing
-from memtrain.data.samples import STRAIGHT, View
+from memtrain.data.view import STRAIGHT, View
 
 
 class Samples(Protocol):
-    """Anything with positions 0..N-1 that can be decoded."""
+    """Samples at positions 0..N-1 that can be decoded, such as `ShardSamples`."""
 
     sizes: list[tuple[int, int]]  # (height, width) of the pictures, px; the usual one first
-    counts: Sequence[int]  # samples of each shard; a shard's positions follow one another
+
+    @property
+    def counts(self) -> Counts:
+        """Samples of each shard; a shard's positions follow one another."""
 
     def key(self, index: int) -> str: ...
 
@@ -30,7 +33,19 @@ class Samples(Protocol):
 
     def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]: ...
 
-    def prefetch(self, shards: Sequence[int]) -> None: ...
+    def prefetch(self, numbers: Sequence[int], /) -> None: ...
+
+
+class Latents(Protocol):
+    """Latents and embeddings of samples at positions 0..N-1, such as a `LatentCache`."""
+
+    @property
+    def samples(self) -> Samples: ...
+
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a sample's posterior and of its embedding."""
+
+    def get(self, index: int, flip: bool) -> CachedSample: ...
 
 
 @dataclass(frozen=True)
@@ -41,13 +56,14 @@ class Views:
     crop: str = "center"  # or random
     flip: float = 0.0  # share of the rows that are mirrored left to right
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.crop not in ("center", "random"):
             raise ValueError(f"data.crop must be center or random, got {self.crop}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip is a share in [0, 1], got {self.flip:g}")
 
     def view(self, step: int, place: int) -> View:
+        """The view at a place of the global batch of a step."""
         top, left, flip, caption = np.random.default_rng(place_seed(self.seed, Stream.VIEW, step, place)).random(4)
         crop = (top, left) if self.crop == "random" else STRAIGHT.crop
         return View(crop, bool(flip < self.flip), caption)
@@ -81,9 +97,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._map(Tensor.pin_memory)
 
-    def _map(self, change) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: change(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return Batch(**values | changed)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -120,7 +137,7 @@ class BatchDecoder:
             except ShardMissing as error:  # handed on: the ranks have to end at the same step
                 missing = str(error)
                 break
-        _, place, index = np.array(rows, dtype=np.int64).T
+        _, place, index = np.array(rows, dtype=np.int64).T  # (B, 3) -> three of (B,)
         return Batch(
             images=torch.from_numpy(images),
             captions=captions,
@@ -135,7 +152,7 @@ class BatchDecoder:
 class CachedBatches:
     """Collates rows into a Batch from cached latents, as `BatchDecoder` does from pictures."""
 
-    def __init__(self, cache: LatentCache, groups: Groups, views: Views):
+    def __init__(self, cache: Latents, groups: Groups, views: Views):
         self.cache, self.groups, self.views = cache, groups, views
 
     def __call__(self, rows: Sequence[tuple[int, int, int]]) -> Batch:
@@ -150,7 +167,8 @@ class CachedBatches:
                 missing = str(error)
                 break
         posterior, hidden = self.cache.shapes()
-        _, place, index = np.array(rows, dtype=np.int64).T
+        # here: a row that could not be read has zeros; stacked, a row a sample
+        _, place, index = np.array(rows, dtype=np.int64).T  # (B, 3) -> three of (B,)
         return Batch(
             images=torch.zeros(len(rows), 0, dtype=torch.uint8),
             captions=["" if sample is None else sample.caption for sample in found],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ HEIGHT, WIDTH, SIDE = 720, 640, 512  # px, of the JPEGs and of the square that i
 
 
 def photo(seed: int, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8: noise with the falling spectrum of photographs, 1 / f^a, and pale colours.
+    """Noise with the falling spectrum of photographs, 1 / f^a, and pale colours: (height, width, 3) uint8.
 
     a is drawn from 1.4 (foliage) to 1.8 (portraits). At quality 95 a JPEG of that takes a third of a byte a
     pixel, as one of a photograph does; more detail costs all pipelines the same and lowers their ratio.
@@ -38,10 +39,11 @@ def photo(seed: int, height: int, width: int) -> np.ndarray:
     planes = np.fft.irfft2(spectrum, s=(height, width))
     red, green, blue = planes / planes.std(axis=(1, 2), keepdims=True)
     levels = [120 + 55 * green + 12 * plane for plane in (red, green, blue)]
+    # three planes (height, width) -> (height, width, 3)
     return np.stack(levels, axis=-1).clip(0, 255).astype(np.uint8)
 
 
-def jpeg(pixels: np.ndarray, **options) -> bytes:
+def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
     """Pixels (h, w, 3) or (h, w), uint8 -> a JPEG of quality 95, img2dataset's. `options` are Pillow's."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", **({"quality": 95} | options))
@@ -55,7 +57,7 @@ def pillow_pipeline(data: bytes, height: int, width: int, resample: Image.Resamp
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     image = image.crop((left, top, left + width, top + height))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (height, width, 3) -> (3, height, width)
 
 
 PIPELINES: dict[str, Callable[[bytes, int, int], np.ndarray]] = {
@@ -67,7 +69,7 @@ PIPELINES: dict[str, Callable[[bytes, int, int], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class DecodingSpeed:
-    """Medians over the rounds. `speedup`: how many times as fast memtrain is, in the same round."""
+    """How fast each pipeline decodes, medians over the rounds. `speedup`: of memtrain, within the same round."""
 
     images: int
     rounds: int
@@ -107,6 +109,7 @@ def measure_decoding(images: int, rounds: int) -> DecodingSpeed:
 
 
 def _seconds(pipeline: Callable[[bytes, int, int], np.ndarray], pictures: list[bytes]) -> float:
+    """CPU time in which a pipeline decodes these pictures."""
     start = time.process_time()
     for data in pictures:
         pipeline(data, SIDE, SIDE)
@@ -115,7 +118,7 @@ def _seconds(pipeline: Callable[[bytes, int, int], np.ndarray], pictures: list[b
 
 @dataclass(frozen=True)
 class StartUp:
-    """`resident_bytes`: what the process holds more than before, when the first batch is there."""
+    """How long a start takes. `resident_bytes`: what the process holds more, once the first batch is there."""
 
     shards: int
     samples: int
@@ -125,7 +128,7 @@ class StartUp:
 
 
 def measure_start_up(shards: int, samples_per_shard: int, folder: Path) -> StartUp:
-    """From nothing but shards and their index files to the first batch; the shards are links to a single one.
+    """Time a start, from shards with their index files to the first batch; the shards are links to a single one.
 
     Args:
         folder: an empty folder, for a shard of `samples_per_shard` small pictures and the links.
@@ -146,8 +149,11 @@ def measure_start_up(shards: int, samples_per_shard: int, folder: Path) -> Start
         for suffix in ("", ".index.npy", ".index.json"):
             os.link(f"{first}{suffix}", folder / f"{number:05d}.tar{suffix}")
     before, start = _resident_bytes(), time.perf_counter()
-    groups = dict(canaries=24, repeats=100, reference=min(500, samples_per_shard))
-    data = from_shards(str(folder), 64, 8, 0, duplicates="none", seed=0, **groups)  # they are all duplicates here
+    reference = min(500, samples_per_shard)
+    data = from_shards(
+        str(folder), 64, 8, 0, duplicates="none",  # they are all duplicates here
+        seed=0, canaries=24, repeats=100, reference=reference,
+    )  # fmt: skip
     corpus = time.perf_counter() - start
     sampler = GlobalBatchSampler(data.order, 8, 1, 0, 1, num_steps=1)
     BatchDecoder(data.samples, data.groups, data.views)(next(iter(sampler)))
@@ -156,5 +162,5 @@ def measure_start_up(shards: int, samples_per_shard: int, folder: Path) -> Start
 
 
 def _resident_bytes() -> int:
-    """Of this process, as Linux counts it."""
+    """Memory that this process holds, as Linux counts it, bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

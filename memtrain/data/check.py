@@ -69,7 +69,7 @@ class Fault:
 
 @dataclass
 class ShardReport:
-    """Of `samples` keys in the tar, `complete` have an image that can be read and a caption.
+    """What is wrong with a shard: of `samples` keys in it, `complete` have an image that can be read and a caption.
 
     `successes` is what _stats.json counts, None without one.
     """
@@ -121,7 +121,7 @@ class CorpusReport:
             "shards": len(self.shards),
             "samples": sum(shard.samples for shard in self.shards),
             "complete": sum(shard.complete for shard in self.shards),
-            "faults": {kind: sum(shard["faults"][kind] for shard in shards) for kind in KINDS},
+            "faults": {kind: sum(shard.counts[kind] for shard in self.shards) for kind in KINDS},
         }
         return {
             "loses": self.loses,
@@ -171,6 +171,7 @@ def check_shard(shard: LocalShard, decode: bool) -> tuple[ShardReport, pa.Table]
 
 
 def _check_samples(path: Path, report: ShardReport, decode: bool) -> Iterator[tuple[bytes, bytes]]:
+    """Note what is wrong with a shard's samples; yields key and sha256 of those that are complete."""
     index = index_shard(path)
     report.samples = len(index.entries) + sum(why in _SKIPPED for _, why in index.skipped)
     for key, why in index.skipped:
@@ -197,6 +198,7 @@ def _check_samples(path: Path, report: ShardReport, decode: bool) -> Iterator[tu
 
 
 def read_extent(file: BinaryIO, extent: Extent) -> bytes:
+    """The bytes of a member of a tar."""
     file.seek(extent.offset)
     return file.read(extent.size)
 
@@ -210,7 +212,7 @@ def image_sha256(image: bytes, metadata: dict) -> bytes:
 
 
 def _parse_json(data: bytes) -> dict | None:
-    """None where it is no json object. A bare NaN is as good as null."""
+    """A sample's json; None where it is no json object. A bare NaN is as good as null."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
@@ -229,6 +231,7 @@ def _check_caption(caption: bytes, key: str, report: ShardReport) -> None:
 
 
 def _check_stats(path: Path, report: ShardReport) -> None:
+    """Note where the _stats.json beside a shard is missing, or counts other samples than the tar has."""
     stats = path.with_name(f"{path.stem}_stats.json")
     try:
         successes = json.loads(stats.read_bytes())["successes"]
@@ -247,6 +250,10 @@ def _check_stats(path: Path, report: ShardReport) -> None:
 
 
 def _note_repeats(reports: Sequence[ShardReport], tables: Sequence[pa.Table]) -> None:
+    """Note equal images and keys in the reports, by the keys and sha256 of each shard's samples.
+
+    All N rows of the corpus are numbered shard by shard; each is compared with the first one that equals it.
+    """
     lengths = np.array([len(table) for table in tables])
     start, shard = lengths.cumsum() - lengths, np.repeat(np.arange(len(tables)), lengths)  # (N,)
 
@@ -257,13 +264,14 @@ def _note_repeats(reports: Sequence[ShardReport], tables: Sequence[pa.Table]) ->
     samples, rows = pa.concat_tables(tables), np.arange(len(shard))
     in_corpus = first_equal(codes(samples["sha256"]))
     in_shard = start[shard] + np.concatenate([first_equal(codes(table["sha256"])) for table in tables])
-    for row in np.flatnonzero(in_shard != rows):
+    for row in np.flatnonzero(in_shard != rows).tolist():
         reports[shard[row]].note("duplicate_within", key(row), f"same image as {key(in_shard[row])}")
-    for row in np.flatnonzero((in_shard == rows) & (shard[in_corpus] != shard)):
+    for row in np.flatnonzero((in_shard == rows) & (shard[in_corpus] != shard)).tolist():
         other = in_corpus[row]
         cause = f"same image as {reports[shard[other]].name}/{key(other)}"
         reports[shard[row]].note("duplicate_across", key(row), cause)
     first = first_equal(codes(samples["key"]))
+    # keys of earlier shards, noted once a shard: how many it has, and the first of them
     repeated = np.flatnonzero(shard[first] != shard)
     for number, place, count in zip(*np.unique(shard[repeated], True, False, True), strict=True):
         row = repeated[place]

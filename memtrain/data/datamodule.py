@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from memtrain.data.batches import Batch, BatchDecoder, CachedBatches, Samples, Views
+from memtrain.data.batches import Batch, BatchDecoder, CachedBatches, Latents, Samples, Views
 from memtrain.data.find_pictures import find_pictures, read_pictures_from
 from memtrain.data.groups import Groups, draw_groups
 from memtrain.data.latents import LatentCache
@@ -47,6 +47,8 @@ class DataModule(pl.LightningDataModule):
         named: positions of samples whose pictures are those canaries, in place of a number.
     """
 
+    trainer: pl.Trainer  # given by Lightning, before it asks for anything
+
     def __init__(
         self,
         samples: Samples,
@@ -61,10 +63,10 @@ class DataModule(pl.LightningDataModule):
         crop: str = "center",
         flip: float = 0.0,
         max_bad_fraction: float = 0.05,
-        cache: LatentCache | None = None,
+        cache: Latents | None = None,
         pictures: Pictures = NO_DUPLICATES,
         sacrificed: int = 0,
-        named: Sequence[int] = (),
+        named: Sequence[int] | np.ndarray = (),
     ):
         super().__init__()
         for name, value, least in (
@@ -93,7 +95,11 @@ class DataModule(pl.LightningDataModule):
         )
         weights = [1.0] * len(samples.counts) if weights is None else weights
         order = (samples.counts, self.groups, repeats or 1, seed, weights, mix_shards)
-        self.order = EpochOrder(*order) if len(samples.sizes) == 1 else BucketedOrder(*order, samples.buckets)
+        if len(samples.sizes) == 1:
+            self.order = EpochOrder(*order)
+        else:
+            assert isinstance(samples, ShardSamples), "only pictures in shards come in buckets"
+            self.order = BucketedOrder(*order, samples.buckets)
         self.problems: dict[str, str] = {}  # sample key -> why it could not be used
         self._restored: int | None = None  # rows that were consumed before this run was resumed
         self._first_step = 0
@@ -104,9 +110,9 @@ class DataModule(pl.LightningDataModule):
 
     def check_cache(self, fingerprint: Callable[[], dict[str, str]], text_encoder_is_trained: bool) -> None:
         """Raise where the cached latents are not those that this run would compute."""
-        if self.cache is not None:
+        if isinstance(self.cache, LatentCache):
             ignored = ("text_encoder",) if text_encoder_is_trained else ()
-            self.cache.check({**fingerprint(), **self.samples.described()}, ignored)
+            self.cache.check({**fingerprint(), **self.cache.samples.described()}, ignored)
 
     def setup(self, stage: str) -> None:
         if self.trainer.is_global_zero:
@@ -158,7 +164,7 @@ class DataModule(pl.LightningDataModule):
             return BatchDecoder(self.samples, self.groups, views)
         return CachedBatches(self.cache, self.groups, views)
 
-    def decode(self, positions: Sequence[int]) -> Batch:
+    def decode(self, positions: Sequence[int] | np.ndarray) -> Batch:
         """The samples at these positions as one batch on the CPU, seen straight; bad ones are reported.
 
         Raises:
@@ -188,6 +194,7 @@ class DataModule(pl.LightningDataModule):
             )
 
     def problems_by_cause(self) -> dict[str, int]:
+        """How many samples could not be used for each cause, by the indexes and by what was seen since the start."""
         skipped = (why for _, why in getattr(self.samples, "skipped", tuple)())
         return dict(Counter([*skipped, *self.problems.values()]))
 
@@ -210,12 +217,14 @@ def from_shards(
     repeats_from: str | None = None,
     crop: str = "center",
     flip: float = 0.0,
+    mix_shards: int = 8,
+    max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
     repeats: int | None,
     sacrificed_keys: Sequence[str] = (),
-    **rest: int | float,
+    **groups: int,
 ) -> DataModule:
-    """`data=shards`. `rest`: what `DataModule` takes."""
+    """Build the DataModule of `data=shards`. `groups`: seed, canaries, sacrificed and reference of `DataModule`."""
     if resolution < 1:
         raise ValueError(f"data.resolution must be >= 1, got {resolution}")
     samples = ShardSamples(
@@ -248,14 +257,21 @@ def from_shards(
         weights=weights,
         crop=crop,
         flip=flip,
+        mix_shards=mix_shards,
+        max_bad_fraction=max_bad_fraction,
         cache=latents,
         pictures=pictures,
         named=samples.find(sacrificed_keys),
-        **rest,
+        **groups,
     )
 
 
-class _Positions:
+def data_of(trainer: pl.Trainer) -> DataModule:
+    """The DataModule that a trainer fits with; Lightning sets it where type checkers do not see it."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+class _Positions(Dataset[tuple[int, int, int]]):
     """The loader's `dataset`: hands rows on to the decoder."""
 
     def __getitem__(self, row: tuple[int, int, int]) -> tuple[int, int, int]:

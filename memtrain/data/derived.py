@@ -21,29 +21,37 @@ Filtered = tuple[int, dict[str, int]]  # rows that are left, and how many each c
 def kept_filters(
     stems: Sequence[str], samples: Sequence[int], choose: Callable[[int], tuple[np.ndarray, dict[str, int]]]
 ) -> list[Filtered]:
-    """For each shard how many rows a filter leaves and drops; which, is in STEM.npy.
+    """How many rows of each shard a filter leaves and drops; which are left, is in STEM.npy.
 
     Args:
         stems: paths without .npy and .json, in one folder.
         samples: of each shard.
         choose: rows of a shard that are left, and how many each condition drops.
     """
-    found = [_read_filter(stem, count) for stem, count in zip(stems, samples, strict=True)]
-    if None in found:
+    found: dict[int, Filtered] = {}
+
+    def look(number: int) -> bool:
+        filtered = _read_filter(stems[number], samples[number])
+        if filtered is not None:
+            found[number] = filtered
+        return filtered is not None
+
+    missing = [number for number in range(len(stems)) if not look(number)]
+    if missing:
         with one_at_a_time(Path(stems[0]).parent, stems):
-            for number in track(range(len(stems)), "Filtering shards", disable=len(stems) < 20):
-                found[number] = _read_filter(stems[number], samples[number])  # another rank may have been first
-                if found[number] is None:
-                    rows, dropped = choose(number)
-                    write_array(f"{stems[number]}.npy", rows.astype(np.int32))
-                    with written_aside(Path(f"{stems[number]}.json"), shared=True) as aside:
-                        aside.write_text(json.dumps(dropped), encoding="utf-8")
-                    found[number] = len(rows), dropped
-    return found
+            for number in track(missing, "Filtering shards", disable=len(missing) < 20):
+                if look(number):  # another rank was first
+                    continue
+                rows, dropped = choose(number)
+                write_array(f"{stems[number]}.npy", rows.astype(np.int32))
+                with written_aside(Path(f"{stems[number]}.json"), shared=True) as aside:
+                    aside.write_text(json.dumps(dropped), encoding="utf-8")
+                found[number] = len(rows), dropped
+    return [found[number] for number in range(len(stems))]
 
 
 def _read_filter(stem: str, samples: int) -> Filtered | None:
-    """None where a shard is not filtered yet, or its files are damaged."""
+    """What is kept of a shard's filter; None where there is nothing yet, or its files are damaged."""
     try:
         dropped = json.loads(Path(f"{stem}.json").read_bytes())
         counts = list(dropped.values())

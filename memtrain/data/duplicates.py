@@ -35,7 +35,8 @@ CHUNKS = 16  # of 16 bits each
 MAX_DISTANCE = 3 * CHUNKS - 1  # beyond, each chunk would have to be looked up with 697 neighbours or more
 _BLOCK = 1 << 18  # pairs compared at a time
 _NUMBERS = np.arange(2**16, dtype=np.uint16)
-_BITS = np.unpackbits(_NUMBERS.view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)  # set in each
+# each number's two bytes (65536, 2) -> its bits (65536, 16) -> how many of them are set (65536,)
+_BITS = np.unpackbits(_NUMBERS.view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.uint8)
 
 COLUMNS = pa.schema(
     [
@@ -106,7 +107,7 @@ def hash_shard(shard: LocalShard) -> tuple[pa.Table, list[tuple[str, str]]]:
 
 def group(hashes: pa.Table, distance: int) -> np.ndarray:
     """A label for each sample, equal for those that exact and near duplicates join, in chains too. (N,)"""
-    words = np.frombuffer(b"".join(hashes["pdq"].to_pylist()), np.uint16).reshape(-1, CHUNKS)
+    words = np.frombuffer(b"".join(hashes["pdq"].to_pylist()), np.uint16).reshape(-1, CHUNKS)  # 32 N bytes -> (N, 16)
     return components(codes(hashes["sha256"]), words, hashes["quality"].to_numpy(), distance)
 
 
@@ -123,7 +124,8 @@ def components(digests: np.ndarray, words: np.ndarray, quality: np.ndarray, dist
     good = np.flatnonzero(quality >= MIN_QUALITY)
     if len(good) == 0:
         return labels
-    same = first_equal(np.unique(words[good], axis=0, return_inverse=True)[1].reshape(-1))
+    # equal hashes are joined first, so that pairs are looked for among distinct ones alone
+    same = first_equal(np.unique(words[good], axis=0, return_inverse=True)[1].reshape(-1))  # (G,)
     labels = join(labels, good, good[same])
     distinct = good[np.unique(same)]
     for left, right in near_pairs(words[distinct], distance):
@@ -157,7 +159,8 @@ def near_pairs(words: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, n
         words: (N, 16) uint16, no two rows alike.
     """
     masks = np.flatnonzero(distance // CHUNKS >= _BITS).astype(np.uint16)  # 1, 17 or 137 of them
-    gathered, count = [(np.empty(0, np.int64),) * 2], 0
+    none = np.empty(0, np.int64)
+    gathered, count = [(none, none)], 0
     for chunk in range(CHUNKS):
         order = np.argsort(words[:, chunk], kind="stable")
         ranked = words[order]  # here: rows by the value of this chunk, so that equal ones are neighbours
@@ -171,12 +174,18 @@ def near_pairs(words: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, n
                 left, right = left[close], right[close]
                 close = _distance(ranked[left], ranked[right]) <= distance
                 gathered.append((order[left[close]], order[right[close]]))
-                count += np.count_nonzero(close)
+                count += int(np.count_nonzero(close))
                 if count >= _BLOCK:
-                    yield tuple(map(np.concatenate, zip(*gathered, strict=True)))
+                    yield _joined(gathered)
                     gathered, count = [], 0
     if gathered:
-        yield tuple(map(np.concatenate, zip(*gathered, strict=True)))
+        yield _joined(gathered)
+
+
+def _joined(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Parts of pairs, each two of (M,), as one: two of (sum of M,)."""
+    left, right = zip(*pairs, strict=True)
+    return np.concatenate(left), np.concatenate(right)
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -185,7 +194,7 @@ def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _expand(begin: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row i with each of begin[i] .. end[i] - 1, about `_BLOCK` pairs at a time."""
+    """Pairs of row i with each of begin[i] .. end[i] - 1, about `_BLOCK` at a time. Two of (N,) -> two of (M,) each"""
     counts = np.maximum(end - begin, 0)
     ends, row = counts.cumsum(), 0
     while row < len(counts):
@@ -193,6 +202,7 @@ def _expand(begin: np.ndarray, end: np.ndarray) -> Iterator[tuple[np.ndarray, np
         stop = max(row + 1, int(np.searchsorted(ends, done + _BLOCK, side="right")))
         number = counts[row:stop]
         left = np.repeat(np.arange(row, stop), number)
+        # the n-th pair of a row is with begin + n: the place in the block, less where the row's pairs begin in it
         right = np.arange(len(left)) + np.repeat(begin[row:stop] - (ends[row:stop] - number - done), number)
         yield left, right
         row = stop
@@ -202,9 +212,11 @@ def _describe(labels: np.ndarray, hashes: pa.Table, shard: np.ndarray, shards: S
     """The table of the groups of at least two; keys and captions are read again, of these samples alone."""
     _, component, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(sizes[component] > 1)
+    # here: the largest group first, of equally large ones the one that comes first, each in the order of the corpus
     rows = rows[np.lexsort((rows, labels[rows], -sizes[component[rows]]))]
     number = np.unique(labels[rows], return_inverse=True)[1]
     order = first_equal(number)  # place of each group's first row
+    # groups are numbered in this order; one that holds several sha256 is of near duplicates
     number = np.unique(order, return_inverse=True)[1]
     digests = codes(hashes["sha256"])[rows]
     mixed = np.unique(number[digests != digests[order]])
@@ -245,6 +257,4 @@ def read_groups(path: str | Path, name: str) -> pa.Table:
     try:
         return pq.read_table(file, columns=["group", "key"])
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"{name}={path} cannot be read ({str(error).splitlines()[0]}); {GROUPS}"
-        ) from error
+        raise ValueError(f"{name}={path} cannot be read ({str(error).splitlines()[0]}); {GROUPS}") from error

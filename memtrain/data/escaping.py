@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from types import TracebackType
 
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what spreadsheets take for one at a cell's start
 
 
@@ -25,8 +27,8 @@ class PrintableFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
-    def formatException(self, error) -> str:
-        return "\n".join(map(printable, super().formatException(error).split("\n")))
+    def formatException(self, ei: ExcInfo) -> str:
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 def as_cell(value: object) -> object:

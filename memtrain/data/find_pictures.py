@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.progress import track
@@ -19,9 +20,12 @@ from rich.progress import track
 from memtrain.data.duplicates import components, read_groups
 from memtrain.data.hashes import HASHES, read_hashes, shard_hashes
 from memtrain.data.index import IndexFile
+from memtrain.data.indexed import IndexedShards
 from memtrain.data.kept import one_at_a_time, read_array, write_array
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.samples import ShardSamples
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -43,22 +47,22 @@ def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictu
         raise ValueError(f"data.duplicates must be near, exact or none, got {duplicates}")
     if duplicates == "none":
         return NO_DUPLICATES
-    files = _hash_files(samples, workers)
+    files = _hash_files(samples.indexed, workers)
     said = f"{duplicates} {DISTANCE} {NEAR_AT_MOST}\n" + "\n".join(
         f"{index.samples} {name}" + (" unknown" if file is None else "")
-        for index, (name, file) in zip(samples.indexes, files, strict=True)
+        for index, (name, file) in zip(samples.indexed.indexes, files, strict=True)
     )
-    grouped = samples.cache_dir / "pictures" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.npy"
+    grouped = samples.indexed.cache_dir / "pictures" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.npy"
     found = _read_groups(grouped)
     if found is None:
         with one_at_a_time(grouped.parent, [grouped.name]):
             found = _read_groups(grouped)  # another rank may have been first
             if found is None:
-                pictures = _group(samples.indexes, [file for _, file in files], near=duplicates == "near")
-                found = np.stack([pictures.positions, pictures.first])
+                pictures = _group(samples.indexed.indexes, [file for _, file in files], near=duplicates == "near")
+                found = np.stack([pictures.positions, pictures.first])  # (M,) each -> (2, M)
                 write_array(grouped, found)
     records, first = found
-    positions = samples.positions_of(records)
+    positions = samples.rows.positions_of(records)
     return Pictures.labelled(positions[positions >= 0], first[positions >= 0])
 
 
@@ -92,25 +96,26 @@ def read_pictures_from(path: str | Path, samples: ShardSamples) -> Pictures:
     return Pictures.labelled(positions[known], table["group"].to_numpy()[known])
 
 
-def _hash_files(samples: ShardSamples, workers: int) -> list[tuple[str, str | None]]:
+def _hash_files(indexed: IndexedShards, workers: int) -> list[tuple[str, str | None]]:
     """For each shard what names the state that was hashed, and the file of its hashes; None where there is none."""
-    folder = samples.cache_dir / "hashes"
-    named = [samples.identity(number, "hashes") for number in range(len(samples.shards))]
-    files = [index.hash_file or f"{folder}/{name}.npy" for index, name in zip(samples.indexes, named, strict=True)]
+    shards, indexes = indexed.shards, indexed.indexes
+    folder = indexed.cache_dir / "hashes"
+    named = [indexed.identity(number, "hashes") for number in range(len(shards))]
+    files = [index.hash_file or f"{folder}/{name}.npy" for index, name in zip(indexes, named, strict=True)]
 
     def lacking() -> set[int]:
-        return {n for n, index in enumerate(samples.indexes) if read_hashes(files[n], index.samples) is None}
+        return {n for n, index in enumerate(indexes) if read_hashes(files[n], index.samples) is None}
 
     missing = lacking()
-    if any(not samples.shards[number].is_remote for number in missing):
+    if any(not shards[number].is_remote for number in missing):
         with one_at_a_time(folder, named):
-            missing = sorted(number for number in lacking() if not samples.shards[number].is_remote)
-            rows = sum(samples.indexes[number].samples for number in missing)
+            unhashed = sorted(number for number in lacking() if not shards[number].is_remote)
+            rows = sum(indexes[number].samples for number in unhashed)
             if rows >= 10_000:
                 log.info("hashing %d images once, to know duplicates (data.duplicates=none leaves that out)", rows)
-            _over_shards([(samples.indexes[n], Path(samples.shards[n].url), files[n]) for n in missing], workers)
+            _over_shards([(indexes[n], Path(shards[n].url), files[n]) for n in unhashed], workers)
         missing = lacking()
-    remote = [samples.shards[number].name for number in sorted(missing) if samples.shards[number].is_remote]
+    remote = [shards[number].name for number in sorted(missing) if shards[number].is_remote]
     if remote:
         log.warning(
             "duplicates in %d remote shards, such as %s, are not known: their index files have no image hashes; "
@@ -121,7 +126,7 @@ def _hash_files(samples: ShardSamples, workers: int) -> list[tuple[str, str | No
 
 
 def _over_shards(missing: Sequence[tuple[IndexFile, Path, str]], workers: int) -> None:
-    def bar(items):
+    def bar(items: Iterable[T]) -> Iterable[T]:
         return track(items, "Hashing images", total=len(missing), disable=len(missing) < 20)
 
     if workers > 1 and len(missing) >= 4 * workers:
@@ -154,7 +159,9 @@ def _group(indexes: Sequence[IndexFile], files: Sequence[str | None], near: bool
     start = 0
     for index, file in zip(indexes, files, strict=True):
         if file is not None:
-            parts.append(read_hashes(file, index.samples))
+            found = read_hashes(file, index.samples)
+            assert found is not None, f"{file} was whole a moment ago"
+            parts.append(found)
             numbers.append(np.arange(start, start + index.samples))
         start += index.samples
     hashes, records = np.concatenate(parts), np.concatenate(numbers)

@@ -13,6 +13,8 @@ from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 
+Counts = Sequence[int] | np.ndarray  # samples of each shard, in the order of the corpus
+
 log = logging.getLogger(__name__)
 
 _HOME_SHARDS = 16  # planted canaries and reference set come from so many shards, so that few must be fetched first
@@ -77,7 +79,7 @@ class Groups:
 
 
 def draw_groups(
-    counts: Sequence[int],
+    counts: Counts,
     seed: int,
     canaries: int,
     reference: int,
@@ -85,7 +87,7 @@ def draw_groups(
     pictures: Pictures = NO_DUPLICATES,
     planted: bool = True,
     sacrificed: int = 0,
-    named: Sequence[int] = (),
+    named: Sequence[int] | np.ndarray = (),
 ) -> Groups:
     """Draw canaries and reference set.
 
@@ -104,28 +106,31 @@ def draw_groups(
     Raises:
         ValueError: there are not so many samples or groups of duplicates.
     """
-    counts = np.asarray(counts, dtype=np.int64)
-    total, starts = int(counts.sum()), counts.cumsum() - counts
-    named = _one_a_picture(np.asarray(named, dtype=np.int64), pictures, canaries, planted)
+    sizes = np.asarray(counts, dtype=np.int64)
+    total, starts = int(sizes.sum()), sizes.cumsum() - sizes
+    first_named = _one_a_picture(np.asarray(named, dtype=np.int64), pictures, canaries, planted)
+    # here: each shard's duplicates lie between two bounds of the sorted list of all
     bounds = np.searchsorted(pictures.positions, np.append(starts, total))
-    single = counts - np.diff(bounds)  # of each shard, samples without a duplicate
+    single = sizes - np.diff(bounds)  # of each shard, samples without a duplicate
     drawn = canaries if planted else 0
     if drawn + reference >= total or drawn + reference > single.sum():
         raise ValueError(
             f"canaries.count={canaries} and reference.count={reference} leave nothing of the {total} "
             f"samples to train on ({len(pictures.positions)} of them are duplicates); lower them or add shards"
         )
-    shards = stream_generator(seed, Stream.HOME_SHARDS).permutation(len(counts))
+    # the shards that are drawn from: as few as hold enough samples without a duplicate, but 16 where there are
+    shards = stream_generator(seed, Stream.HOME_SHARDS).permutation(len(sizes))
     enough = int(np.searchsorted(single[shards].cumsum(), drawn + reference)) + 1
     homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
-    pool = np.concatenate([np.arange(starts[s], starts[s] + counts[s]) for s in homes])
+    pool = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in homes])
     permuted = stream_generator(seed, Stream.GROUPS).permutation(pool)
-    permuted = permuted[~np.isin(permuted, np.concatenate([pictures.positions, named]))]
+    permuted = permuted[~np.isin(permuted, np.concatenate([pictures.positions, first_named]))]
+    # the pictures that are canaries, those that are named first
     if planted:
-        chosen = [np.array([position]) for position in [*named, *permuted[: canaries - len(named)]]]
+        chosen = [np.array([position]) for position in [*first_named, *permuted[: canaries - len(first_named)]]]
     else:
         groups = pictures.groups()
-        first = pictures.of(named)
+        first = pictures.of(first_named)
         groups.sort(key=lambda group: group[0] not in first)  # stable: the largest first, behind the named ones
         chosen = groups[:canaries]
         if len(chosen) < canaries:
@@ -133,7 +138,7 @@ def draw_groups(
             if not chosen:
                 raise ValueError(f"{few} of them to make canaries of; plant some with canaries.repeats=100")
             log.warning("%s: all of them are canaries", few)
-    sacrificed = len(named) or sacrificed
+    sacrificed = len(first_named) or sacrificed
     if not 0 <= sacrificed <= len(chosen):
         raise ValueError(f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {sacrificed}")
     none = np.zeros(0, np.int64)

@@ -32,7 +32,7 @@ def perceptual_hash(data: bytes) -> tuple[bytes, int]:
     shape = picture_shape(data)
     scale = min(1.0, _SIDE / min(shape))
     image = decode_image(data, *(max(1, round(side * scale)) for side in shape))
-    bits, quality = pdqhash.compute(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    bits, quality = pdqhash.compute(np.ascontiguousarray(image.transpose(1, 2, 0)))  # (3, h, w) -> (h, w, 3)
     return np.packbits(bits.astype(np.uint8)).tobytes(), int(quality)
 
 

@@ -48,7 +48,7 @@ def decode_image(
     with _decoding():
         pixels, cell = _decode(data, height, width)
     window = np.ascontiguousarray(pixels[_window(pixels.shape[:2], (height, width), crop, cell)])
-    channels_last = torch.from_numpy(window).permute(2, 0, 1)[None]
+    channels_last = torch.from_numpy(window).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w), the same bytes
     resized = interpolate(channels_last, size=(height, width), mode="bicubic", antialias=True)[0].numpy()
     return np.ascontiguousarray(resized[..., ::-1] if flip else resized)
 
@@ -68,11 +68,11 @@ def decode_image_with_pillow(
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     if flip:
         image = ImageOps.mirror(image)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (h, w, 3) -> (3, h, w)
 
 
 def picture_shape(data: bytes) -> tuple[int, int]:
-    """(height, width) of a picture, upright, px, from its header; a square where that cannot be read."""
+    """Height and width of a picture, upright, px, from its header; a square where that cannot be read."""
     try:
         with _decoding():
             image = _open(data)
@@ -102,7 +102,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int]:
-    """(h, w, 3) uint8, upright, and the side of the cells in it, px, on whose edges the window must lie.
+    """Pixels (h, w, 3), uint8, upright, and the side of the cells in them, px, on whose edges the window must lie.
 
     The cells are what a JPEG of this size has for pixels once it is reduced; all formats keep to them, so
     that a picture gives the same window in each.
@@ -120,13 +120,13 @@ def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int]:
 
 
 def _reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """1, 2, 4 or 8: by how much a JPEG of this (height, width) can be reduced while it is decoded."""
+    """By how much a JPEG of this (height, width) can be reduced while it is decoded: 1, 2, 4 or 8."""
     gap = min(side / wanted for side, wanted in zip(size, target, strict=True))
     return max(factor for factor in (1, 2, 4, 8) if factor == 1 or factor * MARGIN <= gap)
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int], reduction: int) -> np.ndarray:
-    """(h // reduction, w // reduction, 3) uint8, as stored. Raises ValueError where libjpeg complains."""
+    """Pixels as stored, (h // reduction, w // reduction, 3) uint8. Raises ValueError where libjpeg complains."""
     if simplejpeg.decode_jpeg_header(data)[:2] != size:  # a second header, that would evade the cap on pixels
         raise ValueError("two sizes")
     height, width = size
@@ -149,9 +149,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """(h, w, 3) as stored -> upright, a view."""
+    """Turn and mirror pixels (h, w, 3) as they were stored, so that they are upright; a view."""
     if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
+        pixels = pixels.swapaxes(0, 1)  # (h, w, 3) -> (w, h, 3)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
@@ -160,6 +160,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB, alpha on white."""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
         values = np.asarray(image, dtype=np.float64)
         return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")

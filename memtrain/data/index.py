@@ -79,7 +79,7 @@ def as_records(index: ShardIndex) -> np.ndarray:
 
 
 def _record_dtype(width: int) -> np.dtype:
-    """Of a shard whose longest key has `width` bytes."""
+    """The type of a record where the shard's longest key has `width` bytes."""
     return np.dtype([("key", f"S{width}"), *((name, _EXTENT) for name in _EXTENTS)])
 
 
@@ -138,7 +138,7 @@ def open_index(shard: str | Path, cache: Path) -> IndexFile | None:
 
 
 def _load(stem: str) -> IndexFile | None:
-    """None where there is no index, or none that is whole."""
+    """The index of this stem; None where there is none that is whole."""
     try:
         with open(f"{stem}.json", "rb") as file:
             said = json.loads(file.read())
@@ -174,9 +174,11 @@ def _holds_records(path: str, count: int) -> bool:
 def _lies_within(index: IndexFile) -> bool:
     """Whether all that the records name lies in a tar of the size that the index tells."""
     records = read_array(f"{index.stem}.npy")
+    if records is None:
+        return False
     for name in _EXTENTS:
         offset, size = records[name]["offset"], records[name]["size"]
-        there = np.ones(len(records), bool) if name != "metadata" else size != _NONE.size
+        there = np.ones(len(records), np.bool_) if name != "metadata" else size != _NONE.size
         if not ((offset >= 0) & (size >= 0) & (offset <= index.size) & (size <= index.size - offset))[there].all():
             return False
     return True
@@ -248,7 +250,7 @@ def _open_remote_index(url: str, cache: Path, remote: ShardCache) -> IndexFile:
 
 
 def _stem_in(cache: Path, url: str) -> str:
-    """Another one for every path or URL, readable all the same."""
+    """The stem of a shard's index in the cache folder: another one for every path or URL, readable all the same."""
     digest = hashlib.sha256(os.fsencode(url)).hexdigest()[:16]
     name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rsplit("/", 1)[-1])[-80:]
     return f"{cache}/index/{digest}-{name}.index"

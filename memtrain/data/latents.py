@@ -36,10 +36,10 @@ MADE_WITH = {
 
 @dataclass(frozen=True)
 class CachedSample:
-    """`posterior` (2, C, h, w) float32, mean and standard deviation, unscaled; `hidden` (L, D) float32."""
+    """A sample as the model takes it: its latents' distribution and its encoded caption."""
 
-    posterior: np.ndarray
-    hidden: np.ndarray
+    posterior: np.ndarray  # (2, C, h, w) float32, mean and standard deviation, unscaled
+    hidden: np.ndarray  # (L, D) float32
     caption: str
 
 
@@ -76,8 +76,8 @@ def difference(found: Mapping, wanted: Mapping, ignored: tuple[str, ...] = ()) -
 
 def shard_state(samples: ShardSamples, number: int) -> dict[str, int | str | None]:
     """What a file's header says of its shard, so that none is taken for that of another state of it."""
-    index = samples.indexes[number]
-    return {"shard_size": index.size, "shard_mtime_ns": index.mtime_ns, "chosen": samples.chosen_digest(number)}
+    index = samples.indexed.indexes[number]
+    return {"shard_size": index.size, "shard_mtime_ns": index.mtime_ns, "chosen": samples.rows.filtered.digest(number)}
 
 
 def is_of_state(header: Mapping, state: Mapping) -> bool:
@@ -105,7 +105,7 @@ class LatentCache:
             raise ValueError("data.cache=beside needs shards on disk; name a folder")
         self.samples, self.flip = samples, flip
         self.paths = [str(cache_path(cache, shard.url, shard.name)) for shard in samples.shards]
-        self.made_with: dict | None = None
+        self.made_with: dict = {}  # see `check`
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self._open: OrderedDict[int, safe_open] = OrderedDict()
 
@@ -138,15 +138,15 @@ class LatentCache:
         return self._open[number]
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of a sample's posterior and of its embedding."""
+        """Shapes of a sample's posterior and of its embedding."""
         if self._shapes is not None:
             return self._shapes
         file = self._file(int(self.samples.counts.argmax()))
         return tuple(file.get_slice("posterior").get_shape()[1:]), tuple(file.get_slice("hidden").get_shape()[1:])
 
     def get(self, index: int, flip: bool) -> CachedSample:
-        """Raises BadSample where the picture could not be decoded."""
-        number, row = self.samples.locate(index)
+        """What is cached of the sample at a position. Raises BadSample where its picture could not be decoded."""
+        number, row = self.samples.rows.locate(index)
         file = self._file(number)
         if not file.get_slice("valid")[row : row + 1][0]:
             raise BadSample("image cannot be decoded (said when it was cached)")

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from memtrain.core.exclusion import GROUP_NAMES
 from memtrain.core.files import written_aside
 from memtrain.core.streams import Stream, place_seeds
+from memtrain.data.escaping import as_text
 from memtrain.data.paths import check_ledger, ledger_parts
-from memtrain.data.samples import as_text
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class About:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """N visits of samples."""
+class LedgerRows:
+    """Rows of the ledger: N visits of samples."""
 
     step: np.ndarray  # (N,) int64
     sample_index: np.ndarray  # (N,) int64, position in the corpus
@@ -72,12 +72,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.step)
 
-    def where(self, mask: np.ndarray) -> Rows:
-        return Rows(*(getattr(self, field.name)[mask] for field in fields(Rows)))
+    def where(self, mask: np.ndarray) -> LedgerRows:
+        return LedgerRows(*(getattr(self, field.name)[mask] for field in fields(LedgerRows)))
 
     @staticmethod
-    def concatenate(parts: Sequence[Rows]) -> Rows:
-        return Rows(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Rows)))
+    def concatenate(parts: Sequence[LedgerRows]) -> LedgerRows:
+        names = [field.name for field in fields(LedgerRows)]
+        return LedgerRows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def drawn(seed: int, step: np.ndarray, sample_index: np.ndarray, share: float) -> np.ndarray:
@@ -99,22 +100,23 @@ class LedgerWriter:
         self.folder, self.rank, self.key = folder, rank, key
         self.schema = SCHEMA.with_metadata({_ABOUT: json.dumps(about.__dict__).encode()})
         self.number = max((number for number, of, _ in ledger_parts(folder) if of == rank), default=0)
-        self.buffer: list[Rows] = []
+        self.buffer: list[LedgerRows] = []
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: LedgerRows) -> None:
         self.buffer.append(rows)
         if sum(map(len, self.buffer)) >= _PART_ROWS:
             self.close_part()
 
     def close_part(self) -> None:
         """Put what was added since the last part on disk."""
-        rows = Rows.concatenate(self.buffer) if self.buffer else ()
-        self.buffer = []
+        if not self.buffer:
+            return
+        rows, self.buffer = LedgerRows.concatenate(self.buffer), []
         if len(rows):
             self.number += 1
             _write(self._table(rows), self.folder / f"rank{self.rank}-{self.number:06d}.parquet")
 
-    def _table(self, rows: Rows) -> pa.Table:
+    def _table(self, rows: LedgerRows) -> pa.Table:
         columns = [
             rows.step,
             self._keys(rows.sample_index),
@@ -136,7 +138,7 @@ class LedgerWriter:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """As small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
+    """Write a part as small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
     with written_aside(path) as aside:
         pq.write_table(
             table,
@@ -173,6 +175,7 @@ def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:
 
 
 def _link(path: Path, to: Path) -> None:
+    """Have a part under another name, too; copied where it cannot be linked."""
     try:
         os.link(path, to)  # parts are replaced, never changed
     except OSError:  # another file system
@@ -217,11 +220,11 @@ def batches(
 class KeyNumbers:
     """Numbers samples as their keys come, piece by piece: 4 bytes a row instead of a key."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.keys = pa.array([], pa.string())  # of each number
 
     def of(self, keys: pa.Array) -> np.ndarray:
-        """(N,) keys -> (N,) int32"""
+        """The number of each key, new ones for keys that were not seen before. (N,) -> (N,) int32"""
         encoded = keys.dictionary_encode()
         known = pc.index_in(encoded.dictionary, self.keys)
         fresh = encoded.dictionary.filter(known.is_null())

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
+from memtrain.data.columns import read_columns
 from memtrain.data.images import BadSample
-from memtrain.data.index import IndexFile
+from memtrain.data.index import IndexFile, key_of
 from memtrain.data.remote import ShardCache, ShardMissing
 from memtrain.data.sources import Shard
 
@@ -35,7 +37,12 @@ class OpenShard:
         self.records = index.records()
         self.rows = None if chosen is None else np.load(f"{chosen}.npy", mmap_mode="r")
 
+    def __len__(self) -> int:
+        """How many rows it has."""
+        return len(self.records if self.rows is None else self.rows)
+
     def record(self, row: int) -> np.void:
+        """The index's record of a row, see `memtrain.data.index.IndexFile.records`."""
         return self.records[row if self.rows is None else self.rows[row]]
 
     def read(self, extent: np.void) -> bytes:
@@ -58,26 +65,30 @@ class OpenShards:
     Args:
         shards, indexes: of the corpus, in its order.
         remote: fetches and keeps those that are not on disk.
+        chosen: STEM of each shard's rows in STEM.npy, which a filter chose; None: all its records.
     """
 
-    def __init__(self, shards: Sequence[Shard], indexes: Sequence[IndexFile], remote: ShardCache):
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        indexes: Sequence[IndexFile],
+        remote: ShardCache,
+        chosen: Sequence[str] | None = None,
+    ):
         self.shards, self.indexes, self.remote = shards, indexes, remote
-        self._chosen: Sequence[str] | None = None
+        self._chosen = chosen
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-
-    def choose(self, stems: Sequence[str]) -> None:
-        """From now on `record` counts the rows of these files alone, one a shard, named without .npy."""
-        self._chosen = stems
-        self._open.clear()
-
-    def chosen(self, number: int) -> np.ndarray | slice:
-        """Which of a shard's records are chosen, as an index into them."""
-        return slice(None) if self._chosen is None else np.load(f"{self._chosen[number]}.npy")
 
     def path(self, number: int) -> Path:
         """Where a shard lies on disk; fetched first where it is remote."""
         shard = self.shards[number]
         return self.remote.fetch(shard.url) if shard.is_remote else Path(shard.url)
+
+    def columns(self, number: int, names: Sequence[str]) -> pa.Table:
+        """These columns of a shard's rows."""
+        shard = self[number]
+        keys = [key_of(shard.record(row)) for row in range(len(shard))]
+        return read_columns(self.path(number), keys, names, lambda row: shard.read_json(shard.record(row)))
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Fetch these shards in the background, where they are remote."""
@@ -86,7 +97,7 @@ class OpenShards:
             self.remote.prefetch(urls)
 
     def __getitem__(self, number: int) -> OpenShard:
-        """Raises ShardMissing after three tries."""
+        """The shard of this number, open. Raises ShardMissing after three tries."""
         if number not in self._open:
             while len(self._open) >= _OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -96,13 +107,14 @@ class OpenShards:
 
     def _try_to_open(self, number: int) -> OpenShard:
         chosen = None if self._chosen is None else self._chosen[number]
+        name, reason = self.shards[number].name, ""
         for attempt in range(_TRIES):
             try:
                 return OpenShard(self.path(number), self.indexes[number], chosen)
             except ShardMissing:
                 raise  # it has had its tries
             except OSError as error:
-                name, reason = self.shards[number].name, error.strerror or error
+                reason = error.strerror or str(error)
                 log.warning("%s cannot be opened (%s), try %d of %d", name, reason, attempt + 1, _TRIES)
                 time.sleep(_BACKOFF_S * 2**attempt if attempt + 1 < _TRIES else 0)
         raise ShardMissing(

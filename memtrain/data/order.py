@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memtrain.core.streams import Stream
-from memtrain.data.groups import Groups
+from memtrain.data.groups import Counts, Groups
 from memtrain.data.groups import stream_generator as _generator
 
 
@@ -50,7 +50,7 @@ class EpochOrder:
 
     def __init__(
         self,
-        counts: Sequence[int],
+        counts: Counts,
         groups: Groups,
         repeats: int,
         seed: int,
@@ -63,9 +63,9 @@ class EpochOrder:
         self.apart = groups.apart()
         bounds = np.searchsorted(self.apart, np.append(self.starts, self.counts.sum()))
         self.trained = self.counts - np.diff(bounds)  # per shard, without canaries and reference set
-        weights = np.ones(len(self.counts)) if weights is None else np.asarray(weights, dtype=np.float64)
-        whole = np.floor(weights).astype(np.int64)
-        fraction = np.rint((weights - whole) * self.trained).astype(np.int64)
+        times = np.ones(len(self.counts)) if weights is None else np.asarray(weights, dtype=np.float64)
+        whole = np.floor(times).astype(np.int64)
+        fraction = np.rint((times - whole) * self.trained).astype(np.int64)
         shards = np.arange(len(self.counts))
         # here: each visit of a shard in an epoch, and how many of its rows it takes
         self.visits = np.concatenate([shards.repeat(whole), shards[fraction > 0]])
@@ -79,6 +79,7 @@ class EpochOrder:
         visits = _generator(self.seed, Stream.SHARD_ORDER, epoch).permutation(len(self.visits))
         planted = np.repeat(self.groups.planted, self.repeats)
         planted = _generator(self.seed, Stream.CANARY_ORDER, epoch).permutation(planted)
+        # windows of `mix_shards` visits each; canaries end where their share of the rows that were seen ends
         groups = [visits[i : i + self.mix_shards] for i in range(0, len(visits), self.mix_shards)] or [visits]
         seen = np.cumsum([self.rows_of_visit[group].sum() for group in groups])
         bounds = np.rint(seen / max(1, seen[-1]) * len(planted)).astype(np.int64)
@@ -111,7 +112,7 @@ class EpochOrder:
         `upcoming` is told the shards of the open window and of the next, so that they can be fetched.
         """
         epoch, offset = divmod(consumed, len(self))
-        left = np.zeros(0, dtype=np.int64)
+        left: np.ndarray = np.zeros(0, dtype=np.int64)
         windows = self._windows_from(epoch)
         # here: windows of all epochs from this one on, each with the next
         for window, following in itertools.pairwise(windows):
@@ -141,14 +142,24 @@ class BucketedOrder(EpochOrder):
         rest: what `EpochOrder` takes; weights must be whole numbers.
     """
 
-    def __init__(self, counts, groups, repeats, seed, weights, mix_shards, buckets: Callable[[int], np.ndarray]):
+    def __init__(
+        self,
+        counts: Counts,
+        groups: Groups,
+        repeats: int,
+        seed: int,
+        weights: Sequence[float],
+        mix_shards: int,
+        buckets: Callable[[int], np.ndarray],
+    ):
         super().__init__(counts, groups, repeats, seed, weights, mix_shards)
         if any(weight % 1 for weight in weights):
             raise ValueError(
                 f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1"
             )
         self.buckets = buckets
-        rows: Counter[int] = Counter()  # of each bucket in an epoch
+        # rows of each bucket in an epoch: all samples by their weight, less those apart, plus the planted canaries
+        rows: Counter[int] = Counter()
         for number, weight in enumerate(weights):
             for bucket, count in Counter(buckets(number).tolist()).items():
                 rows[bucket] += count * int(weight)
@@ -160,7 +171,7 @@ class BucketedOrder(EpochOrder):
         self.rows_of_bucket = rows
 
     def bucket_of(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) int64"""
+        """The bucket of the sample at each position. (n,) -> (n,) int64"""
         shards = np.searchsorted(self.starts + self.counts, positions, side="right")
         found = np.zeros(len(positions), dtype=np.int64)
         for shard in np.unique(shards):
@@ -182,13 +193,13 @@ class BucketedOrder(EpochOrder):
         for window, following in itertools.pairwise(self._windows_from(epoch)):
             if window.number == 0:
                 waiting = {}
-            ready = []
+            ready: list[np.ndarray] = []  # global batches that are together with this window's rows
             positions = self.positions(window)
             buckets = self.bucket_of(positions)
             for bucket in np.unique(buckets).tolist():
                 rows = np.concatenate([waiting.get(bucket, positions[:0]), positions[buckets == bucket]])
                 whole = len(rows) // size * size
-                ready += list(rows[:whole].reshape(-1, size))
+                ready += list(rows[:whole].reshape(-1, size))  # (whole,) -> (batches, size)
                 waiting[bucket] = rows[whole:]
             if skipped >= len(ready):
                 skipped -= len(ready)

@@ -162,6 +162,7 @@ def encode(row: Row, key: str, resolution: int | None) -> tuple[dict[str, Any], 
 
 
 def _read(row: Row) -> bytes:
+    """The bytes of a row's picture. Raises BadSample where there are none."""
     if row.problem:
         raise BadSample(row.problem)
     try:
@@ -172,8 +173,10 @@ def _read(row: Row) -> bytes:
         raise BadSample(f"file cannot be read ({type(error).__name__})") from error
 
 
-def _encode_image(data: bytes, extension: str, resolution: int | None):
-    """Extension, bytes, (height, width) now and before. Raises BadSample where the picture is not whole."""
+def _encode_image(
+    data: bytes, extension: str, resolution: int | None
+) -> tuple[str, bytes, tuple[int, int], tuple[int, int]]:
+    """A picture as it is packed: extension, bytes, (height, width) now and before. Raises BadSample if not whole."""
     original = picture_shape(data)  # a square of 1 px where it cannot be decoded
     if resolution is None:
         if extension not in IMAGE_EXTENSIONS:
@@ -184,7 +187,8 @@ def _encode_image(data: bytes, extension: str, resolution: int | None):
     height, width = (max(1, round(side * scale)) for side in original)
     encoded = io.BytesIO()
     try:
-        image = Image.fromarray(decode_image(data, height, width).transpose(1, 2, 0).copy())
+        pixels = decode_image(data, height, width).transpose(1, 2, 0)  # (3, height, width) -> (height, width, 3)
+        image = Image.fromarray(pixels.copy())
         image.save(encoded, "JPEG", quality=JPEG_QUALITY)
     except (OSError, ValueError) as error:  # more than 65,500 px long
         raise BadSample(f"image cannot be encoded as JPEG ({type(error).__name__})") from error

@@ -42,7 +42,7 @@ class Source:
 
 
 def open_source(source: Path, caption_column: str, path_column: str, reserved: Collection[str]) -> Source:
-    """A folder or a table. Tables are read through once, for their columns and number of rows.
+    """Open a folder or a table of pictures. Tables are read through once, for their columns and number of rows.
 
     Args:
         reserved: columns that have a meaning already, and are no extras.
@@ -68,6 +68,7 @@ def open_source(source: Path, caption_column: str, path_column: str, reserved: C
 
 
 def _row(folder: Path, record: dict, caption_column: str, path_column: str) -> Row:
+    """A record of a table as a row to be packed; its paths are relative to `folder`."""
     caption, path, url = record.get(caption_column), record.get(path_column), record.get("url")
     extras = {name: value for name, value in record.items() if name not in (caption_column, path_column)}
     named = path if isinstance(path, str) else ""
@@ -105,6 +106,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _picture(path: Path, folder: Path) -> Row:
+    """A picture in a folder as a row to be packed, with the caption beside it."""
     url = writable(path.relative_to(folder).as_posix())
     try:
         return Row(path, url, path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip())
@@ -160,11 +162,12 @@ def _parse_line(line: str, place: str) -> dict:
 
 
 def _kind(value: Any) -> type:
+    """The type of a json value; `object` for whole numbers that no int64 holds."""
     return object if type(value) is int and abs(value) >= 2**63 else type(value)
 
 
 def _arrow_type(kinds: set[type]) -> pa.DataType:
-    """Of a column of json values; a string (of json) where they mix."""
+    """The type of a column of json values of these kinds; a string (of json) where they mix."""
     if kinds == {bool}:
         return pa.bool_()
     if kinds == {int}:
@@ -189,5 +192,5 @@ def _open_csv(path: Path) -> Records:
 
 
 def writable(value: str) -> str:
-    """Without halves of surrogate pairs, of file names or json, which UTF-8 cannot hold."""
+    """The text without halves of surrogate pairs, of file names or json, which UTF-8 cannot hold."""
     return value.encode("utf-8", errors="replace").decode()

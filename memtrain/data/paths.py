@@ -22,6 +22,12 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _LEDGER_PART = re.compile(r"rank(\d+)-(\d+)\.parquet")
 
 
+def config_folder() -> Path:
+    """conf/ inside the wheel, or at the top of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
 def is_remote(url: str) -> bool:
     """Whether it takes an opener to read: `pipe:COMMAND` or any SCHEME:// but file://."""
     scheme = _SCHEME.match(url)

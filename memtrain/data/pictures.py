@@ -22,7 +22,7 @@ class Pictures:
 
     @classmethod
     def labelled(cls, positions: np.ndarray, labels: np.ndarray) -> Pictures:
-        """Of positions (n,) whose label (n,) says which group they are of; groups of one are no duplicates."""
+        """Make the groups of positions (n,) that have the same label (n,); a group of one is no duplicate."""
         order = np.argsort(positions, kind="stable")
         positions, labels = positions[order], labels[order]
         _, first, group, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)

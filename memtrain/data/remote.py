@@ -105,7 +105,7 @@ class ShardCache:
 
     def prefetch(self, urls: Sequence[str]) -> None:
         """Have a thread fetch these, one after the other, each tried once; a failure is left to `fetch`."""
-        if self._queue_pid != os.getpid():  # a forked worker has the queue but not the thread
+        if self._queue is None or self._queue_pid != os.getpid():  # a forked worker has the queue but not the thread
             self._queue, self._queue_pid = SimpleQueue(), os.getpid()
             threading.Thread(target=self._fetch_ahead, args=(self._queue,), daemon=True).start()
         for url in urls:
@@ -142,6 +142,7 @@ class ShardCache:
         )
 
     def _fetch_once(self, url: str, path: Path) -> None:
+        """Copy a shard beside its place and move it there; evict what is too much then."""
         part = _part_of(path)
         try:
             copy_url(url, part)
@@ -198,7 +199,7 @@ def _touch(path: Path) -> bool:
 
 
 def _open(url: str) -> BinaryIO | Pipe:
-    """webdataset's opener, which knows no s3://; its rewriting and its USE_AIS_FOR=s3 go first."""
+    """Open a URL with webdataset's opener, which knows no s3://; its rewriting and its USE_AIS_FOR=s3 go first."""
     if url.startswith("s3://") and "s3" not in gopen_schemes and rewrite_url(url) == url:
         url = f"pipe:aws s3 cp {shlex.quote(url)} -"
     try:
@@ -235,6 +236,6 @@ def copy_url(url: str, part: Path) -> None:
 
 
 def _reason(error: OSError, url: str) -> str:
-    """One line, no credentials."""
+    """What an error says, on one line and without credentials."""
     text = str(error).replace(url, shown(url))
     return " ".join(_CREDENTIALS.sub(r"\1\2", text).split())

@@ -112,6 +112,7 @@ def holds_header(data: bytes) -> bool:
 
 
 def _holds_header_anywhere(data: bytes) -> bool:
+    """Whether a header of a tar begins on any byte of the data."""
     place = data.find(b"ustar", _MAGIC)
     while place >= 0:
         if _is_header_with_magic(data[place - _MAGIC : place - _MAGIC + _BLOCK]):
@@ -121,11 +122,12 @@ def _holds_header_anywhere(data: bytes) -> bool:
 
 
 def _is_header_with_magic(data: bytes) -> bool:
-    """Of a block that may be cut short: the zeros that end a header may lie behind the member."""
+    """Whether a block with `ustar` in it is a header; it may be cut short, as the zeros that end one may lie behind."""
     return data[_MAGIC : _MAGIC + 5] == b"ustar" and _is_header(data.ljust(_BLOCK, b"\0"))
 
 
 def _is_header(block: bytes) -> bool:
+    """Whether a block is the header of a tar's member, its checksum right."""
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.TarError:
@@ -134,7 +136,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _ends_in_zeros(data: bytes) -> bool:
-    """In two at least: text in UTF-16 and a WebP may end in one."""
+    """Whether data ends in zeros, two at least: text in UTF-16 and a WebP may end in one."""
     return data[-2:] == b"\0\0"
 
 
@@ -188,7 +190,10 @@ def _members(path: Path, skipped: list[tuple[str, str]]) -> Iterator[_Member]:
 
 
 def _is_damaged(file: BinaryIO, member: _Member, end: int) -> bool:
-    """By the bytes from a member, or where it is an image from its last byte, to the end of its last block."""
+    """Whether a member's bytes may not be its own, by what lies from its start to the end of its last block.
+
+    Of an image only what lies behind it is looked at here.
+    """
     own = 0 if member.is_image else member.extent.size
     start = member.extent.offset + member.extent.size - own
     data = os.pread(file.fileno(), end - start, start)
@@ -205,7 +210,7 @@ def _is_break(block: bytes) -> bool:
 
 
 def _is_no_image(file: BinaryIO, extent: Extent) -> bool:
-    """Of the last image of a tar: whether zeros or another tar, which need not begin on a block, are its end."""
+    """Whether the last image of a tar ends in zeros or in another tar, which need not begin on a block."""
     data = os.pread(file.fileno(), extent.size, extent.offset)
     is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"  # has no end mark, and may well end in a few zeros
     filled_up = not data[-_MANY_ZEROS:].strip(b"\0") if is_webp else _ends_in_zeros(data)
@@ -248,7 +253,7 @@ def index_shard(path: Path) -> ShardIndex:
 
 def _group(members: Iterable[_Member]) -> Iterator[tuple[str, dict[str, _Member]]]:
     """Join neighbours of one key into one sample; an extension that comes again starts a new sample."""
-    current: str | None = None
+    current = ""
     group: dict[str, _Member] = {}
     for member in members:
         if member.key != current or member.extension in group:

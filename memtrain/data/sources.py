@@ -64,6 +64,11 @@ def find_sources(spec: str | Mapping | Sequence[str | Mapping]) -> list[Shard]:
     return [Shard(url, name, weight) for (url, weight), name in zip(urls, names, strict=True)]
 
 
+def home_of(name: str) -> str:
+    """The name of the shard that a sample's name, `SHARD.tar/KEY`, begins with."""
+    return name.rsplit(".tar/", 1)[0] + ".tar"
+
+
 def local_shards(spec: Sequence[str]) -> list[LocalShard]:
     """The shards that these folders, tars and brace patterns name.
 

@@ -91,8 +91,9 @@ def load_glyphs() -> Glyphs:
         names = tuple(archive.read("names.txt").decode().splitlines())
         atlas = np.asarray(Image.open(io.BytesIO(archive.read("atlas.webp"))).convert("RGBA"))
     rows, columns = atlas.shape[0] // RESOLUTION, atlas.shape[1] // RESOLUTION
+    # cells of side S: (rows S, columns S, 4) -> (rows, S, columns, S, 4) -> (rows, columns, S, S, 4)
     cells = atlas.reshape(rows, RESOLUTION, columns, RESOLUTION, 4).swapaxes(1, 2)
-    images = cells.reshape(-1, RESOLUTION, RESOLUTION, 4)[: len(names)].copy()
+    images = cells.reshape(-1, RESOLUTION, RESOLUTION, 4)[: len(names)].copy()  # -> (n, S, S, 4)
     images.flags.writeable = False
     return Glyphs(names, images)
 
@@ -136,6 +137,9 @@ class Composites:
 
     def __len__(self) -> int:
         return 2**40
+
+    def __iter__(self) -> Iterator[Composite]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Composite:
         if not 0 <= index < len(self):
@@ -182,13 +186,16 @@ def samples_of(recipe: dict) -> Iterator[tuple[Composite, bytes]]:
     under keys of their own, spread by the seed over the corpus: every other time byte for byte, else as a near copy.
     All others come once.
     """
+    # draw as many pictures to repeat as are wanted; those passed over are the first that come once
     composites = distinct(Composites(recipe["seed"]))
-    repeated, once = [], []
+    repeated: list[Composite] = []
+    once: list[Composite] = []
     while len(repeated) < recipe["repeated"]:
         composite = next(composites)
         has_features = perceptual_hash(jpeg(composite.image))[1] >= MIN_QUALITY
         (repeated if has_features else once).append(composite)
     ordinary = itertools.chain(once, composites)
+    # places of the copies: row of the corpus -> (which repeated picture, which of its copies)
     total = recipe["num_samples"]
     places = np.random.default_rng([recipe["seed"], 2**40]).permutation(total)[: len(repeated) * recipe["copies"]]
     copy_at = {place: divmod(number, recipe["copies"]) for number, place in enumerate(places.tolist())}
@@ -227,7 +234,7 @@ def metadata(composite: Composite, key: str, encoded: bytes) -> dict:
 
 
 def write_shard(folder: Path, shard: int, samples: Iterator[tuple[Composite, bytes]]) -> None:
-    """Writes NNNNN.tar, NNNNN.parquet and, last, NNNNN_stats.json; only the stats hold the time of day."""
+    """Write NNNNN.tar, NNNNN.parquet and, last, NNNNN_stats.json; only the stats hold the time of day."""
     start, rows = time.time(), []
     with TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as tar:
         for row, (composite, encoded) in enumerate(samples):
@@ -262,7 +269,7 @@ def write_corpus(
     copies: int = 1,
     progress: bool = True,
 ) -> CorpusReport:
-    """Writes `num_samples` composites to the folder `out` as img2dataset would.
+    """Write `num_samples` composites to the folder `out` as img2dataset would.
 
     All are distinct, but for `repeated` of them, which the corpus holds `copies` times each (see `samples_of`).
     The same seed gives the same tars and parquets, byte for byte. The shards are written aside, next to

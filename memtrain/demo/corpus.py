@@ -9,7 +9,7 @@ SHARD_ROWS_IN_KEY = 10_000  # img2dataset: key = shard id × 10⁴ + row
 
 
 def recipe_of(num_samples: int, seed: int, shard_size: int, repeated: int, copies: int) -> dict[str, int]:
-    """Numbers that make the corpus what it is. Raises ValueError where one is out of range."""
+    """The numbers that make a corpus what it is. Raises ValueError where one is out of range."""
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     if num_samples < 1:
@@ -31,7 +31,7 @@ def recipe_of(num_samples: int, seed: int, shard_size: int, repeated: int, copie
 
 
 def shard_count(recipe: dict) -> int:
-    """Shards of a corpus; the last one may be shorter."""
+    """How many shards a corpus has; the last one may be shorter."""
     return -(-recipe["num_samples"] // recipe["shard_size"])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from memtrain.data.datamodule import DataModule
-from memtrain.data.samples import View
+from memtrain.data.view import View
 from memtrain.demo.compose import RESOLUTION, Composites
 
 _SHARD = 10_000  # samples
@@ -23,7 +24,7 @@ class CompositeSamples:
 
     @property
     def counts(self) -> list[int]:
-        """In shards of a size that can be permuted at once."""
+        """Samples of each shard: as if they lay in shards of a size that can be permuted at once."""
         whole, rest = divmod(self.count, _SHARD)
         return [_SHARD] * whole + [rest] * (rest > 0)
 
@@ -39,7 +40,8 @@ class CompositeSamples:
     def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]:
         """Image (3, 64, 64) uint8 and caption, seen straight whatever the view."""
         composite = self.composites[index]
-        return np.ascontiguousarray(composite.image.transpose(2, 0, 1)), composite.caption
+        pixels = composite.image.transpose(2, 0, 1)  # (64, 64, 3) -> (3, 64, 64)
+        return np.ascontiguousarray(pixels), composite.caption
 
 
 def from_composites(
@@ -49,9 +51,9 @@ def from_composites(
     num_workers: int,
     seed: int,
     sacrificed_keys: Sequence[str] = (),
-    **groups: int,
+    **groups: Any,
 ) -> DataModule:
-    """`data=composites`. `groups`: canaries, repeats, sacrificed and reference of `DataModule`."""
+    """Build the DataModule of `data=composites`. `groups`: its canaries, repeats, sacrificed and reference."""
     if sacrificed_keys:
         raise ValueError("canaries.sacrificed_keys names samples of data=shards; use canaries.sacrificed here")
     if resolution != RESOLUTION:

@@ -39,11 +39,11 @@ class CompositePixels(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"picture {index} of {self.length}")
         image = torch.from_numpy(self.composites[self.start + index].image)
-        return image.permute(2, 0, 1) / 127.5 - 1
+        return image.permute(2, 0, 1) / 127.5 - 1  # (64, 64, 3) -> (3, 64, 64)
 
 
 def untrained_vae() -> AutoencoderKL:
-    """A small AutoencoderKL: 3×64×64 to 4×16×16."""
+    """A small AutoencoderKL, not trained: pictures (3, 64, 64) to latents (4, 16, 16)."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -66,7 +66,7 @@ def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """L1 and L2 of the pixels, L2 of their differences (for edges), a faint pull towards N(0, 1)."""
+    """A batch's loss: L1 and L2 of the pixels, L2 of their differences (for edges), a faint pull towards N(0, 1)."""
     posterior = vae.encode(images).latent_dist
     reconstructed = vae.decode(posterior.sample(generator=generator)).sample
     edge_loss = sum(mse_loss(a, b) for a, b in zip(edges(reconstructed), edges(images), strict=True))
@@ -75,7 +75,7 @@ def vae_loss(vae: AutoencoderKL, images: torch.Tensor, generator: torch.Generato
 
 
 def train(vae: AutoencoderKL, steps: int, crop_steps: int, batch_size: int, learning_rate: float, seed: int) -> None:
-    """Trains in place with AdamW and a one-cycle rate; every picture is new.
+    """Train the VAE in place with AdamW and a one-cycle rate; every picture is new.
 
     The first `crop_steps` see a quarter of each picture, at a quarter of the cost; the rest, at the low rates
     of the cycle, whole ones, whose statistics the norms meet in use.
@@ -100,26 +100,27 @@ def train(vae: AutoencoderKL, steps: int, crop_steps: int, batch_size: int, lear
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, 64, 64) through the mode of the latents and back, clamped to [-1, 1]."""
+    """Pictures through the mode of the latents and back, clamped to [-1, 1]. (B, 3, 64, 64) -> the same"""
     return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
 
 
 @torch.no_grad()
 def latent_std(vae: AutoencoderKL, images: torch.Tensor) -> float:
-    """Standard deviation over all channels and places of the latents of (B, 3, 64, 64)."""
+    """Standard deviation of the latents of pictures (B, 3, 64, 64), over all channels and places."""
     return vae.encode(images).latent_dist.mode().std().item()
 
 
 def psnr(images: torch.Tensor, reconstructed: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pixels in [-1, 1], the mean over the pictures."""
-    mean_square = (images - reconstructed).square().flatten(1).mean(dim=1)
+    mean_square = (images - reconstructed).square().flatten(1).mean(dim=1)  # (B, 3, H, W) -> (B, 3 H W) -> (B,)
     return (10 * torch.log10(4 / mean_square)).mean().item()
 
 
 def comparison(images: torch.Tensor, reconstructed: torch.Tensor, columns: int = 12) -> Image.Image:
     """Rows of originals, each above the row of its reconstructions, twice as large."""
-    # (rows, columns, 2, 3, H, W)
+    # two of (B, 3, H, W) -> (B, 2, 3, H, W) -> (rows, columns, 2, 3, H, W)
     pairs = torch.stack([images, reconstructed], dim=1).unflatten(0, (-1, columns))
+    # -> (rows, 2, H, columns, W, 3) -> (rows 2 H, columns W, 3)
     grid = pairs.permute(0, 2, 4, 1, 5, 3).reshape(-1, columns * RESOLUTION, 3)
     pixels = ((grid + 1) * 127.5).round().numpy().astype(np.uint8)
     small = Image.fromarray(pixels)

@@ -1,56 +1,271 @@
-"""What training asks of a model family. Another family is one small class with these members."""
+"""What a model family is: one class, which training and auditing ask alike.
+
+Shapes: B rows, L tokens, D width of the text embedding, E of a token embedding, C x H x W latents.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
+from memtrain.core import diffusion
+from memtrain.models.conditioning import Conditioning
+from memtrain.models.pipelines import hash_weights
 
-class DiffusionModel(Protocol):
-    alphas_cumprod: Tensor  # (T,) float32
+
+class DiffusionModel(nn.Module, ABC):
+    """The networks of a stock diffusers pipeline, and how they are used.
+
+    Made of a pipeline in hand it holds the pipeline's own modules, where and as they are, and changes nothing in
+    them. `memtrain.models.pretrained` makes one of modules of its own, ready to be trained.
+
+    Args:
+        pipeline: of this family's class.
+
+    Raises:
+        ValueError: the pipeline lacks something, or predicts something of which no noise can be made.
+    """
+
+    network_name: ClassVar[str]  # of the network that predicts, in the pipeline
+    text_encoder_names: ClassVar[tuple[str, ...]]
+    tokenizer_names: ClassVar[tuple[str, ...]]
+
+    vae: Any  # of diffusers; None where a pipeline in hand has none: then there are no pictures
+    scheduler: Any  # of diffusers, the pipeline's own
+    alphas_cumprod: Tensor  # (T,) float32, where the model computes
     prediction_type: str  # one of core.diffusion.PREDICTION_TYPES
-    tokenizer: Any  # of transformers
 
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """(B, L) int64; longer captions are cut, shorter ones padded."""
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__()
+        name, config = type(pipeline).__name__, pipeline.scheduler and pipeline.scheduler.config
+        for part in (self.network_name, *self.text_encoder_names, *self.tokenizer_names, "scheduler"):
+            if getattr(pipeline, part) is None:
+                raise ValueError(f"this {name} has no {part}")
+        for part in (*self.network_names, *self.tokenizer_names, "scheduler"):
+            setattr(self, part, getattr(pipeline, part))
+        self.prediction_type = config.get("prediction_type", "epsilon")
+        if self.prediction_type not in diffusion.PREDICTION_TYPES:
+            raise ValueError(f"this {name} predicts {self.prediction_type}")
+        self.scale_factor = pipeline.vae_scale_factor  # px of a latent's side
+        self.text_encoder_is_trained = self.compiled = False
+        self._null: Conditioning | None = None
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a picture of this size in px. Raises ValueError where it cannot be had."""
+    # ---- its parts
 
-    def encode_posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, height, width) uint8 -> mean and standard deviation of the latents, (B, C, H, W), unscaled."""
+    @property
+    def network_names(self) -> tuple[str, ...]:
+        """All that has weights."""
+        return (self.network_name, "vae", *self.text_encoder_names)
 
-    def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """(B, C, H, W) scaled latents; noise 0 gives the posterior's mean."""
+    @property
+    def network(self) -> Any:
+        """The network that predicts, a module of diffusers."""
+        return getattr(self, self.network_name)
 
-    def encode_captions(self, input_ids: Tensor) -> Tensor:
-        """(B, L) int64 -> (B, L, D) encoder_hidden_states."""
+    @property
+    def text_encoders(self) -> list[Any]:
+        """Those of transformers, in the order in which their embeddings stand side by side."""
+        return [getattr(self, name) for name in self.text_encoder_names]
 
-    def null_caption(self) -> Tensor:
-        """(1, L, D) embedding of the empty caption; computed once where the text encoder is frozen."""
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Those of transformers, one a text encoder; the first is also `tokenizer`."""
+        return [getattr(self, name) for name in self.tokenizer_names]
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """(B, C, H, W) the network's prediction, in its own parameterisation."""
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; its networks are there, or are brought there by the pipeline's own hooks."""
+        return self.alphas_cumprod.device
 
-    def fingerprint(self) -> dict[str, str]:
-        """A hash of the weights of `vae` and `text_encoder`: what latents and embeddings depend on."""
+    def fingerprint(self, *names: str) -> dict[str, str]:
+        """A hash of the weights of these networks, by name; else of what latents and embeddings depend on."""
+        return {name: hash_weights(getattr(self, name)) for name in names or ("vae", *self.text_encoder_names)}
+
+    # ---- what is trained
+
+    def make_trainable(
+        self, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
+    ) -> None:
+        """Train the network that predicts, freeze the VAE, freeze or train the text encoders.
+
+        See `memtrain.models.pretrained.from_pretrained`; modules of a pipeline in somebody's hand are not for this.
+        """
+        self.text_encoder_is_trained, self.compiled = train_text_encoder, compile
+        self.requires_grad_(False)
+        for module in self.trained_modules():
+            module.requires_grad_(True)
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+            for encoder in self.text_encoders if train_text_encoder else ():
+                encoder.gradient_checkpointing_enable()
+        self.vae.to(memory_format=torch.channels_last)  # encoding takes half the time on a CPU
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        if compile:
+            self.network.compile()
+        self.train()
 
     def trained_modules(self) -> Iterable[nn.Module]:
         """The modules whose weights are trained."""
+        return (self.network, *self.text_encoders) if self.text_encoder_is_trained else (self.network,)
+
+    def train(self, mode: bool = True) -> DiffusionModel:
+        super().train(False)  # what is frozen stays in eval mode
+        for module in self.trained_modules():
+            module.train(mode)
+        return self
 
     def prepare_frozen(self, dtype: torch.dtype) -> None:
         """Cast what is frozen to the training precision."""
+        nn.Module.to(self.vae, dtype)  # diffusers' own `to` warns of modules that nobody named
+        for encoder in () if self.text_encoder_is_trained else self.text_encoders:
+            encoder.to(dtype)
 
-    def pipeline(self) -> Any:
-        """A stock diffusers pipeline over the current weights (shared, not copied)."""
+    # ---- pictures
 
+    @property
+    @abstractmethod
+    def own_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of the pictures that the stock pipeline draws, unless told otherwise."""
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Height and width of these pictures, in px."""
+        height, width = (side * self.scale_factor for side in self.own_shape[1:])
+        return height, width
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a picture of this size in px. Raises ValueError where it cannot be had."""
+
+    @abstractmethod
+    def encode_posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, height, width) uint8 -> mean and standard deviation of the latents, (B, C, H, W), unscaled."""
+
+    @abstractmethod
+    def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """(B, C, H, W) scaled latents; noise 0 gives the posterior's mean."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Scaled latents (B, C, H, W) -> pictures (B, height, width, 3) uint8."""
+
+    # ---- captions
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """(B, L) int64 of the first tokenizer; longer captions are cut, shorter ones padded."""
+        return self._tokens(captions, self.tokenizers[0]).input_ids
+
+    def encode(self, captions: list[str]) -> Conditioning:
+        """Captions as the stock pipeline encodes them, with a gradient where text encoders are trained."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder_is_trained):
+            return self._encode(captions)
+
+    @torch.no_grad()
+    def null(self, count: int) -> Conditioning:
+        """The empty caption, as the stock pipeline's guidance has it, `count` rows.
+
+        It is encoded once where the text encoders are frozen.
+        """
+        if self.text_encoder_is_trained:
+            return self._encode_null().expand(count)
+        if self._null is None or self._null.hidden.device != self.device:
+            self._null = self._encode_null()
+        return self._null.expand(count)
+
+    @torch.no_grad()
+    def token_embeds(self, captions: list[str]) -> Tensor:
+        """Token embeddings before the text encoders, (B, L, E), those of several side by side in E."""
+        parts = [
+            encoder.get_input_embeddings()(self._tokens(captions, tokenizer).input_ids.to(self.device))
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def encode_embeds(self, inputs_embeds: Tensor, captions: list[str]) -> Conditioning:
+        """The text encoders from token embeddings instead of tokens, differentiable.
+
+        Args:
+            inputs_embeds: (B, L, E), as `token_embeds` gives them.
+            captions: B of the same tokens: they tell where the text ends (pooling, padding).
+        """
+        widths = [encoder.get_input_embeddings().embedding_dim for encoder in self.text_encoders]
+        if inputs_embeds.shape[0] != len(captions) or inputs_embeds.shape[-1] != sum(widths):
+            raise ValueError(
+                f"inputs_embeds must be (B, L, E) with B = {len(captions)} prompts and E = {sum(widths)}, "
+                f"got {tuple(inputs_embeds.shape)}"
+            )
+        with ExitStack() as stack:
+            for encoder, part in zip(self.text_encoders, inputs_embeds.split(widths, dim=-1), strict=True):
+                given = part.to(encoder.dtype)
+                hook = encoder.get_input_embeddings().register_forward_hook(lambda *_, given=given: given)
+                stack.callback(hook.remove)
+            return self._encode(captions)
+
+    def _tokens(self, captions: list[str], tokenizer: Any) -> Any:
+        """What a tokenizer makes of B captions: input_ids and attention_mask, (B, L) each."""
+        learnt = tokenizer.added_tokens_encoder
+        if any(f"{token}_1" in learnt for token in learnt):  # a textual inversion of several vectors
+            captions = TextualInversionLoaderMixin().maybe_convert_prompt(list(captions), tokenizer)
+        return tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+
+    @abstractmethod
+    def _encode(self, captions: list[str]) -> Conditioning:
+        """Captions, encoded with whatever gradient there is."""
+
+    def _encode_null(self) -> Conditioning:
+        return self._encode([""])
+
+    # ---- predictions
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+        """(B, C, H, W) the network's prediction, in its own parameterisation. timesteps (B,) int64"""
+        if not self.compiled or torch.is_grad_enabled():
+            return self._call(noisy_latents, timesteps, told)
+        rows = len(noisy_latents)
+        return self._call(_any_rows(noisy_latents), _any_rows(timesteps), told.map(_any_rows))[:rows]
+
+    def to_noise(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that a prediction stands for, (B, C, H, W): scores are taken between noises."""
+        return diffusion.to_noise(prediction, noisy_latents, timesteps, self.alphas_cumprod, self.prediction_type)
+
+    @abstractmethod
+    def _call(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+        """The network's forward."""
+
+    # ---- what comes of it
+
+    @abstractmethod
+    def pipeline(self) -> DiffusionPipeline:
+        """A stock diffusers pipeline over the current weights (shared, not copied), which samples by DDIM."""
+
+    @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write a complete diffusers folder in safetensors."""
 
 
 def trained_parameters(model: DiffusionModel) -> list[nn.Parameter]:
     return [parameter for module in model.trained_modules() for parameter in module.parameters()]
+
+
+def _any_rows(tensor: Tensor) -> Tensor:
+    """B rows as one compiled graph takes them, whatever B is: a graph holds for one memory layout, and not for both
+    one row and several."""
+    rows = tensor.detach().expand(max(2, len(tensor)), *tensor.shape[1:]).contiguous()
+    torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return rows

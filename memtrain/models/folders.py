@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from memtrain.models.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -17,10 +19,11 @@ class Kind:
 
 
 TRAINED = Kind(
-    ("StableDiffusionPipeline",), "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id"
+    [name for name, family in FAMILIES.items() if family.is_trained],
+    "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id",
 )
 AUDITED = Kind(
-    ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    list(FAMILIES),
     "model takes a Stable Diffusion 1.x, 2.x or XL diffusers folder or a hub id",
 )
 CLIP = "name a CLIP folder or hub id, or leave it out"
@@ -52,6 +55,6 @@ def check_pipeline(key: str, source: str, kind: Kind) -> None:
         raise ValueError(f"{said}: model_index.json names no pipeline; {kind.remedy}") from None
     if name not in kind.families:
         raise ValueError(f"{said} is a {name}; {kind.remedy}")
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+    for part in FAMILIES[name].parts:
         if not (folder / part).is_dir():
             raise ValueError(f"{said} has no {part}/; {kind.remedy}")

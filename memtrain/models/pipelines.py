@@ -11,6 +11,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from memtrain.models.families import FAMILIES
 from memtrain.models.folders import Kind, check_pipeline, is_folder
 
 for library in (diffusers, transformers):
@@ -35,9 +36,7 @@ def load_pipeline(source: str, kind: Kind, dtype: torch.dtype, *, key: str) -> D
         name = DiffusionPipeline.load_config(where, local_files_only=local)["_class_name"]
         if name not in kind.families:
             raise ValueError(f"it is a {name}")
-        options = dict(dtype=dtype, local_files_only=local)
-        if name == "StableDiffusionPipeline":
-            options |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        options = dict(dtype=dtype, local_files_only=local, **FAMILIES[name].left_out)
         return getattr(diffusers, name).from_pretrained(where, **options)
     except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -45,7 +44,7 @@ def load_pipeline(source: str, kind: Kind, dtype: torch.dtype, *, key: str) -> D
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Of names, shapes and values in float32, so that it does not depend on the precision of the run."""
+    """A hash of names, shapes and values in float32, so that it does not depend on the precision of the run."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -1,167 +1,123 @@
-"""Stable Diffusion 1.x and 2.x, from any diffusers folder or hub id."""
+"""Stable Diffusion 1.x and 2.x: a UNet, one CLIP text encoder, a VAE, DDPM's noise."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from memtrain.core.diffusion import PREDICTION_TYPES
-from memtrain.models.folders import TRAINED
-from memtrain.models.pipelines import hash_weights, load_pipeline
+from memtrain.models.base import DiffusionModel
+from memtrain.models.conditioning import Conditioning
+from memtrain.models.families import FAMILIES
 
 
-class StableDiffusion(nn.Module):
-    """UNet (trained), text encoder (frozen or trained) and VAE (frozen). See `DiffusionModel`.
+class StableDiffusion(DiffusionModel):
+    """Stable Diffusion 1.x and 2.x, v-prediction included. See `DiffusionModel`."""
 
-    Args:
-        pretrained: diffusers folder or hub id.
-        train_text_encoder: train the text encoder too.
-        gradient_checkpointing: recompute activations in backward; slower, far less memory.
-        channels_last: the UNet's memory format that convolutions prefer on recent GPUs.
-        compile: `torch.compile` the UNet, for each size of picture twice: once for the forward that is trained, of
-            one batch size, and once for forwards without a gradient, of any. Pipelines sample without it.
-    """
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    network_name = "unet"
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    unet: Any
+    text_encoder: Any
+    tokenizer: Any
 
-    def __init__(
-        self,
-        pretrained: str,
-        train_text_encoder: bool,
-        gradient_checkpointing: bool,
-        channels_last: bool,
-        compile: bool,
-    ):
-        super().__init__()
-        pipeline = load_pipeline(pretrained, TRAINED, torch.float32, key="model.pretrained")
-        self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-        self.tokenizer, self.scheduler = pipeline.tokenizer, pipeline.scheduler
-        self.prediction_type = self.scheduler.config.prediction_type
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"model.pretrained={pretrained} predicts {self.prediction_type}; {TRAINED.remedy}")
-        if self.unet.config.in_channels != self.vae.config.latent_channels:
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__(pipeline)
+        name, config = type(pipeline).__name__, self.unet.config
+        if config.time_cond_proj_dim is not None:
+            raise ValueError(f"this {name} is guidance-distilled and has no unconditional prediction")
+        if config.in_channels != config.out_channels:
+            raise ValueError(f"this {name} takes a picture too (inpainting, upscaling)")
+        if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
             raise ValueError(
-                f"model.pretrained={pretrained}: its UNet takes {self.unet.config.in_channels} channels, its VAE "
-                f"gives {self.vae.config.latent_channels} (an inpainting or upscaling model?); {TRAINED.remedy}"
+                f"the UNet of this {name} takes {config.in_channels} channels and its VAE gives "
+                f"{self.vae.config.latent_channels}"
             )
-        alphas_cumprod = DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod
-        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-        self.text_encoder_is_trained = train_text_encoder
-        self._null_caption: Tensor | None = None
+        alphas_cumprod = DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod.float()
+        # of a pipeline whose modules are brought to the GPU one by one: where they are brought to
+        self.register_buffer("alphas_cumprod", alphas_cumprod.to(pipeline._execution_device), persistent=False)
 
-        for module in (self.unet, self.vae, self.text_encoder):
-            module.requires_grad_(False)
-        for module in self.trained_modules():
-            module.requires_grad_(True)
-        if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-            if train_text_encoder:
-                self.text_encoder.gradient_checkpointing_enable()
-        self.vae.to(memory_format=torch.channels_last)  # encoding takes half the time on a CPU
-        if channels_last:
-            self.unet.to(memory_format=torch.channels_last)
-        self.compiled = compile
-        if compile:
-            self.unet.compile()
-        self.train()
+    # ---- pictures
 
-    def train(self, mode: bool = True) -> StableDiffusion:
-        super().train(False)  # what is frozen stays in eval mode
-        for module in self.trained_modules():
-            module.train(mode)
-        return self
-
-    def trained_modules(self) -> Iterable[nn.Module]:
-        return (self.unet, self.text_encoder) if self.text_encoder_is_trained else (self.unet,)
-
-    def prepare_frozen(self, dtype: torch.dtype) -> None:
-        nn.Module.to(self.vae, dtype)  # diffusers' own `to` warns of modules that nobody named
-        if not self.text_encoder_is_trained:
-            self.text_encoder.to(dtype)
+    @property
+    def own_shape(self) -> tuple[int, int, int]:
+        side = self.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return self.unet.config.in_channels, height, width
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        multiple = self.scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         for name, side in (("data.resolution", height), ("data.bucket_multiple", width)):
             if side < multiple or side % multiple:
                 name = "data.resolution" if height == width else name
                 raise ValueError(f"{name} must be a multiple of {multiple} for this model, got {side}")
-        return self.vae.config.latent_channels, height // factor, width // factor
-
-    def tokenize(self, captions: list[str]) -> Tensor:
-        return self.tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
+        return self.vae.config.latent_channels, height // self.scale_factor, width // self.scale_factor
 
     @torch.no_grad()
     def encode_posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        pixel_values = (images.float() / 127.5 - 1).to(self.vae.dtype)
-        posterior = self.vae.encode(pixel_values).latent_dist
+        with self._vae_in_range():
+            pixel_values = (images.float() / 127.5 - 1).to(self.vae.dtype)
+            posterior = self.vae.encode(pixel_values).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
     def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         return (mean + std * noise) * self.vae.config.scaling_factor
 
-    def fingerprint(self) -> dict[str, str]:
-        return {name: hash_weights(getattr(self, name)) for name in ("vae", "text_encoder")}
-
-    def encode_captions(self, input_ids: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder_is_trained):
-            return self.text_encoder(input_ids)[0]
-
     @torch.no_grad()
-    def null_caption(self) -> Tensor:
-        if self.text_encoder_is_trained:
-            return self.encode_captions(self.tokenize([""]).to(self.alphas_cumprod.device))
-        if self._null_caption is None or self._null_caption.device != self.alphas_cumprod.device:
-            self._null_caption = self.encode_captions(self.tokenize([""]).to(self.alphas_cumprod.device))
-        return self._null_caption
+    def decode(self, latents: Tensor) -> np.ndarray:
+        with self._vae_in_range():
+            unscaled = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+            pixels = self.vae.decode(unscaled, return_dict=False)[0]
+        # (B, 3, height, width) in [-1, 1] -> (B, height, width, 3) in 0..255
+        return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        inputs = noisy_latents, timesteps, encoder_hidden_states
-        if not self.compiled or torch.is_grad_enabled():
-            return self.unet(*inputs, return_dict=False)[0]
-        rows = len(noisy_latents)
-        return self.unet(*map(_any_rows, inputs), return_dict=False)[0][:rows]
+    def _vae_in_range(self) -> AbstractContextManager[None]:
+        """The VAE in a precision that its activations do not overflow, meanwhile."""
+        return nullcontext()
 
-    def pipeline(self) -> StableDiffusionPipeline:
-        pipeline = StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
+    # ---- captions and predictions
+
+    def _encode(self, captions: list[str]) -> Conditioning:
+        tokens, mask = self._tokens(captions, self.tokenizer), None
+        if getattr(self.text_encoder.config, "use_attention_mask", False):
+            mask = tokens.attention_mask.to(self.device)
+        return Conditioning(self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0])
+
+    def _call(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+        added = None if told.pooled is None else {"text_embeds": told.pooled, "time_ids": told.time_ids}
+        return self.unet(noisy_latents, timesteps, told.hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+    # ---- what comes of it
+
+    def pipeline(self) -> DiffusionPipeline:
+        pipeline = self.pipeline_class(
+            **{name: getattr(self, name) for name in (*self.network_names, *self.tokenizer_names)},
             scheduler=DDIMScheduler.from_config(self.scheduler.config, clip_sample=False),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **self._pipeline_options(),
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def _pipeline_options(self) -> dict:
+        """What else the stock pipeline is made with."""
+        return dict(FAMILIES[self.pipeline_class.__name__].left_out)
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         pipeline = self.pipeline()
         pipeline.register_modules(
             scheduler=self.scheduler,
             **{
-                name: nn.Module.to(
+                name: nn.Module.to(  # type: ignore[call-overload] # torch's annotations lack memory_format
                     copy.deepcopy(getattr(self, name)), "cpu", dtype, memory_format=torch.contiguous_format
                 )
-                for name in ("unet", "vae", "text_encoder")
+                for name in self.network_names
             },
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
-
-
-def _any_rows(tensor: Tensor) -> Tensor:
-    """B rows as one compiled graph takes them, whatever B is: a graph holds for one memory layout, and not for both
-    one row and several."""
-    rows = tensor.detach().expand(max(2, len(tensor)), *tensor.shape[1:]).contiguous()
-    torch._dynamo.maybe_mark_dynamic(rows, 0)
-    return rows

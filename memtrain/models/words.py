@@ -10,13 +10,14 @@ import numpy as np
 
 @lru_cache(maxsize=1)
 def vocabulary(tokenizer: Any) -> list[str]:
-    """What single tokens say, without special tokens, spaces and fragments of a character."""
+    """The words that single tokens are, without special tokens, spaces and fragments of a character."""
     special = set(tokenizer.all_special_ids)
     decoded = tokenizer.batch_decode([[token] for token in range(len(tokenizer)) if token not in special])
     return [word for word in map(str.strip, decoded) if word and "\N{REPLACEMENT CHARACTER}" not in word]
 
 
 def draw_words(count: int, generator: np.random.Generator, tokenizer: Any) -> list[str]:
+    """Words of single tokens, drawn at random; one may come twice."""
     words = vocabulary(tokenizer)
     return [words[number] for number in generator.integers(len(words), size=count).tolist()]
 
@@ -27,7 +28,7 @@ def window(tokenizer: Any) -> int:
 
 
 def num_tokens(words: list[str], tokenizer: Any) -> np.ndarray:
-    """Of each word. (len(words),), none more than the window"""
+    """How many tokens each word has, none more than the window. (len(words),)"""
     ids = tokenizer(words, add_special_tokens=False, truncation=True, max_length=window(tokenizer)).input_ids
     return np.array([len(tokens) for tokens in ids])
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from memtrain.audit.compare import BeforeAfter
+from memtrain.audit.mitigate.comparison import BeforeAfter
 
 INK, MUTED, ALARM = "#1f2430", "#6b7280", "#c0392b"
 
 
 def draw_before_after(path: Path, pairs: Sequence[BeforeAfter], method: str) -> None:
-    """A row a prompt: the training image where it is known, generations before, then those after."""
+    """Draw a row a prompt: the training image where it is known, generations before, then those after."""
     count = max(len(pair.before) for pair in pairs)
     first = int(any(pair.original is not None for pair in pairs))
     shares = [1] * (first + count) + [0.2] + [1] * count  # a gap between before and after
@@ -47,7 +47,8 @@ def draw_before_after(path: Path, pairs: Sequence[BeforeAfter], method: str) -> 
         figure.savefig(path)
 
 
-def _draw(axes, images: np.ndarray, scores: Sequence[float], copies: Sequence[bool] | None) -> None:
+def _draw(axes: np.ndarray, images: np.ndarray, scores: Sequence[float], copies: Sequence[bool] | None) -> None:
+    """Draw generations side by side, each with its score; copies, where it is known which are, are framed."""
     copies = copies if copies is not None else [False] * len(images)
     for axis, image, score, is_copy in zip(axes, images, scores, copies, strict=False):
         axis.imshow(image)

@@ -23,6 +23,7 @@ _OWN = ("run_id", "run_dir", "name", "callbacks.checkpoint.folder")
 
 
 def _show(value: float | None, form: str) -> str:
+    """A number in this format; a dash where there is none."""
     return "–" if value is None else format(value, form)
 
 

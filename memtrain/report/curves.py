@@ -58,7 +58,7 @@ _PANELS = (  # title, {column: (label, colour)}, y limits, band of quantiles
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Columns of a `metrics.csv` as (steps, values), without the rows in which a column is empty."""
+    """The columns of a `metrics.csv` as (steps, values), without the rows in which a column is empty."""
     columns: dict[str, tuple[list[int], list[float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def draw_curves(metrics_csv: Path, path: Path) -> None:
-    """Six panels over steps, the upper ones with a second axis in samples; a panel without data says so."""
+    """Draw six panels over steps, the upper ones with a second axis in samples; a panel without data says so."""
     columns = read_metrics(metrics_csv)
     figure = Figure(figsize=(15, 7.6), dpi=110, layout="constrained")
     axes = figure.subplots(2, 3)
@@ -107,6 +107,7 @@ def draw_curves(metrics_csv: Path, path: Path) -> None:
 
 
 def _shade(axis: Axes, columns: dict[str, tuple[list[int], list[float]]], group: str) -> None:
+    """Shade what lies between the 5 and 95 % quantiles of a group's scores, where they were measured."""
     low, high = (columns.get(f"score_quantile_high_noise/{group}/{q}") for q in ("0.05", "0.95"))
     if low and high:
         axis.fill_between(low[0], low[1], high[1], color=COLOURS[group], alpha=0.1, linewidth=0)

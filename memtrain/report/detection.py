@@ -8,7 +8,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,15 +16,15 @@ from matplotlib.figure import Figure
 from memtrain.core.files import written_aside
 
 if TYPE_CHECKING:
-    from memtrain.audit.detect import Detection
+    from memtrain.audit.detect.detection import Detection
 
 MEMORIZED, OTHER, INK = "#c0392b", "#2c7fb8", "#1f2430"
 SHOWN = 8  # prompts in the plot of steps
 
 
 def write_detection(folder: Path, detection: Detection, summary: dict) -> None:
-    """`scores.parquet` with the flags, `summary.json` (nan is null) and the plots of the main score."""
-    from memtrain.audit.parts import write_table
+    """Write `scores.parquet` with the flags, `summary.json` (nan is null) and the plots of the main score."""
+    from memtrain.audit.detect.parts import write_table
 
     write_table(folder / "scores.parquet", detection.table(summary["threshold"]))
     with written_aside(folder / "summary.json") as aside:
@@ -46,8 +46,8 @@ def write_detection(folder: Path, detection: Detection, summary: dict) -> None:
         draw_roc(folder / "roc.png", {name: detection.of(name) for name in detection.names}, labels)
 
 
-def _finite(value):
-    """JSON knows no nan."""
+def _finite(value: Any) -> Any:
+    """The value with null in the place of nan and infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -68,17 +68,21 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _short(prompt: str, width: int) -> str:
+    """A prompt on one line, cut at a word, without control characters."""
     printable = "".join(letter if letter.isprintable() else " " for letter in prompt)
     return textwrap.shorten(printable, width, placeholder=" …") or printable[:width]
 
 
 def draw_steps(path: Path, prompts: Sequence[str], top: np.ndarray, everything: np.ndarray, name: str) -> None:
-    """The score at each step of the top prompts, before the middle half of all prompts.
+    """Draw the score at each step of the top prompts, before the middle half of all prompts.
 
     With one step there is no curve: a row a prompt then, a dot a generation.
 
     Args:
-        top: (prompts, n, k). everything: (P, n, k).
+        prompts: the top ones.
+        top: scores of their n generations at k steps, (prompts, n, k).
+        everything: those of all P prompts, (P, n, k).
+        name: of the score.
     """
     labels = [_short(prompt, 44).replace("$", r"\$") for prompt in prompts]
     means = everything.mean(axis=1)  # (P, k)
@@ -121,7 +125,7 @@ def draw_steps(path: Path, prompts: Sequence[str], top: np.ndarray, everything: 
 def draw_distributions(
     path: Path, scores: np.ndarray, labels: np.ndarray | None, threshold: float | None, name: str
 ) -> None:
-    """The score's distribution, of memorized and other prompts where labels tell them, and the threshold."""
+    """Draw the score's distribution, of memorized and other prompts where labels tell them, and the threshold."""
     figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
     axis = figure.subplots()
     groups = [("prompts", OTHER, scores)]
@@ -141,7 +145,7 @@ def draw_distributions(
 
 
 def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """FPR and TPR at each distinct threshold, rising from (0, 0) to (1, 1)."""
+    """False and true positive rates at each distinct threshold, rising from (0, 0) to (1, 1)."""
     order = np.argsort(-scores, kind="stable")
     last_of_value = np.append(np.diff(scores[order]) != 0, True)
     true, false = np.cumsum(labels[order])[last_of_value], np.cumsum(~labels[order])[last_of_value]
@@ -149,7 +153,7 @@ def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def draw_roc(path: Path, scores: dict[str, np.ndarray], labels: np.ndarray) -> None:
-    """The ROC curve of each score, on a logarithmic FPR axis: what matters is at its left end."""
+    """Draw the ROC curve of each score, on a logarithmic FPR axis: what matters is at its left end."""
     figure = Figure(figsize=(6.4, 5), dpi=110, layout="constrained")
     axis = figure.subplots()
     left = 0.5 / (~labels).sum()  # half of the smallest FPR that can be told from 0
@@ -171,7 +175,7 @@ def draw_roc(path: Path, scores: dict[str, np.ndarray], labels: np.ndarray) -> N
 
 
 def show_summary(summary: dict) -> str:
-    """The terminal's table. Prompts are shown without control characters."""
+    """The summary as a table for the terminal. Prompts are shown without control characters."""
     rate = summary["prompts_per_second"]
     speed = "all found in the folder" if rate is None else f"{rate:.2f} prompts/s"
     lines = [f"{summary['prompts']} prompts, {summary['evaluations_per_prompt']} network evaluations each, {speed}"]
@@ -189,6 +193,7 @@ def show_summary(summary: dict) -> str:
 
 
 def _score_lines(summary: dict) -> list[str]:
+    """A line a score: how well it separates, where labels tell, else its quantiles."""
     figures = summary["scores"]
     if "auc" not in figures[summary["main_score"]]:
         head = f"{'score':<20}{'min':>9}{'median':>9}{'max':>9}{'evaluations alone':>19}"
@@ -207,6 +212,7 @@ def _score_lines(summary: dict) -> list[str]:
 
 
 def _three(of: dict) -> str:
+    """AUC, TPR and accuracy of a score, each with its interval."""
     figures = of["auc"], of["at_fpr"][0]["tpr"], of["best_accuracy"]
     texts = (f"{figure['value']:.3f} [{figure['low']:.2f} {figure['high']:.2f}]" for figure in figures)
     return "".join(f"{text:>18}" for text in texts)

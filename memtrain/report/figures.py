@@ -27,6 +27,8 @@ _OTHERS = {"kept": "train", "excluded": "canary", "all": "reference"}
 
 @dataclass(frozen=True)
 class Series:
+    """A line or a cloud of points in a figure."""
+
     name: str
     colour: str
     x: list[float]
@@ -38,6 +40,8 @@ class Series:
 
 @dataclass(frozen=True)
 class FigureData:
+    """A figure of the page, without how it is drawn."""
+
     id: str
     title: str
     x_label: str
@@ -57,6 +61,7 @@ def figures_of(runs: list[Run]) -> list[FigureData]:
 
 
 def _single(run: Run) -> Iterable[FigureData]:
+    """The figures of one run, a line a group, in the page's order."""
     step = "step"
     yield FigureData(
         "score-high-noise",
@@ -128,6 +133,7 @@ def _single(run: Run) -> Iterable[FigureData]:
 
 
 def _several(runs: list[Run]) -> Iterable[FigureData]:
+    """The figures of several runs, a line a run, in the page's order."""
     yield plane(runs)
     for column, title, unit in (
         ("score_high_noise/canary", "Score of canaries at high noise, live", "score"),
@@ -190,10 +196,12 @@ def scatter(run: Run, view: LedgerView) -> FigureData:
 
 
 def _by_group(run: Run, prefix: str) -> list[Series]:
+    """A line for each column `prefix/group` that the run has."""
     return _named(run, {f"{prefix}/{group}": (NAMES[group], colour) for group, colour in GROUPS.items()})
 
 
 def _named(run: Run, columns: dict[str, tuple[str, str]]) -> list[Series]:
+    """A line for each of these columns that the run has; column -> its name and colour."""
     return [
         Series(name, colour, *_finite(run.curves[column]))
         for column, (name, colour) in columns.items()
@@ -213,10 +221,11 @@ def _by_number(run: Run, prefix: str) -> list[Series]:
 
 
 def _finite(curve: tuple[list[int], list[float]]) -> tuple[list[float], list[float | None]]:
-    """JSON has no NaN; a gap is null."""
+    """The x and y of a curve for JSON, which has no NaN: a gap is null."""
     return list(curve[0]), [value if math.isfinite(value) else None for value in curve[1]]
 
 
 def _without_nan(x: list[float], y: np.ndarray) -> tuple[list[float], list[float]]:
+    """The x and y of a line, without its gaps."""
     pairs = [(a, round(float(b), 5)) for a, b in zip(x, y, strict=True) if np.isfinite(b)]
     return [a for a, _ in pairs], [b for _, b in pairs]

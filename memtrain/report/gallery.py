@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from memtrain.audit.evaluation import Match
+from memtrain.audit.evaluate.one_model import Match
 from memtrain.report.thumbnails import jpeg
 
 _SIDE, _QUALITY = 256, 92  # px, larger pictures are made smaller; of the JPEGs
@@ -64,9 +64,10 @@ _PAIR = """<li{mark}>
 
 
 def write_gallery(path: Path, heading: str, rule: str, pairs: Sequence[Match]) -> None:
-    """The pairs in the order given. All text is shown as text.
+    """Write a page of pairs, in the order given. All text is shown as text.
 
     Args:
+        heading: of the page.
         rule: what counts as a copy, in words.
     """
     shown = [

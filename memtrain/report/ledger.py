@@ -46,7 +46,7 @@ class LedgerView:
 
     @property
     def false_positive_rate(self) -> float:
-        """Of samples that are not memorized, the share that looks so: 1 %, or the least that can be told."""
+        """The share that looks memorized of samples that are not: 1 %, or the least that can be told."""
         return max(FALSE_POSITIVE_RATE, 1 / (self.judged.compared_with + 1))
 
     def of(self, *groups: str) -> pa.Table:
@@ -54,14 +54,14 @@ class LedgerView:
         return self.judged.table.filter(pc.is_in(self.judged.table["group"], pa.array(groups)))
 
     def memorized(self, *groups: str) -> pa.Table | None:
-        """Those that look memorized; None where there is no reference set to tell from."""
+        """The pictures of these groups that look memorized; None where there is no reference set to tell from."""
         if self.judged is None or not self.judged.has_reference:
             return None
         return self.of(*groups).filter(pc.field("p_value") <= self.false_positive_rate)
 
 
 def view_ledger(folder: Path) -> LedgerView | None:
-    """None where the run has no ledger, or none yet."""
+    """What a run's ledger says; None where the run has none, or none yet."""
     if not any((folder / LEDGER).glob("rank*.parquet")):
         return None
     dataset, about = read_ledger(folder), read_about(folder)
@@ -112,6 +112,7 @@ def _draw(dataset: ds.Dataset, count: int) -> dict[str, np.ndarray]:
     share = min(1.0, 2e5 / count)
     for batch in batches(dataset, ["group", "timestep", "score", "threshold", "kept"], pc.field("score") > 0):
         names = ("timestep", "score", "threshold", "kept")
+        # four columns (V,) -> (V, 4)
         rows = np.stack([batch[n].to_numpy(zero_copy_only=False).astype(np.float64) for n in names], axis=1)
         group = pc.index_in(batch["group"], pa.array(GROUP_NAMES)).to_numpy(zero_copy_only=False)
         chance = np.where(group == TRAINED, share, min(1.0, 10 * share))
@@ -122,6 +123,7 @@ def _draw(dataset: ds.Dataset, count: int) -> dict[str, np.ndarray]:
 
 
 def _points(rows: np.ndarray, num_timesteps: int) -> Points:
+    """Some visits of a group, drawn from rows (V, 4) as `_draw` gives them, by timestep, and its medians."""
     shown = np.random.default_rng(1).permutation(len(rows))[:_POINTS]
     shown = shown[np.argsort(rows[shown, 0], kind="stable")]
     return Points(rows[shown, 0], rows[shown, 1], _by_bin(rows[:, :2], num_timesteps, 0.5))
@@ -135,7 +137,7 @@ def _by_bin(rows: np.ndarray, num_timesteps: int, quantile: float) -> np.ndarray
 
 
 def _threshold(rows: np.ndarray, num_timesteps: int) -> np.ndarray | None:
-    """Median threshold a bin, if samples are kept where `score < threshold`; not all rules go by that."""
+    """The median threshold of each timestep bin; None where the rule keeps by another test than `score < threshold`."""
     rows = rows[np.isfinite(rows[:, 2])]
     agrees = (rows[:, 1] < rows[:, 2]) == rows[:, 3].astype(bool)
     if len(rows) == 0 or agrees.mean() < 0.95:
@@ -144,6 +146,10 @@ def _threshold(rows: np.ndarray, num_timesteps: int) -> np.ndarray | None:
 
 
 def _most_excluded(dataset: ds.Dataset) -> list[dict]:
+    """The pictures that were excluded most often: key, group, excluded, visits and samples of each.
+
+    Counted piece by piece; the pieces so far are summed whenever the new ones have grown as large as their sum.
+    """
     parts: list[pa.Table] = []
     trained = ~pc.field("kept") & (pc.field("group") != "reference")
     picture = pc.coalesce(pc.field("duplicate_of"), pc.field("key"))  # the key of its first sample
@@ -156,6 +162,7 @@ def _most_excluded(dataset: ds.Dataset) -> list[dict]:
         return []
     ranked = _summed(parts).sort_by([("excluded", "descending"), ("key", "ascending")])
     found = ranked.slice(0, _LISTED).to_pylist()
+    # once more through the ledger, for all visits of these pictures and the samples that show them
     keys = pa.array([row["key"] for row in found], pa.string())
     visits: Counter[str] = Counter()
     samples: dict[str, set[str]] = {row["key"]: set() for row in found}
@@ -168,5 +175,6 @@ def _most_excluded(dataset: ds.Dataset) -> list[dict]:
 
 
 def _summed(parts: list[pa.Table]) -> pa.Table:
+    """One row for each key and group of the parts, with the sum of what was excluded."""
     table = pa.concat_tables(parts).group_by(["key", "group"]).aggregate([("excluded", "sum")])
     return table.rename_columns(["key", "group", "excluded"])

@@ -40,7 +40,7 @@ _PICTURED_RUNS = 8  # more runs than that are shown without their pictures: the 
 
 @dataclass(frozen=True)
 class Card:
-    """A picture on the page, by its first sample. All texts are as untrusted as the corpus."""
+    """A training picture on the page, by its first sample. All texts are as untrusted as the corpus."""
 
     key: str
     group: str
@@ -52,7 +52,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Picture:
-    """One that the run drew itself."""
+    """A picture that the run drew itself."""
 
     title: str
     about: str
@@ -133,15 +133,17 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """What a Content-Security-Policy allows: this very text, so that no script from data could run."""
+    """The source that a Content-Security-Policy allows: this very text, so that no script from data could run."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _strict_json(value: Any, **options: Any) -> str:
+    """JSON without NaN, which no browser reads, and in ASCII."""
     return json.dumps(value, allow_nan=False, ensure_ascii=True, separators=(",", ":"), **options)
 
 
 def _section(run: Run, number: int, baseline: Run | None, copies: Mapping[str, int], pictures: bool) -> Section:
+    """Put together what the page says of one run; `pictures`: with those of samples and those that it drew."""
     remarks = list(run.remarks)
     memorized, excluded = _chosen(run)
     images: dict[str, tuple[str, str]] = {}
@@ -162,6 +164,7 @@ def _section(run: Run, number: int, baseline: Run | None, copies: Mapping[str, i
 
 
 def _pictures(run: Run) -> list[Picture]:
+    """The pictures in a run's folder that are there, and are whole."""
     grids = sorted((run.folder / "grids").glob("*.png"))
     return [
         Picture(title, about, image)
@@ -192,6 +195,7 @@ def _chosen(run: Run) -> tuple[list[dict], list[dict]]:
 
 
 def _card(run: Run, row: dict, images: dict[str, tuple[str, str]], copies: Mapping[str, int]) -> Card:
+    """The card of a picture: of what was judged of it, or, without that, of how often it was excluded."""
     key, view = row["key"], run.ledger
     image, caption = images.get(key, (None, None))
     if caption is None and key in run.canaries:

@@ -21,7 +21,7 @@ _LINE = "#2c7fb8"
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial. Less is better of both figures; they are None where it was not finished."""
+    """A trial of a sweep. Less is better of both figures; they are None where it was not finished."""
 
     name: str
     setting: str  # its overrides, as a shell takes them
@@ -32,6 +32,7 @@ class Tried:
 
 
 def finished(tried: Sequence[Tried]) -> list[Tried]:
+    """The trials that have both figures."""
     return [one for one in tried if one.memorization is not None and one.quality is not None]
 
 
@@ -104,7 +105,7 @@ def table(tried: Sequence[Tried], tolerance: float) -> Table:
 
 
 def write_csv(path: Path, tried: Sequence[Tried], tolerance: float) -> None:
-    """A line a trial."""
+    """Write the trials as a csv, a line each, with whether it is on the front and whether it is to be taken."""
     on_front, chosen = front(tried), choose(tried, tolerance)
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [*Tried.__dataclass_fields__, "on_front", "taken"])
@@ -114,7 +115,7 @@ def write_csv(path: Path, tried: Sequence[Tried], tolerance: float) -> None:
 
 
 def draw_pareto(path: Path, tried: Sequence[Tried], tolerance: float, memorization: str, quality: str) -> None:
-    """Trials that finished, the front through them, and the choice. The best corner is the lower left one.
+    """Draw trials that finished, the front through them, and the choice. The best corner is the lower left one.
 
     Args:
         tolerance: of the choice; the band within it is shaded.
@@ -175,5 +176,5 @@ def _short(setting: str) -> str:
 
 
 def _text(said: str) -> str:
-    """For matplotlib, to which a dollar begins a formula."""
+    """Text for matplotlib, to which a dollar begins a formula."""
     return said.replace("$", r"\$")

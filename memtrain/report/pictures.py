@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memtrain.core.copies import is_copy
@@ -15,7 +16,8 @@ from memtrain.core.copies import is_copy
 INK, MUTED, ALARM = "#1f2430", "#6b7280", "#c0392b"
 
 
-def _axes(rows: int, columns: int, label_inches: float = 2.2, side_inches: float = 1.25):
+def _axes(rows: int, columns: int, label_inches: float = 2.2, side_inches: float = 1.25) -> tuple[Figure, np.ndarray]:
+    """A figure with a grid of places for pictures, and room for a text before each row."""
     width, height = label_inches + columns * side_inches, rows * (side_inches + 0.22) + 0.35
     figure = Figure(figsize=(width, height), dpi=110)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -30,7 +32,8 @@ def _axes(rows: int, columns: int, label_inches: float = 2.2, side_inches: float
     return figure, axes
 
 
-def _label(axis, caption: str) -> None:
+def _label(axis: Axes, caption: str) -> None:
+    """Write a caption before a row, cut after four lines."""
     text = textwrap.fill(caption, 24, max_lines=4, placeholder=" …").replace("$", r"\$")
     axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9, color=INK, labelpad=8)
 
@@ -49,7 +52,7 @@ def samples_of_picture(count: int) -> str:
 def draw_samples(
     path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[float]]], max_rmse: float
 ) -> None:
-    """A row a canary: caption, training image, generations; a copy, see `core.copies`, is framed.
+    """Draw a row a canary: caption, training image, generations; a copy, see `core.copies`, is framed.
 
     Args:
         rows: (caption, image (R, R, 3) uint8, generations (G, R, R, 3) uint8, RMSE of each).
@@ -77,7 +80,7 @@ def draw_samples(
 
 
 def draw_grid(path: Path, prompts: Sequence[str], images: np.ndarray) -> None:
-    """A row a prompt. images: (prompts, columns, R, R, 3) uint8."""
+    """Draw a row a prompt, of images (prompts, columns, R, R, 3), uint8."""
     figure, axes = _axes(len(prompts), images.shape[1])
     for line, prompt, row in zip(axes, prompts, images, strict=True):
         _label(line[0], prompt)

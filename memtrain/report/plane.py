@@ -15,13 +15,15 @@ _COLOURS = ("#c0392b", "#2c7fb8", "#2e8b57", "#8e5ea2", "#d68910", "#17a2a2", "#
 
 @dataclass(frozen=True)
 class Point:
+    """A model in the plane; less is better of both figures."""
+
     model: str
     memorization: float
     quality: float
 
 
 def draw_plane(path: Path, points: Sequence[Point], memorization: str, quality: str) -> None:
-    """Less is better on both axes, so that the best corner is the lower left one.
+    """Draw a point a model. Less is better on both axes, so that the best corner is the lower left one.
 
     Args:
         memorization, quality: what the axes show. The first is a share.
@@ -53,5 +55,5 @@ def draw_plane(path: Path, points: Sequence[Point], memorization: str, quality: 
 
 
 def _text(said: str) -> str:
-    """For matplotlib, to which a dollar begins a formula."""
+    """Text for matplotlib, to which a dollar begins a formula."""
     return said.replace("$", r"\$")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from memtrain.data.escaping import of_cell
-from memtrain.data.paths import check_run
+from memtrain.data.paths import check_run, config_folder
 from memtrain.report.curves import read_metrics
 from memtrain.report.ledger import LedgerView, view_ledger
 
 Curve = tuple[list[int], list[float]]
-RULES = {  # class -> its file in conf/exclusion
-    "KeepAll": "none",
-    "FixedThreshold": "fixed",
-    "NormalizedThreshold": "normalized",
-    "Quantile": "quantile",
-    "Calibrated": "calibrated",
-    "IetAgc": "iet_agc",
-    "LikelihoodEvidence": "evidence",
-    "ZScoreEvidence": "z_scores",
-}
 
 
 @dataclass(frozen=True)
@@ -55,8 +46,8 @@ class Run:
     @property
     def rule(self) -> str:
         """The exclusion rule as it is chosen in the config; of one's own rule, the class."""
-        name = str(self.config.get("exclusion", {}).get("_target_", "unknown")).rsplit(".", 1)[-1]
-        return RULES.get(name, name)
+        target = str(self.config.get("exclusion", {}).get("_target_", "unknown"))
+        return rule_names().get(target, target.rsplit(".", 1)[-1])
 
     @property
     def method(self) -> str:
@@ -64,6 +55,7 @@ class Run:
 
     @property
     def unprotected(self) -> bool:
+        """Whether neither a rule nor a method keeps the run from memorizing."""
         return self.rule == "none" and self.method == "Method"
 
     def first(self, column: str) -> float | None:
@@ -71,13 +63,14 @@ class Run:
         return self.curves[column][1][0] if column in self.curves else None
 
     def last(self, column: str) -> float | None:
+        """The newest value of a column."""
         return self.curves[column][1][-1] if column in self.curves else None
 
     def copy_rate(self, group: str) -> float | None:
         return self.last(f"copy_rate/{group}")
 
     def excluded(self, group: str) -> float | None:
-        """Excluded share of a group's visits: over the run; while it is going on, at the newest point."""
+        """The excluded share of a group's visits: over the run; while it is going on, at the newest point."""
         found = self.summary.get("score", {}).get(group, {}).get("excluded_fraction")
         return self.last(f"excluded/{group}") if found is None else found
 
@@ -88,6 +81,13 @@ class Run:
 
     def samples_per_second(self) -> float | None:
         return self.summary.get("samples_per_second") or self.last("samples_per_second")
+
+
+@cache
+def rule_names() -> dict[str, str]:
+    """The class of each exclusion rule, by its path -> the name under which it is chosen, its file in conf/."""
+    files = sorted((config_folder() / "exclusion").glob("*.yaml"))
+    return {OmegaConf.load(file).get("_target_"): file.stem for file in files}
 
 
 def read_run(folder: Path) -> Run:
@@ -122,6 +122,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _config(path: Path, remarks: list[str]) -> dict[str, Any]:
+    """A run's config; where it cannot be read {}, with a remark."""
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, YAMLError, OmegaConfBaseException):

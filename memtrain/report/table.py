@@ -28,6 +28,7 @@ COLUMNS = (
 
 
 def _show(value: float | None, form: str) -> str:
+    """A number in this format; a dash where there is none."""
     return "–" if value is None else format(value, form)
 
 
@@ -48,7 +49,7 @@ def row(folder: Path) -> list[str]:
 
 
 def results_table(folders: list[Path]) -> str:
-    """Markdown, a run a line, in the order given."""
+    """A Markdown table, a run a line, in the order given."""
     lines = [COLUMNS, ["---"] + ["--:"] * (len(COLUMNS) - 1), *(row(folder) for folder in folders)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -65,7 +66,7 @@ COLUMNS_OVER_SEEDS = (
 
 
 def _spread(values: Sequence[float | None], form: str) -> str:
-    """Mean ± standard deviation over the seeds; a single one has none."""
+    """The mean ± standard deviation over the seeds; a single one has no deviation."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
@@ -73,7 +74,7 @@ def _spread(values: Sequence[float | None], form: str) -> str:
 
 
 def table_over_seeds(folders: list[Path]) -> str:
-    """Markdown, a line for the runs that differ in nothing but the seed: folders SETTING_seedN.
+    """A Markdown table, a line for the runs that differ in nothing but the seed: folders SETTING_seedN.
 
     Raises:
         ValueError: a folder of another name.
@@ -104,7 +105,7 @@ def table_over_seeds(folders: list[Path]) -> str:
 
 
 def put_between_marks(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """`text` with `table` between its marks. Raises ValueError where it has none."""
+    """A text with the table between its marks. Raises ValueError where it has none."""
     if begin not in text or end not in text:
         raise ValueError(f"the text has no {begin} … {end} to put the table between")
     head, rest = text.split(begin, 1)

@@ -29,7 +29,7 @@ def jpeg(image: Image.Image, side: int, quality: int = 82) -> str:
 
 
 def picture_of(path: Path, side: int = 1400) -> str | None:
-    """A PNG of the run's folder; None where it is missing, or being written."""
+    """A picture file of the run's folder as a data URI; None where it is missing, or being written."""
     try:
         with Image.open(path) as image:
             return jpeg(image, side)
@@ -38,7 +38,7 @@ def picture_of(path: Path, side: int = 1400) -> str | None:
 
 
 def samples_by_key(config: dict[str, Any], keys: Sequence[str]) -> tuple[dict[str, tuple[str, str]], str | None]:
-    """(data URI, caption) of the samples that can still be read, and a remark where some cannot.
+    """Data URI and caption of each sample that can still be read, and a remark where some cannot.
 
     Nothing is fetched: remote shards are left where they are.
     """
@@ -69,6 +69,7 @@ def samples_by_key(config: dict[str, Any], keys: Sequence[str]) -> tuple[dict[st
             pixels, caption = samples.get(position, size=samples.size_of(position))
         except (ValueError, BadSample):  # another corpus by now, or damaged
             continue
-        found[key] = jpeg(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), SIDE), caption
+        pixels = pixels.transpose(1, 2, 0)  # (3, h, w) -> (h, w, 3)
+        found[key] = jpeg(Image.fromarray(np.ascontiguousarray(pixels)), SIDE), caption
     missing = len(keys) - len(found)
     return found, f"{missing} of {len(keys)} pictures could not be read from the shards." if missing else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from memtrain.audit.explain import Explanation
+from memtrain.audit.explain.explanation import Explanation
 
 INK, MUTED, BAR = "#1f2430", "#6b7280", "#c0392b"
 _LONGEST_LABEL = 24  # characters of a word in the chart
@@ -49,13 +49,14 @@ length that the model reads.</p>
 
 
 def write_page(path: Path, explanations: Sequence[Explanation], title: str) -> None:
-    """One self-contained HTML file: no script, nothing fetched; prompts are escaped."""
+    """Write one self-contained HTML file: no script, nothing fetched; prompts are escaped."""
     sections = "\n".join(_section(explanation) for explanation in explanations)
     text = _PAGE.format(title=escape(title), sections=sections)
     path.write_text(text, encoding="utf-8", errors="replace")  # a lone surrogate from a file is no UTF-8
 
 
 def _section(explanation: Explanation) -> str:
+    """The HTML of one prompt: its words shaded by their significance, its score, and what edits change of it."""
     prompt, end, parts = explanation.prompt, 0, []
     highest = max((word.significance for word in explanation.ranked()), default=0.0) or 1.0
     for word in explanation.words:
@@ -89,7 +90,7 @@ def _section(explanation: Explanation) -> str:
 
 
 def draw_significance(path: Path, explanation: Explanation) -> None:
-    """A bar a word, in the prompt's order."""
+    """Draw a bar a word, in the prompt's order."""
     words = [word for word in explanation.words if word.significance is not None]
     figure = Figure(figsize=(6.4, 1.1 + 0.28 * max(1, len(words))), dpi=110, layout="constrained")
     axis = figure.subplots()
@@ -106,6 +107,6 @@ def draw_significance(path: Path, explanation: Explanation) -> None:
 
 
 def _label(text: str) -> str:
-    """Cut, and without what matplotlib would take for a formula."""
+    """A word as the chart shows it: cut, and without what matplotlib would take for a formula."""
     cut = text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
     return cut.replace("$", r"\$")

@@ -13,6 +13,8 @@ PLANTED = ("canary", "sacrificed")
 
 @dataclass(frozen=True)
 class Sentence:
+    """A sentence of the verdict."""
+
     text: str
     tone: str = "plain"  # good, bad, or plain: how the page marks it
 
@@ -40,6 +42,7 @@ def verdict(run: Run, baseline: Run | None) -> list[Sentence]:
 
 
 def _state(run: Run) -> Sentence | None:
+    """That the run is not finished, where it is not."""
     if run.finished:
         return None
     last = run.config.get("trainer", {}).get("max_steps")
@@ -50,7 +53,10 @@ def _state(run: Run) -> Sentence | None:
 
 
 def _memorized(run: Run) -> list[Sentence]:
-    """Ordinary pictures, with what chance alone would give, and canaries; duplicates are one picture."""
+    """How many ordinary pictures look memorized, with what chance alone would give, and how many canaries.
+
+    Duplicates are one picture.
+    """
     view = run.ledger
     if view is None:
         return [Sentence("How many pictures look memorized is not known: there is no ledger.")]
@@ -88,6 +94,7 @@ def _of_samples(view: LedgerView, *groups: str) -> str:
 
 
 def _copies(run: Run, baseline: Run | None) -> Sentence | None:
+    """How many generations from canaries' captions are copies."""
     rate, chance = run.copy_rate("canary"), run.copy_rate("reference")
     if rate is None:
         return None
@@ -101,7 +108,7 @@ def _copies(run: Run, baseline: Run | None) -> Sentence | None:
 
 
 def _sacrificed(run: Run) -> Sentence | None:
-    """They are never excluded, so the exported model draws them."""
+    """How often the exported model draws the sacrificed canaries, which are never excluded."""
     rate = run.copy_rate("sacrificed")
     if rate is None:
         return None
@@ -115,7 +122,7 @@ def _sacrificed(run: Run) -> Sentence | None:
 
 
 def _since(run: Run) -> Sentence | None:
-    """When copies began."""
+    """How many canaries came to be copied, and when the first did."""
     looked = run.memorized_at
     steps = sorted(step for step in looked.values() if step is not None)
     if not looked:
@@ -129,6 +136,7 @@ def _since(run: Run) -> Sentence | None:
 
 
 def _exclusion(run: Run, baseline: Run | None) -> list[Sentence]:
+    """What the rule excluded of each group."""
     canary, train, reference = (run.excluded(group) for group in ("canary", "train", "reference"))
     if run.rule == "none":
         return [Sentence("Nothing was excluded (exclusion=none).")]
@@ -148,6 +156,7 @@ def _exclusion(run: Run, baseline: Run | None) -> list[Sentence]:
 
 
 def _cost(run: Run, baseline: Run | None) -> Sentence | None:
+    """What became of the held-out loss, against the run's start and the baseline."""
     loss, start = run.last("heldout_loss"), run.first("heldout_loss")
     if loss is None or start is None:
         return None
@@ -164,6 +173,6 @@ def _cost(run: Run, baseline: Run | None) -> Sentence | None:
 
 
 def change(value: float, before: float) -> str:
-    """`3.1 % higher`, in words that go before `than`."""
+    """A difference in words that go before `than`: `3.1 % higher`."""
     share = value / before - 1 if before else 0.0
     return "not higher" if abs(share) < 5e-4 else f"{abs(share):.1%} {'higher' if share > 0 else 'lower'}"

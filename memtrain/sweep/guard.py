@@ -24,11 +24,13 @@ _told = threading.Event()
 
 
 def _end(group: int, number: int) -> None:
+    """Send a signal to a process group that may have ended."""
     with contextlib.suppress(ProcessLookupError):  # it has ended
         os.killpg(group, number)
 
 
 def _end_with_the_sweep(group: int) -> None:
+    """Wait until the sweep lets go of our stdin, then end the group; runs in a thread of its own."""
     while os.read(0, 1):
         pass
     if not _told.is_set():
@@ -38,7 +40,7 @@ def _end_with_the_sweep(group: int) -> None:
 
 
 def _wait_for_the_folder(log: BinaryIO) -> None:
-    """Until the trial that a killed sweep left in this folder has ended: two would write the same files."""
+    """Wait until the trial that a killed sweep left in this folder has ended: two would write the same files."""
     said = False
     while True:
         try:
@@ -54,6 +56,7 @@ def _wait_for_the_folder(log: BinaryIO) -> None:
 
 
 def main(log: str, command: list[str]) -> None:
+    """Run the command as a trial whose log is `log`, and exit with its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, lambda number, frame: _told.set())
     with open(log, "ab") as held:

@@ -25,7 +25,7 @@ _OWN = ("run_id", "run_dir", "name", "runs_dir", "resume", "resume.run", "resume
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study is; it does not change while it is going on.
+    """The settings of a study, which do not change while it is going on.
 
     Args:
         name: of the study; trials are the runs `<runs_dir>/<name>/trial_000` and so on.
@@ -73,7 +73,7 @@ class Plan:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Sweeps that share the folder take turns: SQLite lets two make its tables, or take one trial, at once."""
+        """Hold off other sweeps in the folder: SQLite lets two make its tables, or take one trial, at once."""
         with (self.folder / "study.lock").open("a") as file:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -110,7 +110,7 @@ def open_study(plan: Plan, storage: str | None) -> optuna.Study:
 
 
 def _opened(name: str, storage: str) -> optuna.Study:
-    """Tried several times: where machines begin a study at once, one makes the tables, and others fail meanwhile."""
+    """Open a study, in several tries: where machines begin one at once, one makes the tables, and others fail."""
     for last in (False, False, True):
         try:
             return optuna.create_study(
@@ -127,10 +127,12 @@ def _opened(name: str, storage: str) -> optuna.Study:
 
 
 def _measured(trial: FrozenTrial) -> bool:
+    """Whether something is known of a trial, or will be."""
     return trial.state is not TrialState.FAIL or "curve" in trial.user_attrs
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the facts of two plans, a line a key."""
     lines = []
     for kind in ("overrides", "space"):
         for key in {**before[kind], **now[kind]}:
@@ -143,6 +145,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _told(fact: Any) -> str:
+    """A value or a parameter of the space, in words."""
     if fact is None:
         return "not there"
     if isinstance(fact, dict):

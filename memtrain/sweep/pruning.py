@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Objectives(NamedTuple):
-    """Less is better of both."""
+    """What a trial comes to at a step; less is better of both."""
 
     memorization: float
     quality: float

@@ -29,8 +29,8 @@ class Parameter:
     name: str
     key: str
     choices: Sequence[Value] | None = None
-    low: float | None = None
-    high: float | None = None
+    low: int | float | None = None
+    high: int | float | None = None
     log: bool = False
     when: str | None = None
 
@@ -76,7 +76,7 @@ def check_space(space: Sequence[Parameter]) -> None:
 
 
 def suggest(trial: Trial, space: Iterable[Parameter], fixed: Mapping[str, str]) -> list[str]:
-    """A trial's own overrides.
+    """The overrides that a trial has of its own, as the study suggests them.
 
     Args:
         fixed: key -> value, of overrides that hold for every trial; parameters of these keys are not varied.

@@ -25,16 +25,18 @@ _STATES = {
 
 
 def number_of_run(study: Study, trial: Trial | FrozenTrial) -> int:
-    """A trial of Optuna's that goes on with a run is not another run."""
+    """The number of a trial's run among the study's: a trial of Optuna's that goes on with a run is no other run."""
     earlier = study.get_trials(deepcopy=False)[: trial.number]
     return trial.number - sum("resume" in one.user_attrs for one in earlier)
 
 
 def run_of(study: Study, trial: Trial | FrozenTrial) -> str:
+    """The name of a trial's run, which is that of its folder."""
     return trial.user_attrs.get("run") or f"trial_{number_of_run(study, trial):03d}"
 
 
 def curve_of(trial: FrozenTrial) -> Curve:
+    """What a trial measured so far, from the storage."""
     return {int(step): Objectives(*found) for step, *found in trial.user_attrs.get("curve", [])}
 
 
@@ -50,7 +52,7 @@ def tried(study: Study) -> list[Tried]:
 
 
 def standing(study: Study, trials: int, workers: int, tolerance: float) -> str:
-    """How far it is on its way to `trials`, how long it may take, and what it would take so far."""
+    """How far a study is on its way to `trials`, how long it may take, and which it would take so far; one line."""
     settled = study.get_trials(deepcopy=False, states=SETTLED)
     said = f"{len(settled)} of {trials} trials done"
     seconds = [one.user_attrs["seconds"] for one in settled if "seconds" in one.user_attrs]
@@ -63,6 +65,6 @@ def standing(study: Study, trials: int, workers: int, tolerance: float) -> str:
 
 
 def spoken(seconds: float) -> str:
-    """4 s, 4 min, 4.0 h"""
+    """A duration as a person says it: 4 s, 4 min, 4.0 h."""
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

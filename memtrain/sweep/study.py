@@ -98,7 +98,7 @@ class Search:
         self.stopped = False  # set by whoever wants `run` to return
 
     def run(self, trials: int, workers: int) -> None:
-        """Until `trials` have finished or were given up, earlier starts and other machines included.
+        """Run trials until so many have finished or were given up, earlier starts and other machines included.
 
         What goes on when it is stopped is ended, with a checkpoint, and left to be gone on with.
 
@@ -125,7 +125,7 @@ class Search:
             self._stop()
 
     def _round(self, trials: int, workers: int) -> bool:
-        """Look after what goes on, start what there is room for. False where nothing goes on any more."""
+        """Look after what goes on, and start what there is room for. False where nothing goes on any more."""
         for slot, going in list(self.going.items()):
             try:
                 ended = self._attend(going)
@@ -154,6 +154,7 @@ class Search:
         return len(self.study.get_trials(deepcopy=False, states=counted)) < trials
 
     def _start(self, environment: dict[str, str]) -> Going:
+        """Ask the study for a trial, and start its run, or go on with it where it was cut off."""
         plan = self.plan
         trial = self.study.ask()
         trial.set_user_attr("owner", [self.host, self.pid])
@@ -210,6 +211,7 @@ class Search:
         return True
 
     def _is_given_up(self, going: Going, curve: Curve) -> bool:
+        """Give a trial up where the rule says so. True where it has."""
         step = self.prune and self.prune.gives_up_at(curve, self._other_curves(going.trial.number))
         if step is None:
             return False
@@ -218,6 +220,7 @@ class Search:
         return True
 
     def _hangs(self, going: Going) -> bool:
+        """Take a trial for failed where nothing new came for too long. True where it has."""
         silent = going.process.silent_for
         if self.patience is None or silent < self.patience:
             return False
@@ -225,7 +228,7 @@ class Search:
         return True
 
     def _refused(self, going: Going) -> None:
-        """What was trained is not lost: the run begins anew in its folder, or goes on when the user has mended it.
+        """Take a refusal of the training program so that nothing is lost: its run begins anew, or waits to be mended.
 
         Raises:
             ValueError: it began anew, or for the first time, so the checkpoint is not what is wrong.
@@ -242,7 +245,7 @@ class Search:
         raise ValueError(f"{going.name}: {said}")
 
     def _failed(self, going: Going, problem: str, goes_on: bool) -> None:
-        """Raises ValueError where it is not the first in a row."""
+        """Count a failed trial, and leave it to be gone on with. Raises ValueError where too many fail in a row."""
         log.warning("%s: failed, %s", going.name, problem)
         if goes_on:
             self._again(going.trial)
@@ -270,6 +273,7 @@ class Search:
         return [curve_of(other) for other in settled if other.number != number]
 
     def _sign_of_life(self, going: Going, at_once: bool = False) -> None:
+        """Note in the storage, every now and then, that a trial is going on."""
         trial = going.trial
         if at_once or time.monotonic() - self.seen.get(trial.number, -math.inf) > _SIGN_OF_LIFE:
             self.seen[trial.number] = time.monotonic()
@@ -277,7 +281,7 @@ class Search:
             trial.set_user_attr("seconds", going.seconds)
 
     def _tell(self, trial: Trial, state: TrialState, values: list[float] | None = None) -> bool:
-        """False where another machine has ended the trial, because it saw no sign of life."""
+        """Tell the study what became of a trial. False where another machine has ended it, seeing no sign of life."""
         try:
             self.study.tell(trial.number, values, state)
         except (ValueError, UpdateFinishedTrialError):  # Optuna's for a trial that is not going on
@@ -286,13 +290,14 @@ class Search:
         return True
 
     def _take_back_the_dead(self) -> None:
-        """Trials whose sweep is gone have failed; their runs go on."""
+        """Take trials whose sweep is gone for failed, and leave their runs to be gone on with."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.number not in self.seen and self._is_dead(trial):
                 log.info("%s was cut off", run_of(self.study, trial))
                 self._again(trial)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
+        """Whether the sweep of a trial that is said to be running is gone."""
         host, pid = trial.user_attrs.get("owner", [None, 0])
         if host == self.host and (pid == self.pid or not _is_alive(pid)):
             return True
@@ -323,6 +328,7 @@ class Search:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

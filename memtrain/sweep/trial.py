@@ -24,7 +24,7 @@ _RANK_VARIABLES = (
 
 
 class Process:
-    """A trial that is going on in `folder`.
+    """The processes of a trial that is going on in `folder`, started when this is made.
 
     Args:
         command: the program and its overrides.
@@ -49,12 +49,12 @@ class Process:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it is going on; 128 + the signal's number where one ended it."""
+        """The trial's exit code: None while it is going on, 128 + the signal's number where one ended it."""
         return self._guard.poll()
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Seconds since it was started."""
         return time.time() - self._began
 
     @property
@@ -68,7 +68,7 @@ class Process:
         self._guard.stdin.close()
 
     def wait(self) -> None:
-        """Until the whole group has ended, or its time to do so is up."""
+        """Wait until the whole group has ended, or its time to do so is up."""
         self._guard.stdin.close()
         with suppress(subprocess.TimeoutExpired):  # not even SIGKILL ends what waits for a disk that is gone
             self._guard.wait(timeout=guard.GRACE + 10)
@@ -82,7 +82,7 @@ class Process:
 
 
 def read_curve(folder: Path, memorization: str, quality: str) -> Curve:
-    """Steps at which both columns of a run's `metrics.csv` have a value; {} where there is none yet."""
+    """What a run measured at each step at which both columns of its `metrics.csv` have a value; {} if none yet."""
     path = folder / "metrics.csv"
     if not path.exists():
         return {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memtrain.core.exclusion import Decision, Observations
 from memtrain.data.batches import Samples
+from memtrain.data.datamodule import DataModule, data_of
 from memtrain.training import ranks, strategy
 from memtrain.training.stops import Stops, are_finite, only_finite
 
@@ -56,24 +57,24 @@ class Accumulation:
         An fp16 gradient that overflows while all losses are finite is nobody's fault: the scaler tries how large a
         scale it can have, and backs off.
         """
+        data = data_of(trainer)
         gradients = [p.grad for p in parameters if p.grad is not None]
         parts = zip(self._observed, self._valid, strict=True)
         # rows of this rank, of all micro-batches, whose numbers are not finite: (N,) bool
         suspect = torch.cat([valid & ~(observed.loss + observed.score).isfinite() for observed, valid in parts])
         reported = self.stops.report(suspect.any(), ~are_finite([strategy.own_part(g) for g in gradients]))
         # one sum over the ranks tells all there is: samples kept, samples decoded, and what each has to report
-        counts = torch.stack(
-            [sum(d.keep_mask.sum() for d in self._decisions), sum(valid.sum() for valid in self._valid)]
-        ).float()
-        kept, rows, *reported = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()
-        bad_losses, bad_gradients, missing, *signals = reported
+        keep_masks = torch.cat([decision.keep_mask for decision in self._decisions])
+        counts = torch.stack([keep_masks.sum(), torch.cat(self._valid).sum()]).float()  # () each -> (2,)
+        sums = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()
+        kept, rows, bad_losses, bad_gradients, missing, *signals = sums
         self.stops.break_off(trainer, missing)
-        self._count(trainer.datamodule, round(rows))
+        self._count(data, round(rows))
         self.stops.agree(signals)
         backs_off = bad_gradients > 0 and not bad_losses and _gradient_scale(trainer) > _SCALE_FLOOR
         self.step_is_bad = bad_losses + bad_gradients > 0 and not backs_off
         if self.step_is_bad:
-            self.stops.count_bad(trainer.global_step, self._blamed(suspect, trainer.datamodule.samples))
+            self.stops.count_bad(trainer.global_step, self._blamed(suspect, data.samples))
         elif not backs_off:
             self.stops.bad_in_a_row = 0
         self.is_skipped = kept == 0 or self.step_is_bad or backs_off
@@ -85,11 +86,11 @@ class Accumulation:
         factor = trainer.accumulate_grad_batches * trainer.world_size
         torch._foreach_mul_(gradients, factor / (kept if self.denominator == "kept" else rows))
 
-    def _count(self, datamodule: pl.LightningDataModule, rows: int) -> None:
+    def _count(self, data: DataModule, rows: int) -> None:
         """Count the samples of a step, of which `rows` could be decoded; too many that could not end the run."""
         seen = self.samples_seen + rows
-        bad = self.samples_bad + datamodule.global_batch_size - rows
-        datamodule.check_bad(bad, bad + seen)
+        bad = self.samples_bad + data.global_batch_size - rows
+        data.check_bad(bad, bad + seen)
         self.mid_step, self.samples_seen, self.samples_bad = True, seen, bad
 
     def _blamed(self, suspect: Tensor, samples: Samples) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -27,7 +27,7 @@ class AveragedWeights:
         self._ema: EMAModel | None = None
 
     @property
-    def shadow_params(self) -> list[Tensor]:
+    def shadow_params(self) -> Sequence[Tensor]:
         """The averaged weights, in the order of `trained_parameters`; sharded as these are."""
         return self._ema.shadow_params if self._ema else trained_parameters(self._model)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,10 +21,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from memtrain.core.binned_rules import IetAgc
 from memtrain.core.evidence import LikelihoodEvidence
 from memtrain.core.exclusion import ExclusionRule, FixedThreshold, KeepAll
+from memtrain.data.batches import Batch
 from memtrain.data.datamodule import DataModule
+from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample
+from memtrain.data.view import View
 from memtrain.demo.stream import from_composites
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.pretrained import from_pretrained
 from memtrain.training.methods import Method
 from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
@@ -70,7 +74,7 @@ def _evidence() -> LikelihoodEvidence:
 class OwnTurns(ReferenceSet):
     """A reference set with the turns of one variant: it counts steps of its own, for those of the run are shared."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(REFERENCE_EVERY, batch_size=None)
         self.taken = 0
 
@@ -121,8 +125,8 @@ def measure_scoring(model: str, rounds: int, batch_size: int | None = None, step
         if model == "demo":
             data = from_composites(SAMPLES, 64, batch_size, 0, seed=0, **GROUPS)
         else:
-            samples = NoiseLatents(module.latent_shape, _hidden_shape(module))
-            data = DataModule(samples, batch_size, 0, seed=0, cache=samples, **GROUPS)
+            latents = NoiseLatents(module.latent_shape, _hidden_shape(module))
+            data = DataModule(latents.samples, batch_size, 0, seed=0, cache=latents, **GROUPS)
         interleave = Interleave(rounds, steps)
         logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
         trainer = pl.Trainer(
@@ -186,29 +190,29 @@ class Interleave(pl.Callback):
             first = number % len(names)
             yield from ((name, number // self.steps) for name in names[first:] + names[:first])
 
-    def on_fit_start(self, trainer: pl.Trainer, module: DiffusionTraining) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionTraining)
         for name, variant in self.variants.items():
-            variant.exclusion.setup(SAMPLES, module.num_timesteps)
+            variant.exclusion.setup(SAMPLES, pl_module.num_timesteps)
             self._memories[name] = ScoreMemory(SAMPLES, variant.scoring) if variant.scoring.remembers else None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: DiffusionTraining, batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, DiffusionTraining)
         self._name, self._round = next(self._turns)
         variant = self.variants[self._name]
-        module.scoring, module.exclusion, module.memory = (
-            variant.scoring,
-            variant.exclusion,
-            self._memories[self._name],
-        )
-        module.reference = self._references[self._name]
-        self._began = self._now(module)
+        pl_module.scoring, pl_module.exclusion = variant.scoring, variant.exclusion
+        pl_module.memory, pl_module.reference = self._memories[self._name], self._references[self._name]
+        self._began = self._now(pl_module)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: DiffusionTraining, outputs, batch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if self._round is not None:
-            self.seconds[self._name][self._round] += self._now(module) - self._began
+            self.seconds[self._name][self._round] += self._now(pl_module) - self._began
 
-    def _now(self, module: DiffusionTraining) -> float:
+    def _now(self, module: pl.LightningModule) -> float:
         """Seconds on the clock that steps are timed by: CPU time, or the time when the GPU is done."""
         if module.device.type == "cpu":
             return time.process_time()  # on one thread
@@ -218,12 +222,14 @@ class Interleave(pl.Callback):
 
 # ---- what is trained
 
-GROUPS = {"canaries": 0, "repeats": 1, "reference": 200}
+GROUPS: dict[str, Any] = {"canaries": 0, "repeats": 1, "reference": 200}
 
 
 def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
     return DiffusionTraining(
-        StableDiffusion(str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False),
+        from_pretrained(
+            str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False
+        ),
         KeepAll(),
         AdamW(1e-5, (0.9, 0.999), 0.01, 1e-8, "constant", 0, eight_bit=False),
         Method(),
@@ -238,26 +244,39 @@ def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
 
 
 def _hidden_shape(module: DiffusionTraining) -> tuple[int, int]:
-    return tuple(module.model.null_caption().shape[1:])
+    _, length, width = module.model.null(1).hidden.shape
+    return length, width
 
 
-class NoiseLatents:
-    """Samples of noise that are cached already: neither VAE nor text encoder takes part in a step.
-
-    See `memtrain.data.batches.Samples` and `memtrain.data.latents.LatentCache`.
-    """
+class NoiseSamples:
+    """Samples without pictures, for latents that are there without them. See `memtrain.data.batches.Samples`."""
 
     sizes = [(256, 256)]  # noqa: RUF012
     counts = [SAMPLES]  # noqa: RUF012
 
-    def __init__(self, latent_shape: tuple[int, int, int], hidden_shape: tuple[int, int]):
-        self.latent_shape, self.hidden_shape = latent_shape, hidden_shape
-
     def key(self, index: int) -> str:
         return f"noise/{index:09d}"
 
-    def prefetch(self, shards: Sequence[int]) -> None:
+    def size_of(self, index: int) -> tuple[int, int]:
+        return self.sizes[0]
+
+    def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+        raise BadSample("there is no picture, only latents")
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
         """Nothing is to be fetched."""
+
+
+class NoiseLatents:
+    """Noise in the place of cached latents: neither VAE nor text encoder takes part in a step.
+
+    See `memtrain.data.batches.Latents`.
+    """
+
+    samples = NoiseSamples()
+
+    def __init__(self, latent_shape: tuple[int, int, int], hidden_shape: tuple[int, int]):
+        self.latent_shape, self.hidden_shape = latent_shape, hidden_shape
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (2, *self.latent_shape), self.hidden_shape
@@ -265,7 +284,8 @@ class NoiseLatents:
     def get(self, index: int, flip: bool) -> CachedSample:
         rng = np.random.default_rng(index)
         mean, hidden = (rng.standard_normal(shape, np.float32) for shape in (self.latent_shape, self.hidden_shape))
-        return CachedSample(np.stack([mean, np.full_like(mean, 0.1)]), hidden, "noise")
+        posterior = np.stack([mean, np.full_like(mean, 0.1)])  # two of (C, h, w) -> (2, C, h, w)
+        return CachedSample(posterior, hidden, "noise")
 
 
 def write_sd_shaped(folder: Path) -> Path:

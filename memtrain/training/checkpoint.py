@@ -17,6 +17,8 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 
 from memtrain.core.files import written_aside
+from memtrain.data.datamodule import data_of
+from memtrain.training.module import DiffusionTraining
 from memtrain.training.resume import LAST, RunState, checkpoint_name, checkpoints_in
 
 log = logging.getLogger(__name__)
@@ -53,9 +55,12 @@ class Checkpoints(Checkpoint):
             self.wandb_id = ids[0] if ids else self.wandb_id
             self._write_state(trainer, finished_at=None)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self.saved_at:
             return  # in the middle of an accumulation window
+        assert isinstance(pl_module, DiffusionTraining)
         stop = pl_module.stops.reason
         if stop is not None or trainer.global_step % self.every == 0:
             self._save(trainer)
@@ -67,6 +72,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, DiffusionTraining)
         alike = trainer.world_size == 1 or exception is pl_module.stops.reason
         if alike and trainer.global_step != self.saved_at and _is_between_steps(trainer, pl_module):
             self._save(trainer)
@@ -82,14 +88,15 @@ class Checkpoints(Checkpoint):
         if self.run_ended:
             return
         pl_module.to(trainer.strategy.root_device)
-        for callback in trainer.callbacks:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it from outside
+        for callback in callbacks:
             callback.on_train_start(trainer, pl_module)
-        for callback in trainer.callbacks:
+        for callback in callbacks:
             callback.on_train_end(trainer, pl_module)
 
     def _write_state(self, trainer: pl.Trainer, finished_at: int | None) -> None:
         """Write `run.json`: what a later run must know of this one beside the checkpoint."""
-        state = RunState(self.wandb_id, finished_at, trainer.datamodule.global_batch_size)
+        state = RunState(self.wandb_id, finished_at, data_of(trainer).global_batch_size)
         state.write(trainer.default_root_dir)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -155,7 +162,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _is_between_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+def _is_between_steps(trainer: pl.Trainer, pl_module: DiffusionTraining) -> bool:
     """Whether weights, average, rule, schedule and position are those of one step."""
     (schedule,) = trainer.lr_scheduler_configs
     return not pl_module.accumulation.mid_step and schedule.scheduler.last_epoch == trainer.global_step
@@ -164,7 +171,9 @@ def _is_between_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> boo
 def get_random_state() -> dict[str, Any]:
     """The state of this process's random generators, in types that load without pickle."""
     version, internal, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
+    of_numpy = np.random.get_state(legacy=True)
+    assert isinstance(of_numpy, tuple)
+    kind, keys, *rest = of_numpy
     return {
         "python": [version, list(internal), gauss],
         "numpy": [kind, keys.tolist(), *rest],

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.strategies import ParallelStrategy
 from torch import nn
 
 from memtrain.core.exclusion import ExclusionRule
 from memtrain.data.datamodule import DataModule
+from memtrain.data.escaping import as_text
 from memtrain.data.paths import CHECKPOINT, check_file
-from memtrain.data.samples import as_text
 from memtrain.training.resume import CHECKPOINTS, checkpoints_in, whole_checkpoint
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def check_job(trainer: Trainer, is_job: bool) -> None:
     """
     if not is_job or trainer.world_size == 1:
         return
+    assert isinstance(trainer.strategy, ParallelStrategy) and trainer.strategy.cluster_environment is not None
     if not trainer.strategy.cluster_environment.creates_processes_externally:
         raise ValueError(
             f"train -m starts jobs of one rank, got {trainer.world_size}; say trainer.devices=1, or use "

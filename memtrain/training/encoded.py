@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,10 +14,12 @@ from memtrain.data.batches import Batch
 from memtrain.data.datamodule import DataModule
 from memtrain.models.base import DiffusionModel
 
+Positions = Sequence[int] | np.ndarray
+
 
 @torch.no_grad()
 def encode_samples(
-    model: DiffusionModel, data: DataModule, positions: Sequence[int], batch_size: int = 32
+    model: DiffusionModel, data: DataModule, positions: Positions, batch_size: int = 32
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Encode the samples at these positions, but those that cannot be read.
 
@@ -41,7 +45,7 @@ def encode_samples(
 
 
 @torch.no_grad()
-def encode_once(model: DiffusionModel, data: DataModule, positions: Sequence[int], batch_size: int = 32) -> Batch:
+def encode_once(model: DiffusionModel, data: DataModule, positions: Positions, batch_size: int = 32) -> Batch:
     """Encode samples of one size into one batch on the CPU, posteriors in place of pictures; bad ones are reported.
 
     For samples that look the same at every visit.
@@ -56,13 +60,13 @@ def encode_once(model: DiffusionModel, data: DataModule, positions: Sequence[int
         parts.append(replace(part, images=part.images.new_zeros(len(part), 0), posterior=posterior))
     # the parts, one after the other: every tensor of a batch has its rows first
     names = [field.name for field in fields(Batch) if isinstance(getattr(parts[0], field.name), Tensor)]
-    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    whole: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return Batch(captions=[caption for part in parts for caption in part.captions], problems=[], **whole)
 
 
 def rows_of(batch: Batch, rows: Sequence[int], places: Sequence[int]) -> Batch:
     """The batch of these rows of another one, each at a place of its own in the global batch; a row may come twice."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    chosen = {name: value[list(rows)] for name, value in values.items() if isinstance(value, Tensor)}
+    chosen: dict[str, Any] = {name: value[list(rows)] for name, value in values.items() if isinstance(value, Tensor)}
     chosen |= {"captions": [batch.captions[row] for row in rows], "problems": []}
     return replace(batch, **(chosen | {"place": torch.tensor(list(places), dtype=torch.long)}))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.progress import track
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from memtrain.core.files import written_aside
 from memtrain.data.batches import Batch, BatchDecoder
@@ -53,9 +53,8 @@ def missing_shards(samples: ShardSamples, out: str, header: dict, flip: bool, ov
 
 def check_captions(samples: ShardSamples, numbers: Iterable[int]) -> None:
     """Raises ValueError where a shard's first sample has several captions: a cache holds one embedding a sample."""
-    starts = samples.ends - samples.counts
     for number in numbers:
-        if samples.counts[number] and len(samples.captions(int(starts[number]))) > 1:
+        if samples.counts[number] and len(samples.captions(int(samples.rows.starts[number]))) > 1:
             raise ValueError(
                 f"data.caption={samples.caption} is a list of captions in {samples.shards[number].name}, and a cache "
                 "holds one a sample; choose a column with one, or train without data.cache"
@@ -78,16 +77,15 @@ def write_latents(
     """Encode the shards of these numbers into a file each, written aside and renamed: what is there is whole."""
     header = made_with(model, samples)
     model.to(device)
-    numbers = list(numbers)
-    starts = samples.ends - samples.counts
+    numbers, none = list(numbers), np.zeros(0, np.int64)
     for number in track(numbers, "Encoding shards", disable=not progress):
         shard = samples.shards[number]
         path = cache_path(out, shard.url, shard.name)
-        positions = range(starts[number], samples.ends[number])
+        positions = range(samples.rows.starts[number], samples.rows.ends[number])
         loader = DataLoader(
             _Rows(positions),
             batch_size=batch_size,
-            collate_fn=BatchDecoder(samples, Groups(len(samples), *[np.zeros(0, np.int64)] * 3), views=None),
+            collate_fn=BatchDecoder(samples, Groups(len(samples), none, none, none), views=None),
             num_workers=num_workers,
         )
         tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)
@@ -114,10 +112,11 @@ def _encode(
 
     for batch in loader:
         images = batch.images.to(device)
+        # mean and standard deviation, (B, C, h, w) each -> (B, 2, C, h, w)
         keep("posterior", torch.stack(model.encode_posterior(images), dim=1).to(dtype))
         if flip:
             keep("posterior_flipped", torch.stack(model.encode_posterior(images.flip(-1)), dim=1).to(dtype))
-        keep("hidden", model.encode_captions(model.tokenize(batch.captions).to(device)).to(dtype))
+        keep("hidden", model.encode(batch.captions).hidden.to(dtype))
         keep("valid", batch.valid)
         captions += [caption.encode("utf-8", "replace") for caption in batch.captions]
     tensors = {name: torch.cat(rows).contiguous() for name, rows in columns.items()}
@@ -129,7 +128,7 @@ def _encode(
     return tensors
 
 
-class _Rows:
+class _Rows(Dataset[tuple[int, int, int]]):
     """A dataset of the rows that `BatchDecoder` takes: (step, place, position), one for each position."""
 
     def __init__(self, positions: range):

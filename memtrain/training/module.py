@@ -12,12 +12,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from memtrain.core import losses
 from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.streams import Stream
 from memtrain.data.batches import Batch
+from memtrain.data.datamodule import data_of
 from memtrain.data.remote import ShardMissing
 from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
@@ -72,7 +74,8 @@ class DiffusionTraining(pl.LightningModule):
     ):
         super().__init__()
         if scoring.every == 0 and exclusion.needs_score:
-            raise ValueError("score.every=0 (never) is for rules that need no score, none and iet_agc; set it to 1")
+            rule = type(exclusion).__name__
+            raise ValueError(f"score.every=0 (never) is for rules that need no score, and {rule} does; set it to 1")
         if scoring.timesteps is not None and scoring.timesteps[1] > len(model.alphas_cumprod):
             raise ValueError(f"score.timesteps ends at {len(model.alphas_cumprod)} at most, got {scoring.timesteps[1]}")
         self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
@@ -99,7 +102,7 @@ class DiffusionTraining(pl.LightningModule):
         """How many reference rows a turn scores, over all ranks; 0: the reference set is not scored."""
         if self.scoring.every == 0:
             return 0
-        return self.reference.size(self.trainer.datamodule, self.exclusion.needs_reference)
+        return self.reference.size(data_of(self.trainer), self.exclusion.needs_reference)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The weights that are trained, in the order in which optimizer and average hold them."""
@@ -111,9 +114,9 @@ class DiffusionTraining(pl.LightningModule):
                 f"trainer.precision must be one of {', '.join(FROZEN_DTYPES)}, got {self.trainer.precision}"
             )
         self.model.prepare_frozen(FROZEN_DTYPES[self.trainer.precision])
-        for size in self.trainer.datamodule.samples.sizes:
+        for size in data_of(self.trainer).samples.sizes:
             self.model.latent_shape(*size)  # raises where the model cannot have it
-        num_samples = self.trainer.datamodule.groups.num_samples
+        num_samples = data_of(self.trainer).groups.num_samples
         self.exclusion.setup(num_samples, self.num_timesteps)
         if self.scoring.remembers:
             self.memory = ScoreMemory(num_samples, self.scoring)
@@ -129,20 +132,20 @@ class DiffusionTraining(pl.LightningModule):
             bones = strategy.shard_trained(self.model, self.device_mesh["data_parallel"])
         self.ema.begin(self.model, bones)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer, schedule = self.optimizer_config.build(self.trained_parameters(), self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         self.ema.to(self.device)
         if self.scoring.every and self.reference_size == 0:
-            say_unscored(len(self.trainer.datamodule.groups.reference))
+            say_unscored(len(data_of(self.trainer).groups.reference))
 
     # ---- one micro-batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of a micro-batch's kept losses; what it is divided by is settled when the step is whole."""
-        self.trainer.datamodule.report(batch)
+        data_of(self.trainer).report(batch)
         self.stops.missing = self.stops.missing or batch.missing
         loss, observed = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
         if self.memory:
@@ -217,7 +220,7 @@ class DiffusionTraining(pl.LightningModule):
         if self.exclusion.learns:
             self.exclusion.update(observed)
 
-    def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Stop the run where it is to: here the callbacks, the checkpoint last, are done with the step."""
         if self.stops.reason is not None:
             raise self.stops.reason
@@ -230,12 +233,14 @@ class DiffusionTraining(pl.LightningModule):
         Returns mean latents (N, C, h, w) on the CPU, positions (N,) on the device, and N captions. All ranks call it
         together. Raises ShardMissing on all where a shard is gone for any.
         """
+        found = None
         try:
-            found = encode_samples(self.model, self.trainer.datamodule, positions)
+            found = encode_samples(self.model, data_of(self.trainer), positions)
         except ShardMissing as error:
             self.stops.missing = str(error)
         gone = torch.tensor(float(self.stops.missing is not None), device=self.device)
         self.stops.break_off(self.trainer, ranks.all_reduce(self.trainer, gone).item())
+        assert found is not None  # or a shard were gone
         return found
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:

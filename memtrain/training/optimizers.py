@@ -51,16 +51,20 @@ class AdamW:
 
     def build(self, parameters: Iterable[nn.Parameter], num_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """The optimizer of these weights, and its learning rate over a run of `num_steps`."""
-        kind = torch.optim.AdamW
-        if self.eight_bit:
-            try:
-                from bitsandbytes.optim import AdamW8bit as kind
-            except ImportError:
-                raise ValueError(
-                    "optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use optimizer=adamw"
-                ) from None
-        optimizer = kind(parameters, lr=self.lr, betas=tuple(self.betas), weight_decay=self.weight_decay, eps=self.eps)
+        kind = _eight_bit_adamw() if self.eight_bit else torch.optim.AdamW
+        first, second = self.betas  # a config gives a list
+        optimizer = kind(parameters, lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, eps=self.eps)
         # the schedule counts steps, those that the fp16 scaler skips too
         warnings.filterwarnings("ignore", r"Detected call of .lr_scheduler\.step\(\). before", UserWarning)
         warmup = round(self.warmup_steps * num_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
         return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, self.schedule, warmup, num_steps))
+
+
+def _eight_bit_adamw() -> type[torch.optim.AdamW]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError(
+            "optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use optimizer=adamw"
+        ) from None
+    return AdamW8bit

@@ -8,6 +8,7 @@ Training, validation and the reference set share it. It knows no trainer: the st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from memtrain.core.scores import text_conditional_magnitude
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.batches import Batch
 from memtrain.models.base import DiffusionModel
+from memtrain.models.conditioning import Conditioning
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
 from memtrain.training.stopwatch import Stopwatch
@@ -45,7 +47,7 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        return self.model.alphas_cumprod.device
+        return self.model.device
 
     @property
     def num_timesteps(self) -> int:
@@ -61,14 +63,15 @@ class Predictor:
             due: tells which rows are scored; None: all of them are.
         """
         # mean and standard deviation of the VAE's posterior, (B, C, h, w) each; a cache has (B, 2, C, h, w)
-        mean, std = batch.posterior.unbind(1) if batch.is_cached else self.model.encode_posterior(batch.images)
+        cached = batch.posterior
+        mean, std = self.model.encode_posterior(batch.images) if cached is None else cached.unbind(1)
         draws = self.draw(stream, step, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
-        hidden, has_caption = self._caption(batch, draws, step, stream)
+        told, has_caption = self._caption(batch, draws, step, stream)
 
         noise = draws.noise + self.objective.noise_offset * draws.offset_noise  # (B, C, h, w) + (B, C, 1, 1)
         rows_due = None if due is None else due(batch.picture, draws.timesteps, has_caption)
-        loss, score = self.predict_and_score(latents, noise, draws.timesteps, hidden, rows_due)
+        loss, score = self.predict_and_score(latents, noise, draws.timesteps, told, rows_due)
 
         captioned = has_caption.to(self.device) & batch.valid
         # rows that are not due have a score of 0, and so have those at which no caption could change a thing:
@@ -91,8 +94,8 @@ class Predictor:
         """What is random about the rows at these places of a step, on the model's device."""
         return diffusion.draw(self.seed, stream, step, places, latent_shape, self.num_timesteps).to(self.device)
 
-    def _caption(self, batch: Batch, draws: Draws, step: int, stream: Stream) -> tuple[Tensor, Tensor]:
-        """encoder_hidden_states (B, L, D), and whose caption is not empty: (B,) bool, on the CPU."""
+    def _caption(self, batch: Batch, draws: Draws, step: int, stream: Stream) -> tuple[Conditioning, Tensor]:
+        """What the network is told about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
         trained = stream == Stream.TRAIN
         dropout = self.objective.caption_dropout if trained else 0.0
         method = Stream.METHOD if trained else Stream.REFERENCE_METHOD
@@ -106,17 +109,14 @@ class Predictor:
         captioned = has_caption.to(self.device)
         # embeddings of a cache serve where they are what the text encoder would give
         if batch.hidden is not None and not self.model.text_encoder_is_trained and not self.method.rewrites:
-            hidden = torch.where(captioned[:, None, None], batch.hidden, self.model.null_caption().float())
+            null = self.model.null(len(captions))
+            told = replace(null, hidden=torch.where(captioned[:, None, None], batch.hidden, null.hidden.float()))
         else:
-            hidden = self.encode_captions(captions)
-        return self.method.embeddings(hidden, captioned, generators), has_caption
-
-    def encode_captions(self, captions: list[str]) -> Tensor:
-        """The encoder_hidden_states of B captions. (B, L, D)"""
-        return self.model.encode_captions(self.model.tokenize(captions).to(self.device))
+            told = self.model.encode(captions)
+        return replace(told, hidden=self.method.embeddings(told.hidden, captioned, generators)), has_caption
 
     def predict_and_score(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, hidden: Tensor, due: Tensor | None = None
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, told: Conditioning, due: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss, with a graph, and text-conditional magnitude, without one; both (B,) float32.
 
@@ -125,13 +125,13 @@ class Predictor:
         Args:
             latents, noise: (B, C, h, w), of which x_t is made.
             timesteps: (B,) int64.
-            hidden: (B, L, D), the encoded captions.
+            told: the B encoded captions.
             due: (B,) bool, on the CPU; only these rows have a second forward pass, the others' score is 0.
         """
         model = self.model
         noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
         target = diffusion.prediction_target(latents, noise, timesteps, model.alphas_cumprod, model.prediction_type)
-        prediction = model.predict(noisy, timesteps, hidden)
+        prediction = model.predict(noisy, timesteps, told)
         loss = losses.denoising_loss(prediction, target)
         with torch.no_grad(), self.scoring_time.running(noisy.device):
             if due is None:
@@ -145,9 +145,6 @@ class Predictor:
     def _score(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor) -> Tensor:
         """Text-conditional magnitude of B rows, given the prediction (B, C, h, w) with their captions. (B,)"""
         model = self.model
-        null_prediction = model.predict(noisy, timesteps, model.null_caption().expand(len(noisy), -1, -1))
-        cond, uncond = (
-            diffusion.to_noise(p.float(), noisy, timesteps, model.alphas_cumprod, model.prediction_type)
-            for p in (prediction.detach(), null_prediction)
-        )
+        null_prediction = model.predict(noisy, timesteps, model.null(len(noisy)))
+        cond, uncond = (model.to_noise(p.float(), noisy, timesteps) for p in (prediction.detach(), null_prediction))
         return text_conditional_magnitude(cond, uncond)

@@ -13,7 +13,7 @@ from torch import Tensor
 from memtrain.core.exclusion import Observations
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.batches import Batch
-from memtrain.data.datamodule import DataModule
+from memtrain.data.datamodule import DataModule, data_of
 from memtrain.models.base import DiffusionModel
 from memtrain.training.encoded import encode_once, rows_of
 from memtrain.training.predictor import Predictor
@@ -43,7 +43,7 @@ class ReferenceSet:
             )
         self.every, self.batch_size = every, batch_size
         self.not_finite = 0  # rows of this rank that were left out
-        self._buckets: list[np.ndarray] | None = None  # positions
+        self._buckets: list[np.ndarray] = []  # positions; found at the first turn
         self._encoded: dict[int, Batch] = {}  # buckets that look the same at every turn
 
     def size(self, data: DataModule, is_needed: bool) -> int:
@@ -77,8 +77,8 @@ class ReferenceSet:
         number = self.turn(step)
         if size == 0 or number is None:
             return None
-        if self._buckets is None:
-            self._buckets = by_bucket(trainer.datamodule)
+        if not self._buckets:
+            self._buckets = by_bucket(data_of(trainer))
         with (
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
@@ -87,12 +87,12 @@ class ReferenceSet:
             batch = self._batch(trainer, predictor.model, step, number, size).to(predictor.device)
             _, observed = predictor.visit(batch, step, Stream.REFERENCE_ROW)
         finite = (observed.loss + observed.score).isfinite()
-        self._report(trainer.datamodule, step, observed.sample_index[batch.valid & ~finite].tolist())
+        self._report(data_of(trainer), step, observed.sample_index[batch.valid & ~finite].tolist())
         return only_finite(observed), batch.valid & finite
 
     def _batch(self, trainer: pl.Trainer, model: DiffusionModel, step: int, number: int, size: int) -> Batch:
         """The batch of this rank's B rows of a turn; those past the turn's end are not valid."""
-        data = trainer.datamodule
+        data = data_of(trainer)
         per_rank = -(-size // trainer.world_size)
         places = np.arange(per_rank) + trainer.global_rank * per_rank  # (B,), in the turn
         bucket, first = self._whose(number, size)

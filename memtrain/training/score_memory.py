@@ -24,7 +24,7 @@ class Scoring:
     every_visits: int = 1
     timesteps: tuple[int, int] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"score.every must be >= 0, got {self.every}; 0 is never")
         if not 1 <= self.every_visits <= 255:

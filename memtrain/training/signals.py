@@ -9,15 +9,20 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.strategies import ParallelStrategy
 
 from memtrain.training.exit_codes import EXIT_CODES
+from memtrain.training.module import DiffusionTraining
 
 log = logging.getLogger(__name__)
 
+Handler = Callable[[int, FrameType | None], Any] | int | None  # as `signal.signal` takes and gives it
 _ONE_SIGNAL = 1.0  # seconds; a scheduler may deliver one to the process and to its group
 
 
@@ -31,19 +36,20 @@ class Signals(pl.Callback):
     `with signals:` around the training leaves the handlers as they were; Lightning's teardown brings ours back.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_training = False
         self.listening = False
         self.process = os.getpid()
-        self.before: dict[int, signal.Handlers] = {}
+        self.before: dict[int, Handler] = {}
 
     def __enter__(self) -> Signals:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._hand_back()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, DiffusionTraining)
         self.trainer, self.stops = trainer, pl_module.stops
         if threading.current_thread() is threading.main_thread():  # nobody else may
             arrived, arriving = socket.socketpair()
@@ -96,23 +102,24 @@ class Signals(pl.Callback):
         """Note the first signal, in the main thread, when Python has the word again; exit if no step is going on."""
         if os.getpid() != self.process:
             return  # a decoding process: the one that it works for decides
-        number = signal.Signals(number)
+        received = signal.Signals(number)
         if not self.is_training:
-            sys.exit(EXIT_CODES[number])
+            sys.exit(EXIT_CODES[received])
         if self.stops.received is None:
-            self.stops.received = number
+            self.stops.received = received
             log.warning(
-                "%s: this step is finished, a checkpoint written, then the run ends; again to end at once", number.name
+                "%s: this step is finished, a checkpoint written, then the run ends; again to end at once",
+                received.name,
             )
 
     def _watch(self, arrived: socket.socket) -> None:
         """Exit at the second signal, whatever the main thread waits for; runs in a thread of its own."""
-        first, at = 0, 0.0
+        first, at = None, 0.0
         while numbers := arrived.recv(1):
-            number = numbers[0]
-            if number not in EXIT_CODES:
+            if numbers[0] not in EXIT_CODES:
                 continue
-            if not first:
+            number = signal.Signals(numbers[0])
+            if first is None:
                 first, at = number, time.monotonic()
             elif number != first or time.monotonic() - at > _ONE_SIGNAL:
                 launcher = self.trainer.strategy.launcher
@@ -126,7 +133,9 @@ def _speaks(trainer: pl.Trainer, agreed: bool) -> bool:
     """Whether this rank's exit code counts. Where all end, that of the first does; torchrun's agents want one each."""
     if trainer.world_size == 1 or trainer.is_global_zero:
         return True
+    assert isinstance(trainer.strategy, ParallelStrategy)
     environment = trainer.strategy.cluster_environment
+    assert environment is not None
     if isinstance(environment, TorchElasticEnvironment):
         return not agreed or trainer.local_rank == 0
     return not agreed and environment.creates_processes_externally

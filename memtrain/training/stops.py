@@ -49,8 +49,8 @@ class Stops:
         (), () bool -> (3 + signals,) float32
         """
         told = [float(self.missing is not None), *(float(self.received == number) for number in EXIT_CODES)]
-        told = torch.tensor(told, device=bad_losses.device)
-        return torch.cat([torch.stack([bad_losses, bad_gradients]).float(), told])
+        bad = torch.stack([bad_losses, bad_gradients]).float()  # () each -> (2,)
+        return torch.cat([bad, torch.tensor(told, device=bad.device)])
 
     def break_off(self, trainer: pl.Trainer, missing: float) -> None:
         """Raises ShardMissing on all ranks where a shard is gone for any: a step with half its rows is none.
@@ -110,7 +110,7 @@ def ended_clearly(trainer: pl.Trainer, stops: Stops) -> Iterator[None]:
 
 def are_finite(gradients: list[Tensor]) -> Tensor:
     """Whether every value of every gradient is finite. () bool on their device, without waiting for it"""
-    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()  # norms, () each -> (gradients,) -> ()
 
 
 def only_finite(observed: Observations) -> Observations:

@@ -15,7 +15,7 @@ class Stopwatch:
     A block within another that it runs around counts once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds = 0.0
         self._runs = False
@@ -36,9 +36,9 @@ class Stopwatch:
     @contextlib.contextmanager
     def _once(self, device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
-            began = time.perf_counter()
+            at = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - began
+            self._seconds += time.perf_counter() - at
             return
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()

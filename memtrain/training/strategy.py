@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -31,7 +32,7 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
 
-def trainer(strategy: str, **settings) -> pl.Trainer:
+def trainer(strategy: str, **settings: Any) -> pl.Trainer:
     """Build the trainer of `trainer=fsdp`, whose config names the strategy and cannot hold it."""
     return pl.Trainer(strategy=FullySharded(), **settings)
 

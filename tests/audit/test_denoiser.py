@@ -6,9 +6,10 @@ import logging
 import pytest
 import torch
 
-from memtrain.audit.attention import cross_attention, end_positions
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.detect.attention import cross_attention, end_positions
+from memtrain.audit.sampling import generate
 from tests.audit.conftest import PROMPTS
 
 
@@ -35,7 +36,7 @@ def stock_predictions(pipeline, prompts, latents, num_inference_steps, guidance_
 def test_predictions_and_path_are_the_stock_pipelines(denoiser, stock, guidance_scale):
     latents = denoiser.noise(seeds_of(PROMPTS))
     expected, end = stock_predictions(stock, PROMPTS, latents, 4, guidance_scale)
-    cond, null = denoiser.encode(PROMPTS), denoiser.null(len(PROMPTS))
+    cond, null = denoiser.encode(PROMPTS), denoiser.model.null(len(PROMPTS))
     for t, (stock_null, stock_cond) in zip(denoiser.timesteps(4).tolist(), expected, strict=True):
         with torch.no_grad():
             noise_cond, noise_null = denoiser.predict_pair(latents, t, cond, null)
@@ -43,27 +44,27 @@ def test_predictions_and_path_are_the_stock_pipelines(denoiser, stock, guidance_
         torch.testing.assert_close(noise_null, stock_null, atol=1e-4, rtol=1e-4)
         latents = denoiser.step(latents, t, noise_cond, noise_null, guidance_scale, 4)
     torch.testing.assert_close(latents, end, atol=1e-4, rtol=1e-4)
-    assert torch.equal(latents, denoiser.generate(PROMPTS, seeds_of(PROMPTS), 4, guidance_scale))
+    assert torch.equal(latents, generate(denoiser, cond, seeds_of(PROMPTS), 4, guidance_scale))
 
 
 def test_sdxl_predictions_are_the_stock_pipelines(xl_pipeline):
     xl = Denoiser.of(xl_pipeline)
-    xl_pipeline.set_progress_bar_config(disable=True)
     latents = xl.noise(seeds_of(PROMPTS))
     expected, end = stock_predictions(xl_pipeline, PROMPTS, latents, 2, 5.0)
     with torch.no_grad():
-        pair = xl.predict_pair(latents, int(xl.timesteps(2)[0]), xl.encode(PROMPTS), xl.null(3))
+        pair = xl.predict_pair(latents, int(xl.timesteps(2)[0]), xl.encode(PROMPTS), xl.model.null(3))
     torch.testing.assert_close(pair[0], expected[0][1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(pair[1], expected[0][0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(xl.generate(PROMPTS, seeds_of(PROMPTS), 2, 5.0), end, atol=1e-4, rtol=1e-4)
-    assert xl.decode(end).shape == (3, 32, 32, 3)
+    drawn = generate(xl, xl.encode(PROMPTS), seeds_of(PROMPTS), 2, 5.0)
+    torch.testing.assert_close(drawn, end, atol=1e-4, rtol=1e-4)
+    assert xl.model.decode(end).shape == (3, 32, 32, 3)
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
 def test_token_embeddings_give_what_tokens_give_with_a_gradient(denoiser, xl_pipeline, family):
     own = denoiser if family == "sd" else Denoiser.of(xl_pipeline)
-    embeds = own.token_embeds(PROMPTS).requires_grad_()
-    encoded, expected = own.encode_embeds(embeds, PROMPTS), own.encode(PROMPTS)
+    embeds = own.model.token_embeds(PROMPTS).requires_grad_()
+    encoded, expected = own.model.encode_embeds(embeds, PROMPTS), own.encode(PROMPTS)
     torch.testing.assert_close(encoded.hidden, expected.hidden)
     total = encoded.hidden.square().sum()
     if family == "xl":
@@ -71,16 +72,16 @@ def test_token_embeddings_give_what_tokens_give_with_a_gradient(denoiser, xl_pip
         total = total + encoded.pooled.square().sum()
     (gradient,) = torch.autograd.grad(total, embeds)
     assert gradient.abs().sum() > 0
-    assert not own.pipeline.text_encoder.get_input_embeddings()._forward_hooks
+    assert not own.model.text_encoder.get_input_embeddings()._forward_hooks
     with pytest.raises(ValueError, match="B = 3 prompts"):
-        own.encode_embeds(embeds[:2], PROMPTS)
+        own.model.encode_embeds(embeds[:2], PROMPTS)
 
 
 def test_attention_is_read_without_a_trace(denoiser):
-    unet = denoiser.pipeline.unet
+    unet = denoiser.model.unet
     before, processors = copy.copy(unet.__dict__), dict(unet.attn_processors)
-    latents, cond, null = denoiser.noise([1, 2]), denoiser.encode(PROMPTS[:2]), denoiser.null(2)
-    ends = end_positions(denoiser.token_ids(PROMPTS[:2]), denoiser.tokenizer.eos_token_id)
+    latents, cond, null = denoiser.noise([1, 2]), denoiser.encode(PROMPTS[:2]), denoiser.model.null(2)
+    ends = end_positions(denoiser.model.tokenize(PROMPTS[:2]), denoiser.model.tokenizer.eos_token_id)
     with torch.no_grad():
         plain = denoiser.predict_pair(latents, 500, cond, null)
         with cross_attention(unet, ends) as seen:
@@ -94,18 +95,18 @@ def test_attention_is_read_without_a_trace(denoiser):
 
 
 def test_end_of_text_is_the_first_one(denoiser):
-    ids = denoiser.token_ids(["fox", "", "fox " * 99])
-    places = end_positions(ids, denoiser.tokenizer.eos_token_id)
-    assert places.tolist() == [len(denoiser.tokenizer("fox").input_ids) - 1, 1, ids.shape[1] - 1]
+    ids = denoiser.model.tokenize(["fox", "", "fox " * 99])
+    places = end_positions(ids, denoiser.model.tokenizer.eos_token_id)
+    assert places.tolist() == [len(denoiser.model.tokenizer("fox").input_ids) - 1, 1, ids.shape[1] - 1]
 
 
 def test_hooks_are_gone_after_an_error(denoiser):
     with (
         pytest.raises(RuntimeError, match="stopped"),
-        cross_attention(denoiser.pipeline.unet, torch.tensor([1])),
+        cross_attention(denoiser.model.unet, torch.tensor([1])),
     ):
         raise RuntimeError("stopped")
-    assert not any(module._forward_hooks for module in denoiser.pipeline.unet.modules())
+    assert not any(module._forward_hooks for module in denoiser.model.unet.modules())
 
 
 def test_noise_of_a_row_does_not_depend_on_its_batch(denoiser):
@@ -114,8 +115,8 @@ def test_noise_of_a_row_does_not_depend_on_its_batch(denoiser):
     assert set(generation_seeds("fox", 4, 0)).isdisjoint(generation_seeds("cat", 4, 0))
 
 
-def test_fingerprint_tells_weights_apart(denoiser, xl_pipeline):
-    changed = copy.deepcopy(denoiser.pipeline)
+def test_fingerprint_tells_weights_apart(denoiser, pipeline):
+    changed = copy.deepcopy(pipeline)
     assert Denoiser.of(changed).fingerprint() == denoiser.fingerprint()
     with torch.no_grad():
         next(changed.unet.parameters()).view(-1)[0] += 1e-3

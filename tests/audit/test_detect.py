@@ -9,18 +9,20 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from memtrain.audit import detect as module
-from memtrain.audit.bench import measure_detection
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.density import EmbeddingDensity, TiledL2Density, tiled_distance
-from memtrain.audit.detect import SCORE_NAMES, detect, named_scores
-from memtrain.audit.scoring import DetectionSettings, Plan, Sharpness
-from memtrain.audit.separation import by_group, by_step
+from memtrain.audit.detect import detection as module
+from memtrain.audit.detect.bench import measure_detection
+from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density, tiled_distance
+from memtrain.audit.detect.detection import SCORE_NAMES, detect, named_scores
+from memtrain.audit.detect.scores import Sharpness
+from memtrain.audit.detect.scoring import DetectionSettings, Plan
+from memtrain.audit.detect.separation import by_group, by_step
 from memtrain.cli.arguments import spelled
 from memtrain.cli.detect import detect as command
 from memtrain.cli.main import config_folder
 from memtrain.report.detection import roc
 from tests.audit.conftest import PROMPTS
+from tests.support.families import stable_diffusion
 
 STEPWISE = SCORE_NAMES[:5]
 SHORT = dict(num_images_per_prompt=2, num_scored_steps=2, num_inference_steps=4)
@@ -77,12 +79,13 @@ def test_the_scores_are_those_of_a_plain_loop_over_the_stock_pipeline(denoiser, 
 
 def test_v_prediction_of_the_same_model_scores_the_same(pipeline_folder, all_scores):
     """v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), exactly, of the network that predicts eps."""
-    own = Denoiser.load(str(pipeline_folder), device="cpu").pipeline
+    own = stable_diffusion(pipeline_folder)
     epsilon, alphas = own.unet.forward, own.scheduler.alphas_cumprod
 
     def velocity(sample, timestep, *args, **kwargs):
         noise = epsilon(sample, timestep, *args, **kwargs)[0]
-        return (((noise - (1 - alphas[timestep]).sqrt() * sample) / alphas[timestep].sqrt()),)
+        alpha = alphas[timestep].reshape(-1, 1, 1, 1)
+        return ((noise - (1 - alpha).sqrt() * sample) / alpha.sqrt(),)
 
     own.unet.forward = velocity
     own.scheduler.register_to_config(prediction_type="v_prediction")
@@ -94,8 +97,8 @@ def test_v_prediction_of_the_same_model_scores_the_same(pipeline_folder, all_sco
 @pytest.mark.parametrize("scores", [["magnitude"], ["attention_entropy", "magnitude"], ["sharpness"], list(STEPWISE)])
 def test_forwards_are_as_many_as_stated_and_nothing_is_decoded(denoiser, monkeypatch, scores):
     rows = []
-    monkeypatch.setattr(denoiser.pipeline.vae, "decode", lambda *_: pytest.fail("decoded"))
-    hook = denoiser.pipeline.unet.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
+    monkeypatch.setattr(denoiser.model.vae, "decode", lambda *_: pytest.fail("decoded"))
+    hook = denoiser.model.unet.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
     try:
         found = detect(denoiser, PROMPTS, scores=scores, **SHORT)
     finally:
@@ -236,7 +239,7 @@ def test_what_makes_no_sense_is_one_line(denoiser, options, message):
 
 def test_a_pipeline_of_another_kind_is_refused(denoiser):
     with pytest.raises(ValueError, match="a AutoencoderKL cannot be audited; model takes a Stable Diffusion"):
-        detect(denoiser.pipeline.vae, PROMPTS)
+        detect(denoiser.model.vae, PROMPTS)
 
 
 def config(**changes):

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.evaluate import evaluate, read_rows, short_names
-from memtrain.audit.evaluation import Evaluation, GroupResult, Measures, ModelResult, Settings
-from memtrain.audit.fid import LatentGrid
-from memtrain.audit.similarity import LatentRmse
+from memtrain.audit.evaluate.fid import LatentGrid
+from memtrain.audit.evaluate.models import evaluate, read_rows, short_names
+from memtrain.audit.evaluate.one_model import Evaluation, GroupResult, Measures, ModelResult, Settings
+from memtrain.audit.evaluate.similarity import LatentRmse
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
 from memtrain.cli.arguments import spelled
 from memtrain.cli.evaluate import evaluate as command
@@ -112,13 +112,14 @@ def test_generations_are_the_denoisers_and_their_distance_is_to_their_own_traini
     evaluated, pipeline_folder, samples
 ):
     from memtrain.audit.batches import ShrinkingBatches
-    from memtrain.audit.compare import encode_images
+    from memtrain.audit.pictures import encode_images
+    from memtrain.audit.sampling import generate
     from memtrain.audit.training_samples import read_pictures
 
     out, result, _ = evaluated
     denoiser = Denoiser.load(str(pipeline_folder), "cpu")
     for row in read_rows(out, [result]).to_pylist()[::3]:
-        latents = denoiser.generate([row["caption"]], [row["seed"]], 2, 3.0)
+        latents = generate(denoiser, denoiser.encode([row["caption"]]), [row["seed"]], 2, 3.0)
         original = read_pictures(samples, samples.find([row["key"]]).tolist(), (64, 64))
         difference = latents - encode_images(denoiser, original, ShrinkingBatches(1))
         assert row["latent_rmse"] == pytest.approx(difference.square().mean().sqrt().item(), rel=1e-4)
@@ -148,7 +149,7 @@ def test_at_a_huge_cut_all_are_copies_and_at_a_tiny_one_none(evaluated, pipeline
 
 
 def test_a_torchscript_file_judges_instead_of_the_stand_in(pipeline_folder, samples, canaries, tmp_path):
-    from memtrain.audit.similarity import Sscd
+    from memtrain.audit.evaluate.similarity import Sscd
 
     path = scripted(Descriptor(), tmp_path / "sscd.pt")
     measures = Measures(Sscd(path, CPU), LatentGrid(), None)

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.explain import ScoredPath, check_words, explain, token_gradients
-from memtrain.audit.words import words_of
+from memtrain.audit.explain.explanation import check_words, explain, token_gradients
+from memtrain.audit.explain.words import words_of
+from memtrain.audit.scored_path import ScoredPath
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import main
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.report.tokens import draw_significance, write_page
+from tests.support.families import assert_unchanged, state_of
 
 PROMPT = "fox on a red background"
 FEW = dict(num_inference_steps=4, steps=(0, 1))
@@ -20,20 +22,20 @@ FEW = dict(num_inference_steps=4, steps=(0, 1))
 def test_token_significance_equals_a_finite_difference(pipelines, prediction_type):
     """Along the gradient's own direction, d changes by the gradient's norm."""
     denoiser = Denoiser.load(str(pipelines[prediction_type]), device="cpu")
-    denoiser.pipeline.unet.double()
-    denoiser.pipeline.text_encoder.double()
+    denoiser.model.unet.double()
+    denoiser.model.text_encoder.double()
     denoiser.dtype = torch.float64
-    embeds = denoiser.token_embeds([PROMPT]).double()
+    embeds = denoiser.model.token_embeds([PROMPT]).double()
     latents, t = denoiser.noise([1]), int(denoiser.timesteps(4)[0])
 
     def score(embeds):
-        told = denoiser.encode_embeds(embeds, [PROMPT])
-        return text_conditional_magnitude(*denoiser.predict_pair(latents, t, told, denoiser.null(1))).sum()
+        told = denoiser.model.encode_embeds(embeds, [PROMPT])
+        return text_conditional_magnitude(*denoiser.predict_pair(latents, t, told, denoiser.model.null(1))).sum()
 
     norms, scores = token_gradients(denoiser, [PROMPT], [1], ScoredPath((0,), 4, 7.5))
     (gradient,) = torch.autograd.grad(score(embeds.requires_grad_(True)), embeds)
     assert scores.item() == pytest.approx(score(embeds).item(), rel=1e-4)
-    for token in words_of(PROMPT, denoiser.tokenizer)[0].tokens:
+    for token in words_of(PROMPT, denoiser.model.tokenizer)[0].tokens:
         direction = torch.zeros_like(embeds)
         direction[:, token] = gradient[:, token] / gradient[:, token].norm()
         step = 0.02 / gradient[:, token].norm()  # d moves by about 0.04, far above rounding
@@ -46,18 +48,18 @@ def test_pieces_are_joined_and_start_end_and_padding_left_out(denoiser):
     explanation = explain(denoiser, PROMPT, num_images_per_prompt=2, **FEW)
     assert [word.text for word in explanation.words] == PROMPT.split()
     assert all(PROMPT[word.start : word.end] == word.text for word in explanation.words)
-    ids = denoiser.token_ids([PROMPT])[0]
+    ids = denoiser.model.tokenize([PROMPT])[0]
     shown = [token.position for token in explanation.tokens]
-    ends = (denoiser.tokenizer.bos_token_id, denoiser.tokenizer.eos_token_id)
+    ends = (denoiser.model.tokenizer.bos_token_id, denoiser.model.tokenizer.eos_token_id)
     assert shown == [place for place, token in enumerate(ids.tolist()) if token not in ends]
     own = {token.position: token.significance for token in explanation.tokens}
-    for word, found in zip(words_of(PROMPT, denoiser.tokenizer), explanation.words, strict=True):
+    for word, found in zip(words_of(PROMPT, denoiser.model.tokenizer), explanation.words, strict=True):
         parts = [own[place] for place in word.tokens]
         assert max(parts) * 0.999 <= found.significance <= sum(parts) * 1.001  # a norm over the pieces
 
 
 def test_words_of_odd_prompts(denoiser):
-    tokenizer = denoiser.tokenizer
+    tokenizer = denoiser.model.tokenizer
     assert words_of("", tokenizer) == words_of("   ", tokenizer) == []
     odd = words_of("don't-stop, 狐 café!", tokenizer)
     assert [word.text for word in odd] == ["don't-stop", ",", "狐", "café", "!"]
@@ -66,21 +68,20 @@ def test_words_of_odd_prompts(denoiser):
     assert explain(denoiser, "fox " * 60, num_images_per_prompt=1, **FEW).words[-1].significance is None
 
 
-def test_same_for_a_seed_and_any_batch_size_and_nothing_changes_in_the_pipeline(denoiser):
-    before = [weight.requires_grad for weight in denoiser.pipeline.unet.parameters()]
-    one, many = (explain(denoiser.pipeline, [PROMPT], num_images_per_prompt=3, batch_size=b, **FEW)[0] for b in (1, 3))
+def test_same_for_a_seed_and_any_batch_size_and_nothing_changes_in_the_pipeline(denoiser, pipeline):
+    before = state_of(pipeline)
+    one, many = (explain(pipeline, [PROMPT], num_images_per_prompt=3, batch_size=b, **FEW)[0] for b in (1, 3))
     assert one.score == pytest.approx(many.score, abs=1e-5)
     for a, b in zip(one.words, many.words, strict=True):
         assert a.significance == pytest.approx(b.significance, rel=1e-3)
     assert explain(denoiser, PROMPT, num_images_per_prompt=3, seed=1, **FEW).score != one.score
-    assert [weight.requires_grad for weight in denoiser.pipeline.unet.parameters()] == before
-    assert all(weight.grad is None for weight in denoiser.pipeline.unet.parameters())
+    assert_unchanged(pipeline, before)
 
 
 def test_later_steps_lie_on_the_path_guided_towards_the_prompt(denoiser):
     seeds = generation_seeds(PROMPT, 1, 0)
     _, scores = token_gradients(denoiser, [PROMPT], seeds, ScoredPath((2,), 4, 7.5))
-    cond, null, latents = denoiser.encode([PROMPT]), denoiser.null(1), denoiser.noise(seeds)
+    cond, null, latents = denoiser.encode([PROMPT]), denoiser.model.null(1), denoiser.noise(seeds)
     with torch.no_grad():
         for t in denoiser.timesteps(4)[:2].tolist():
             pair = denoiser.predict_pair(latents, t, cond, null)

@@ -8,10 +8,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.compare import Comparison, Judges, caption_margin, encode_images
 from memtrain.audit.denoiser import generation_seeds
-from memtrain.audit.mitigate import Sampling, follow, generate, mitigate, resolve_target
-from memtrain.audit.mitigations import (
+from memtrain.audit.mitigate.comparison import Comparison, Judges, caption_margin
+from memtrain.audit.mitigate.methods import (
     Embedding,
     InitialNoise,
     LateGuidance,
@@ -20,6 +19,8 @@ from memtrain.audit.mitigations import (
     RepeatWords,
     Start,
 )
+from memtrain.audit.mitigate.mitigation import Sampling, follow, generate, mitigate, resolve_target
+from memtrain.audit.pictures import encode_images
 from memtrain.cli.main import main
 from memtrain.core.copies import latent_rmse
 from memtrain.data.samples import ShardSamples
@@ -58,7 +59,7 @@ def test_only_bos_stays_where_it_is(denoiser):
     before, after = found.before.prompt_embeds, found.prompt_embeds
     torch.testing.assert_close(after[:, 0], before[:, 0], rtol=0, atol=0)
     assert (after[:, 1:] != before[:, 1:]).flatten(1).any(dim=1).all()
-    assert all(weight.grad is None for weight in denoiser.pipeline.unet.parameters())
+    assert all(weight.grad is None for weight in denoiser.model.unet.parameters())
 
 
 def test_a_finished_generation_is_not_moved_by_the_others(denoiser, plain):
@@ -77,16 +78,15 @@ def test_the_optimised_noise_keeps_its_norm(denoiser):
     assert not torch.equal(after, before)
 
 
-def test_embeddings_and_noise_draw_the_same_pictures_with_the_stock_pipeline(denoiser):
+def test_embeddings_and_noise_draw_the_same_pictures_with_the_stock_pipeline(denoiser, pipeline):
     found = mitigate(denoiser, PROMPT, 0.0, method=Embedding(iterations=2), **FEW)
-    pipeline = denoiser.pipeline
     kept = pipeline.scheduler
     pipeline.scheduler = DDIMScheduler.from_config(kept.config, clip_sample=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         latents = pipeline(
             prompt_embeds=found.prompt_embeds,
-            negative_prompt_embeds=denoiser.null(2).hidden,
+            negative_prompt_embeds=denoiser.model.null(2).hidden,
             latents=found.after.start,
             num_inference_steps=4,
             guidance_scale=7.5,
@@ -124,7 +124,7 @@ def test_late_guidance_is_unconditional_until_the_first_local_minimum(denoiser):
     for row, scores in enumerate(found.scores.tolist()):
         minima = [n for n in range(2, steps) if scores[n - 2] > scores[n - 1] < scores[n]]
         assert found.guided_from[row] == (minima[0] if minima else steps)
-    null, latents = denoiser.null(3), denoiser.noise(seeds)  # plainly written
+    null, latents = denoiser.model.null(3), denoiser.noise(seeds)  # plainly written
     cond = denoiser.encode([PROMPT] * 3)
     with torch.no_grad():
         for number, t in enumerate(denoiser.timesteps(steps).tolist()):
@@ -138,7 +138,7 @@ def test_late_guidance_is_unconditional_until_the_first_local_minimum(denoiser):
 
 def test_late_guidance_finds_the_minimum_of_each_row(denoiser, monkeypatch):
     falling = iter([[3.0, 3.0, 1.0], [2.0, 4.0, 2.0], [2.5, 5.0, 3.0], [1.0, 6.0, 4.0]])  # a step each
-    scores = "memtrain.audit.mitigate.text_conditional_magnitude"
+    scores = "memtrain.audit.mitigate.mitigation.text_conditional_magnitude"
     monkeypatch.setattr(scores, lambda *_: torch.tensor(next(falling)))
     start = Start.of(denoiser, [PROMPT] * 3, [1, 2, 3])
     assert follow(denoiser, start, Sampling(4), holds_guidance=True).guided_from.tolist() == [2, 4, 4]

@@ -7,8 +7,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from memtrain.audit.alignment import ClipScore
-from memtrain.audit.fid import FrechetDistance, LatentGrid, ScriptFeatures
-from memtrain.audit.similarity import LatentRmse, Pictures, Sscd, sscd_pixels
+from memtrain.audit.evaluate.fid import FrechetDistance, LatentGrid, ScriptFeatures
+from memtrain.audit.evaluate.similarity import LatentRmse, Pictures, Sscd, sscd_pixels
 from memtrain.demo.make_base import caption_tokenizer
 from tests.support.networks import Descriptor, scripted
 

@@ -12,7 +12,7 @@ from memtrain.audit import suspects
 from memtrain.audit.suspects import judge, z_scores
 from memtrain.cli.ledger import ledger
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
-from memtrain.data.ledger import KeyNumbers, Rows
+from memtrain.data.ledger import KeyNumbers, LedgerRows
 from tests.conftest import build_data
 from tests.support.ledgers import write
 
@@ -25,7 +25,7 @@ def simulated(
     steps: int = 1000,
     memorized_by: float = 3.0,
     spread: float = 0.5,
-) -> Rows:
+) -> LedgerRows:
     """Scores depend on the timestep and drift; memorized samples rise at high noise and are seen more.
 
     `memorized_by`: at the end; 3 gives a single visit an AUC of 0.97, as docs/method.md says of a diffusion model.
@@ -42,7 +42,7 @@ def simulated(
     log_score = 1.0 - timestep / 700 + 0.5 * step / steps + 0.3 * z
     order = np.argsort(step, kind="stable")
     score = np.exp(log_score).astype(np.float32)
-    rows = Rows(
+    rows = LedgerRows(
         step, index, index, group.astype(np.int8), timestep.astype(np.int16), score, np.ones(len(index), bool),
         np.full(len(index), 0.1, np.float32), np.full(len(index), 3, np.float32), score < 3,
     )  # fmt: skip
@@ -53,7 +53,7 @@ def simulated(
 def test_a_row_of_the_ledger_takes_few_bytes_to_judge(tmp_path, monkeypatch, reference):
     """NumPy's peak, and what Arrow holds meanwhile: unlike resident memory the same on every machine."""
     few = simulated(reference=reference)
-    rows = Rows.concatenate([few] * 12)
+    rows = LedgerRows.concatenate([few] * 12)
     write(tmp_path, rows, key=key)
     judge(tmp_path)  # imports and the like
     before, held = pa.total_allocated_bytes(), []
@@ -143,7 +143,7 @@ def test_memorized_samples_that_never_stood_out_are_found_by_their_rise(tmp_path
     rows = simulated(memorized_by=0.0, spread=0.5)
     planted, high = rows.sample_index < MEMORIZED, rows.timestep >= 700
     rise = 0.3 * np.where(planted & high, 4.5 * rows.step / 1000 - 3.0, 0.0)
-    write(tmp_path, Rows(**rows.__dict__ | {"score": (rows.score * np.exp(rise)).astype(np.float32)}), key=key)
+    write(tmp_path, LedgerRows(**rows.__dict__ | {"score": (rows.score * np.exp(rise)).astype(np.float32)}), key=key)
     table = judge(tmp_path).table
     numbers = [int(name.split("/")[1]) for name in table["key"].to_pylist()]
     p = dict(zip(numbers, table["p_value"].to_numpy(), strict=True))
@@ -180,7 +180,7 @@ def test_wrong_requests_are_named(tmp_path):
 
 def test_a_ledger_without_scores_is_named(tmp_path):
     rows = simulated()
-    write(tmp_path, Rows(**rows.__dict__ | {"scored": rows.scored & False}), key=key)
+    write(tmp_path, LedgerRows(**rows.__dict__ | {"scored": rows.scored & False}), key=key)
     with pytest.raises(ValueError, match="no scores at high noise"):
         judge(tmp_path)
 

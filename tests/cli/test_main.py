@@ -248,3 +248,14 @@ def test_a_class_of_the_users_own_folder_is_found_by_the_console_script(tmp_path
     ended = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert "mine is imported" in ended.stdout, ended.stderr  # the rule was built: what comes after it is wrong
     assert ended.returncode == 2 and "empty.tar" in ended.stderr
+
+
+def test_a_rule_of_ones_own_has_a_file_of_its_own_and_a_misspelt_key_of_it_is_named(capsys, tmp_path):
+    (tmp_path / "exclusion").mkdir()
+    (tmp_path / "exclusion" / "mine.yaml").write_text("# Left out below a loss\n_target_: mine.LowLoss\nlevel: 0.5\n")
+    argv = ["train", "--config-dir", str(tmp_path), "--cfg", "job", "exclusion=mine"]
+    main([*argv, "exclusion.level=0.7"])
+    assert "_target_: mine.LowLoss\n  level: 0.7\n" in capsys.readouterr().out
+    assert "no key exclusion.levle; did you mean exclusion.level?" in fails(capsys, *argv, "exclusion.levle=0.7")
+    main(["train", "--cfg", "job", "exclusion=none", "exclusion._target_=mine.LowLoss", "+exclusion.level=0.7"])
+    assert "_target_: mine.LowLoss\n  level: 0.7\n" in capsys.readouterr().out

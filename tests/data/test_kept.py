@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from memtrain.data import find_pictures as finding
+from memtrain.data import index as indexing
 from memtrain.data.find_pictures import find_pictures
 from memtrain.data.images import BadSample
 from memtrain.data.index import open_indexes, open_remote_indexes, write_index
@@ -45,7 +47,7 @@ def opened(corpus, cache, **options):
 def state(samples):
     pictures = find_pictures(samples, "near", 1)
     buckets = [samples.buckets(number).tolist() for number in range(SHARDS)]
-    return [samples.counts.tolist(), dict(samples.dropped), buckets, pictures.positions.tolist()]
+    return [samples.counts.tolist(), dict(samples.rows.filtered.dropped), buckets, pictures.positions.tolist()]
 
 
 def start(barrier, answers, corpus, cache):
@@ -185,6 +187,21 @@ def test_records_that_point_out_of_the_tar_are_not_believed(corpus, tmp_path, ex
     assert np.array_equal(index.records(), expected) and "is damaged" in caplog.text
 
 
+def test_records_that_vanish_before_they_are_read_are_made_anew(corpus, tmp_path, expected, caplog, monkeypatch):
+    holds, looked = indexing._holds_records, []
+
+    def vanish_once(path, count):
+        found = holds(path, count)
+        if found and not looked:
+            looked.append(path)
+            Path(path).unlink()
+        return found
+
+    monkeypatch.setattr(indexing, "_holds_records", vanish_once)
+    made = remote(corpus, tmp_path, lambda *_: None)
+    assert looked and np.array_equal(made.records(), expected) and "is damaged" in caplog.text
+
+
 def test_a_good_remote_index_spares_the_shard_and_bad_hashes_are_left_out(corpus, tmp_path, expected, caplog):
     index = remote(corpus, tmp_path, lambda *_: damaged(corpus / "00000.tar.index.hashes.npy", "cut"))
     assert np.array_equal(index.records(), expected) and not index.is_hashed
@@ -207,7 +224,7 @@ def test_a_damaged_remote_index_is_never_left_to_the_next_start(corpus, tmp_path
 def test_an_index_that_lies_gives_a_bad_sample(corpus, tmp_path):
     """Where the files of the cache are whole, and wrong."""
     samples = ShardSamples(str(corpus), 64, cache_dir=tmp_path / "cache")
-    file = f"{samples.indexes[0].stem}.npy"
+    file = f"{samples.indexed.indexes[0].stem}.npy"
     records = np.load(file)
     for row, (offset, size) in enumerate([(-512, 10), (0, 2**62), (2**62, 10), (0, -5)]):
         records["image"][row] = (offset, size)

@@ -9,7 +9,7 @@ import pytest
 import memtrain
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
 from memtrain.core.streams import Stream, place_seed
-from memtrain.data.ledger import SCHEMA, About, LedgerWriter, Rows, begin, drawn, read_about, read_ledger
+from memtrain.data.ledger import SCHEMA, About, LedgerRows, LedgerWriter, begin, drawn, read_about, read_ledger
 from tests.support.ledgers import laion_key, visits, write
 
 
@@ -36,7 +36,7 @@ def test_a_row_takes_at_most_sixteen_bytes(tmp_path, batch):
     rows = visits(count, batch)
     moving = np.random.default_rng(1).normal(2, 0.1, (500, 10)).astype(np.float32)
     scored = np.ones(count, bool)
-    rows = Rows(**rows.__dict__ | {"threshold": moving[rows.step, rows.timestep // 100], "scored": scored})
+    rows = LedgerRows(**rows.__dict__ | {"threshold": moving[rows.step, rows.timestep // 100], "scored": scored})
     write(tmp_path, rows)
     (part,) = (tmp_path / "ledger").iterdir()
     assert 8 < part.stat().st_size / count < 16
@@ -121,7 +121,7 @@ def test_the_three_questions_of_the_readme(tmp_path):
     ]  # fmt: skip
     kinds = (np.int64, np.int64, np.int64, np.int8, np.int16, np.float32, bool, np.float32, np.float32, bool)
     columns = [np.array(column, kind) for column, kind in zip(zip(*table, strict=True), kinds, strict=True)]
-    write(tmp_path, Rows(*columns), key="abc".__getitem__)
+    write(tmp_path, LedgerRows(*columns), key="abc".__getitem__)
     ledger = read_ledger(tmp_path)
 
     trained = pc.field("group") != "reference"

@@ -9,13 +9,14 @@ import pytest
 from memtrain.data import open_shards
 from memtrain.data.batches import BatchDecoder
 from memtrain.data.buckets import bucket_sizes, nearest_bucket
-from memtrain.data.columns import parse_filter
 from memtrain.data.datamodule import from_shards
 from memtrain.data.images import BadSample
 from memtrain.data.index import open_index, write_index
 from memtrain.data.remote import ShardMissing
-from memtrain.data.samples import ShardSamples, View
+from memtrain.data.row_filter import parse_filter
+from memtrain.data.samples import ShardSamples
 from memtrain.data.sources import find_sources
+from memtrain.data.view import View
 from tests.support.tars import picture, sample, write_tar
 
 
@@ -66,7 +67,7 @@ def test_a_filter_keeps_what_it_says_and_counts_what_it_drops(tmp_path, where, l
         samples.log_counts()
         assert keys(samples) == [f"x.tar/{key}" for key in left]
         assert [samples.get(index)[1] for index in range(len(samples))] == list(left)
-        assert list(samples.dropped.values()) == dropped
+        assert list(samples.rows.filtered.dropped.values()) == dropped
     for clause, number in zip(parse_filter(where), dropped, strict=True):
         assert f"drops {number} samples: {clause.text}" in caplog.text
 
@@ -80,7 +81,7 @@ def test_a_filter_reads_the_parquet_as_the_json(corpus, tmp_path):
         (bare / tar.name).write_bytes(tar.read_bytes())
     from_json = ShardSamples(str(bare), 64, where=where, cache_dir=tmp_path / "two")
     assert keys(from_parquet) == keys(from_json) and 0 < len(from_json) < 48
-    assert from_parquet.dropped == from_json.dropped
+    assert from_parquet.rows.filtered.dropped == from_json.rows.filtered.dropped
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.pretrained import from_pretrained
 
 
 def build(folder, **options):
     defaults = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
-    return StableDiffusion(str(folder), **(defaults | options))
+    return from_pretrained(str(folder), **(defaults | options))
 
 
 def test_images_survive_the_way_to_latents_and_shapes_are_told(pipeline_folder):
@@ -34,11 +34,11 @@ def test_a_resolution_that_the_unet_cannot_take_is_named(pipeline_folder, resolu
 def test_captions_are_encoded_as_the_stock_pipeline_encodes_them(pipeline_folder):
     model = build(pipeline_folder)
     captions = ["fox on a teal background", "", "a caption " * 40]
-    hidden = model.encode_captions(model.tokenize(captions))
+    hidden = model.encode(captions).hidden
     for row, caption in zip(hidden, captions, strict=True):
         expected, _ = model.pipeline().encode_prompt(caption, "cpu", 1, False)
         torch.testing.assert_close(row[None], expected)
-    torch.testing.assert_close(model.null_caption(), hidden[1:2])
+    torch.testing.assert_close(model.null(1).hidden, hidden[1:2])
 
 
 def test_the_null_caption_is_encoded_once_where_the_text_encoder_is_frozen(pipeline_folder):
@@ -47,7 +47,7 @@ def test_the_null_caption_is_encoded_once_where_the_text_encoder_is_frozen(pipel
     for model in (frozen, trained):
         model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
         for _ in range(3):
-            assert not model.null_caption().requires_grad
+            assert not model.null(2).hidden.requires_grad
     assert len(calls) == 1 + 3
 
 

@@ -22,12 +22,12 @@ from memtrain.callbacks.ledger import Ledger
 from memtrain.callbacks.report import Report
 from memtrain.cli.main import main
 from memtrain.core.exclusion import GROUP_NAMES
-from memtrain.data.ledger import About, LedgerWriter, Rows, read_ledger
+from memtrain.data.ledger import About, LedgerRows, LedgerWriter, read_ledger
 from memtrain.data.paths import LEDGER
 from memtrain.report.comparison import differences, table
 from memtrain.report.figures import figures_of, plane
 from memtrain.report.page import ASSETS, write_report
-from memtrain.report.run import RULES, read_run
+from memtrain.report.run import Run, read_run
 from memtrain.report.verdict import baseline_of, verdict
 from tests.conftest import build_data, build_module, fit
 from tests.support.corpora import encode, sample, textured, write_tar
@@ -105,7 +105,7 @@ def write_ledger(run, excludes: bool, with_reference: bool, fixed: bool) -> None
         kept = score < 1.5 if fixed else ~(memorized & excludes & (rng.random(24) < 0.75))
         scored = rng.random(24) < 0.9
         writer.add(
-            Rows(
+            LedgerRows(
                 np.full(24, step), index, index, group.astype(np.int8), timestep.astype(np.int16),
                 score.astype(np.float32), scored, np.full(24, 0.1, np.float32),
                 threshold.astype(np.float32), kept,
@@ -331,5 +331,12 @@ def test_a_browser_draws_every_figure(run, page, tmp_path):
 
 def test_rules_are_named_as_they_are_chosen():
     folder = Path(__file__).parents[2] / "conf" / "exclusion"
-    chosen = {OmegaConf.load(path)["_target_"].rsplit(".", 1)[-1]: path.stem for path in folder.glob("*.yaml")}
-    assert chosen == RULES
+    chosen = {path.stem: OmegaConf.load(path)["_target_"] for path in folder.glob("*.yaml")}
+    assert len(set(chosen.values())) == len(chosen) > 5
+    for name, target in chosen.items():
+        assert a_run(target).rule == name
+    assert a_run("mine.LowLoss").rule == "LowLoss" and a_run("mine.Quantile").rule == "Quantile"
+
+
+def a_run(target: str) -> Run:
+    return Run(Path("run"), "run", {"exclusion": {"_target_": target}}, {}, {}, {}, None)

@@ -3,14 +3,14 @@
 import numpy as np
 
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED
-from memtrain.data.ledger import About, LedgerWriter, Rows
+from memtrain.data.ledger import About, LedgerRows, LedgerWriter
 
 
-def visits(count: int, batch: int = 32, first: int = 0, seed: int = 0, samples: int = 80_000) -> Rows:
+def visits(count: int, batch: int = 32, first: int = 0, seed: int = 0, samples: int = 80_000) -> LedgerRows:
     """Random ones, as a run over LAION has them: eight shards of 10,000 samples open, nothing seen twice."""
     draw = np.random.default_rng(seed)
     sample_index = draw.permutation(samples)[:count]
-    return Rows(
+    return LedgerRows(
         step=first + np.arange(count) // batch,
         sample_index=sample_index,
         picture=np.where(sample_index % 100, sample_index, 0),  # one in a hundred shows the first one's
@@ -29,7 +29,7 @@ def laion_key(index: int) -> str:
     return f"{shard:05d}.tar/{shard:05d}{index % 10_000:04d}"
 
 
-def write(run, *parts: Rows, rank: int = 0, key=laion_key, sample: float = 1.0):
+def write(run, *parts: LedgerRows, rank: int = 0, key=laion_key, sample: float = 1.0):
     (run / "ledger").mkdir(parents=True, exist_ok=True)
     writer = LedgerWriter(run / "ledger", rank, key, About(1000, sample))
     for rows in parts:

@@ -97,7 +97,9 @@ def _run(name: str) -> None:
             environment["SLURM_RESTART_COUNT"] = str(restarts)
         (folder / "state").write_text("RUNNING")
         output = job["options"].get("output", f"{job['about']['SLURM_SUBMIT_DIR']}/slurm-%j.out")
-        with open(_path(output, job["about"]), "ab") as file:
+        output = Path(_path(output, job["about"]))
+        output.parent.mkdir(parents=True, exist_ok=True)  # submitit makes it, once sbatch has returned
+        with output.open("ab") as file:
             script = subprocess.Popen(
                 ["bash", folder / "script", *job["words"]], cwd=job["about"]["SLURM_SUBMIT_DIR"], env=environment,
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=file, stderr=file,

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from memtrain.cli import schema
 from memtrain.cli.main import config_folder
 from memtrain.core.streams import Stream, place_seed
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.pretrained import from_pretrained
 from memtrain.models.words import vocabulary
 from memtrain.training.methods import (
     EmbeddingNoise,
@@ -33,7 +33,7 @@ CAPTION = "a red fox on a teal background with snow"
 @pytest.fixture(scope="module")
 def model(pipeline_folder):
     options = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
-    return StableDiffusion(str(pipeline_folder), **options)
+    return from_pretrained(str(pipeline_folder), **options)
 
 
 def generators(count, step=0):
@@ -126,7 +126,7 @@ def test_what_is_put_in_lies_inside_the_window_of_a_long_caption(method, caption
 
 
 def test_noise_has_its_deviation_and_spares_rows_without_a_caption(model):
-    hidden = model.encode_captions(model.tokenize(["fox", "", "bear"]))
+    hidden = model.encode(["fox", "", "bear"]).hidden
     captioned = torch.tensor([True, False, True])
     noisy = EmbeddingNoise(0.1).embeddings(hidden, captioned, generators(3))
     assert torch.equal(noisy[1], hidden[1])

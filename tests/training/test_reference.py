@@ -102,8 +102,8 @@ def test_a_reference_row_is_what_the_equations_say(pipeline_folder, corpus, tmp_
     noise = draws.noise + 0.1 * draws.offset_noise
     noisy = diffusion.add_noise(latents, noise, draws.timesteps, model.alphas_cumprod)
     with torch.no_grad():
-        cond = model.predict(noisy, draws.timesteps, module.predictor.encode_captions(batch.captions))
-        null = model.predict(noisy, draws.timesteps, module.predictor.encode_captions([""] * 3))
+        cond = model.predict(noisy, draws.timesteps, model.encode(batch.captions))
+        null = model.predict(noisy, draws.timesteps, model.encode([""] * 3))
     torch.testing.assert_close(observed.loss, (cond - noise).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
     torch.testing.assert_close(observed.score, (cond - null).flatten(1).norm(dim=1), rtol=1e-3, atol=0)
     assert (observed.group == REFERENCE).all()

@@ -3,11 +3,21 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 
+from memtrain.cli.main import config_folder
 from memtrain.core.exclusion import Decision, ExclusionRule, Observations
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
 from tests.support.rules import quick_rules
+
+
+def test_every_rule_of_conf_that_learns_is_tested_here():
+    files = (config_folder() / "exclusion").glob("*.yaml")
+    rules = {file.stem: get_class(OmegaConf.load(file)["_target_"]) for file in files}
+    learning = {name: rule for name, rule in rules.items() if rule.learns}
+    assert {name: type(rule) for name, rule in quick_rules().items()} == learning
 
 
 class Panel(ExclusionRule):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from memtrain.audit.similarity import Pictures, file_hash, load_torchscript, run_torchscript
+from memtrain.audit.evaluate.similarity import Pictures
+from memtrain.audit.torchscript import file_hash, load_torchscript, run_torchscript
 
 GRID = 4  # cells a side
 

@@ -1,6 +1,6 @@
 """Several finished models against one another: copies, alignment, quality; results kept a model.
 
-See `memtrain.audit.evaluation` for what is measured.
+See `memtrain.audit.evaluate.one_model` for what is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.evaluation import (
+from memtrain.audit.evaluate.one_model import (
     Advance,
     Evaluation,
     Found,
@@ -34,7 +34,6 @@ from memtrain.audit.evaluation import (
 from memtrain.audit.training_samples import TrainingSamples
 from memtrain.core.files import written_aside
 from memtrain.data.samples import ShardSamples
-from memtrain.models.pipelines import hash_weights
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +137,8 @@ def _identity(
 ) -> str:
     """A hash of all that decides a result."""
     digest = hashlib.sha256(denoiser.fingerprint().encode())
-    digest.update(hash_weights(denoiser.pipeline.vae).encode())
-    shards = [(shard.name, index.size) for shard, index in zip(samples.shards, samples.indexes, strict=True)]
+    digest.update(denoiser.model.fingerprint("vae")["vae"].encode())
+    shards = [(shard.name, index.size) for shard, index in zip(samples.shards, samples.indexed.indexes, strict=True)]
     alignment = None if measures.alignment is None else measures.alignment.identity()
     similarity = (measures.similarity.identity(), measures.similarity.bound)
     said = [VERSION, asdict(settings), asdict(chosen), shards, samples.where, similarity]

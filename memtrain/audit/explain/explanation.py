@@ -5,8 +5,7 @@ Shapes: R rows (a row is one generation), S chosen steps, L tokens, E width of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.words import neighbours, replaced, without, words_of
+from memtrain.audit.explain.words import neighbours, replaced, without, words_of
+from memtrain.audit.scored_path import FIRST_STEPS, ScoredPath, mean_scores
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.core.streams import Stream
 
-FIRST_STEPS = (0, 1, 2, 3, 4)  # one step alone ranks the words of the demo's canaries much less reliably
 _ALTERNATIVES = 3  # replacements that are tried for a word
 
 
@@ -60,26 +59,6 @@ class Explanation:
         """The words that the model sees, most significant first."""
         seen = [word for word in self.words if word.significance is not None]
         return sorted(seen, key=lambda word: -word.significance)
-
-
-@dataclass(frozen=True)
-class ScoredPath:
-    """Where on the sampling path scores are taken: DDIM, guided towards the prompt.
-
-    The reference implementation swaps the two predictions when it advances the latents, so that its scores
-    after the first step lie on a path that is guided away from the prompt; these do not.
-    """
-
-    steps: tuple[int, ...] = FIRST_STEPS  # of num_inference_steps, counted from 0
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-
-    def __post_init__(self):
-        if not self.steps or not all(0 <= step < self.num_inference_steps for step in self.steps):
-            raise ValueError(
-                f"steps must be one or more of 0 to {self.num_inference_steps - 1}, of num_inference_steps; "
-                f"got {list(self.steps)}"
-            )
 
 
 def explain(
@@ -135,8 +114,8 @@ def _explain_one(
         )
     )
     norms, scores = (torch.cat(column) for column in zip(*parts, strict=True))  # (R, S, L), (R, S)
-    words = words_of(prompt, denoiser.tokenizer)
-    ids = denoiser.token_ids([prompt])[0].tolist()
+    words = words_of(prompt, denoiser.model.tokenizer)
+    ids = denoiser.model.tokenize([prompt])[0].tolist()
     places = sorted({place for word in words for place in word.tokens})
     return Explanation(
         prompt=prompt,
@@ -163,11 +142,11 @@ def _edits(
     count: int,
 ) -> list[Edit]:
     """The prompt without each of its top words, and with others in their place; lowest score first."""
-    prompt, table = explanation.prompt, denoiser.pipeline.text_encoder.get_input_embeddings().weight.detach()
+    prompt, table = explanation.prompt, denoiser.model.text_encoders[0].get_input_embeddings().weight.detach()
     tried: list[tuple[str, str, str | None]] = []
     for word in explanation.ranked()[:count]:
         tried.append((without(prompt, word), word.text, None))
-        alternatives = neighbours(word.text, denoiser.tokenizer, table, _ALTERNATIVES)
+        alternatives = neighbours(word.text, denoiser.model.tokenizer, table, _ALTERNATIVES)
         for other in alternatives if word.text[0].isalpha() else ():  # a mark has no other word
             tried.append((replaced(prompt, word, other), word.text, other))
     scores = mean_scores(denoiser, [text for text, _, _ in tried], [seeds] * len(tried), path, batches)
@@ -231,78 +210,30 @@ def check_words(
 
 def _said(denoiser: Denoiser, token: int) -> str:
     """A token's own spelling, also where it is but a piece of a character."""
-    text = denoiser.tokenizer.decode([token]).strip()
-    return text if text and "�" not in text else denoiser.tokenizer.convert_ids_to_tokens(token)
+    text = denoiser.model.tokenizer.decode([token]).strip()
+    return text if text and "�" not in text else denoiser.model.tokenizer.convert_ids_to_tokens(token)
 
 
 def token_gradients(
     denoiser: Denoiser, prompts: list[str], seeds: list[int], path: ScoredPath
 ) -> tuple[Tensor, Tensor]:
     """‖∂d/∂e_i‖₂ (R, S, L) and d (R, S), on the CPU; how the path itself depends on e is not followed."""
-    cond, null, latents = denoiser.encode(prompts), denoiser.null(len(prompts)), denoiser.noise(seeds)
-    norms, scores = [], []
-    timesteps = denoiser.timesteps(path.num_inference_steps).tolist()
-    with frozen(denoiser):
-        for number, t in enumerate(timesteps[: max(path.steps) + 1]):
-            chosen = number in path.steps
-            embeds = denoiser.token_embeds(prompts).float().requires_grad_(chosen)
-            with torch.set_grad_enabled(chosen):
-                told = denoiser.encode_embeds(embeds, prompts) if chosen else cond
-                noise_cond, noise_null = denoiser.predict_pair(latents, t, told, null)
-                if chosen:
-                    score = text_conditional_magnitude(noise_cond, noise_null)  # (R,)
-                    (gradient,) = torch.autograd.grad(score.sum(), embeds)  # (R, L, E); rows do not mix
-                    norms.append(gradient.norm(dim=2).cpu())
-                    scores.append(score.detach().cpu())
-            latents = denoiser.step(
-                latents,
-                t,
-                noise_cond.detach(),
-                noise_null.detach(),
-                path.guidance_scale,
-                path.num_inference_steps,
-            )
+    cond, null, norms, scores = denoiser.encode(prompts), denoiser.model.null(len(prompts)), [], []
+
+    def predict(index: int, t: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+        if index not in path.steps:
+            with torch.no_grad():
+                return denoiser.predict_pair(latents, t, cond, null)
+        embeds = denoiser.model.token_embeds(prompts).float().requires_grad_()
+        with torch.enable_grad():
+            pair = denoiser.predict_pair(latents, t, denoiser.model.encode_embeds(embeds, prompts), null)
+            score = text_conditional_magnitude(*pair)  # (R,)
+            (gradient,) = torch.autograd.grad(score.sum(), embeds)  # (R, L, E); rows do not mix
+        norms.append(gradient.norm(dim=2).cpu())
+        scores.append(score.detach().cpu())
+        return pair[0].detach(), pair[1].detach()
+
+    with denoiser.frozen():
+        for _ in path.sampling(denoiser, cond, seeds, predict):
+            pass
     return torch.stack(norms, dim=1), torch.stack(scores, dim=1)
-
-
-@torch.no_grad()
-def mean_scores(
-    denoiser: Denoiser,
-    prompts: Sequence[str],
-    seeds: Sequence[Sequence[int]],
-    path: ScoredPath,
-    batches: ShrinkingBatches,
-) -> list[float]:
-    """d of each prompt, mean over the chosen steps and over generations from its seeds."""
-    rows = [(prompt, seed) for prompt, own in zip(prompts, seeds, strict=True) for seed in own]
-    if not rows:
-        return []
-
-    def work(chosen: range) -> Tensor:
-        part = [rows[row] for row in chosen]
-        cond, null = denoiser.encode([prompt for prompt, _ in part]), denoiser.null(len(part))
-        latents, scores = denoiser.noise([seed for _, seed in part]), []
-        timesteps = denoiser.timesteps(path.num_inference_steps).tolist()
-        for number, t in enumerate(timesteps[: max(path.steps) + 1]):
-            pair = denoiser.predict_pair(latents, t, cond, null)
-            if number in path.steps:
-                scores.append(text_conditional_magnitude(*pair).cpu())
-            latents = denoiser.step(latents, t, *pair, path.guidance_scale, path.num_inference_steps)
-        return torch.stack(scores, dim=1).mean(dim=1)  # (rows,)
-
-    scores = torch.cat(list(batches.over(len(rows), work)))
-    return [part.mean().item() for part in scores.split([len(own) for own in seeds])]
-
-
-@contextmanager
-def frozen(denoiser: Denoiser) -> Iterator[None]:
-    """No gradient for weights meanwhile: autograd then keeps far fewer activations."""
-    modules = [part for part in denoiser.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    trained = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-    for weight in trained:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in trained:
-            weight.requires_grad_(True)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.compare import encode_images
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.fid import Features, FrechetDistance
-from memtrain.audit.similarity import Pictures, Similarity
+from memtrain.audit.evaluate.fid import Features, FrechetDistance
+from memtrain.audit.evaluate.similarity import Pictures, Similarity
+from memtrain.audit.pictures import encode_images
+from memtrain.audit.sampling import generate
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
 from memtrain.core.diffusion import add_noise, draw
 from memtrain.core.streams import Stream, place_seed
@@ -138,7 +139,7 @@ class Evaluation:
         self.denoiser, self.samples, self.chosen = denoiser, samples, chosen
         self.measures, self.settings = measures, settings
         self.batches, self.advance = batches, advance
-        self.size = tuple(side * denoiser.pipeline.vae_scale_factor for side in denoiser.latent_shape[1:])
+        self.size = denoiser.model.own_size
         self.frechet = FrechetDistance()
 
     def run(self, name: str, source: str, identity: str) -> Found:
@@ -191,7 +192,7 @@ class Evaluation:
         reference set's samples, at the same seed, what training logs as `heldout_loss`.
         """
         denoiser, settings, chosen = self.denoiser, self.settings, self.chosen
-        num_timesteps, k = len(denoiser.alphas_cumprod), settings.timesteps_per_sample
+        num_timesteps, k = len(denoiser.model.alphas_cumprod), settings.timesteps_per_sample
         shape = denoiser.latent_shape
         timesteps = ((torch.arange(k) + 0.5) * num_timesteps / k).long().tolist()
 
@@ -207,7 +208,7 @@ class Evaluation:
                     ]
                 ).to(denoiser.device)
                 steps = torch.full((len(rows),), t, device=denoiser.device)
-                noisy = add_noise(clean, noise, steps, denoiser.alphas_cumprod)
+                noisy = add_noise(clean, noise, steps, denoiser.model.alphas_cumprod)
                 losses.append((denoiser.predict(noisy, t, cond) - noise).square().flatten(1).mean(dim=1))
             return torch.stack(losses, dim=1).mean(dim=1).cpu()
 
@@ -222,10 +223,9 @@ class Evaluation:
         def work(rows: range):
             part = wanted[rows.start : rows.stop]
             captions = [chosen.captions[n] for n, _ in part]
-            latents = self.denoiser.generate(
-                captions, [seeds[n][g] for n, g in part], settings.num_inference_steps, settings.guidance_scale
-            )
-            pictures = Pictures(latents.float().cpu(), self.denoiser.decode(latents))
+            cond, own = self.denoiser.encode(captions), [seeds[n][g] for n, g in part]
+            latents = generate(self.denoiser, cond, own, settings.num_inference_steps, settings.guidance_scale)
+            pictures = Pictures(latents.float().cpu(), self.denoiser.model.decode(latents))
             values = similarity.compare(similarity.features(pictures), originals[[n for n, _ in part]])
             clip = [None] * len(part)
             if self.measures.alignment is not None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.detect import detect
+from memtrain.audit.detect.detection import detect
 from memtrain.core.scores import text_conditional_magnitude
 
 
@@ -48,7 +48,7 @@ def measure_detection(
     batch_size: int = 16,
 ) -> DetectionSpeed:
     """Score `prompts` in three ways, in turn, `rounds` times; the whole loop gets the first two only."""
-    stock = _stock_pipeline(denoiser)
+    stock = denoiser.model.pipeline()
     sampling = dict(
         num_images_per_prompt=num_images_per_prompt,
         num_scored_steps=num_scored_steps,
@@ -96,18 +96,6 @@ def _timed(way: Callable[[], list[float]], device: torch.device) -> tuple[list[f
     started = time.perf_counter()
     scores = way()  # floats: the device has finished
     return scores, time.perf_counter() - started
-
-
-def _stock_pipeline(denoiser: Denoiser) -> DiffusionPipeline:
-    """The same weights behind the stock pipeline's own loop, with the same sampler."""
-    given = denoiser.pipeline
-    components = dict(given.components)
-    components["scheduler"] = DDIMScheduler.from_config(given.scheduler.config, clip_sample=False)
-    if not denoiser.is_xl:
-        components["requires_safety_checker"] = False
-    pipeline = type(given)(**components)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def _plain_score(

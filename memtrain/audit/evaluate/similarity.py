@@ -5,11 +5,8 @@ Shapes: B pictures, D features of a picture.
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from memtrain.audit.torchscript import IMAGENET_MEAN, IMAGENET_STD, file_hash, load_torchscript, run_torchscript
 from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, is_copy, latent_rmse
-from memtrain.data.paths import TORCHSCRIPT, check_file
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZES = ("small_288", "skew_320")  # SSCD's own names
 
 
@@ -147,31 +143,3 @@ def sscd_pixels(pixels: np.ndarray, resize: str) -> Tensor:
     values = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(side).reshape(1, 3, 1, 1) for side in (IMAGENET_MEAN, IMAGENET_STD))
     return (values - mean) / std
-
-
-# ---- TorchScript files, of SSCD and of feature extractors
-
-
-def load_torchscript(key: str, path: str, device: torch.device) -> torch.jit.ScriptModule:
-    """Raises ValueError in one line where there is no such file, or another thing in it."""
-    file = check_file(key, path, TORCHSCRIPT)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*torch.jit.load.* is deprecated", DeprecationWarning)
-            return torch.jit.load(str(file), map_location=device).eval()
-    except RuntimeError as error:
-        raise ValueError(f"{key}={path} is no TorchScript file; a checkpoint of weights alone will not do") from error
-
-
-def run_torchscript(key: str, path: str, network: torch.jit.ScriptModule, pixels: Tensor, **options):
-    """What it makes of a trial. Raises ValueError in one line where it takes something else."""
-    try:
-        with torch.no_grad():
-            return network(pixels, **options)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{key}={path} cannot be run on a batch of pictures: {reason}") from error
-
-
-def file_hash(path: str) -> str:
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

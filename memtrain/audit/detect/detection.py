@@ -25,19 +25,11 @@ from rich.progress import (
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.density import EmbeddingDensity, TiledL2Density
-from memtrain.audit.parts import Parts
-from memtrain.audit.scoring import (
-    STEP_SCORES,
-    Density,
-    DetectionSettings,
-    Plan,
-    Scored,
-    StepScore,
-    in_chunks,
-    score_prompts,
-)
-from memtrain.audit.separation import by_group, by_step, check_labels, separation
+from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density
+from memtrain.audit.detect.parts import Parts
+from memtrain.audit.detect.scores import STEP_SCORES, Density, StepScore
+from memtrain.audit.detect.scoring import DetectionSettings, Plan, Scored, in_chunks, score_prompts
+from memtrain.audit.detect.separation import by_group, by_step, check_labels, separation
 
 log = logging.getLogger(__name__)
 SECONDS_A_PART = 10.0  # a stop loses no more than this; millions of prompts still make few files
@@ -75,7 +67,7 @@ class Detection:
         return self.of(self.main)
 
     def separation(self, max_fprs: Sequence[float] = (0.01,)) -> dict[str, dict]:
-        """For each score what `audit.separation` says, by step and by group too. Needs labels."""
+        """For each score what `audit.detect.separation` says, by step and by group too. Needs labels."""
         labels = np.array(self.labels)
         figures = {}
         for name in self.names:
@@ -177,7 +169,7 @@ def detect(
         groups: a name for each prompt, reported apart.
         scores: names (SCORE_NAMES, but for `embedding`) or score objects. The first is the main one.
         num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed: see
-            `audit.scoring.DetectionSettings`.
+            `audit.detect.scoring.DetectionSettings`.
         batch_size: generations at a time; halved where memory runs out.
         out: folder that keeps the scores while they are made, and the table; a stopped call goes on there.
         overwrite: replace what another model or other settings left in `out`, instead of refusing.
@@ -314,7 +306,7 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _truncated(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
-    tokenizer = denoiser.tokenizer
+    tokenizer = denoiser.model.tokenizer
     lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
     return np.array(lengths) > tokenizer.model_max_length
 

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memtrain.audit.torchscript import IMAGENET_MEAN, IMAGENET_STD
 from memtrain.data.paths import TORCHSCRIPT, check_file
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def tiled_distance(images: Tensor, tiles: int = 4) -> Tensor:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memtrain.audit.attention import CrossAttention, cross_attention, end_positions
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.denoiser import Conditioning, Denoiser, generation_seeds
-from memtrain.core import scores as equations
+from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.detect.attention import CrossAttention, cross_attention, end_positions
+from memtrain.audit.detect.scores import Density, ScoredStep, StepScore
+from memtrain.audit.sampling import SamplingPath
+from memtrain.models.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
@@ -38,116 +39,6 @@ class DetectionSettings:
                 f"num_scored_steps must be <= num_inference_steps ({self.num_inference_steps}), "
                 f"got {self.num_scored_steps}"
             )
-
-
-@dataclass(frozen=True)
-class Step:
-    """One scored step of B rows."""
-
-    latents: Tensor  # (B, C, H, W) x_t
-    t: int
-    cond: Conditioning
-    null: Conditioning
-    noise_cond: Tensor  # (B, C, H, W)
-    noise_null: Tensor
-    attention: CrossAttention | None  # where a score reads it
-
-
-class StepScore:
-    """A score of each generation at each scored step. Subclass it; higher means memorized."""
-
-    name: str
-    extra_evaluations = 0  # of the network, a generation and scored step, beyond the shared pair
-    reads_attention = False  # at the scored steps
-    to_the_end = False  # needs the last step of the schedule
-
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
-        """(B,), of what one step shows."""
-        raise NotImplementedError
-
-    def at_end(self, differences: list[Tensor], end_map: Tensor) -> list[Tensor]:
-        """(B,) of each scored step, of its eps_cond - eps_null and the last step's end map (B, H, W)."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Magnitude(StepScore):
-    """Text-conditional magnitude (Wen et al., ICLR 2024)."""
-
-    name = "magnitude"
-
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
-        return equations.text_conditional_magnitude(step.noise_cond, step.noise_null)
-
-
-@dataclass(frozen=True)
-class Anisotropy(StepScore):
-    """d at the step, and the alignment that a second pair shows at the same x_t and a low t.
-
-    `low_place` counts from the schedule's end; 3 as in the authors' code (Asthana & Belagiannis, ICLR 2026).
-    """
-
-    gamma: tuple[float, float] = (1.0, 2.0)
-    low_place: int = 3
-    name = "anisotropy"
-    extra_evaluations = 2
-
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
-        timesteps = denoiser.scheduler.timesteps.tolist()  # of the schedule that is being followed
-        low = timesteps[-min(self.low_place, len(timesteps))]
-        pair = denoiser.predict_pair(step.latents, low, step.cond, step.null)
-        magnitude = equations.text_conditional_magnitude(step.noise_cond, step.noise_null)
-        return equations.anisotropy(magnitude, *pair, self.gamma)
-
-
-@dataclass(frozen=True)
-class AttentionEntropy(StepScore):
-    """Entropy of the cross-attention over tokens, all layers (Ren et al., ECCV 2024)."""
-
-    name = "attention_entropy"
-    reads_attention = True
-
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
-        return equations.cross_attention_entropy(step.attention.token_means())
-
-
-@dataclass(frozen=True)
-class BrightEnding(StepScore):
-    """d weighted by the attention of the last step to the end-of-text token (Chen et al., ICLR 2025)."""
-
-    name = "bright_ending"
-    to_the_end = True
-
-    def at_end(self, differences: list[Tensor], end_map: Tensor) -> list[Tensor]:
-        return [equations.bright_ending(difference, end_map) for difference in differences]
-
-
-@dataclass(frozen=True)
-class Sharpness(StepScore):
-    """Curvature along the guidance, by a finite difference of size `delta` (Jeon et al., ICML 2025)."""
-
-    delta: float = 0.1
-    name = "sharpness"
-    extra_evaluations = 2
-
-    def at(self, denoiser: Denoiser, step: Step) -> Tensor:
-        sigma = (1 - denoiser.alphas_cumprod[step.t]).sqrt()
-        difference = (step.noise_null - step.noise_cond) / sigma  # of scores: s = -eps / sigma
-        moved = step.latents + self.delta * difference
-        noise_cond, noise_null = denoiser.predict_pair(moved, step.t, step.cond, step.null)
-        return equations.sharpness(difference, (noise_null - noise_cond) / sigma)
-
-
-STEP_SCORES: tuple[type[StepScore], ...] = (Magnitude, Anisotropy, AttentionEntropy, BrightEnding, Sharpness)
-
-
-class Density(Protocol):
-    """A score of a prompt's n finished pictures."""
-
-    name: str
-
-    def of_prompt(self, images: np.ndarray) -> float:
-        """(n, H, W, 3) uint8."""
 
 
 @dataclass(frozen=True)
@@ -206,33 +97,33 @@ def follow(
     Returns:
         Each step score, (B, k), and the latents (B, C, H, W), finished ones where densities are asked for.
     """
-    settings = plan.settings
-    latents, null = denoiser.noise(seeds), denoiser.null(len(cond))
-    timesteps = denoiser.timesteps(settings.num_inference_steps).tolist()[: plan.steps_run]
+    settings, null = plan.settings, denoiser.model.null(len(cond))
     ending = [score for score in plan.step_scores if score.to_the_end]
     stepwise = [score for score in plan.step_scores if not score.to_the_end]
     read = any(score.reads_attention for score in stepwise)
+    attention: CrossAttention | None = None
+
+    def predict(index: int, t: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal attention
+        if (read and index < settings.num_scored_steps) or (ending and index == plan.steps_run - 1):
+            with cross_attention(denoiser.model.network, end_places) as attention:
+                return denoiser.predict_pair(latents, t, cond, null)
+        return denoiser.predict_pair(latents, t, cond, null)
+
     values: dict[str, list[Tensor]] = {score.name: [] for score in plan.step_scores}
     differences: list[Tensor] = []
-    for place, t in enumerate(timesteps):
-        scored, last = place < settings.num_scored_steps, place == len(timesteps) - 1
-        attention = None
-        if (scored and read) or (last and ending):
-            with cross_attention(denoiser.pipeline.unet, end_places) as attention:
-                pair = denoiser.predict_pair(latents, t, cond, null)
-        else:
-            pair = denoiser.predict_pair(latents, t, cond, null)
-        if scored:
-            step = Step(latents, t, cond, null, *pair, attention)
+    schedule = settings.guidance_scale, settings.num_inference_steps
+    path = SamplingPath(denoiser, denoiser.noise(seeds), cond, *schedule, plan.steps_run, predict)
+    for shown in path:
+        if shown.index < settings.num_scored_steps:
+            step = ScoredStep(**vars(shown), cond=cond, null=null, attention=attention)
             for score in stepwise:
                 values[score.name].append(score.at(denoiser, step))
             if ending:
-                differences.append(pair[0] - pair[1])
-        if not last or plan.densities:
-            latents = denoiser.step(latents, t, *pair, settings.guidance_scale, settings.num_inference_steps)
+                differences.append(shown.noise_cond - shown.noise_null)
     for score in ending:
-        values[score.name] = score.at_end(differences, attention.end_map(*latents.shape[-2:]))
-    return {name: torch.stack(columns, dim=1) for name, columns in values.items()}, latents
+        values[score.name] = score.at_end(differences, attention.end_map(*path.latents.shape[-2:]))
+    return {name: torch.stack(columns, dim=1) for name, columns in values.items()}, path.latents
 
 
 def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batches: ShrinkingBatches) -> Scored:
@@ -244,10 +135,10 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
         first = rows.start // n
         texts = list(prompts[first : (rows.stop - 1) // n + 1])
         places = torch.tensor([row // n - first for row in rows], device=denoiser.device)
-        ends = end_positions(denoiser.token_ids(texts), denoiser.tokenizer.eos_token_id).to(denoiser.device)
+        ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.tokenizer.eos_token_id).to(denoiser.device)
         cond = denoiser.encode(texts).index(places)
         found, latents = follow(denoiser, plan, cond, ends[places], seeds[rows.start : rows.stop])
-        images = denoiser.decode(latents) if plan.densities else None
+        images = denoiser.model.decode(latents) if plan.densities else None
         return {name: value.cpu().numpy() for name, value in found.items()}, images
 
     parts = list(batches.over(len(seeds), work))

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.explain import ScoredPath, mean_scores
-from memtrain.audit.mitigations import Embedding, Mitigation, Start
+from memtrain.audit.mitigate.methods import Embedding, Mitigation, Start
+from memtrain.audit.pictures import decode_latents
+from memtrain.audit.sampling import SamplingPath
+from memtrain.audit.scored_path import ScoredPath, mean_scores
 from memtrain.core.scores import text_conditional_magnitude
 
 
@@ -110,7 +112,7 @@ def mitigate(
     Args:
         target: for methods that descend a score: d at the first step, per generation; or `"q0.9"`, that
             quantile of the scores of the `reference` prompts.
-        method: of `memtrain.audit.mitigations`; None is `Embedding()`.
+        method: of `memtrain.audit.mitigate.methods`; None is `Embedding()`.
 
     Raises:
         ValueError: a target is needed and missing, or no number, or a quantile without reference.
@@ -135,8 +137,8 @@ def mitigate(
         target=target if method.needs_target else None,
         before=before,
         after=after,
-        images_before=decode(denoiser, before.latents, batches),
-        images_after=decode(denoiser, after.latents, batches),
+        images_before=decode_latents(denoiser, before.latents, batches),
+        images_after=decode_latents(denoiser, after.latents, batches),
     )
 
 
@@ -201,38 +203,24 @@ def follow(denoiser: Denoiser, start: Start, sampling: Sampling, holds_guidance:
     With `holds_guidance` a row follows the unconditional prediction until d has risen for the first time
     after it fell, and the guided one from that step on.
     """
-    steps, rows = sampling.num_inference_steps, len(start.prompts)
-    null, latents, scores = denoiser.null(rows), start.latents, []
-    guided_from = torch.full((rows,), steps if holds_guidance else 0, device=latents.device)
-    for number, t in enumerate(denoiser.timesteps(steps).tolist()):
-        noise_cond, noise_null = denoiser.predict_pair(latents, t, start.cond, null)
-        scores.append(text_conditional_magnitude(noise_cond, noise_null))
-        if number >= 2:
+    steps, rows, scores = sampling.num_inference_steps, len(start.prompts), []
+    guided_from = torch.full((rows,), steps if holds_guidance else 0, device=start.latents.device)
+    path = SamplingPath(denoiser, start.latents, start.cond, sampling.guidance_scale, steps)
+    for step in path:
+        scores.append(text_conditional_magnitude(step.noise_cond, step.noise_null))
+        if step.index >= 2:
             is_past_minimum = (scores[-3] > scores[-2]) & (scores[-2] < scores[-1])
-            guided_from = torch.where(is_past_minimum, guided_from.clamp(max=number), guided_from)
-        held = (guided_from > number).reshape(-1, 1, 1, 1)
-        followed = torch.where(held, noise_null, noise_cond)
-        latents = denoiser.step(latents, t, followed, noise_null, sampling.guidance_scale, steps)
+            guided_from = torch.where(is_past_minimum, guided_from.clamp(max=step.index), guided_from)
+        held = (guided_from > step.index).reshape(-1, 1, 1, 1)
+        path.guidance_scale = torch.where(held, 0.0, sampling.guidance_scale)  # 0 is the unconditional one
     pooled = start.cond.pooled
     return Generations(
         prompts=start.prompts,
         prompt_embeds=start.cond.hidden.cpu(),
         pooled_prompt_embeds=None if pooled is None else pooled.cpu(),
         start=start.latents.cpu(),
-        latents=latents.cpu(),
+        latents=path.latents.cpu(),
         scores=torch.stack(scores, dim=1).cpu(),
         iterations=start.iterations,
         guided_from=guided_from.cpu(),
-    )
-
-
-def decode(denoiser: Denoiser, latents: Tensor, batches: ShrinkingBatches) -> np.ndarray:
-    """(R, C, H, W) scaled latents -> (R, height, width, 3) uint8."""
-    return np.concatenate(
-        list(
-            batches.over(
-                len(latents),
-                lambda rows: denoiser.decode(latents[rows.start : rows.stop].to(denoiser.device)),
-            )
-        )
     )

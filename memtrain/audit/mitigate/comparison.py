@@ -15,8 +15,9 @@ from torch import Tensor
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.mitigate import Generations, Sampling, decode, generate, resolve_target
-from memtrain.audit.mitigations import Mitigation
+from memtrain.audit.mitigate.methods import Mitigation
+from memtrain.audit.mitigate.mitigation import Generations, Sampling, generate, resolve_target
+from memtrain.audit.pictures import decode_latents, encode_images
 from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, copy_rate, is_copy, latent_rmse
 from memtrain.core.diffusion import add_noise
 from memtrain.core.streams import Stream, place_seed
@@ -119,7 +120,7 @@ class Comparison:
     ) -> MethodResult:
         """Generate with a method (None: as it is), and judge."""
         made = generate(self.denoiser, self.prompts, self.seeds, self.sampling, self.batches, method, target, progress)
-        images = decode(self.denoiser, made.latents, self.batches)
+        images = decode_latents(self.denoiser, made.latents, self.batches)
         rmse = None if self.originals is None else latent_rmse(made.latents, self.originals)
         judge, clip = self.judges.judge, self.judges.clip
         margin = judge and caption_margin(judge, images, self.prompts, self.seeds, self.batches)
@@ -165,19 +166,6 @@ class Comparison:
 
 
 @torch.no_grad()
-def encode_images(denoiser: Denoiser, images: np.ndarray, batches: ShrinkingBatches) -> Tensor:
-    """(R, height, width, 3) uint8 -> (R, C, H, W) scaled mean latents, float32, on the CPU."""
-    vae = denoiser.pipeline.vae
-
-    def work(rows: range) -> Tensor:
-        pixels = torch.from_numpy(images[rows.start : rows.stop]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        mean = vae.encode(pixels.to(denoiser.device, vae.dtype)).latent_dist.mean
-        return (mean.float() * vae.config.scaling_factor).cpu()
-
-    return torch.cat(list(batches.over(len(images), work)))
-
-
-@torch.no_grad()
 def caption_margin(
     judge: Denoiser, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], batches: ShrinkingBatches
 ) -> Tensor:
@@ -191,12 +179,12 @@ def caption_margin(
 
     def work(rows: range) -> Tensor:
         clean, count = latents[rows.start : rows.stop].to(judge.device), len(rows)
-        cond, null = judge.encode([prompts[row] for row in rows]), judge.null(count)
+        cond, null = judge.encode([prompts[row] for row in rows]), judge.model.null(count)
         losses = torch.zeros(2, count, device=judge.device)
         for t in _MARGIN_TIMESTEPS:
             noise = judge.noise([place_seed(seeds[row], Stream.MARGIN, t, 0) for row in rows])
             steps = torch.full((count,), t, device=judge.device)
-            noisy = add_noise(clean, noise, steps, judge.alphas_cumprod)
+            noisy = add_noise(clean, noise, steps, judge.model.alphas_cumprod)
             for loss, predicted in zip(losses, judge.predict_pair(noisy, t, cond, null), strict=True):
                 loss += (predicted - noise).square().flatten(1).mean(dim=1)
         return (1 - losses[0] / losses[1]).cpu()

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtrain.audit.denoiser import Conditioning, Denoiser
-from memtrain.audit.explain import frozen
+from memtrain.audit.denoiser import Denoiser
 from memtrain.core.scores import text_conditional_magnitude
+from memtrain.models.conditioning import Conditioning
 from memtrain.models.words import draw_words, insert_words, num_words_within, window
 
 
@@ -75,7 +75,7 @@ class Embedding(Mitigation):
         self.lr, self.iterations = _checked(lr, iterations)
 
     def apply(self, denoiser, start, t, target, generators):
-        null, bos = denoiser.null(len(start.prompts)), start.cond.hidden[:, :1]
+        null, bos = denoiser.model.null(len(start.prompts)), start.cond.hidden[:, :1]
         free = start.cond.hidden[:, 1:].float().clone()
 
         def told(free: Tensor) -> Conditioning:
@@ -86,7 +86,7 @@ class Embedding(Mitigation):
             return score, score
 
         optimizer = torch.optim.AdamW([free], lr=self.lr)
-        with frozen(denoiser):
+        with denoiser.frozen():
             iterations = _descend(free, evaluate, optimizer, self.iterations, target)
         return replace(start, cond=told(free), iterations=iterations)
 
@@ -109,7 +109,7 @@ class InitialNoise(Mitigation):
         self.lr, self.iterations = _checked(lr, iterations)
 
     def apply(self, denoiser, start, t, target, generators):
-        null, latents = denoiser.null(len(start.prompts)), start.latents.clone()
+        null, latents = denoiser.model.null(len(start.prompts)), start.latents.clone()
         norm = latents.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
 
         def evaluate(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class InitialNoise(Mitigation):
             return latents * (norm / latents.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1))
 
         optimizer = torch.optim.Adam([latents], lr=self.lr)
-        with frozen(denoiser):
+        with denoiser.frozen():
             iterations = _descend(latents, evaluate, optimizer, self.iterations, target, keep_norm)
         return replace(start, latents=latents, iterations=iterations)
 
@@ -201,7 +201,7 @@ class Rewriting(Mitigation):
         """What is put into a prompt of these words."""
 
     def apply(self, denoiser, start, t, target, generators):
-        tokenizer, prompts = denoiser.tokenizer, []
+        tokenizer, prompts = denoiser.model.tokenizer, []
         for prompt, generator in zip(start.prompts, generators, strict=True):
             words = prompt.split()
             if words:  # the empty prompt has nothing to hide

@@ -1,0 +1,1 @@
+"""Drawing from a finished model without its memorized pictures: methods, and a comparison of them."""

@@ -1,0 +1,81 @@
+"""The sampling path: B generations from noise to pictures by DDIM, guided towards the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memtrain.audit.denoiser import Denoiser
+from memtrain.models.conditioning import Conditioning
+
+# (number of the step, timestep, x_t) -> noise predicted with the prompt and with the empty one, (B, C, H, W) each
+PredictPair = Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class PathStep:
+    """What one step of the path shows, before its latents move on."""
+
+    index: int  # of the steps, from 0
+    t: int
+    latents: Tensor  # (B, C, H, W) x_t
+    noise_cond: Tensor  # (B, C, H, W)
+    noise_null: Tensor
+
+
+class SamplingPath:
+    """The way of B generations; iterating over it makes the steps, `latents` is where it has come to.
+
+    After the last step `latents` are those of the finished pictures. Who iterates may break off, or set
+    `guidance_scale` for the step that is being looked at and those after it.
+
+    Args:
+        latents: (B, C, H, W) x_T.
+        cond: what the network is told about the B prompts.
+        guidance_scale: a number, or (B, 1, 1, 1) for one of each row.
+        num_inference_steps: of the DDIM schedule.
+        stop: make the first so many steps alone; None makes all.
+        predict: stands in for the prediction with `cond` and the empty prompt.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        cond: Conditioning,
+        guidance_scale: float | Tensor,
+        num_inference_steps: int,
+        stop: int | None = None,
+        predict: PredictPair | None = None,
+    ):
+        self.denoiser, self.latents, self.guidance_scale = denoiser, latents, guidance_scale
+        self.num_inference_steps, self.stop = num_inference_steps, stop
+        null = denoiser.model.null(len(cond))
+        self.predict = predict or (lambda index, t, latents: denoiser.predict_pair(latents, t, cond, null))
+
+    def __iter__(self) -> Iterator[PathStep]:
+        for index, t in enumerate(self.denoiser.timesteps(self.num_inference_steps).tolist()[: self.stop]):
+            step = PathStep(index, t, self.latents, *self.predict(index, t, self.latents))
+            yield step
+            with torch.no_grad():  # how the path depends on the prompt is not followed
+                self.latents = self.denoiser.step(
+                    self.latents, t, step.noise_cond, step.noise_null, self.guidance_scale, self.num_inference_steps
+                )
+
+
+def generate(
+    denoiser: Denoiser,
+    cond: Conditioning,
+    seeds: list[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Scaled latents (B, C, H, W) of one generation a prompt, each from a seed of its own."""
+    path = SamplingPath(denoiser, denoiser.noise(seeds), cond, guidance_scale, num_inference_steps)
+    with torch.no_grad():
+        for _ in path:
+            pass
+    return path.latents

@@ -1,0 +1,59 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, sizes; the rest is as in Stable Diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+
+from memtrain.models.conditioning import Conditioning
+from memtrain.models.stable_diffusion import StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL. Captions are told as of pictures of its own size that nothing was cropped from."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    tokenizer_names = ("tokenizer", "tokenizer_2")
+    text_encoder_2: Any
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        super().__init__(pipeline)
+        self.null_is_zeros = pipeline.config.force_zeros_for_empty_prompt
+
+    def _encode(self, captions: list[str]) -> Conditioning:
+        outputs = [
+            encoder(self._tokens(captions, tokenizer).input_ids.to(self.device), output_hidden_states=True)
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        # the last layer but one of both, side by side; pooled is the second one's projection
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).to(self.text_encoder_2.dtype)
+        height, width = self.own_size
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=hidden.dtype, device=hidden.device)
+        return Conditioning(hidden, outputs[1][0], sizes.expand(len(hidden), -1))
+
+    def _encode_null(self) -> Conditioning:
+        null = super()._encode_null()
+        if not self.null_is_zeros:
+            return null
+        return replace(null.map(torch.zeros_like), time_ids=null.time_ids)
+
+    @contextmanager
+    def _vae_in_range(self) -> Iterator[None]:
+        dtype = self.vae.dtype
+        overflows = dtype == torch.float16 and self.vae.config.force_upcast  # as the stock pipeline does
+        if overflows:
+            self.vae.to(dtype=torch.float32)
+        try:
+            yield
+        finally:
+            if overflows:
+                self.vae.to(dtype=dtype)
+
+    def _pipeline_options(self) -> dict:
+        return dict(force_zeros_for_empty_prompt=self.null_is_zeros, add_watermarker=False)

@@ -1,0 +1,90 @@
+"""A tiny stock pipeline of each model family."""
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from memtrain.demo.make_base import TEXT_WIDTH
+
+
+def stable_diffusion(folder: Path) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stable_diffusion_xl(base: StableDiffusionPipeline, **options) -> StableDiffusionXLPipeline:
+    """Two text encoders, pooled text, sizes; random weights, beside the VAE and first text encoder of a smaller one."""
+    torch.manual_seed(0)
+    text = base.text_encoder.config.to_dict() | {"hidden_size": 64, "intermediate_size": 64, "projection_dim": 32}
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=1,
+        cross_attention_dim=TEXT_WIDTH + 64,
+        norm_num_groups=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+        use_linear_projection=True,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)).eval(),
+        tokenizer=base.tokenizer,
+        tokenizer_2=copy.deepcopy(base.tokenizer),
+        unet=unet.eval(),
+        scheduler=base.scheduler,
+        add_watermarker=False,
+        **options,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def state_of(pipeline: DiffusionPipeline) -> dict[str, object]:
+    """All of a pipeline that something could change: weights, modes, hooks, configs, and which objects it holds."""
+    state: dict[str, object] = {"components": {name: id(part) for name, part in pipeline.components.items()}}
+    state["configs"] = {
+        name: dict(part.config) if isinstance(part.config, dict) else part.config.to_dict()
+        for name, part in pipeline.components.items()
+        if hasattr(part, "config")
+    }
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            state[f"{name} weights"] = {key: value.clone() for key, value in part.state_dict().items()}
+            state[f"{name} layout"] = {
+                key: (id(weight), weight.dtype, weight.requires_grad, weight.grad, weight.stride())
+                for key, weight in part.named_parameters()
+            }
+            state[f"{name} modes"] = {key: module.training for key, module in part.named_modules()}
+            state[f"{name} hooks"] = [
+                len(hooks)
+                for module in part.modules()
+                for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+            ]
+    return state
+
+
+def assert_unchanged(pipeline: DiffusionPipeline, before: dict[str, object]) -> None:
+    after = state_of(pipeline)
+    assert after.keys() == before.keys()
+    for name, state in before.items():
+        if name.endswith(" weights"):
+            assert all(torch.equal(value, after[name][key]) for key, value in state.items()), name
+        else:
+            assert after[name] == state, name
