@@ -15,6 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from diffusers import AutoencoderKL
+from hypothesis import HealthCheck, settings
 from pytorch_lightning.strategies import DDPStrategy
 
 from memtrain.core.exclusion import KeepAll
@@ -27,6 +28,12 @@ from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import Scoring
+
+# the same examples every time, however slow the machine is
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

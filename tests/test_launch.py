@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forks import PATIENCE
+
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = [".ci/run", *(str(path.relative_to(REPO)) for path in sorted(REPO.glob("launch/*.sh")))]
 
@@ -70,7 +72,7 @@ def launch(script: Path, *arguments: str, cwd: Path, **environment: str) -> subp
         env=inherited | {"PIP_CONFIG_FILE": os.devnull} | environment,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=PATIENCE,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from memtrain.sweep.pruning import MedianRule, Objectives
 from memtrain.sweep.standing import spoken, tried
+from tests.support.forks import wait_until
 from tests.support.searches import QUICK, search, states
 
 
@@ -84,7 +85,7 @@ def test_a_storage_that_is_lost_for_a_while_ends_no_trial(tmp_path, monkeypatch,
         while not (tmp_path / "runs/s/trial_000/steps").exists():
             time.sleep(0.02)
         other.execute("BEGIN EXCLUSIVE")
-        time.sleep(8)
+        wait_until(lambda: "the storage cannot be reached" in caplog.text)
         other.rollback()
 
     holder = threading.Thread(target=hold)
