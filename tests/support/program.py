@@ -34,7 +34,7 @@ def small(corpus, pipeline, tmp_path) -> list[str]:
         "trainer.max_steps=4",
         "callbacks.progress=null",
         "callbacks.validation.every=2",
-        "callbacks.validation.timesteps_per_sample=4",
+        "callbacks.validation.timesteps_per_sample=2",
         "callbacks.curves.every=2",
         "callbacks.checkpoint.every=2",
         "callbacks.copies.num_inference_steps=2",

@@ -1,7 +1,6 @@
 """Amortised scoring: what is remembered of a sample, when it is scored again, and what that decides."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from tests.conftest import build_data, build_module, fit, weights
 from tests.support.training import KillAt, Killed, Record
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def visits(index, score=1.0, timesteps=500, captioned=True, scored=True) -> Observations:
