@@ -107,13 +107,22 @@ def build_data(corpus: Path, batch_size: int = 4, num_workers: int = 0, **option
 
 
 def fit(
-    module, data, run_dir: Path, max_steps: int, accumulate: int = 1, callbacks=(), ckpt_path=None, ranks=1, **options
+    module,
+    data,
+    run_dir: Path,
+    max_steps: int,
+    accumulate: int = 1,
+    callbacks=(),
+    ckpt_path=None,
+    ranks=1,
+    strategy=None,
+    **options,
 ):
     """`ranks` is how many processes do this, each started with the environment of torchrun."""
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
+        strategy=strategy or (DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"),
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,

@@ -17,6 +17,7 @@ from memtrain.core.streams import Stream, place_seed
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import family_of
 from memtrain.models.folders import AUDITED
+from memtrain.models.lora_files import load_lora
 from memtrain.models.pipelines import load_pipeline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,9 +52,11 @@ class Denoiser:
         return Denoiser(pipeline)
 
     @staticmethod
-    def load(model: str, device: str | None = None, dtype: str = "float32", key: str = "model") -> Denoiser:
+    def load(
+        model: str, device: str | None = None, dtype: str = "float32", key: str = "model", lora: str | None = None
+    ) -> Denoiser:
         """A diffusers folder (read offline) or a hub id; device None is the GPU where there is one. `key`: what
-        the user called it.
+        the user called it. `lora`: an adapter to load into it, a folder or a file.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
@@ -61,6 +64,8 @@ class Denoiser:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         pipeline = load_pipeline(model, AUDITED, DTYPES[dtype], key=key)
+        if lora is not None:
+            load_lora(pipeline, lora)
         try:
             pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except (RuntimeError, AssertionError) as error:
@@ -83,10 +88,10 @@ class Denoiser:
         rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
-    def predict(self, latents: Tensor, t: int | Tensor, told: Conditioning) -> Tensor:
+    def predict(self, latents: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
         """Noise predicted for B rows at one timestep, whatever the network predicts; (B, C, H, W) float32."""
         timesteps = torch.full((len(latents),), int(t), device=self.device)
-        prediction = self.model.predict(latents.to(self.dtype), timesteps, told)
+        prediction = self.model.predict(latents.to(self.dtype), timesteps, conditioning)
         return self.model.to_noise(prediction.float(), latents.float(), timesteps)
 
     def predict_pair(
@@ -116,7 +121,7 @@ class Denoiser:
         """
         noise = noise_null + guidance_scale * (noise_cond - noise_null)
         before = int(t) - self.scheduler.config.num_train_timesteps // num_inference_steps
-        alphas_cumprod = self.model.alphas_cumprod
+        alphas_cumprod = self.model.noise_process.alphas_cumprod
         alpha = alphas_cumprod[int(t)]
         alpha_before = alphas_cumprod[before] if before >= 0 else self.scheduler.final_alpha_cumprod.to(alpha)
         clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
@@ -137,8 +142,8 @@ class Denoiser:
     def fingerprint(self) -> str:
         """A hash of the weights that scores depend on and of the noise schedule."""
         model = self.model
-        digest = hashlib.sha256(model.alphas_cumprod.cpu().numpy().tobytes())
-        digest.update(f"{model.prediction_type} {self.latent_shape} {self.dtype}".encode())
+        digest = hashlib.sha256(model.noise_process.alphas_cumprod.cpu().numpy().tobytes())
+        digest.update(f"{model.noise_process.prediction_type} {self.latent_shape} {self.dtype}".encode())
         for hashed in model.fingerprint(model.network_name, *model.text_encoder_names).values():
             digest.update(hashed.encode())
         return digest.hexdigest()

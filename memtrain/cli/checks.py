@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, SAMPLES, TORCHSCRIPT, check_file
 from memtrain.data.sources import find_sources
-from memtrain.models.folders import AUDITED, CLIP, TRAINED, check_folder, check_pipeline
+from memtrain.models.folders import AUDITED, CLIP, TRAINED, check_folder, check_lora, check_pipeline
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
@@ -38,16 +38,16 @@ def check_start(ckpt_path: str | None) -> None:
 
 
 def check_detection(cfg: DictConfig) -> None:
-    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    _check_audited(cfg)
     _file("embedding", cfg.embedding, TORCHSCRIPT)
 
 
 def check_explanation(cfg: DictConfig) -> None:
-    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    _check_audited(cfg)
 
 
 def check_mitigation(cfg: DictConfig) -> None:
-    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    _check_audited(cfg)
     if cfg.data.shards is not None:
         check_shards(cfg)
     if cfg.judge:
@@ -56,9 +56,12 @@ def check_mitigation(cfg: DictConfig) -> None:
         check_folder("clip", cfg.clip, CLIP)
 
 
-def check_evaluation(cfg: DictConfig, models: list[str]) -> None:
+def check_evaluation(cfg: DictConfig, models: list[str], loras: list[str | None]) -> None:
     for model in models:
         check_pipeline("model", model, AUDITED)
+    for lora in loras:
+        if lora is not None:
+            check_lora("lora", lora)
     check_shards(cfg)
     _file("samples", cfg.samples.file, SAMPLES)
     _file("sscd", cfg.sscd, TORCHSCRIPT)
@@ -78,6 +81,12 @@ def check_folder_of(option: str, file: Path) -> None:
     """Raises ValueError where the folder that this file is to lie in is not there."""
     if not file.parent.is_dir():
         raise ValueError(f"{option}={file}: there is no folder {file.parent}; make it first")
+
+
+def _check_audited(cfg: DictConfig) -> None:
+    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    if cfg.lora is not None:
+        check_lora("lora", cfg.lora)
 
 
 def _file(key: str, path: str | None, remedy: str) -> None:

@@ -1,25 +1,14 @@
-"""Losses per sample, their weights, and the one reduction."""
+"""Losses per sample, and the one reduction."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from memtrain.core.diffusion import signal_to_noise
-
 
 def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each sample, in float32. (B, C, H, W) x 2 -> (B,)"""
     return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
-
-
-def min_snr_weights(timesteps: Tensor, alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v (Hang et al., ICCV 2023). (B,)
-
-    Where abar_t = 0, the last timestep of a zero-terminal-SNR schedule, they are their limits: 1 and 0.
-    """
-    snr = signal_to_noise(timesteps, alphas_cumprod)
-    return snr.clamp(max=gamma) / (snr + 1) if prediction_type == "v_prediction" else (gamma / snr).clamp(max=1)
 
 
 def masked_sum(loss: Tensor, weights: Tensor, keep_mask: Tensor) -> Tensor:

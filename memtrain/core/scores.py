@@ -12,7 +12,7 @@ def text_conditional_magnitude(noise_pred_cond: Tensor, noise_pred_null: Tensor)
     Args:
         noise_pred_cond: (B, ...) noise predicted with the caption.
         noise_pred_null: (B, ...) noise predicted with the empty caption, at the same x_t and t. Other
-            parameterisations are converted first (`memtrain.core.diffusion.to_noise`).
+            parameterisations are converted first (`memtrain.core.diffusion.NoiseProcess.to_noise`).
 
     Returns:
         (B,) float32. Grows with the square root of the number of latent elements.

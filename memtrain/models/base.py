@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
-from memtrain.core import diffusion
+from memtrain.core.diffusion import NoiseProcess
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.pipelines import hash_weights
 
@@ -41,20 +41,16 @@ class DiffusionModel(nn.Module, ABC):
 
     vae: Any  # of diffusers; None where a pipeline in hand has none: then there are no pictures
     scheduler: Any  # of diffusers, the pipeline's own
-    alphas_cumprod: Tensor  # (T,) float32, where the model computes
-    prediction_type: str  # one of core.diffusion.PREDICTION_TYPES
+    noise_process: NoiseProcess  # its schedule lies where the model computes
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__()
-        name, config = type(pipeline).__name__, pipeline.scheduler and pipeline.scheduler.config
+        name = type(pipeline).__name__
         for part in (self.network_name, *self.text_encoder_names, *self.tokenizer_names, "scheduler"):
             if getattr(pipeline, part) is None:
                 raise ValueError(f"this {name} has no {part}")
         for part in (*self.network_names, *self.tokenizer_names, "scheduler"):
             setattr(self, part, getattr(pipeline, part))
-        self.prediction_type = config.get("prediction_type", "epsilon")
-        if self.prediction_type not in diffusion.PREDICTION_TYPES:
-            raise ValueError(f"this {name} predicts {self.prediction_type}")
         self.scale_factor = pipeline.vae_scale_factor  # px of a latent's side
         self.text_encoder_is_trained = self.compiled = False
         self._null: Conditioning | None = None
@@ -84,7 +80,7 @@ class DiffusionModel(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where it computes; its networks are there, or are brought there by the pipeline's own hooks."""
-        return self.alphas_cumprod.device
+        return self.noise_process.device
 
     def fingerprint(self, *names: str) -> dict[str, str]:
         """A hash of the weights of these networks, by name; else of what latents and embeddings depend on."""
@@ -233,19 +229,19 @@ class DiffusionModel(nn.Module, ABC):
 
     # ---- predictions
 
-    def predict(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, C, H, W) the network's prediction, in its own parameterisation. timesteps (B,) int64"""
         if not self.compiled or torch.is_grad_enabled():
-            return self._call(noisy_latents, timesteps, told)
+            return self._call(noisy_latents, timesteps, conditioning)
         rows = len(noisy_latents)
-        return self._call(_any_rows(noisy_latents), _any_rows(timesteps), told.map(_any_rows))[:rows]
+        return self._call(_any_rows(noisy_latents), _any_rows(timesteps), conditioning.map(_any_rows))[:rows]
 
     def to_noise(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
         """The noise that a prediction stands for, (B, C, H, W): scores are taken between noises."""
-        return diffusion.to_noise(prediction, noisy_latents, timesteps, self.alphas_cumprod, self.prediction_type)
+        return self.noise_process.to_noise(prediction, noisy_latents, timesteps)
 
     @abstractmethod
-    def _call(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+    def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's forward."""
 
     # ---- what comes of it
@@ -260,7 +256,9 @@ class DiffusionModel(nn.Module, ABC):
 
 
 def trained_parameters(model: DiffusionModel) -> list[nn.Parameter]:
-    return [parameter for module in model.trained_modules() for parameter in module.parameters()]
+    """The weights that are trained: all of the trained modules', or an adapter's alone."""
+    parameters = (parameter for module in model.trained_modules() for parameter in module.parameters())
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def _any_rows(tensor: Tensor) -> Tensor:

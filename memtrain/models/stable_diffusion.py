@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
+from memtrain.core.diffusion import DDPM, PREDICTION_TYPES
 from memtrain.models.base import DiffusionModel
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import FAMILIES
@@ -40,9 +41,12 @@ class StableDiffusion(DiffusionModel):
                 f"the UNet of this {name} takes {config.in_channels} channels and its VAE gives "
                 f"{self.vae.config.latent_channels}"
             )
-        alphas_cumprod = DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod.float()
+        schedule = DDPMScheduler.from_config(self.scheduler.config)
+        if schedule.config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"this {name} predicts {schedule.config.prediction_type}")
+        self.noise_process = DDPM(schedule.alphas_cumprod.float(), schedule.config.prediction_type)
         # of a pipeline whose modules are brought to the GPU one by one: where they are brought to
-        self.register_buffer("alphas_cumprod", alphas_cumprod.to(pipeline._execution_device), persistent=False)
+        self.noise_process.to(pipeline._execution_device)
 
     # ---- pictures
 
@@ -90,9 +94,13 @@ class StableDiffusion(DiffusionModel):
             mask = tokens.attention_mask.to(self.device)
         return Conditioning(self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0])
 
-    def _call(self, noisy_latents: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
-        added = None if told.pooled is None else {"text_embeds": told.pooled, "time_ids": told.time_ids}
-        return self.unet(noisy_latents, timesteps, told.hidden, added_cond_kwargs=added, return_dict=False)[0]
+    def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        added = (
+            None
+            if conditioning.pooled is None
+            else {"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids}
+        )
+        return self.unet(noisy_latents, timesteps, conditioning.hidden, added_cond_kwargs=added, return_dict=False)[0]
 
     # ---- what comes of it
 

@@ -26,7 +26,7 @@ def encode_samples(
     Returns:
         Mean latents (N, C, h, w) on the CPU, positions (N,) on the device, and N captions.
     """
-    device = model.alphas_cumprod.device
+    device = model.device
     latents, index, captions = [], [], []
     for first in range(0, len(positions), batch_size):
         batch = data.decode(positions[first : first + batch_size])
@@ -50,7 +50,7 @@ def encode_once(model: DiffusionModel, data: DataModule, positions: Positions, b
 
     For samples that look the same at every visit.
     """
-    decode, device = data.collate(data.views), model.alphas_cumprod.device
+    decode, device = data.collate(data.views), model.device
     parts = []
     for first in range(0, len(positions), batch_size):
         part = decode([(0, 0, int(position)) for position in positions[first : first + batch_size]])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memtrain.core.losses import min_snr_weights
 from memtrain.models.base import DiffusionModel
 
 DENOMINATORS = ("kept", "all")
@@ -41,4 +40,4 @@ class Objective:
         """The weight of each sample's loss, which depends on its timestep alone. (B,) int64 -> (B,) float32"""
         if self.min_snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
-        return min_snr_weights(timesteps, model.alphas_cumprod, self.min_snr_gamma, model.prediction_type)
+        return model.noise_process.min_snr_weights(timesteps, self.min_snr_gamma)

@@ -51,7 +51,7 @@ class Predictor:
 
     @property
     def num_timesteps(self) -> int:
-        return len(self.model.alphas_cumprod)
+        return self.model.noise_process.num_timesteps
 
     def visit(self, batch: Batch, step: int, stream: Stream, due: Due | None = None) -> tuple[Tensor, Observations]:
         """Losses (B,), with a graph, and what the rows show; one path for what is trained on and what is held out.
@@ -67,11 +67,11 @@ class Predictor:
         mean, std = self.model.encode_posterior(batch.images) if cached is None else cached.unbind(1)
         draws = self.draw(stream, step, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
-        told, has_caption = self._caption(batch, draws, step, stream)
+        conditioning, has_caption = self._caption(batch, draws, step, stream)
 
         noise = draws.noise + self.objective.noise_offset * draws.offset_noise  # (B, C, h, w) + (B, C, 1, 1)
         rows_due = None if due is None else due(batch.picture, draws.timesteps, has_caption)
-        loss, score = self.predict_and_score(latents, noise, draws.timesteps, told, rows_due)
+        loss, score = self.predict_and_score(latents, noise, draws.timesteps, conditioning, rows_due)
 
         captioned = has_caption.to(self.device) & batch.valid
         # rows that are not due have a score of 0, and so have those at which no caption could change a thing:
@@ -92,10 +92,11 @@ class Predictor:
 
     def draw(self, stream: Stream, step: int, places: Sequence[int], latent_shape: Sequence[int]) -> Draws:
         """What is random about the rows at these places of a step, on the model's device."""
-        return diffusion.draw(self.seed, stream, step, places, latent_shape, self.num_timesteps).to(self.device)
+        process = self.model.noise_process
+        return diffusion.draw(self.seed, stream, step, places, latent_shape, process).to(self.device)
 
     def _caption(self, batch: Batch, draws: Draws, step: int, stream: Stream) -> tuple[Conditioning, Tensor]:
-        """What the network is told about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
+        """What the network is conditioning about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
         trained = stream == Stream.TRAIN
         dropout = self.objective.caption_dropout if trained else 0.0
         method = Stream.METHOD if trained else Stream.REFERENCE_METHOD
@@ -110,13 +111,17 @@ class Predictor:
         # embeddings of a cache serve where they are what the text encoder would give
         if batch.hidden is not None and not self.model.text_encoder_is_trained and not self.method.rewrites:
             null = self.model.null(len(captions))
-            told = replace(null, hidden=torch.where(captioned[:, None, None], batch.hidden, null.hidden.float()))
+            conditioning = replace(
+                null, hidden=torch.where(captioned[:, None, None], batch.hidden, null.hidden.float())
+            )
         else:
-            told = self.model.encode(captions)
-        return replace(told, hidden=self.method.embeddings(told.hidden, captioned, generators)), has_caption
+            conditioning = self.model.encode(captions)
+        return replace(
+            conditioning, hidden=self.method.embeddings(conditioning.hidden, captioned, generators)
+        ), has_caption
 
     def predict_and_score(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, told: Conditioning, due: Tensor | None = None
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning, due: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss, with a graph, and text-conditional magnitude, without one; both (B,) float32.
 
@@ -125,14 +130,13 @@ class Predictor:
         Args:
             latents, noise: (B, C, h, w), of which x_t is made.
             timesteps: (B,) int64.
-            told: the B encoded captions.
+            conditioning: the B encoded captions.
             due: (B,) bool, on the CPU; only these rows have a second forward pass, the others' score is 0.
         """
         model = self.model
-        noisy = diffusion.add_noise(latents, noise, timesteps, model.alphas_cumprod)
-        target = diffusion.prediction_target(latents, noise, timesteps, model.alphas_cumprod, model.prediction_type)
-        prediction = model.predict(noisy, timesteps, told)
-        loss = losses.denoising_loss(prediction, target)
+        noisy = model.noise_process.add_noise(latents, noise, timesteps)
+        prediction = model.predict(noisy, timesteps, conditioning)
+        loss = losses.denoising_loss(prediction, model.noise_process.target(latents, noise, timesteps))
         with torch.no_grad(), self.scoring_time.running(noisy.device):
             if due is None:
                 return loss, self._score(noisy, timesteps, prediction)

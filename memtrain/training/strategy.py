@@ -66,10 +66,14 @@ def without_weights(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, empty)
 
 
-def filled(empty: nn.Module, weights: Iterator[Tensor]) -> nn.Module:
-    """A whole network on each rank, of bones and the next weights of these. All ranks call this together."""
+def filled(empty: nn.Module, sharded: nn.Module, weights: Iterator[Tensor]) -> nn.Module:
+    """A whole network on each rank, of bones, the next weights of these for those that are trained, and the others of
+    the sharded network. All ranks call this together."""
     network = copy.deepcopy(empty)
-    state = {name: whole(next(weights).detach()) for name, _ in network.named_parameters()}
+    state = {
+        name: whole((next(weights) if parameter.requires_grad else parameter).detach())
+        for name, parameter in sharded.named_parameters()
+    }
     network.load_state_dict(state, strict=False, assign=True)  # buffers are those of the copy
     return network.requires_grad_(False)
 

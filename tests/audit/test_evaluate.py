@@ -12,8 +12,8 @@ from PIL import Image
 
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.fid import LatentGrid
-from memtrain.audit.evaluate.models import evaluate, read_rows, short_names
 from memtrain.audit.evaluate.one_model import Evaluation, GroupResult, Measures, ModelResult, Settings
+from memtrain.audit.evaluate.several_models import evaluate, read_rows, short_names
 from memtrain.audit.evaluate.similarity import LatentRmse
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
 from memtrain.cli.arguments import spelled
@@ -83,13 +83,13 @@ def test_the_loss_is_the_networks_at_fixed_draws(evaluated, pipeline_folder, sam
     """Against a plain loop over one sample, with diffusers' own noising."""
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    from memtrain.core.diffusion import draw
+    from memtrain.core.diffusion import DDPM, draw
     from memtrain.core.streams import Stream
 
     out, result, chosen = evaluated
     pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, local_files_only=True)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    losses = []
+    process, losses = DDPM(scheduler.alphas_cumprod, "epsilon"), []
     with torch.no_grad():
         image, _ = samples.get(chosen.positions[1])
         latents = pipe.vae.encode(torch.from_numpy(image)[None].float() / 127.5 - 1).latent_dist.mean
@@ -97,7 +97,7 @@ def test_the_loss_is_the_networks_at_fixed_draws(evaluated, pipeline_folder, sam
         cut = dict(padding="max_length", max_length=24, truncation=True, return_tensors="pt")
         hidden = pipe.text_encoder(pipe.tokenizer(SCRIPT, **cut).input_ids)[0]
         for number, t in enumerate((166, 500, 833)):
-            noise = draw(5, Stream.HELD_OUT, number, [chosen.positions[1]], latents.shape[1:], 1000).noise
+            noise = draw(5, Stream.HELD_OUT, number, [chosen.positions[1]], latents.shape[1:], process).noise
             noisy = scheduler.add_noise(latents, noise, torch.tensor([t]))
             losses.append((pipe.unet(noisy, t, hidden).sample - noise).square().mean().item())
     rows = read_rows(out, [result]).to_pylist()

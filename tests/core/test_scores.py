@@ -5,12 +5,9 @@ import sys
 import pytest
 import torch
 
-from memtrain.core import diffusion, losses
+from memtrain.core import losses
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.core.statistics import BinnedMoments, auc, tpr_at_fpr
-from memtrain.core.streams import Stream
-
-ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
 
 
 def normal(*shape, seed=0):
@@ -34,58 +31,6 @@ def test_score_is_taken_in_float32():
 def test_score_names_shapes_that_differ():
     with pytest.raises(ValueError, match=r"\(2, 4\) and \(3, 4\)"):
         text_conditional_magnitude(torch.zeros(2, 4), torch.zeros(3, 4))
-
-
-def test_v_prediction_of_the_same_noise_gives_the_same_score():
-    """Two noises told as v at one x_t come back, and their distance is sqrt(abar) |v1 - v2|."""
-    latents, t = normal(6, 4, 8, 8), torch.tensor([1, 50, 300, 600, 900, 999])
-    noisy = diffusion.add_noise(latents, normal(6, 4, 8, 8, seed=1), t, ALPHAS)
-    alpha_bar = ALPHAS[t].reshape(-1, 1, 1, 1)
-    found, velocities = [], []
-    for seed in (2, 3):
-        eps = normal(6, 4, 8, 8, seed=seed)
-        x0 = (noisy - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
-        velocities.append(diffusion.prediction_target(x0, eps, t, ALPHAS, "v_prediction"))
-        found.append(diffusion.to_noise(velocities[-1], noisy, t, ALPHAS, "v_prediction"))
-        torch.testing.assert_close(found[-1], eps, atol=1e-4, rtol=1e-4)
-    expected = ALPHAS[t].sqrt() * text_conditional_magnitude(*velocities)
-    torch.testing.assert_close(text_conditional_magnitude(*found), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_draws_of_a_row_do_not_depend_on_its_batch():
-    together = diffusion.draw(1, Stream.TRAIN, 5, range(8), (4, 4, 4), 1000)
-    for place in (0, 3, 7):
-        alone = diffusion.draw(1, Stream.TRAIN, 5, [place], (4, 4, 4), 1000)
-        for name in alone.__dataclass_fields__:
-            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[place]), name
-    other = diffusion.draw(1, Stream.REFERENCE_ROW, 5, range(8), (4, 4, 4), 1000)
-    assert not torch.equal(other.noise, together.noise)
-
-
-def test_draws_look_random_over_steps_and_places():
-    draws = [diffusion.draw(0, Stream.TRAIN, step, range(64), (1, 2, 2), 1000) for step in range(32)]
-    timesteps = torch.cat([d.timesteps for d in draws]).double()
-    noise = torch.cat([d.noise for d in draws]).flatten(1)
-    assert abs(timesteps.mean() - 499.5) < 4 * 288.7 / math.sqrt(len(timesteps))
-    assert (torch.corrcoef(noise.T) - torch.eye(4)).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_min_snr_weights_bound_the_loss_on_x0(prediction_type):
-    t = torch.arange(0, 1000, 37)
-    snr = diffusion.signal_to_noise(t, ALPHAS)
-    weight = losses.min_snr_weights(t, ALPHAS, 5.0, prediction_type)
-    to_x0 = snr if prediction_type == "epsilon" else snr + 1  # |target error|^2 = to_x0 |x0 error|^2
-    torch.testing.assert_close(weight * to_x0, snr.clamp(max=5.0))
-
-
-@pytest.mark.parametrize(("prediction_type", "last"), [("epsilon", 1.0), ("v_prediction", 0.0)])
-def test_min_snr_weights_at_a_terminal_snr_of_zero_are_their_limits(prediction_type, last):
-    """Where abar_T = 0 there is no signal: min(SNR, gamma) / SNR was 0 / 0."""
-    alphas = torch.tensor([0.9, 1e-6, 0.0])
-    weight = losses.min_snr_weights(torch.arange(3), alphas, 5.0, prediction_type)
-    assert weight.isfinite().all() and weight[2] == last
-    torch.testing.assert_close(weight[1], weight[2], atol=1e-5, rtol=0)
 
 
 def test_masked_sum_keeps_what_is_not_finite_out_of_the_sum_but_not_out_of_shared_gradients():

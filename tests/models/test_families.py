@@ -47,13 +47,13 @@ def test_captions_and_the_null_caption_are_the_stock_pipelines(pipeline):
     torch.testing.assert_close(encoded.hidden, cond)
     torch.testing.assert_close(null.hidden, uncond)
     assert not encoded.hidden.requires_grad and not null.hidden.requires_grad
-    for told, expected in zip((encoded, null), pooled, strict=False):
-        torch.testing.assert_close(told.pooled, expected)
+    for conditioning, expected in zip((encoded, null), pooled, strict=False):
+        torch.testing.assert_close(conditioning.pooled, expected)
         size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         ids = pipeline._get_add_time_ids(
             (size, size), (0, 0), (size, size), torch.float32, pipeline.text_encoder_2.config.projection_dim
         )
-        torch.testing.assert_close(told.time_ids, ids.expand(3, -1))
+        torch.testing.assert_close(conditioning.time_ids, ids.expand(3, -1))
 
 
 def test_scores_equal_a_plain_loop_over_the_pipelines_own_modules(pipeline):
@@ -86,9 +86,9 @@ def test_scores_equal_a_plain_loop_over_the_pipelines_own_modules(pipeline):
 def test_nothing_in_the_pipeline_is_changed(pipeline):
     before = state_of(pipeline)
     model = model_of(pipeline)
-    told, null = model.encode(CAPTIONS), model.null(3)
+    conditioning, null = model.encode(CAPTIONS), model.null(3)
     latents = torch.randn(3, *model.own_shape, generator=torch.Generator().manual_seed(0))
-    prediction = model.predict(latents, torch.tensor([1, 500, 999]), told)
+    prediction = model.predict(latents, torch.tensor([1, 500, 999]), conditioning)
     embeds = model.token_embeds(CAPTIONS).requires_grad_()
     model.encode_embeds(embeds, CAPTIONS).hidden.sum().backward()
     pixels = model.decode(latents)
@@ -140,8 +140,8 @@ def test_another_score_of_the_null_caption_than_zero_is_none(pipeline):
     latents, t = torch.randn(2, *model.own_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 900])
     with torch.no_grad():
         cond, null = (
-            model.to_noise(model.predict(latents, t, told), latents, t)
-            for told in (model.encode(CAPTIONS[::2]), model.null(2))
+            model.to_noise(model.predict(latents, t, conditioning), latents, t)
+            for conditioning in (model.encode(CAPTIONS[::2]), model.null(2))
         )
         again = model.to_noise(model.predict(latents, t, model.null(1).expand(2)), latents, t)
     assert (text_conditional_magnitude(cond, null) > 0).all() and torch.equal(null, again)
@@ -162,12 +162,12 @@ def test_a_textual_inversion_of_several_vectors_is_several_tokens(pipeline_folde
 
 
 def test_rows_of_what_the_network_is_told():
-    told = Conditioning(torch.arange(6.0).reshape(3, 2, 1), None, torch.arange(3.0).reshape(3, 1))
-    picked = told.index([2, 0])
+    conditioning = Conditioning(torch.arange(6.0).reshape(3, 2, 1), None, torch.arange(3.0).reshape(3, 1))
+    picked = conditioning.index([2, 0])
     assert len(picked) == 2 and picked.pooled is None and picked.time_ids.tolist() == [[2.0], [0.0]]
-    whole = Conditioning.cat([told.index([0]), told.index([1, 2])])
-    assert torch.equal(whole.hidden, told.hidden) and whole.pooled is None
-    assert told.index([1]).expand(4).hidden.shape == (4, 2, 1)
+    whole = Conditioning.cat([conditioning.index([0]), conditioning.index([1, 2])])
+    assert torch.equal(whole.hidden, conditioning.hidden) and whole.pooled is None
+    assert conditioning.index([1]).expand(4).hidden.shape == (4, 2, 1)
 
 
 def test_the_table_knows_the_classes():

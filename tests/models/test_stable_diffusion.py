@@ -61,7 +61,7 @@ def test_export_comes_back_the_same(pipelines, tmp_path, prediction_type):
     back = build(tmp_path / "export")
     for (name, a), b in zip(model.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert back.prediction_type == prediction_type
+    assert back.noise_process.prediction_type == prediction_type
     assert not list((tmp_path / "export").rglob("*.bin"))
     model.export(tmp_path / "half", torch.float16)
     half = StableDiffusionPipeline.from_pretrained(tmp_path / "half", dtype=torch.float16, local_files_only=True)

@@ -209,6 +209,6 @@ def test_gradient_checkpointing_changes_nothing(pipeline_folder, corpus, tmp_pat
 
 def test_v_prediction_trains(pipelines, corpus, tmp_path):
     module, record, before = run(pipelines["v_prediction"], corpus, tmp_path, min_snr_gamma=5.0, noise_offset=0.1)
-    assert module.model.prediction_type == "v_prediction"
+    assert module.model.noise_process.prediction_type == "v_prediction"
     assert (weights(module) - before).abs().max() > 1e-4
     assert torch.cat([observed.loss for observed in record.observed]).isfinite().all()

@@ -96,11 +96,11 @@ def test_a_reference_row_is_what_the_equations_say(pipeline_folder, corpus, tmp_
     fit(module, data, tmp_path, 1, callbacks=[seen])
     (observed,), model = seen.turns, module.model
     batch = data.decode(observed.sample_index.tolist())
-    draws = diffusion.draw(7, Stream.REFERENCE_ROW, 0, range(3), module.latent_shape, 1000)
+    draws = diffusion.draw(7, Stream.REFERENCE_ROW, 0, range(3), module.latent_shape, module.model.noise_process)
     mean, std = model.encode_posterior(batch.images)
     latents = model.sample_latents(mean, std, draws.posterior_noise)
     noise = draws.noise + 0.1 * draws.offset_noise
-    noisy = diffusion.add_noise(latents, noise, draws.timesteps, model.alphas_cumprod)
+    noisy = model.noise_process.add_noise(latents, noise, draws.timesteps)
     with torch.no_grad():
         cond = model.predict(noisy, draws.timesteps, model.encode(batch.captions))
         null = model.predict(noisy, draws.timesteps, model.encode([""] * 3))
@@ -296,7 +296,7 @@ def test_where_noise_is_all_a_row_says_nothing(zero_terminal, corpus, tmp_path, 
     rule, seen = rules["evidence"], Seen()
     options = dict(scoring=Scoring(every_visits=2)) if remembers else {}
     module = still(zero_terminal, rule, min_snr_gamma=5.0, reference_batch=4, **options)
-    assert module.model.alphas_cumprod[-1] == 0
+    assert module.model.noise_process.alphas_cumprod[-1] == 0
     draw = module.predictor.draw
 
     def drawn(*rows):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from memtrain.audit.denoiser import Denoiser
@@ -105,7 +106,7 @@ class Sharpness(StepScore):
     extra_evaluations = 2
 
     def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
-        sigma = (1 - denoiser.model.alphas_cumprod[step.t]).sqrt()
+        sigma = denoiser.model.noise_process.noise_level(torch.tensor(step.t, device=denoiser.device))
         difference = (step.noise_null - step.noise_cond) / sigma  # of scores: s = -eps / sigma
         moved = step.latents + self.delta * difference
         noise_cond, noise_null = denoiser.predict_pair(moved, step.t, step.cond, step.null)

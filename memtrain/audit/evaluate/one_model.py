@@ -23,7 +23,7 @@ from memtrain.audit.evaluate.similarity import Pictures, Similarity
 from memtrain.audit.pictures import encode_images
 from memtrain.audit.sampling import generate
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
-from memtrain.core.diffusion import add_noise, draw
+from memtrain.core.diffusion import draw
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
@@ -89,6 +89,7 @@ class ModelResult:
     frechet_generated: int  # pictures on either side
     frechet_real: int
     identity: str
+    lora: str | None = None  # a folder or file that was loaded into it
 
     @property
     def memorization(self) -> GroupResult:
@@ -192,9 +193,9 @@ class Evaluation:
         reference set's samples, at the same seed, what training logs as `heldout_loss`.
         """
         denoiser, settings, chosen = self.denoiser, self.settings, self.chosen
-        num_timesteps, k = len(denoiser.model.alphas_cumprod), settings.timesteps_per_sample
+        process, k = denoiser.model.noise_process, settings.timesteps_per_sample
         shape = denoiser.latent_shape
-        timesteps = ((torch.arange(k) + 0.5) * num_timesteps / k).long().tolist()
+        timesteps = ((torch.arange(k) + 0.5) * process.num_timesteps / k).long().tolist()
 
         def work(rows: range) -> Tensor:
             clean = latents[rows.start : rows.stop].to(denoiser.device)
@@ -203,12 +204,12 @@ class Evaluation:
             for number, t in enumerate(timesteps):
                 noise = torch.cat(
                     [
-                        draw(settings.seed, Stream.HELD_OUT, number, [position], shape, num_timesteps).noise
+                        draw(settings.seed, Stream.HELD_OUT, number, [position], shape, process).noise
                         for position in chosen.positions[rows.start : rows.stop]
                     ]
                 ).to(denoiser.device)
                 steps = torch.full((len(rows),), t, device=denoiser.device)
-                noisy = add_noise(clean, noise, steps, denoiser.model.alphas_cumprod)
+                noisy = process.add_noise(clean, noise, steps)
                 losses.append((denoiser.predict(noisy, t, cond) - noise).square().flatten(1).mean(dim=1))
             return torch.stack(losses, dim=1).mean(dim=1).cpu()
 

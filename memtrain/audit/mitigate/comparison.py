@@ -19,7 +19,6 @@ from memtrain.audit.mitigate.methods import Mitigation
 from memtrain.audit.mitigate.mitigation import Generations, Sampling, generate, resolve_target
 from memtrain.audit.pictures import decode_latents, encode_images
 from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, copy_rate, is_copy, latent_rmse
-from memtrain.core.diffusion import add_noise
 from memtrain.core.streams import Stream, place_seed
 
 _MARGIN_TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # of 1000
@@ -184,7 +183,7 @@ def caption_margin(
         for t in _MARGIN_TIMESTEPS:
             noise = judge.noise([place_seed(seeds[row], Stream.MARGIN, t, 0) for row in rows])
             steps = torch.full((count,), t, device=judge.device)
-            noisy = add_noise(clean, noise, steps, judge.model.alphas_cumprod)
+            noisy = judge.model.noise_process.add_noise(clean, noise, steps)
             for loss, predicted in zip(losses, judge.predict_pair(noisy, t, cond, null), strict=True):
                 loss += (predicted - noise).square().flatten(1).mean(dim=1)
         return (1 - losses[0] / losses[1]).cpu()

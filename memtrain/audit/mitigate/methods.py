@@ -78,17 +78,17 @@ class Embedding(Mitigation):
         null, bos = denoiser.model.null(len(start.prompts)), start.cond.hidden[:, :1]
         free = start.cond.hidden[:, 1:].float().clone()
 
-        def told(free: Tensor) -> Conditioning:
+        def conditioning(free: Tensor) -> Conditioning:
             return replace(start.cond, hidden=torch.cat([bos, free.to(bos.dtype)], dim=1))
 
         def evaluate(free: Tensor) -> tuple[Tensor, Tensor]:
-            score = text_conditional_magnitude(*denoiser.predict_pair(start.latents, t, told(free), null))
+            score = text_conditional_magnitude(*denoiser.predict_pair(start.latents, t, conditioning(free), null))
             return score, score
 
         optimizer = torch.optim.AdamW([free], lr=self.lr)
         with denoiser.frozen():
             iterations = _descend(free, evaluate, optimizer, self.iterations, target)
-        return replace(start, cond=told(free), iterations=iterations)
+        return replace(start, cond=conditioning(free), iterations=iterations)
 
 
 class InitialNoise(Mitigation):
