@@ -11,11 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, SAMPLES, TORCHSCRIPT, check_file
 from memtrain.data.sources import find_sources
-from memtrain.models.folders import AUDITED, CLIP, TRAINED, check_folder, check_lora, check_pipeline
+from memtrain.models.folders import AUDITED, CLIP, TRAINED, TRAINED_FLOWS, check_folder, check_lora, check_pipeline
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
-_PRETRAINED = "memtrain.models.pretrained.from_pretrained"
+_PRETRAINED = {
+    "memtrain.models.pretrained.from_pretrained": TRAINED,
+    "memtrain.models.pretrained.flow_from_pretrained": TRAINED_FLOWS,
+}
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -24,8 +27,8 @@ def check_training(cfg: DictConfig) -> None:
         check_shards(cfg)
         _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
         _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
-    if cfg.model._target_ == _PRETRAINED:
-        check_pipeline("model.pretrained", cfg.model.pretrained, TRAINED)
+    if cfg.model._target_ in _PRETRAINED:
+        check_pipeline("model.pretrained", cfg.model.pretrained, _PRETRAINED[cfg.model._target_])
 
 
 def check_shards(cfg: DictConfig) -> None:

@@ -18,6 +18,8 @@ class Family:
     path: str  # of its class, a `memtrain.models.base.DiffusionModel`
     parts: tuple[str, ...]  # folders that a pipeline of it has beside its model_index.json
     is_trained: bool  # False: it can be audited alone
+    is_flow: bool = False  # True: its noise process is a rectified flow
+    optional: tuple[str, ...] = ()  # parts that a pipeline of it may lack
     left_out: Mapping[str, Any] = field(default_factory=dict)  # of the stock pipeline, what neither needs
 
     def load(self) -> type:
@@ -38,6 +40,14 @@ FAMILIES = {
         "memtrain.models.stable_diffusion_xl.StableDiffusionXL",
         (*_PARTS, "text_encoder_2", "tokenizer_2"),
         is_trained=False,
+    ),
+    "StableDiffusion3Pipeline": Family(
+        "memtrain.models.stable_diffusion_3.StableDiffusion3",
+        ("transformer", *_PARTS[1:], "text_encoder_2", "tokenizer_2"),
+        is_trained=True,
+        is_flow=True,
+        optional=("text_encoder_3", "tokenizer_3"),
+        left_out=dict(image_encoder=None, feature_extractor=None),
     ),
 }
 

@@ -20,11 +20,16 @@ class Kind:
 
 TRAINED = Kind(
     [name for name, family in FAMILIES.items() if family.is_trained],
-    "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id",
+    "model.pretrained takes a Stable Diffusion 1.x, 2.x, 3 or 3.5 diffusers folder or a hub id",
+)
+TRAINED_FLOWS = Kind(
+    [name for name, family in FAMILIES.items() if family.is_trained and family.is_flow],
+    "model.pretrained takes a Stable Diffusion 3 or 3.5 diffusers folder or a hub id here; for others say "
+    "model=stable_diffusion",
 )
 AUDITED = Kind(
     list(FAMILIES),
-    "model takes a Stable Diffusion 1.x, 2.x or XL diffusers folder or a hub id",
+    "model takes a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 diffusers folder or a hub id",
 )
 LORA = "name a run's export/ that an adapter made, or a .safetensors file in diffusers' or kohya-ss' form"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it

@@ -33,10 +33,13 @@ def load_pipeline(source: str, kind: Kind, dtype: torch.dtype, *, key: str) -> D
     local = is_folder(source)
     where = str(Path(source).expanduser()) if local else source
     try:
-        name = DiffusionPipeline.load_config(where, local_files_only=local)["_class_name"]
+        index = DiffusionPipeline.load_config(where, local_files_only=local)
+        name = index["_class_name"]
         if name not in kind.families:
             raise ValueError(f"it is a {name}")
-        options = dict(dtype=dtype, local_files_only=local, **FAMILIES[name].left_out)
+        family = FAMILIES[name]
+        lacking = {part: None for part in family.optional if not index.get(part, [None])[0]}
+        options = dict(dtype=dtype, local_files_only=local, **family.left_out, **lacking)
         return getattr(diffusers, name).from_pretrained(where, **options)
     except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,6 +26,10 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 def made_with(model: DiffusionModel, samples: ShardSamples) -> dict:
     """What decides the numbers in a cache; see `memtrain.data.latents.MADE_WITH`."""
+    if model.null(1).pooled is not None:
+        raise ValueError(
+            f"a cache holds no pooled embeddings, which a {type(model).__name__} is told; train without data.cache"
+        )
     return {**model.fingerprint(), **samples.described()}
 
 

@@ -8,6 +8,7 @@ import torch
 
 import memtrain
 from memtrain.audit.sampling import SamplingPath, generate
+from memtrain.models.samplers import Predictions
 from tests.audit.conftest import PROMPTS
 
 SEEDS, STEPS = [1, 2, 3], 4
@@ -33,7 +34,7 @@ def whole(denoiser):
 def test_steps_follow_the_schedule_and_end_at_the_pictures(denoiser, whole):
     steps, end = whole
     assert [step.index for step in steps] == list(range(STEPS))
-    assert [step.t for step in steps] == denoiser.timesteps(STEPS).tolist()
+    assert [step.t for step in steps] == denoiser.model.sampler.timesteps(STEPS)
     assert torch.equal(steps[0].latents, denoiser.noise(SEEDS))
     assert torch.equal(end, generate(denoiser, denoiser.encode(PROMPTS), SEEDS, STEPS, 3.0))
 
@@ -42,7 +43,8 @@ def test_steps_follow_the_schedule_and_end_at_the_pictures(denoiser, whole):
 def test_a_path_that_stops_is_the_beginning_of_the_whole_one(denoiser, whole, stop):
     path = path_of(denoiser, stop=stop)
     for step, expected in zip(path, whole[0], strict=False):
-        assert torch.equal(step.noise_cond, expected.noise_cond) and torch.equal(step.noise_null, expected.noise_null)
+        for mine, whole_ones in zip(vars(step.predicted).values(), vars(expected.predicted).values(), strict=True):
+            assert torch.equal(mine, whole_ones)
     assert step.index == stop - 1 and torch.equal(path.latents, whole[0][stop].latents)
 
 
@@ -64,21 +66,22 @@ def test_another_prediction_stands_in(denoiser):
 
     def predict(index, t, latents):
         asked.append((index, t))
-        return torch.zeros_like(latents), torch.zeros_like(latents)
+        return Predictions(*[torch.zeros_like(latents)] * 4)
 
     path = path_of(denoiser, predict=predict)
-    assert all((step.noise_cond == 0).all() for step in path)
-    assert asked == list(enumerate(denoiser.timesteps(STEPS).tolist()))
+    sampler = denoiser.model.sampler
+    assert all((step.predicted.magnitude == 0).all() for step in path)
+    assert asked == list(enumerate(sampler.timesteps(STEPS)))
     alpha_bar = denoiser.model.noise_process.alphas_cumprod[asked[0][1]]
     last = (1 / alpha_bar).sqrt() * denoiser.noise(SEEDS)  # x_0 where no noise is seen
-    final = denoiser.scheduler.final_alpha_cumprod.sqrt()
+    final = sampler.scheduler.final_alpha_cumprod.sqrt()
     torch.testing.assert_close(path.latents, final * last)
 
 
-def test_there_is_one_loop_over_the_timesteps_of_a_path():
-    loops = []
+def test_there_is_one_place_where_the_steps_of_a_path_are_made():
+    places = []
     for file in Path(memtrain.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            looped = node.iter if isinstance(node, ast.For | ast.comprehension) else None
-            loops += [file.name] if looped is not None and "timesteps(" in ast.unparse(looped) else []
-    assert loops == ["sampling.py"]
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("sampler.step"):
+                places.append(file.name)
+    assert places == ["sampling.py"]
