@@ -37,8 +37,8 @@ class DiffusionModel(nn.Module, ABC):
     """
 
     network_name: ClassVar[str]  # of the network that predicts, in the pipeline
-    text_encoder_names: ClassVar[tuple[str, ...]]
-    tokenizer_names: ClassVar[tuple[str, ...]]
+    text_encoder_names: tuple[str, ...]
+    tokenizer_names: tuple[str, ...]
 
     vae: Any  # of diffusers; None where a pipeline in hand has none: then there are no pictures
     scheduler: Any  # of diffusers, the pipeline's own

@@ -56,8 +56,10 @@ def flow_from_pretrained(
     """
     model = _load(pretrained, TRAINED_FLOWS)
     own = model.noise_process
-    shift = own.shift if shift is None else shift
-    model.noise_process = RectifiedFlow(own.num_timesteps, density, logit_mean, logit_std, mode_scale, shift)
+    assert isinstance(own, RectifiedFlow)
+    model.noise_process = RectifiedFlow(
+        own.num_timesteps, density, logit_mean, logit_std, mode_scale, own.shift if shift is None else shift
+    )
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
     return model
 

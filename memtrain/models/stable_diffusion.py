@@ -24,8 +24,8 @@ class StableDiffusion(DiffusionModel):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     network_name = "unet"
-    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    text_encoder_names: tuple[str, ...] = ("text_encoder",)
+    tokenizer_names: tuple[str, ...] = ("tokenizer",)
     unet: Any
     text_encoder: Any
     tokenizer: Any

@@ -26,8 +26,8 @@ class StableDiffusion3(StableDiffusion):
 
     pipeline_class = StableDiffusion3Pipeline
     network_name = "transformer"
-    text_encoder_names = ("text_encoder", "text_encoder_2")
-    tokenizer_names = ("tokenizer", "tokenizer_2")
+    text_encoder_names: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    tokenizer_names: tuple[str, ...] = ("tokenizer", "tokenizer_2")
     transformer: Any
     text_encoder_2: Any
     text_encoder_3: Any

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-# Each command in a fork of its own of a process that has imported the program, and nothing else.
+# Each command in a fork of its own of a process that has imported the program, and what reads its config.
 FORKS = """
 import io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
+import hydra.main, memtrain.cli.checks, memtrain.cli.schema
 from memtrain.cli.main import main
 
 for argv in json.load(sys.stdin):
