@@ -38,7 +38,7 @@ class Copies(AfterEachStep):
         watched_images_per_prompt: of each of them.
         num_images_per_prompt: of each canary at the end; reference captions get half as many, at least one.
         reference: so many reference captions, at the end.
-        num_inference_steps, guidance_scale: of the stock pipeline's DDIM sampler.
+        num_inference_steps, guidance_scale: of the stock pipeline's sampler.
         max_rmse: the distance within which a generation is a copy.
         batch_size: generations at a time.
         shown: canaries in the picture; 0 draws none.

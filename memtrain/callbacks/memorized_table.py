@@ -81,7 +81,7 @@ class MemorizedTable(AfterEachStep):
         samples: rows of the table.
         num_images_per_prompt: of each, of which the nearest is shown.
         high_noise: visits at timesteps from this share of the schedule on count.
-        num_inference_steps, guidance_scale: of the stock pipeline's DDIM sampler.
+        num_inference_steps, guidance_scale: of the stock pipeline's sampler.
         max_rmse: a generation this near is framed as a copy.
         batch_size: generations at a time.
     """

@@ -21,7 +21,7 @@ class SampleGrid(AfterEachStep):
         every: optimizer steps between two grids; 0 draws one at the end alone.
         prompts: fixed prompts; where there are none, captions of the reference set.
         columns: generations of each prompt.
-        num_inference_steps, guidance_scale: of the stock pipeline's DDIM sampler.
+        num_inference_steps, guidance_scale: of the stock pipeline's sampler.
     """
 
     def __init__(self, every: int, prompts: list[str], columns: int, num_inference_steps: int, guidance_scale: float):

@@ -101,7 +101,7 @@ class LowRank(Adapter):
             )
         self.base = model.fingerprint(*model.network_names)
         model.text_encoder_is_trained = self.text_encoder
-        names = (model.network_name, *(model.text_encoder_names if self.text_encoder else ()))
+        names = (model.network_name, *(model.trainable_encoder_names if self.text_encoder else ()))
         networks = {name: getattr(model, name) for name in names}
         layers = targets(networks, self.target_modules)
         model.requires_grad_(False)

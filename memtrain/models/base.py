@@ -85,6 +85,11 @@ class DiffusionModel(nn.Module, ABC):
         return list(zip(self.tokenizers, self.text_encoders, strict=True))
 
     @property
+    def trainable_encoder_names(self) -> tuple[str, ...]:
+        """Of the text encoders that are trained where text encoders are."""
+        return self.text_encoder_names
+
+    @property
     def device(self) -> torch.device:
         """Where it computes; its networks are there, or are brought there by the pipeline's own hooks."""
         return self.noise_process.device
@@ -119,7 +124,8 @@ class DiffusionModel(nn.Module, ABC):
 
     def trained_modules(self) -> Iterable[nn.Module]:
         """The modules whose weights are trained."""
-        return (self.network, *self.text_encoders) if self.text_encoder_is_trained else (self.network,)
+        names = self.trainable_encoder_names if self.text_encoder_is_trained else ()
+        return (self.network, *(getattr(self, name) for name in names))
 
     def train(self, mode: bool = True) -> DiffusionModel:
         super().train(False)  # what is frozen stays in eval mode
@@ -130,8 +136,10 @@ class DiffusionModel(nn.Module, ABC):
     def prepare_frozen(self, dtype: torch.dtype) -> None:
         """Cast what is frozen to the training precision."""
         nn.Module.to(self.vae, dtype)  # diffusers' own `to` warns of modules that nobody named
-        for encoder in () if self.text_encoder_is_trained else self.text_encoders:
-            encoder.to(dtype)
+        trained = set(map(id, self.trained_modules()))
+        for encoder in self.text_encoders:
+            if id(encoder) not in trained:
+                encoder.to(dtype)
 
     # ---- pictures
 

@@ -24,7 +24,7 @@ TRAINED = Kind(
 )
 TRAINED_FLOWS = Kind(
     [name for name, family in FAMILIES.items() if family.is_trained and family.is_flow],
-    "model.pretrained takes a Stable Diffusion 3 or 3.5 diffusers folder or a hub id here; for others say "
+    "model.pretrained takes a Stable Diffusion 3 or 3.5 diffusers folder or a hub id; for others say "
     "model=stable_diffusion",
 )
 AUDITED = Kind(

@@ -78,8 +78,8 @@ def load_lora(pipeline: DiffusionPipeline, source: str, *, key: str = "lora") ->
         if not hasattr(pipeline, "load_lora_weights"):
             raise ValueError(f"a {type(pipeline).__name__} takes none")
         unet = getattr(pipeline, "unet", None)
-        state = pipeline.lora_state_dict(dict(state), unet_config=None if unet is None else unet.config)[0]
-        _check_fit(pipeline, state)
+        found = pipeline.lora_state_dict(dict(state), unet_config=None if unet is None else unet.config)
+        _check_fit(pipeline, found[0] if isinstance(found, tuple) else found)  # a UNet's comes with alphas
         pipeline.load_lora_weights(str(file))
     except Exception as error:  # whatever diffusers, peft or a damaged file raise; all end in one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

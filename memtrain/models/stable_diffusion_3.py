@@ -97,6 +97,10 @@ class StableDiffusion3(StableDiffusion):
     def aligned_encoders(self) -> list[tuple[Any, Any]]:
         return super().aligned_encoders[:2]  # T5 has tokens of its own
 
+    @property
+    def trainable_encoder_names(self) -> tuple[str, ...]:
+        return self.text_encoder_names[:2]  # a T5 stays as it is: with its dropout no step could be made again
+
     def _encode(self, captions: list[str]) -> Conditioning:
         outputs = [
             encoder(self._tokens(captions, tokenizer).input_ids.to(self.device), output_hidden_states=True)

@@ -62,6 +62,7 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
         for command in ("train", "cache")
         for model, says in (("/nowhere/x", "no such folder"), ("{tmp}", "has no model_index.json"))
     ),
+    (["train", "data.shards={shards}", "model=stable_diffusion_3", "model.pretrained={pipeline}"], "or 3.5 diffusers"),
     *(
         [["train", "data.shards={shards}", "model=demo", argument], says]
         for argument, says in (

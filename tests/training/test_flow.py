@@ -11,15 +11,19 @@ from hydra.utils import instantiate
 from memtrain import detect
 from memtrain.audit.denoiser import Denoiser
 from memtrain.callbacks.export import Export
+from memtrain.callbacks.validation import Validation
 from memtrain.cli import schema
 from memtrain.core.exclusion import FixedThreshold
 from memtrain.core.streams import Stream
 from memtrain.training.checkpoint import checkpoint
+from memtrain.training.strategy import FullySharded
 from tests.conftest import build_data, build_module, fit, weights
+from tests.support.adapters import low_rank
 from tests.support.conf import CONF
 from tests.support.families import stable_diffusion, stable_diffusion_3
 from tests.support.rules import quick_evidence
 from tests.support.training import KillAt, Killed, Record
+from tests.support.worlds import flat
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,42 @@ def test_a_run_that_was_killed_goes_on_as_the_whole_one(flow_folder, corpus, tmp
     gone_on = train(tmp_path / "cut", ckpt_path=str(tmp_path / "cut" / "last.ckpt"))
     assert torch.equal(weights(whole), weights(gone_on))
     assert torch.equal(whole.exclusion.evidence, gone_on.exclusion.evidence)
+
+
+def train_a_rank(pipeline: str, corpus: str, out: str, ranks: int, accumulate: int, sharded: bool) -> None:
+    module = build_module(pipeline, quick_evidence(), model=dict(train_text_encoder=True))
+    strategy = FullySharded(process_group_backend="gloo") if sharded else None
+    data = build_data(corpus, 8 // ranks // accumulate)
+    looks = [Validation(4, 2, 2, 0.5, 4), Export("float32")]
+    fit(module, data, out, 4, accumulate, looks, ranks=ranks, strategy=strategy)
+    torch.save(flat(module.trained_parameters()), f"{out}/{module.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_ranks_and_micro_batches_train_what_one_process_does(forks, pipeline_folder, corpus, tmp_path):
+    """The CLIPs too, beside a T5 that is left as it is; one of the cuts is sharded."""
+    folder = tmp_path / "pipeline"
+    stable_diffusion_3(stable_diffusion(pipeline_folder), t5=True).save_pretrained(folder)
+    cuts = {"one": (1, 1, False), "cut": (2, 2, False), "sharded": (2, 1, True)}
+    for name, (ranks, *options) in cuts.items():
+        (tmp_path / name).mkdir()
+        arguments = folder, corpus, tmp_path / name, ranks, *options
+        forks.call(train_a_rank, *arguments, log=tmp_path / "log", ranks=ranks)
+    one = torch.load(tmp_path / "one" / "0.pt")
+    for other in ("cut/0", "cut/1", "sharded/0", "sharded/1"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{other}.pt"), one, atol=2e-6, rtol=0)
+    assert (one - weights(build_module(folder, model=dict(train_text_encoder=True)))).abs().max() > 1e-3
+
+
+def test_an_adapter_is_trained_exported_and_loaded_again(flow_folder, corpus, tmp_path):
+    module = build_module(flow_folder, adapter=low_rank(), ema_decay=0.0)
+    fit(module, build_data(corpus), tmp_path, 3, callbacks=[Export(dtype="float32")])
+    options = dict(num_images_per_prompt=1, num_inference_steps=3)
+    own = Denoiser.load(str(flow_folder), device="cpu", lora=str(tmp_path / "export"))
+    base = Denoiser.load(str(flow_folder), device="cpu")
+    found = detect(own, ["fox", "cat"], **options).scores
+    assert found == pytest.approx(detect(module.model.pipeline(), ["fox", "cat"], **options).scores, abs=1e-5)
+    assert (abs(found - detect(base, ["fox", "cat"], **options).scores) > 1e-5).all()
 
 
 def test_sigma_is_drawn_as_the_config_says(flow_folder):
