@@ -83,8 +83,11 @@ class DiffusionModel(nn.Module, ABC):
         return self.noise_process.device
 
     def fingerprint(self, *names: str) -> dict[str, str]:
-        """A hash of the weights of these networks, by name; else of what latents and embeddings depend on."""
-        return {name: hash_weights(getattr(self, name)) for name in names or ("vae", *self.text_encoder_names)}
+        """A hash of the weights of these networks, by name; else the family, and of what latents and embeddings
+        depend on."""
+        if not names:
+            return {"family": type(self).__name__} | self.fingerprint("vae", *self.text_encoder_names)
+        return {name: hash_weights(getattr(self, name)) for name in names}
 
     # ---- what is trained
 
@@ -165,6 +168,10 @@ class DiffusionModel(nn.Module, ABC):
         """Captions as the stock pipeline encodes them, with a gradient where text encoders are trained."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder_is_trained):
             return self._encode(captions)
+
+    def encode_or_null(self, captions: list[str]) -> Conditioning:
+        """Captions as `encode` gives them, but the empty one as `null` does: what is trained on."""
+        return self.encode(captions)  # of most families they are the same
 
     @torch.no_grad()
     def null(self, count: int) -> Conditioning:
@@ -256,7 +263,8 @@ class DiffusionModel(nn.Module, ABC):
 
 
 def trained_parameters(model: DiffusionModel) -> list[nn.Parameter]:
-    return [parameter for module in model.trained_modules() for parameter in module.parameters()]
+    parameters = [parameter for module in model.trained_modules() for parameter in module.parameters()]
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def _any_rows(tensor: Tensor) -> Tensor:

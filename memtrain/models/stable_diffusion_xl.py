@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,11 @@ from memtrain.models.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Stable Diffusion XL. Captions are told as of pictures of its own size that nothing was cropped from."""
+    """Stable Diffusion XL.
+
+    Captions are encoded as of pictures of its own size that nothing was cropped from; what is trained on is told of
+    its own size and crop (`Conditioning.sized`).
+    """
 
     pipeline_class = StableDiffusionXLPipeline
     text_encoder_names = ("text_encoder", "text_encoder_2")
@@ -25,6 +29,22 @@ class StableDiffusionXL(StableDiffusion):
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
         self.null_is_zeros = pipeline.config.force_zeros_for_empty_prompt
+
+    def make_trainable(
+        self, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
+    ) -> None:
+        super().make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
+        last = f"layers.{self.text_encoder.config.num_hidden_layers - 1}."
+        for name, parameter in self.text_encoder.named_parameters():
+            if last in name or "final_layer_norm" in name:  # of the first text encoder, the prediction sees no more
+                parameter.requires_grad_(False)
+
+    def encode_or_null(self, captions: list[str]) -> Conditioning:
+        encoded = self.encode(captions)
+        if not self.null_is_zeros or all(captions):
+            return encoded
+        has_caption = torch.tensor([bool(caption) for caption in captions], device=self.device)
+        return encoded.where(has_caption, self.null(len(captions)))
 
     def _encode(self, captions: list[str]) -> Conditioning:
         outputs = [
@@ -50,7 +70,8 @@ class StableDiffusionXL(StableDiffusion):
         if overflows:
             self.vae.to(dtype=torch.float32)
         try:
-            yield
+            with torch.autocast(self.device.type, enabled=False) if overflows else nullcontext():
+                yield
         finally:
             if overflows:
                 self.vae.to(dtype=dtype)

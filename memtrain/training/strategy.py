@@ -61,17 +61,19 @@ def shard_trained(model: DiffusionModel, mesh: DeviceMesh) -> dict[str, nn.Modul
 
 
 def without_weights(network: nn.Module) -> nn.Module:
-    """A copy of a network that is not yet sharded, with parameters that take no room."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
+    """A copy of a network that is not yet sharded, with parameters that take no room, but for those that are frozen."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in trained}
     return copy.deepcopy(network, empty)
 
 
 def filled(empty: nn.Module, weights: Iterator[Tensor]) -> nn.Module:
     """A whole network on each rank, of bones and the next weights of these. All ranks call this together."""
     network = copy.deepcopy(empty)
-    state = {name: whole(next(weights).detach()) for name, _ in network.named_parameters()}
-    network.load_state_dict(state, strict=False, assign=True)  # buffers are those of the copy
-    return network.requires_grad_(False)
+    trained = [name for name, p in network.named_parameters() if p.requires_grad]
+    state = {name: whole(next(weights).detach()) for name in trained}
+    network.load_state_dict(state, strict=False, assign=True)  # what is frozen, and buffers, are those of the copy
+    return network.requires_grad_(False).to(next(iter(state.values())).device)
 
 
 def whole(tensor: Tensor) -> Tensor:
