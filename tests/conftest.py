@@ -77,7 +77,7 @@ def build_module(
         ema_decay=0.9,
     )
     return DiffusionTraining(
-        from_pretrained(str(pipeline), **(model_options | (model or {}))),
+        from_pretrained(str(pipeline), "auto", **(model_options | (model or {}))),
         exclusion or KeepAll(),
         # a large eps: with 1e-8 Adam turns gradients that are rounding noise into steps of the full rate
         AdamW(1e-3, (0.9, 0.999), 0.01, 1e-3, "constant", 0, eight_bit=False),

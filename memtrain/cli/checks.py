@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, SAMPLES, TORCHSCRIPT, check_file
 from memtrain.data.sources import find_sources
-from memtrain.models.folders import AUDITED, CLIP, TRAINED, check_folder, check_pipeline
+from memtrain.models.folders import AUDITED, CLIP, check_folder, check_pipeline, trained
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
@@ -25,7 +25,7 @@ def check_training(cfg: DictConfig) -> None:
         _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
         _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
     if cfg.model._target_ == _PRETRAINED:
-        check_pipeline("model.pretrained", cfg.model.pretrained, TRAINED)
+        check_pipeline("model.pretrained", cfg.model.pretrained, trained(cfg.model.family))
 
 
 def check_shards(cfg: DictConfig) -> None:

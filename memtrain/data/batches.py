@@ -172,7 +172,9 @@ class CachedBatches:
                 break
         # here: a row that could not be read has zeros; stacked, a row a sample
         columns = {
-            name: np.stack([np.zeros(shape, np.float32) if sample is None else sample.columns[name] for sample in found])
+            name: np.stack(
+                [np.zeros(shape, np.float32) if sample is None else sample.columns[name] for sample in found]
+            )
             for name, shape in self.cache.shapes().items()
         }
         _, place, index = np.array(rows, dtype=np.int64).T  # (B, 3) -> three of (B,)

@@ -2,7 +2,8 @@
 
 `00000.tar` gets `00000.tar.latents.safetensors`, beside it or in a folder of its own: the posterior's mean and
 standard deviation of each sample, the same of its mirror image where flips are wanted, the caption and its
-embedding, and what else the model family is told: a pooled embedding, how the picture was cut. A header says what they were made with; a run that would compute anything else is refused.
+embedding; of some families a pooled embedding and how the picture was cut. A header says what they were made with;
+a run that would compute anything else is refused.
 """
 
 from __future__ import annotations

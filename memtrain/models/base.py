@@ -102,6 +102,7 @@ class DiffusionModel(nn.Module, ABC):
         self.requires_grad_(False)
         for module in self.trained_modules():
             module.requires_grad_(True)
+        self.freeze_unseen()
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
             for encoder in self.text_encoders if train_text_encoder else ():
@@ -112,6 +113,10 @@ class DiffusionModel(nn.Module, ABC):
         if compile:
             self.network.compile()
         self.train()
+
+    def freeze_unseen(self) -> None:
+        """Freeze weights of trained modules that no prediction depends on: they have no gradient, and ranks would wait
+        for one."""
 
     def trained_modules(self) -> Iterable[nn.Module]:
         """The modules whose weights are trained."""
@@ -263,7 +268,8 @@ class DiffusionModel(nn.Module, ABC):
 
 
 def trained_parameters(model: DiffusionModel) -> list[nn.Parameter]:
-    parameters = [parameter for module in model.trained_modules() for parameter in module.parameters()]
+    """The weights that are trained: all of the trained modules', or an adapter's alone."""
+    parameters = (parameter for module in model.trained_modules() for parameter in module.parameters())
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 

@@ -18,15 +18,29 @@ class Kind:
     remedy: str
 
 
-TRAINED = Kind(
-    [name for name, family in FAMILIES.items() if family.is_trained],
-    "model.pretrained takes a Stable Diffusion 1.x or 2.x diffusers folder or a hub id",
-)
 AUDITED = Kind(
     list(FAMILIES),
     "model takes a Stable Diffusion 1.x, 2.x or XL diffusers folder or a hub id",
 )
+ANY = "auto"  # model=auto: of whatever family the folder or hub id is
 CLIP = "name a CLIP folder or hub id, or leave it out"
+
+
+def trained(family: str) -> Kind:
+    """The pipelines of `model=FAMILY`. Raises ValueError where there is no such family."""
+    chosen = [name for name in FAMILIES if family in (ANY, FAMILIES[name].choice)]
+    if not chosen:
+        known = ", ".join(one.choice for one in FAMILIES.values())
+        raise ValueError(f"model.family must be one of {ANY}, {known}, got {family}")
+    return Kind(chosen, f"model.pretrained takes a diffusers folder or a hub id, of a {' or '.join(chosen)}")
+
+
+def check_family(said: str, name: str, kind: Kind) -> None:
+    """Raises ValueError where a pipeline's class name is of no family that will do. `said`: what is of that class."""
+    if name in kind.families:
+        return
+    remedy = f"say model={FAMILIES[name].choice}" if name in FAMILIES else kind.remedy
+    raise ValueError(f"{said} is a {name}; {remedy}")
 
 
 def is_folder(source: str) -> bool:
@@ -53,8 +67,7 @@ def check_pipeline(key: str, source: str, kind: Kind) -> None:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{said}: model_index.json names no pipeline; {kind.remedy}") from None
-    if name not in kind.families:
-        raise ValueError(f"{said} is a {name}; {kind.remedy}")
+    check_family(said, name, kind)
     for part in FAMILIES[name].parts:
         if not (folder / part).is_dir():
             raise ValueError(f"{said} has no {part}/; {kind.remedy}")

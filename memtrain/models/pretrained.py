@@ -1,4 +1,4 @@
-"""A model to train, of whatever family its folder or hub id is."""
+"""A model to train, of the family that its folder or hub id is of."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import torch
 
 from memtrain.models.base import DiffusionModel
 from memtrain.models.families import FAMILIES
-from memtrain.models.folders import TRAINED
+from memtrain.models.folders import trained
 from memtrain.models.pipelines import load_pipeline
 
 
 def from_pretrained(
-    pretrained: str, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
+    pretrained: str,
+    family: str,
+    train_text_encoder: bool,
+    gradient_checkpointing: bool,
+    channels_last: bool,
+    compile: bool,
 ) -> DiffusionModel:
     """Load a model whose predicting network is trained and whose VAE is frozen.
 
     Args:
         pretrained: diffusers folder or hub id.
+        family: that it has to be of, by its choice in conf/model; auto: any.
         train_text_encoder: train the text encoders too; else they are frozen.
         gradient_checkpointing: recompute activations in backward; slower, far less memory.
         channels_last: the network's memory format that convolutions prefer on recent GPUs.
@@ -26,10 +32,11 @@ def from_pretrained(
     Raises:
         ValueError: in one line, what is wrong with `pretrained`.
     """
-    pipeline = load_pipeline(pretrained, TRAINED, torch.float32, key="model.pretrained")
+    kind = trained(family)
+    pipeline = load_pipeline(pretrained, kind, torch.float32, key="model.pretrained")
     try:
         model = FAMILIES[type(pipeline).__name__].load()(pipeline)
     except ValueError as error:
-        raise ValueError(f"model.pretrained={pretrained}: {error}; {TRAINED.remedy}") from None
+        raise ValueError(f"model.pretrained={pretrained}: {error}; {kind.remedy}") from None
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
     return model

@@ -30,13 +30,10 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(pipeline)
         self.null_is_zeros = pipeline.config.force_zeros_for_empty_prompt
 
-    def make_trainable(
-        self, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
-    ) -> None:
-        super().make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
+    def freeze_unseen(self) -> None:
         last = f"layers.{self.text_encoder.config.num_hidden_layers - 1}."
         for name, parameter in self.text_encoder.named_parameters():
-            if last in name or "final_layer_norm" in name:  # of the first text encoder, the prediction sees no more
+            if last in name or "final_layer_norm" in name:  # the network is told what is before these
                 parameter.requires_grad_(False)
 
     def encode_or_null(self, captions: list[str]) -> Conditioning:

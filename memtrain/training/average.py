@@ -57,7 +57,7 @@ class AveragedWeights:
             sharded = {name: getattr(self._model, name) for name in self._bones}
             weights = iter(self.shadow_params)
             for name, bones in self._bones.items():
-                setattr(self._model, name, strategy.filled(bones, weights))
+                setattr(self._model, name, strategy.filled(bones, sharded[name], weights))
             try:
                 yield
             finally:

@@ -227,9 +227,7 @@ GROUPS: dict[str, Any] = {"canaries": 0, "repeats": 1, "reference": 200}
 
 def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
     return DiffusionTraining(
-        from_pretrained(
-            str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False
-        ),
+        from_pretrained(str(pipeline), "auto", False, gradient_checkpointing=False, channels_last=False, compile=False),
         KeepAll(),
         AdamW(1e-5, (0.9, 0.999), 0.01, 1e-8, "constant", 0, eight_bit=False),
         Method(),

@@ -61,19 +61,21 @@ def shard_trained(model: DiffusionModel, mesh: DeviceMesh) -> dict[str, nn.Modul
 
 
 def without_weights(network: nn.Module) -> nn.Module:
-    """A copy of a network that is not yet sharded, with parameters that take no room, but for those that are frozen."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in trained}
+    """A copy of a network that is not yet sharded, with parameters that take no room."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in network.parameters()}
     return copy.deepcopy(network, empty)
 
 
-def filled(empty: nn.Module, weights: Iterator[Tensor]) -> nn.Module:
-    """A whole network on each rank, of bones and the next weights of these. All ranks call this together."""
+def filled(empty: nn.Module, sharded: nn.Module, weights: Iterator[Tensor]) -> nn.Module:
+    """A whole network on each rank, of bones, the next weights of these for those that are trained, and the others of
+    the sharded network. All ranks call this together."""
     network = copy.deepcopy(empty)
-    trained = [name for name, p in network.named_parameters() if p.requires_grad]
-    state = {name: whole(next(weights).detach()) for name in trained}
-    network.load_state_dict(state, strict=False, assign=True)  # what is frozen, and buffers, are those of the copy
-    return network.requires_grad_(False).to(next(iter(state.values())).device)
+    state = {
+        name: whole((next(weights) if parameter.requires_grad else parameter).detach())
+        for name, parameter in sharded.named_parameters()
+    }
+    network.load_state_dict(state, strict=False, assign=True)  # buffers are those of the copy
+    return network.requires_grad_(False)
 
 
 def whole(tensor: Tensor) -> Tensor:

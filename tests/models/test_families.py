@@ -11,9 +11,10 @@ from memtrain.audit.denoiser import generation_seeds
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import FAMILIES, family_of
-from memtrain.models.folders import AUDITED, TRAINED
+from memtrain.models.folders import ANY, AUDITED, trained
 from memtrain.models.stable_diffusion import StableDiffusion
 from memtrain.models.stable_diffusion_xl import StableDiffusionXL
+from tests.support.conf import CONF
 from tests.support.families import assert_unchanged, stable_diffusion, stable_diffusion_xl, state_of
 
 CAPTIONS = ["fox on a teal background", "", "two-hump camel " * 20]
@@ -177,7 +178,8 @@ def test_the_table_knows_the_classes():
         assert kind.pipeline_class.__name__ == name
         parts = (kind.network_name, "vae", *kind.text_encoder_names, *kind.tokenizer_names, "scheduler")
         assert set(family.parts) == set(parts)
-    assert set(TRAINED.families) <= set(AUDITED.families) == FAMILIES.keys()
+    assert set(trained(ANY).families) == set(AUDITED.families) == FAMILIES.keys()
+    assert {family.choice for family in FAMILIES.values()} <= {file.stem for file in CONF.glob("model/*.yaml")}
 
 
 def test_ones_own_subclass_of_a_stock_pipeline_is_of_its_family(pipeline_folder):
