@@ -26,6 +26,7 @@ from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import Scoring
+from tests.support import families
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +61,14 @@ def pipelines(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def pipeline_folder(pipelines) -> Path:
     return pipelines["epsilon"]
+
+
+@pytest.fixture(scope="session")
+def xl_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """An untrained Stable Diffusion XL."""
+    folder = tmp_path_factory.mktemp("xl") / "pipeline"
+    families.stable_diffusion_xl(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    return folder
 
 
 def build_module(
