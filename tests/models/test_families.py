@@ -107,10 +107,11 @@ def test_the_vae_computes_where_it_does_not_overflow_and_is_as_it_was(pipeline_f
     pipeline.vae = copy.deepcopy(pipeline.vae).to(dtype=torch.float16)
     pipeline.vae.register_to_config(force_upcast=True)
     seen, model = [], model_of(pipeline)
-    pipeline.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    pipeline.vae.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    pixels = model.decode(torch.zeros(1, *model.own_shape))
-    model.encode_posterior(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    for part in (pipeline.vae.decoder, pipeline.vae.encoder):
+        part.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):  # as in training at half precision
+        pixels = model.decode(torch.zeros(1, *model.own_shape))
+        model.encode_posterior(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     assert seen == [torch.float32] * 2 and pipeline.vae.dtype == torch.float16
 
 
