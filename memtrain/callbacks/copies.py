@@ -133,7 +133,7 @@ class Copies(AfterEachStep):
             samples: of the group.
             shown: of the first so many samples the generated latents are kept, to be drawn.
         """
-        index, captions = samples.index, samples.captions
+        index, captions = samples.positions, samples.captions
         if not captions:
             return []
         options = (self.num_inference_steps, self.guidance_scale, self.batch_size, shown)
@@ -163,7 +163,7 @@ class Copies(AfterEachStep):
     @on_first_rank
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]) -> None:
         """Write `samples.png`: a row a canary, its image and its first four generations."""
-        index, captions = samples.index, samples.captions
+        index, captions = samples.positions, samples.captions
         originals = trainer.datamodule.decode(index[: self.shown].tolist()).images.permute(0, 2, 3, 1).numpy()
         sizes = trainer.datamodule.groups.pictures.copies(index.cpu().numpy())
         rows = []

@@ -193,7 +193,7 @@ class MemorizedTable(AfterEachStep):
 
     @on_first_rank
     def _show(self, trainer, pl_module, samples, found: list[Compared], strength: np.ndarray) -> None:
-        index, captions = samples.index, samples.captions
+        index, captions = samples.positions, samples.captions
         data, positions = trainer.datamodule, index.cpu().numpy()
         originals = data.decode(positions).images.permute(0, 2, 3, 1).numpy()
         nearest = [min((o for o in found if o.sample == n), key=lambda o: o.rmse) for n in range(len(captions))]

@@ -21,7 +21,7 @@ class EncodedSamples(NamedTuple):
     """N samples, seen straight."""
 
     latents: Tensor  # (N, C, h, w) means, on the CPU
-    index: Tensor  # (N,) positions, on the device
+    positions: Tensor  # (N,), on the device
     captions: list[str]
     sizes: Tensor  # (N, 6), see `memtrain.data.view.Sizes`, on the device
 

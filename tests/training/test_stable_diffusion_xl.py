@@ -171,6 +171,19 @@ def test_what_is_trained_learns_and_is_exported(xl_folder, corpus, tmp_path, tra
     np.testing.assert_allclose(*(one.scores for one in scored), rtol=1e-6)
 
 
+def test_validation_is_told_of_its_pictures_and_a_drawing_of_what_is_drawn(xl_folder, corpus, tmp_path):
+    module, batches, told = build_module(xl_folder), build_data(corpus, crop="random", flip=0.5), set()
+    module.model.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: told.update(map(tuple, kwargs["added_cond_kwargs"]["time_ids"].tolist())),
+        with_kwargs=True,
+    )
+    looks = [Validation(9, 8, 2, 0.7, 4), SampleGrid(0, ["fox"], 1, 2, 2.0)]
+    fit(module, batches, tmp_path, 1, callbacks=looks)
+    assert {tuple(row) for row in batches.decode(batches.groups.reference).sizes.tolist()} <= told
+    own, drawn = (tuple(map(float, (side, side, 0, 0, side, side))) for side in (module.model.own_size[0], 64))
+    assert drawn in told and own not in told and own != drawn  # nothing is told what an audit would be
+
+
 def test_resumed_equals_uninterrupted(xl_folder, corpus, tmp_path):
     def parts():
         options = {"train_text_encoder": True}
