@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
 
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.stable_diffusion import StableDiffusion
@@ -44,12 +45,10 @@ class StableDiffusionXL(StableDiffusion):
         return encoded.where(has_caption, self.null(len(captions)))
 
     def _encode(self, captions: list[str]) -> Conditioning:
-        outputs = [
-            encoder(self._tokens(captions, tokenizer).input_ids.to(self.device), output_hidden_states=True)
-            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
-        ]
+        tokens = [self._tokens(captions, tokenizer).input_ids.to(self.device) for tokenizer in self.tokenizers]
+        outputs, seen = zip(*map(_last_but_one, self.text_encoders, tokens), strict=True)
         # the last layer but one of both, side by side; pooled is the second one's projection
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).to(self.text_encoder_2.dtype)
+        hidden = torch.cat(seen, dim=-1).to(self.text_encoder_2.dtype)
         height, width = self.own_size
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=hidden.dtype, device=hidden.device)
         return Conditioning(hidden, outputs[1][0], sizes.expand(len(hidden), -1))
@@ -75,3 +74,17 @@ class StableDiffusionXL(StableDiffusion):
 
     def _pipeline_options(self) -> dict:
         return dict(force_zeros_for_empty_prompt=self.null_is_zeros, add_watermarker=False)
+
+
+def _last_but_one(encoder: Any, tokens: Tensor) -> tuple[Any, Tensor]:
+    """A text encoder's output, and that of its last layer but one, (B, L, D); transformers' own `output_hidden_states`
+    is none where the encoder is sharded."""
+    name = f"layers.{encoder.config.num_hidden_layers - 2}"
+    layer = next(module for path, module in encoder.named_modules() if path.endswith(name))
+    seen: list[Any] = []
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    try:
+        output = encoder(tokens)
+    finally:
+        hook.remove()
+    return output, seen[0][0] if isinstance(seen[0], tuple) else seen[0]

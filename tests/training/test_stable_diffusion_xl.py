@@ -94,6 +94,18 @@ def test_a_steps_gradient_equals_one_made_by_hand(xl_folder, corpus, trains_text
     assert observed.captioned.tolist() == [True, True, False, True] and (observed.score[[0, 1, 3]] > 1e-3).all()
 
 
+def test_gradient_checkpointing_changes_no_gradient(xl_folder, corpus):
+    """Of either text encoder, too, whose last layer but one is looked at from outside."""
+    found = []
+    for saves in (False, True):
+        options = {"train_text_encoder": True, "gradient_checkpointing": saves}
+        module = build_module(xl_folder, model=options, caption_dropout=0.0)
+        loss, _ = module.predictor.visit(batch_of(module, corpus), 5, Stream.TRAIN)
+        loss.sum().backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in trained_parameters(module.model)]))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
 def test_sizes_are_told_and_change_the_prediction(xl_folder, corpus):
     module = build_module(xl_folder, caption_dropout=0.0)
     batch = batch_of(module, corpus)
