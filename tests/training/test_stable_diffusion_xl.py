@@ -94,6 +94,7 @@ def test_a_steps_gradient_equals_one_made_by_hand(xl_folder, corpus, trains_text
     assert observed.captioned.tolist() == [True, True, False, True] and (observed.score[[0, 1, 3]] > 1e-3).all()
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # what came with transformers 5.0
 def test_gradient_checkpointing_changes_no_gradient(xl_folder, corpus):
     """Of either text encoder, too, whose last layer but one is looked at from outside."""
     found = []
@@ -104,6 +105,15 @@ def test_gradient_checkpointing_changes_no_gradient(xl_folder, corpus):
         loss.sum().backward()
         found.append(torch.cat([parameter.grad.flatten() for parameter in trained_parameters(module.model)]))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
+def test_text_encoders_whose_class_sharding_has_changed_encode_the_same(xl_folder):
+    model = from_pretrained(str(xl_folder), "auto", True, False, False, False)
+    before = model.encode(CAPTIONS)
+    for encoder in model.text_encoders:
+        encoder.__class__ = type("Sharded", (type(encoder),), {})
+    after = model.encode(CAPTIONS)
+    assert torch.equal(after.hidden, before.hidden) and torch.equal(after.pooled, before.pooled)
 
 
 def test_sizes_are_told_and_change_the_prediction(xl_folder, corpus):
