@@ -185,6 +185,10 @@ RUNS = {
     "natural": ruled("evidence", "data.shards=natural", "canaries.repeats=null", "canaries.count=3"),
     "exact": ruled("z_scores", "data.shards=natural", "data.duplicates=exact", *UNWATCHED),
     "cached": ruled("evidence", "data.cache=latents", "data.flip=0.5", *UNWATCHED),
+    "lora": ruled(
+        "evidence", "adapter=lora", "adapter.rank=4", "adapter.text_encoder=true", "adapter.formats=[diffusers,kohya]",
+        "callbacks.copies=null", "callbacks.memorized_table=null",
+    ),
     "two_ranks": ruled("evidence", "data.batch_size=4"),
     "resumed": ruled("evidence", f"trainer.max_steps={STEPS + 5}", "resume.allow=all"),
 }  # fmt: skip
@@ -310,7 +314,7 @@ def prepare(work: Path) -> None:
     print(f"memtrain: {memtrain.__file__}")
     if not Path(memtrain.__file__).resolve().is_relative_to(Path.cwd().resolve()):
         raise SystemExit("error: that is not the memtrain of this folder; run this at the top of a checkout")
-    audits = ("audit.evaluate.models", "audit.mitigate.mitigation")
+    audits = ("audit.evaluate.several_models", "audit.mitigate.mitigation")
     for name in ("callbacks.canaries", "callbacks.copies", *audits, "cli.train"):
         with contextlib.suppress(ModuleNotFoundError):  # it has another name by now: then each child imports it
             importlib.import_module(f"memtrain.{name}")

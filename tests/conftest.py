@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -14,6 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from diffusers import AutoencoderKL
+from hypothesis import HealthCheck, settings
 from pytorch_lightning.strategies import DDPStrategy
 
 from memtrain.core.exclusion import KeepAll
@@ -27,6 +29,18 @@ from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import Scoring
 from tests.support import families
+
+# the same examples every time, however slow the machine is
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests come first, so that no process is left alone with one in the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +85,14 @@ def xl_folder(pipeline_folder, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def flow_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """An untrained Stable Diffusion 3."""
+    folder = tmp_path_factory.mktemp("flow") / "pipeline"
+    families.stable_diffusion_3(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    return folder
+
+
 def build_module(
     pipeline: Path, exclusion=None, model: dict | None = None, method=None, **options
 ) -> DiffusionTraining:
@@ -102,13 +124,22 @@ def build_data(corpus: Path, batch_size: int = 4, num_workers: int = 0, **option
 
 
 def fit(
-    module, data, run_dir: Path, max_steps: int, accumulate: int = 1, callbacks=(), ckpt_path=None, ranks=1, **options
+    module,
+    data,
+    run_dir: Path,
+    max_steps: int,
+    accumulate: int = 1,
+    callbacks=(),
+    ckpt_path=None,
+    ranks=1,
+    strategy=None,
+    **options,
 ):
     """`ranks` is how many processes do this, each started with the environment of torchrun."""
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
+        strategy=strategy or (DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"),
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,

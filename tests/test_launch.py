@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forks import PATIENCE
+
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = [".ci/run", *(str(path.relative_to(REPO)) for path in sorted(REPO.glob("launch/*.sh")))]
 
@@ -70,7 +72,7 @@ def launch(script: Path, *arguments: str, cwd: Path, **environment: str) -> subp
         env=inherited | {"PIP_CONFIG_FILE": os.devnull} | environment,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=PATIENCE,
     )
 
 
@@ -134,6 +136,12 @@ def test_registry_out_of_reach(checkout, tmp_path):
         assert ("making" in done.stdout) == first_time  # pip changed nothing, so .venv stays
 
 
+def is_usable(root: Path) -> bool:
+    """Whether the .venv of a checkout is taken as it is."""
+    ask = f'source "{root}/launch/common.sh"; venv_is_usable'
+    return subprocess.run(["bash", "-c", ask], cwd=root).returncode == 0
+
+
 @pytest.mark.slow
 def test_quickstart_installs_once(tiny_checkout, tmp_path):
     script = tiny_checkout / "launch" / "quickstart.sh"
@@ -160,12 +168,14 @@ def test_quickstart_installs_once(tiny_checkout, tmp_path):
     said, _ = calls(tiny_checkout)
     assert "making" not in said and "installing" in said
 
-    (tiny_checkout / ".venv" / "left over").touch()
-    (tiny_checkout / ".venv" / "memtrain-unfinished").touch()
-    said, _ = calls(tiny_checkout)
-    assert "making" in said and "installing" in said
-    assert not (tiny_checkout / ".venv" / "left over").exists()
+    unfinished = tiny_checkout / ".venv" / "memtrain-unfinished"
+    assert is_usable(tiny_checkout)
+    unfinished.touch()
+    assert not is_usable(tiny_checkout)
+    unfinished.unlink()
 
+    (tiny_checkout / ".venv" / "left over").touch()
     moved = tiny_checkout.rename(tmp_path / "moved")
     said, (demo, _) = calls(moved)
     assert "making" in said and demo == [str(moved), "demo", f"{moved}/data/demo"]
+    assert not (moved / ".venv" / "left over").exists()

@@ -27,7 +27,7 @@ from memtrain.cli.arguments import spelled
 from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
 from memtrain.cli.main import config_folder
 from memtrain.training.resume import checkpoints_in
-from tests.support.forks import wait_until
+from tests.support.forks import PATIENCE, wait_until
 from tests.support.program import small, small_run
 
 REPO = Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ def checkout(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_torchrun_agents_as_two_nodes_train_as_one_process(checkout, pipeline_folder, corpus, tmp_path):
+def test_two_torchrun_agents_as_two_nodes_train_as_one_process(forks, checkout, pipeline_folder, corpus, tmp_path):
     """`bash launch/torchrun_node.sh` twice on loopback: one run folder, and the losses of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -142,6 +142,7 @@ def test_two_torchrun_agents_as_two_nodes_train_as_one_process(checkout, pipelin
     said += [f"callbacks.{name}=null" for name in without] + ["trainer=cpu", "trainer.max_steps=6"]
     environment = {k: v for k, v in os.environ.items() if k != "MEMTRAIN_RUN_ID"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "ENDPOINT": endpoint, "NPROC": "1"}
+    environment["PYTHON_EXEC"] = str(forks.python)  # what torchrun starts ranks with
     agents = [
         subprocess.Popen(
             ["bash", checkout / "launch/torchrun_node.sh", *said, "name=two", "data.batch_size=4"],
@@ -151,9 +152,9 @@ def test_two_torchrun_agents_as_two_nodes_train_as_one_process(checkout, pipelin
     ]  # fmt: skip
     one = subprocess.run(
         [checkout / ".venv/bin/memtrain", "train", *said, "name=one", "data.batch_size=8", "run_id=1"],
-        cwd=REPO, env=environment, capture_output=True, text=True, timeout=1200,
+        cwd=REPO, env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
-    said_by = [agent.communicate(timeout=1200)[0] for agent in agents]
+    said_by = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
     assert one.returncode == 0, one.stderr
     assert [agent.returncode for agent in agents] == [0, 0], said_by
     (folder,) = (tmp_path / "runs" / "two").iterdir()
@@ -172,10 +173,11 @@ def test_two_torchrun_agents_as_two_nodes_train_as_one_process(checkout, pipelin
 
 
 @pytest.mark.slow
-def test_local_hands_a_signal_on_to_its_ranks(checkout, pipeline_folder, corpus, tmp_path):
+def test_local_hands_a_signal_on_to_its_ranks(forks, checkout, pipeline_folder, corpus, tmp_path):
     """SIGUSR1, of which torchrun by itself dies, leaving the ranks alone."""
     said = small_run(corpus, pipeline_folder, tmp_path / "runs", "data.batch_size=2", steps=5000)[1:]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "MEMTRAIN_RUN_ID": "one", "NPROC": "2"}
+    environment["PYTHON_EXEC"] = str(forks.python)
     started = subprocess.Popen(
         ["bash", checkout / "launch/local.sh", *said],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -183,7 +185,7 @@ def test_local_hands_a_signal_on_to_its_ranks(checkout, pipeline_folder, corpus,
     checkpoints = tmp_path / "runs" / "faults" / "one" / "checkpoints"
     wait_until(lambda: checkpoints_in(checkpoints) or started.poll() is not None)
     started.send_signal(signal.SIGUSR1)
-    text = started.communicate(timeout=1200)[0]  # ends when all who write there have ended
+    text = started.communicate(timeout=PATIENCE)[0]  # ends when all who write there have ended
     assert started.returncode == 1 and text.count("SIGUSR1: this step is finished") == 2, text
     assert text.count(f"stopped after step {list(checkpoints_in(checkpoints))[-1]}") == 1
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,14 +18,7 @@ from tests.support.program import small_run
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "launch" / "slurm.sbatch"
 
-# The program, but for its first task, which takes a second longer to end, as it does when W&B uploads.
-PROGRAM = """#!{python}
-import atexit, os, time
-if os.environ["SLURM_PROCID"] == "0":
-    atexit.register(time.sleep, 1)
-from memtrain.cli.main import main
-main()
-"""
+PROGRAM = '#!/bin/sh\nexec "{python}" -m tests.support.slow_to_end "$@"\n'
 
 
 class Cluster:
@@ -101,10 +93,10 @@ def test_a_job_whose_first_task_asks_for_it_goes_back_into_the_queue(cluster, tm
 
 @pytest.mark.slow
 def test_a_training_whose_time_is_over_and_that_is_preempted_goes_on_as_one_run(
-    cluster, corpus, pipeline_folder, tmp_path
+    cluster, forks, corpus, pipeline_folder, tmp_path
 ):
     """SIGUSR1 to the tasks, requeued by the script; then SIGTERM and requeued by SLURM; then to its end."""
-    cluster = cluster(PROGRAM.format(python=sys.executable))
+    cluster = cluster(PROGRAM.format(python=forks.python))
     words = small_run(corpus, pipeline_folder, tmp_path / "runs", steps=24)[1:]
     words = [word for word in words if not word.startswith(("name=", "logger=", "data.batch_size="))]
     cluster.submit(*words, "logger=[csv,wandb]", "data.batch_size=2")

@@ -1,4 +1,4 @@
-"""Conditional and unconditional noise predictions of a finished model, along its DDIM path.
+"""Conditional and unconditional predictions of a finished model.
 
 Shapes: B rows (a row is one generation), L tokens, D width of the text embedding, C x H x W latents.
 """
@@ -10,20 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from memtrain.core.diffusion import DDPM
 from memtrain.core.streams import Stream, place_seed
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import family_of
 from memtrain.models.folders import AUDITED
+from memtrain.models.lora_files import load_lora
 from memtrain.models.pipelines import load_pipeline
+from memtrain.models.samplers import Predictions
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Denoiser:
-    """A model, asked for the pair of predictions that scores are made of, and the schedule of its sampling path.
+    """A model, asked for the pair of predictions that scores are made of.
 
     Works with every family of `memtrain.models.families`; changes nothing in the pipeline.
     """
@@ -36,13 +39,13 @@ class Denoiser:
             self.model = family.load()(pipeline)
         except ValueError as error:
             raise ValueError(f"{error}; {AUDITED.remedy}") from None
-        config = pipeline.scheduler.config
-        if config.get("rescale_betas_zero_snr", False):
+        process = self.model.noise_process
+        if isinstance(process, DDPM) and process.prediction_type == "epsilon" and process.alphas_cumprod[-1] == 0:
             raise ValueError(
-                f"this {name} starts from zero signal (rescale_betas_zero_snr), where no noise can be told"
+                f"this {name} starts from zero signal (rescale_betas_zero_snr), where the noise that it predicts "
+                "tells of no picture"
             )
         self.device, self.dtype = self.model.device, self.model.network.dtype
-        self.scheduler = DDIMScheduler.from_config(config, clip_sample=False)  # of our own: the pipeline's has state
         self.latent_shape = self.model.own_shape
 
     @staticmethod
@@ -51,9 +54,11 @@ class Denoiser:
         return Denoiser(pipeline)
 
     @staticmethod
-    def load(model: str, device: str | None = None, dtype: str = "float32", key: str = "model") -> Denoiser:
+    def load(
+        model: str, device: str | None = None, dtype: str = "float32", key: str = "model", lora: str | None = None
+    ) -> Denoiser:
         """A diffusers folder (read offline) or a hub id; device None is the GPU where there is one. `key`: what
-        the user called it.
+        the user called it. `lora`: an adapter to load into it, a folder or a file.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
@@ -61,6 +66,8 @@ class Denoiser:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         pipeline = load_pipeline(model, AUDITED, DTYPES[dtype], key=key)
+        if lora is not None:
+            load_lora(pipeline, lora)
         try:
             pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except (RuntimeError, AssertionError) as error:
@@ -83,44 +90,22 @@ class Denoiser:
         rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
-    def predict(self, latents: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
+    def predict_noise(self, latents: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """Noise predicted for B rows at one timestep, whatever the network predicts; (B, C, H, W) float32."""
-        timesteps = torch.full((len(latents),), int(t), device=self.device)
-        prediction = self.model.predict(latents.to(self.dtype), timesteps, conditioning)
-        return self.model.to_noise(prediction.float(), latents.float(), timesteps)
+        timesteps = torch.full((len(latents),), t, device=self.device)
+        return self.model.to_noise(self._predict(latents, timesteps, conditioning), latents.float(), timesteps)
 
-    def predict_pair(
-        self, latents: Tensor, t: int | Tensor, cond: Conditioning, null: Conditioning
-    ) -> tuple[Tensor, Tensor]:
-        """Noise predicted with the prompt and with the empty one, in one forward of 2B rows, null first."""
-        noise_null, noise_cond = self.predict(torch.cat([latents] * 2), t, Conditioning.cat([null, cond])).chunk(2)
-        return noise_cond, noise_null
+    def predict_pair(self, latents: Tensor, t: float, cond: Conditioning, null: Conditioning) -> Predictions:
+        """Predicted with the prompt and with the empty one, in one forward of 2B rows, null first."""
+        latents, conditioning = torch.cat([latents] * 2), Conditioning.cat([null, cond])
+        timesteps = torch.full((len(latents),), t, device=self.device)
+        prediction = self._predict(latents, timesteps, conditioning)
+        noise = self.model.noise_process.comparable(prediction, latents.float(), timesteps)
+        (null_prediction, cond_prediction), (null_noise, cond_noise) = prediction.chunk(2), noise.chunk(2)
+        return Predictions(cond_prediction, null_prediction, cond_noise, null_noise)
 
-    def timesteps(self, num_inference_steps: int) -> Tensor:
-        """(num_inference_steps,) int64, falling: the stock pipeline's with a DDIM scheduler."""
-        self.scheduler.set_timesteps(num_inference_steps)
-        return self.scheduler.timesteps
-
-    def step(
-        self,
-        latents: Tensor,
-        t: int | Tensor,
-        noise_cond: Tensor,
-        noise_null: Tensor,
-        guidance_scale: float | Tensor,
-        num_inference_steps: int,
-    ) -> Tensor:
-        """x_t -> x_{t - T / num_inference_steps}: DDIM with eta = 0 (Song et al. 2021, eq. 12).
-
-        Guided towards the prompt: eps = eps_null + guidance_scale (eps_cond - eps_null) (Ho & Salimans 2022).
-        """
-        noise = noise_null + guidance_scale * (noise_cond - noise_null)
-        before = int(t) - self.scheduler.config.num_train_timesteps // num_inference_steps
-        alphas_cumprod = self.model.noise_process.alphas_cumprod
-        alpha = alphas_cumprod[int(t)]
-        alpha_before = alphas_cumprod[before] if before >= 0 else self.scheduler.final_alpha_cumprod.to(alpha)
-        clean = (latents - (1 - alpha).sqrt() * noise) / alpha.sqrt()
-        return alpha_before.sqrt() * clean + (1 - alpha_before).sqrt() * noise
+    def _predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.model.predict(latents.to(self.dtype), timesteps, conditioning).float()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -137,8 +122,8 @@ class Denoiser:
     def fingerprint(self) -> str:
         """A hash of the weights that scores depend on and of the noise schedule."""
         model = self.model
-        digest = hashlib.sha256(model.noise_process.alphas_cumprod.cpu().numpy().tobytes())
-        digest.update(f"{model.noise_process.prediction_type} {self.latent_shape} {self.dtype}".encode())
+        digest = hashlib.sha256(model.sampler.identity())
+        digest.update(f" {self.latent_shape} {self.dtype}".encode())
         for hashed in model.fingerprint(model.network_name, *model.text_encoder_names).values():
             digest.update(hashed.encode())
         return digest.hexdigest()

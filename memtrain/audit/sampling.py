@@ -1,4 +1,4 @@
-"""The sampling path: B generations from noise to pictures by DDIM, guided towards the prompt."""
+"""The sampling path: B generations from noise to pictures by the model's sampler, guided towards the prompt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from memtrain.audit.denoiser import Denoiser
 from memtrain.models.conditioning import Conditioning
+from memtrain.models.samplers import Predictions
 
-# (number of the step, timestep, x_t) -> noise predicted with the prompt and with the empty one, (B, C, H, W) each
-PredictPair = Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
+# (number of the step, timestep, x_t) -> what is predicted with the prompt and with the empty one
+PredictPair = Callable[[int, float, Tensor], Predictions]
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,13 @@ class PathStep:
     """What one step of the path shows, before its latents move on."""
 
     index: int  # of the steps, from 0
-    t: int
+    timesteps: list[float]  # of all steps of the schedule
     latents: Tensor  # (B, C, H, W) x_t
-    noise_cond: Tensor  # (B, C, H, W)
-    noise_null: Tensor
+    predicted: Predictions
+
+    @property
+    def t(self) -> float:
+        return self.timesteps[self.index]
 
 
 class SamplingPath:
@@ -36,7 +40,7 @@ class SamplingPath:
         latents: (B, C, H, W) x_T.
         cond: what the network is told about the B prompts.
         guidance_scale: a number, or (B, 1, 1, 1) for one of each row.
-        num_inference_steps: of the DDIM schedule.
+        num_inference_steps: of the schedule.
         stop: make the first so many steps alone; None makes all.
         predict: stands in for the prediction with `cond` and the empty prompt.
     """
@@ -57,13 +61,13 @@ class SamplingPath:
         self.predict = predict or (lambda index, t, latents: denoiser.predict_pair(latents, t, cond, null))
 
     def __iter__(self) -> Iterator[PathStep]:
-        for index, t in enumerate(self.denoiser.timesteps(self.num_inference_steps).tolist()[: self.stop]):
-            step = PathStep(index, t, self.latents, *self.predict(index, t, self.latents))
+        sampler = self.denoiser.model.sampler
+        timesteps = sampler.timesteps(self.num_inference_steps)
+        for index, t in enumerate(timesteps[: self.stop]):
+            step = PathStep(index, timesteps, self.latents, self.predict(index, t, self.latents))
             yield step
             with torch.no_grad():  # how the path depends on the prompt is not followed
-                self.latents = self.denoiser.step(
-                    self.latents, t, step.noise_cond, step.noise_null, self.guidance_scale, self.num_inference_steps
-                )
+                self.latents = sampler.step(self.latents, timesteps, index, step.predicted, self.guidance_scale)
 
 
 def generate(

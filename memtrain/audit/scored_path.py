@@ -11,7 +11,6 @@ from torch import Tensor
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.sampling import PredictPair, SamplingPath
-from memtrain.core.scores import text_conditional_magnitude
 from memtrain.models.conditioning import Conditioning
 
 FIRST_STEPS = (0, 1, 2, 3, 4)  # one step alone ranks the words of the demo's canaries much less reliably
@@ -19,7 +18,7 @@ FIRST_STEPS = (0, 1, 2, 3, 4)  # one step alone ranks the words of the demo's ca
 
 @dataclass(frozen=True)
 class ScoredPath:
-    """Where on the sampling path scores are taken: DDIM, guided towards the prompt.
+    """Where on the sampling path, guided towards the prompt.
 
     The reference implementation swaps the two predictions when it advances the latents, so that its scores
     after the first step lie on a path that is guided away from the prompt; these do not.
@@ -61,9 +60,7 @@ def mean_scores(
         part = [rows[row] for row in chosen]
         cond, own = denoiser.encode([prompt for prompt, _ in part]), [seed for _, seed in part]
         scores = [
-            text_conditional_magnitude(step.noise_cond, step.noise_null).cpu()
-            for step in path.sampling(denoiser, cond, own)
-            if step.index in path.steps
+            step.predicted.magnitude.cpu() for step in path.sampling(denoiser, cond, own) if step.index in path.steps
         ]
         return torch.stack(scores, dim=1).mean(dim=1)  # (rows,)
 

@@ -1,4 +1,4 @@
-"""The finished model as a diffusers folder."""
+"""The finished model, or the finished adapter, for diffusers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Export(pl.Callback):
-    """Writes `export/` with the averaged weights at the end, before anything is drawn; for `from_pretrained`."""
+    """Writes `export/` with the averaged weights at the end, before anything is drawn; for `from_pretrained`, or of an
+    adapter for `load_lora_weights`."""
 
     def __init__(self, dtype: str):
         if dtype not in DTYPES:
@@ -26,4 +27,4 @@ class Export(pl.Callback):
 
     @on_first_rank
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.model.export(Path(trainer.default_root_dir) / "export", self.dtype)
+        pl_module.export(Path(trainer.default_root_dir) / "export", self.dtype)

@@ -141,7 +141,7 @@ def print_files(folder: Path) -> None:
         ("samples.png", "samples"),
         ("memorized.png", "memorized"),
         ("summary.json", "summary"),
-        ("export", "pipeline"),
+        ("export", "weights"),
     ):
         if (folder / name).exists():
             print(f"{what:10}{folder / name}")

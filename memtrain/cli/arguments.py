@@ -9,7 +9,7 @@ from typing import NoReturn
 from memtrain.sweep.space import quoted
 
 _COLUMNS = {**{f"prompts.{name}": name for name in ("column", "label")}, "column": "column", "label": "label"}
-_AUDIT = {"model": "model.pretrained", "prompts": "prompts", "out": "out", **_COLUMNS}
+_AUDIT = {"model": "model.pretrained", "prompts": "prompts", "out": "out", "lora": "lora", **_COLUMNS}
 
 # For each command what is typed and the key that it is, of keys whose values are text: paths and names. A key differs
 # where a group of that name, or a value, bars the plain spelling.
@@ -33,7 +33,7 @@ _TEXT = {
         "model": "models",
         "data": "data.shards",
         "samples": "samples.file",
-        **{name: name for name in ("models", "sscd", "clip", "fid", "out")},
+        **{name: name for name in ("models", "lora", "sscd", "clip", "fid", "out")},
     },
 }
 # Keys of the sweep's own; whatever else is said is for every trial.

@@ -11,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, SAMPLES, TORCHSCRIPT, check_file
 from memtrain.data.sources import find_sources
-from memtrain.models.folders import AUDITED, CLIP, check_folder, check_pipeline, trained
+from memtrain.models.folders import AUDITED, CLIP, check_folder, check_lora, check_pipeline, trained
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
-_PRETRAINED = "memtrain.models.pretrained.from_pretrained"
+_PRETRAINED = ("memtrain.models.pretrained.from_pretrained", "memtrain.models.pretrained.flow_from_pretrained")
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -24,7 +24,7 @@ def check_training(cfg: DictConfig) -> None:
         check_shards(cfg)
         _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
         _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
-    if cfg.model._target_ == _PRETRAINED:
+    if cfg.model._target_ in _PRETRAINED:
         check_pipeline("model.pretrained", cfg.model.pretrained, trained(cfg.model.family))
 
 
@@ -38,16 +38,16 @@ def check_start(ckpt_path: str | None) -> None:
 
 
 def check_detection(cfg: DictConfig) -> None:
-    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    _check_audited(cfg)
     _file("embedding", cfg.embedding, TORCHSCRIPT)
 
 
 def check_explanation(cfg: DictConfig) -> None:
-    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    _check_audited(cfg)
 
 
 def check_mitigation(cfg: DictConfig) -> None:
-    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    _check_audited(cfg)
     if cfg.data.shards is not None:
         check_shards(cfg)
     if cfg.judge:
@@ -56,9 +56,12 @@ def check_mitigation(cfg: DictConfig) -> None:
         check_folder("clip", cfg.clip, CLIP)
 
 
-def check_evaluation(cfg: DictConfig, models: list[str]) -> None:
+def check_evaluation(cfg: DictConfig, models: list[str], loras: list[str | None]) -> None:
     for model in models:
         check_pipeline("model", model, AUDITED)
+    for lora in loras:
+        if lora is not None:
+            check_lora("lora", lora)
     check_shards(cfg)
     _file("samples", cfg.samples.file, SAMPLES)
     _file("sscd", cfg.sscd, TORCHSCRIPT)
@@ -78,6 +81,12 @@ def check_folder_of(option: str, file: Path) -> None:
     """Raises ValueError where the folder that this file is to lie in is not there."""
     if not file.parent.is_dir():
         raise ValueError(f"{option}={file}: there is no folder {file.parent}; make it first")
+
+
+def _check_audited(cfg: DictConfig) -> None:
+    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    if cfg.lora is not None:
+        check_lora("lora", cfg.lora)
 
 
 def _file(key: str, path: str | None, remedy: str) -> None:

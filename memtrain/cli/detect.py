@@ -19,7 +19,7 @@ def detect(cfg: DictConfig) -> None:
 
     max_fprs = list(cfg.max_fpr) if isinstance(cfg.max_fpr, ListConfig) else [cfg.max_fpr]
     audit.check_max_fprs(max_fprs)
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype)
+    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora)
     out = Path(cfg.out).expanduser()
     detection = audit.detect(
         denoiser,
@@ -39,6 +39,7 @@ def detect(cfg: DictConfig) -> None:
     )
     about = {
         "model": str(cfg.model.pretrained),
+        "lora": cfg.lora,
         "source": prompts.source,
         "device": str(denoiser.device),
         "dtype": cfg.dtype,

@@ -20,9 +20,10 @@ _CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
 
 def evaluate(cfg: DictConfig) -> None:
     models = _models(cfg)
+    loras = _loras(cfg, models)
     if OmegaConf.is_missing(cfg.data, "shards"):
         raise ValueError("data is missing; name the shards that the model was trained on: data=FOLDER")
-    check_evaluation(cfg, models)
+    check_evaluation(cfg, models, loras)
     import torch
     from rich.progress import (
         BarColumn,
@@ -33,7 +34,7 @@ def evaluate(cfg: DictConfig) -> None:
         TimeRemainingColumn,
     )
 
-    from memtrain.audit.evaluate import models as room
+    from memtrain.audit.evaluate import several_models as room
     from memtrain.audit.evaluate.one_model import Settings
     from memtrain.audit.training_samples import choose
     from memtrain.data.samples import ShardSamples
@@ -48,7 +49,7 @@ def evaluate(cfg: DictConfig) -> None:
         gallery=cfg.gallery,
         seed=cfg.seed,
     )
-    room.short_names(models)  # here: a model that is named twice costs nothing yet
+    room.short_names(room.named_by(models, loras))  # here: a model that is named twice costs nothing yet
     measures = _measures(cfg, torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     shards = OmegaConf.to_container(cfg.data, resolve=True)["shards"]
     samples = ShardSamples(shards, _CHECKED_SIDE, cfg.data.caption, cfg.data.where, cfg.data.cache_dir)
@@ -73,6 +74,7 @@ def evaluate(cfg: DictConfig) -> None:
             device=cfg.device,
             dtype=cfg.dtype,
             draw=write_gallery,
+            loras=loras,
             advance=_bars(progress),
         )
     _write(out, results)
@@ -85,6 +87,16 @@ def _models(cfg: DictConfig) -> list[str]:
     if not isinstance(models, list) or not models or not all(isinstance(model, str) for model in models):
         raise ValueError("no model; name one with model=PATH, or several with models=[A,B,…]: folders or hub ids")
     return models
+
+
+def _loras(cfg: DictConfig, models: list[str]) -> list[str | None]:
+    """The adapter of each model, or None."""
+    lora = OmegaConf.to_container(cfg, resolve=True)["lora"]
+    if not isinstance(lora, list):
+        return [lora] * len(models)
+    if len(lora) != len(models) or not all(one is None or isinstance(one, str) for one in lora):
+        raise ValueError(f"lora names {len(lora)} adapters for {len(models)} models; name one for each, or null")
+    return lora
 
 
 def _measures(cfg: DictConfig, device) -> Measures:
@@ -118,7 +130,7 @@ def _write(out: Path, results: list[ModelResult]) -> None:
     """The rows of all models, the table, and the plane."""
     import pyarrow.parquet as pq
 
-    from memtrain.audit.evaluate.models import read_rows, write_json
+    from memtrain.audit.evaluate.several_models import read_rows, write_json
     from memtrain.core.files import written_aside
     from memtrain.report.plane import Point, draw_plane
 

@@ -28,7 +28,7 @@ def explain(cfg: DictConfig) -> None:
         seed=cfg.seed,
         batch_size=cfg.batch_size,
     )
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype)
+    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora)
     found = audit.explain(
         denoiser, texts, **sampling, suggest=cfg.suggest_words if cfg.suggest else 0, progress=progress_bar
     )
@@ -38,7 +38,7 @@ def explain(cfg: DictConfig) -> None:
     for number, explanation in enumerate(found[: cfg.charts]):
         draw_significance(out / f"{number:03d}.png", explanation)
     write_page(out / "explain.html", found, "What makes the score")
-    written = {"model": cfg.model.pretrained, **sampling, "prompts": [asdict(one) for one in found]}
+    written = {"model": cfg.model.pretrained, "lora": cfg.lora, **sampling, "prompts": [asdict(one) for one in found]}
     if cfg.check:
         written["check"] = [{**asdict(one), "holds": one.holds} for one in checks]
     (out / "explain.json").write_text(json.dumps(written, indent=2), encoding="utf-8")

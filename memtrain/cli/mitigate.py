@@ -27,7 +27,7 @@ def mitigate(cfg: DictConfig) -> None:
 
     methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype)
+    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora)
     judges = Judges(
         originals=None if keys is None else _originals(cfg, denoiser, keys),
         max_rmse=cfg.max_rmse,
@@ -49,6 +49,7 @@ def mitigate(cfg: DictConfig) -> None:
     table = markdown([result.outcome for result in results])
     written = {
         "model": cfg.model.pretrained,
+        "lora": cfg.lora,
         "prompts": texts,
         "seeds": comparison.seeds,
         "target": target,

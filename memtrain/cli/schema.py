@@ -50,6 +50,7 @@ TYPES = {
     "mitigate.method": Any,  # names: one, a list or all; and each method's settings
     "mitigate.target": Any,  # a score, or q0.1
     "evaluate.models": Any,  # one, or a list
+    "evaluate.lora": Any,  # one for all models, or a list with one or null for each
     "evaluate.data.shards": Any,  # as data.shards of train
     "sweep.patience": float | None,
     "study.space": dict[str, _varied()],

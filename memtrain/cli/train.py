@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch is imported when what can be refused without it has b
     from memtrain.callbacks.guard import Guard
     from memtrain.core.exclusion import ExclusionRule
     from memtrain.data.datamodule import DataModule
+    from memtrain.models.adapters import Adapter
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.optimizers import AdamW
 
@@ -46,13 +47,14 @@ def train(cfg: DictConfig) -> None:
     ckpt_path = _start(cfg, past)
     check_accelerator(cfg.trainer.accelerator, cfg.trainer.devices)
     pl.seed_everything(cfg.seed, verbose=False)
-    # rule, optimizer and callbacks are built at once, so their errors come before shards and weights are read
+    # rule, optimizer, adapter and callbacks are built at once, so their errors come before shards and weights are read
     rule, optimizer = instantiate(cfg.exclusion), instantiate(cfg.optimizer)
+    adapter = instantiate(cfg.adapter)
     signals, looks = Signals(), _looks(cfg)
     guard = _guard(looks)
     check_reference(rule, cfg.reference.count)
     data = _data(cfg)
-    module = _module(cfg, rule, optimizer)
+    module = _module(cfg, rule, optimizer, adapter)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     check_disk(Path(cfg.run_dir), module.trained_parameters(), _checkpoints_kept(cfg))
     trainer = _trainer(cfg, [signals, *looks.values()], _loggers(cfg, past))
@@ -120,7 +122,7 @@ def _data(cfg: DictConfig) -> DataModule:
     return data
 
 
-def _module(cfg: DictConfig, rule: ExclusionRule, optimizer: AdamW) -> DiffusionTraining:
+def _module(cfg: DictConfig, rule: ExclusionRule, optimizer: AdamW, adapter: Adapter) -> DiffusionTraining:
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.objective import Objective
     from memtrain.training.score_memory import Scoring
@@ -138,6 +140,7 @@ def _module(cfg: DictConfig, rule: ExclusionRule, optimizer: AdamW) -> Diffusion
         ema_decay=cfg.ema.decay,
         max_bad_steps=cfg.max_bad_steps,
         objective=Objective(**cfg.loss),
+        adapter=adapter,
     )
 
 

@@ -18,6 +18,7 @@ from memtrain.core.streams import Stream, place_seed
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 DENSITIES = ("uniform", "logit_normal", "mode")
+_ALL_NOISE = 1 - 1e-6  # a noise level in float32 that leaves no signal
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -54,6 +55,18 @@ class NoiseProcess(nn.Module, ABC):
     @abstractmethod
     def noise_level(self, timesteps: Tensor) -> Tensor:
         """s_t, how much of x_t is noise. Any shape, and that shape again"""
+
+    def is_all_noise(self, timesteps: Tensor) -> Tensor:
+        """Whether x_t holds no signal, so that its noise is known without a network. Any shape, and that again, bool"""
+        return self.noise_level(timesteps) >= _ALL_NOISE
+
+    def comparable(self, prediction: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """What scores of a finished model compare: the noise that a prediction stands for.
+
+        Where x_t is all noise that is x_t whatever is predicted: there it is the prediction itself.
+        """
+        all_noise = self.is_all_noise(timesteps).reshape(-1, *[1] * (prediction.ndim - 1))
+        return torch.where(all_noise, prediction, self.to_noise(prediction, noisy_latents, timesteps))
 
     @abstractmethod
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:

@@ -32,6 +32,7 @@ MADE_WITH = {
     "vae": "another VAE",
     "text_encoder": "another text encoder",
     "text_encoder_2": "another text encoder",
+    "text_encoder_3": "another text encoder",
     "resolution": "data.resolution",
     "crop": "data.crop",
     "caption": "data.caption",
@@ -74,7 +75,7 @@ def difference(found: Mapping, wanted: Mapping, ignored: tuple[str, ...] = ()) -
     """The first thing in which a header is unlike `wanted`, in words."""
     for name, called in MADE_WITH.items():
         if name not in ignored and found.get(name) != wanted.get(name):
-            if name in ("family", "vae", "text_encoder", "text_encoder_2"):
+            if called.startswith("another"):
                 return called
             return f"{called}={found.get(name)}, not {wanted.get(name)}"
     return None

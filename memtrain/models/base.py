@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memtrain.core.diffusion import NoiseProcess
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.pipelines import hash_weights
+from memtrain.models.samplers import Sampler
 
 
 class DiffusionModel(nn.Module, ABC):
@@ -36,12 +37,13 @@ class DiffusionModel(nn.Module, ABC):
     """
 
     network_name: ClassVar[str]  # of the network that predicts, in the pipeline
-    text_encoder_names: ClassVar[tuple[str, ...]]
-    tokenizer_names: ClassVar[tuple[str, ...]]
+    text_encoder_names: tuple[str, ...]
+    tokenizer_names: tuple[str, ...]
 
     vae: Any  # of diffusers; None where a pipeline in hand has none: then there are no pictures
     scheduler: Any  # of diffusers, the pipeline's own
     noise_process: NoiseProcess  # its schedule lies where the model computes
+    sampler: Sampler  # how pictures are drawn, in an audit and by `pipeline()`
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__()
@@ -76,6 +78,11 @@ class DiffusionModel(nn.Module, ABC):
     def tokenizers(self) -> list[Any]:
         """Those of transformers, one a text encoder; the first is also `tokenizer`."""
         return [getattr(self, name) for name in self.tokenizer_names]
+
+    @property
+    def aligned_encoders(self) -> list[tuple[Any, Any]]:
+        """Tokenizer and text encoder of those that cut a caption into the first one's tokens."""
+        return list(zip(self.tokenizers, self.text_encoders, strict=True))
 
     @property
     def device(self) -> torch.device:
@@ -192,10 +199,10 @@ class DiffusionModel(nn.Module, ABC):
 
     @torch.no_grad()
     def token_embeds(self, captions: list[str]) -> Tensor:
-        """Token embeddings before the text encoders, (B, L, E), those of several side by side in E."""
+        """Token embeddings before the aligned text encoders, (B, L, E), those of several side by side in E."""
         parts = [
             encoder.get_input_embeddings()(self._tokens(captions, tokenizer).input_ids.to(self.device))
-            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+            for tokenizer, encoder in self.aligned_encoders
         ]
         return torch.cat(parts, dim=-1)
 
@@ -206,14 +213,15 @@ class DiffusionModel(nn.Module, ABC):
             inputs_embeds: (B, L, E), as `token_embeds` gives them.
             captions: B of the same tokens: they tell where the text ends (pooling, padding).
         """
-        widths = [encoder.get_input_embeddings().embedding_dim for encoder in self.text_encoders]
+        encoders = [encoder for _, encoder in self.aligned_encoders]
+        widths = [encoder.get_input_embeddings().embedding_dim for encoder in encoders]
         if inputs_embeds.shape[0] != len(captions) or inputs_embeds.shape[-1] != sum(widths):
             raise ValueError(
                 f"inputs_embeds must be (B, L, E) with B = {len(captions)} prompts and E = {sum(widths)}, "
                 f"got {tuple(inputs_embeds.shape)}"
             )
         with ExitStack() as stack:
-            for encoder, part in zip(self.text_encoders, inputs_embeds.split(widths, dim=-1), strict=True):
+            for encoder, part in zip(encoders, inputs_embeds.split(widths, dim=-1), strict=True):
                 given = part.to(encoder.dtype)
                 hook = encoder.get_input_embeddings().register_forward_hook(lambda *_, given=given: given)
                 stack.callback(hook.remove)
@@ -242,7 +250,7 @@ class DiffusionModel(nn.Module, ABC):
     # ---- predictions
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """(B, C, H, W) the network's prediction, in its own parameterisation. timesteps (B,) int64"""
+        """(B, C, H, W) what the network predicts, as it predicts it. timesteps (B,), int64 but on a flow's path"""
         if not self.compiled or torch.is_grad_enabled():
             return self._call(noisy_latents, timesteps, conditioning)
         rows = len(noisy_latents)
@@ -260,7 +268,7 @@ class DiffusionModel(nn.Module, ABC):
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:
-        """A stock diffusers pipeline over the current weights (shared, not copied), which samples by DDIM."""
+        """A stock diffusers pipeline over the current weights (shared, not copied), which draws as `sampler` does."""
 
     @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype) -> None:

@@ -18,6 +18,7 @@ class Family:
 
     path: str  # of its class, a `memtrain.models.base.DiffusionModel`
     parts: tuple[str, ...]  # folders that a pipeline of it has beside its model_index.json
+    optional: tuple[str, ...] = ()  # parts that a pipeline of it may lack
     left_out: Mapping[str, Any] = field(default_factory=dict)  # of the stock pipeline, what neither needs
 
     @property
@@ -41,6 +42,12 @@ FAMILIES = {
     "StableDiffusionXLPipeline": Family(
         "memtrain.models.stable_diffusion_xl.StableDiffusionXL",
         (*_PARTS, "text_encoder_2", "tokenizer_2"),
+    ),
+    "StableDiffusion3Pipeline": Family(
+        "memtrain.models.stable_diffusion_3.StableDiffusion3",
+        ("transformer", *_PARTS[1:], "text_encoder_2", "tokenizer_2"),
+        optional=("text_encoder_3", "tokenizer_3"),
+        left_out=dict(image_encoder=None, feature_extractor=None),
     ),
 }
 

@@ -20,9 +20,12 @@ class Kind:
 
 AUDITED = Kind(
     list(FAMILIES),
-    "model takes a Stable Diffusion 1.x, 2.x or XL diffusers folder or a hub id",
+    "model takes a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 diffusers folder or a hub id",
 )
 ANY = "auto"  # model=auto: of whatever family the folder or hub id is
+LORA = "name a run's export/ that an adapter made, or a .safetensors file in diffusers' or kohya-ss' form"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
+KOHYA_FILE = "kohya/lora.safetensors"  # in a folder of its own: diffusers would not know which of two to take
 CLIP = "name a CLIP folder or hub id, or leave it out"
 
 
@@ -61,6 +64,8 @@ def check_pipeline(key: str, source: str, kind: Kind) -> None:
         return
     folder, said = Path(source).expanduser(), f"{key}={source}"
     index = folder / "model_index.json"
+    if not index.is_file() and (folder / LORA_FILE).is_file():
+        raise ValueError(f"{said} is an adapter, not a pipeline; name its base there, and say lora={source}")
     if not index.is_file():
         raise ValueError(f"{said} is not a pipeline: it has no model_index.json; {kind.remedy}")
     try:
@@ -71,3 +76,18 @@ def check_pipeline(key: str, source: str, kind: Kind) -> None:
     for part in FAMILIES[name].parts:
         if not (folder / part).is_dir():
             raise ValueError(f"{said} has no {part}/; {kind.remedy}")
+
+
+def check_lora(key: str, source: str) -> Path:
+    """The file of an adapter. Raises ValueError where `source` is neither a folder with one nor such a file."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = [path / name for name in (LORA_FILE, KOHYA_FILE) if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"{key}={source} has no {LORA_FILE} in it; {LORA}")
+        return found[0]
+    if not path.is_file():
+        raise ValueError(f"{key}={source}: no such file or folder; {LORA}")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{key}={source} is no .safetensors file; {LORA}")
+    return path

@@ -33,12 +33,15 @@ def load_pipeline(source: str, kind: Kind, dtype: torch.dtype, *, key: str) -> D
     local = is_folder(source)
     where = str(Path(source).expanduser()) if local else source
     try:
-        name = DiffusionPipeline.load_config(where, local_files_only=local)["_class_name"]
+        index = DiffusionPipeline.load_config(where, local_files_only=local)
+        name = index["_class_name"]
     except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
         raise _unloaded(key, source, kind, error) from error
     check_family(f"{key}={source}", name, kind)
     try:
-        options = dict(dtype=dtype, local_files_only=local, **FAMILIES[name].left_out)
+        family = FAMILIES[name]
+        lacking = {part: None for part in family.optional if not index.get(part, [None])[0]}
+        options = dict(dtype=dtype, local_files_only=local, **family.left_out, **lacking)
         return getattr(diffusers, name).from_pretrained(where, **options)
     except Exception as error:  # the same
         raise _unloaded(key, source, kind, error) from error
@@ -55,4 +58,7 @@ def hash_weights(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    for name, layer in module.named_modules():
+        if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):  # peft's: in what its weights do not show
+            digest.update(f"{name} {layer.active_adapters} {layer.scaling} {layer.disable_adapters}".encode())
     return digest.hexdigest()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from memtrain.core.diffusion import RectifiedFlow
 from memtrain.models.base import DiffusionModel
 from memtrain.models.families import FAMILIES
-from memtrain.models.folders import trained
+from memtrain.models.folders import Kind, trained
 from memtrain.models.pipelines import load_pipeline
 
 
@@ -32,11 +33,47 @@ def from_pretrained(
     Raises:
         ValueError: in one line, what is wrong with `pretrained`.
     """
-    kind = trained(family)
-    pipeline = load_pipeline(pretrained, kind, torch.float32, key="model.pretrained")
-    try:
-        model = FAMILIES[type(pipeline).__name__].load()(pipeline)
-    except ValueError as error:
-        raise ValueError(f"model.pretrained={pretrained}: {error}; {kind.remedy}") from None
+    model = _load(pretrained, trained(family))
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
     return model
+
+
+def flow_from_pretrained(
+    pretrained: str,
+    family: str,
+    train_text_encoder: bool,
+    gradient_checkpointing: bool,
+    channels_last: bool,
+    compile: bool,
+    density: str,
+    logit_mean: float,
+    logit_std: float,
+    mode_scale: float,
+    shift: float | None,
+) -> DiffusionModel:
+    """Load a model on a rectified flow, as `from_pretrained` does, and say how sigma is drawn in training.
+
+    Args:
+        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile: as there.
+        density, logit_mean, logit_std, mode_scale: see `memtrain.core.diffusion.RectifiedFlow`.
+        shift: see there; None is that of the pipeline's scheduler.
+
+    Raises:
+        ValueError: in one line, what is wrong with `pretrained` or the density.
+    """
+    model = _load(pretrained, trained(family))
+    own = model.noise_process
+    assert isinstance(own, RectifiedFlow)
+    model.noise_process = RectifiedFlow(
+        own.num_timesteps, density, logit_mean, logit_std, mode_scale, own.shift if shift is None else shift
+    )
+    model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
+    return model
+
+
+def _load(pretrained: str, kind: Kind) -> DiffusionModel:
+    pipeline = load_pipeline(pretrained, kind, torch.float32, key="model.pretrained")
+    try:
+        return FAMILIES[type(pipeline).__name__].load()(pipeline)
+    except ValueError as error:
+        raise ValueError(f"model.pretrained={pretrained}: {error}; {kind.remedy}") from None

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import DDPM, PREDICTION_TYPES
 from memtrain.models.base import DiffusionModel
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import FAMILIES
+from memtrain.models.samplers import DDIM
 
 
 class StableDiffusion(DiffusionModel):
@@ -23,15 +24,21 @@ class StableDiffusion(DiffusionModel):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     network_name = "unet"
-    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    text_encoder_names: tuple[str, ...] = ("text_encoder",)
+    tokenizer_names: tuple[str, ...] = ("tokenizer",)
     unet: Any
     text_encoder: Any
     tokenizer: Any
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
-        name, config = type(pipeline).__name__, self.unet.config
+        self._set_process(type(pipeline).__name__)
+        # of a pipeline whose modules are brought to the GPU one by one: where they are brought to
+        self.noise_process.to(pipeline._execution_device)
+
+    def _set_process(self, name: str) -> None:
+        """Noise process and sampler. Raises ValueError where a pipeline of this class name cannot be used."""
+        config = self.unet.config
         if config.time_cond_proj_dim is not None:
             raise ValueError(f"this {name} is guidance-distilled and has no unconditional prediction")
         if config.in_channels != config.out_channels:
@@ -45,8 +52,7 @@ class StableDiffusion(DiffusionModel):
         if schedule.config.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"this {name} predicts {schedule.config.prediction_type}")
         self.noise_process = DDPM(schedule.alphas_cumprod.float(), schedule.config.prediction_type)
-        # of a pipeline whose modules are brought to the GPU one by one: where they are brought to
-        self.noise_process.to(pipeline._execution_device)
+        self.sampler = DDIM(self.noise_process, self.scheduler.config)
 
     # ---- pictures
 
@@ -77,10 +83,13 @@ class StableDiffusion(DiffusionModel):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         with self._vae_in_range():
-            unscaled = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+            unscaled = self._unscaled(latents).to(self.device, self.vae.dtype)
             pixels = self.vae.decode(unscaled, return_dict=False)[0]
         # (B, 3, height, width) in [-1, 1] -> (B, height, width, 3) in 0..255
         return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor
 
     def _vae_in_range(self) -> AbstractContextManager[None]:
         """The VAE in a precision that its activations do not overflow, meanwhile."""
@@ -107,7 +116,7 @@ class StableDiffusion(DiffusionModel):
     def pipeline(self) -> DiffusionPipeline:
         pipeline = self.pipeline_class(
             **{name: getattr(self, name) for name in (*self.network_names, *self.tokenizer_names)},
-            scheduler=DDIMScheduler.from_config(self.scheduler.config, clip_sample=False),
+            scheduler=self.sampler.stock_scheduler(),
             **self._pipeline_options(),
         )
         pipeline.set_progress_bar_config(disable=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,6 +22,7 @@ from memtrain.core.streams import Stream
 from memtrain.data.batches import Batch
 from memtrain.data.datamodule import data_of
 from memtrain.data.remote import ShardMissing
+from memtrain.models.adapters import Adapter
 from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
 from memtrain.training.accumulation import Accumulation
@@ -54,6 +56,7 @@ class DiffusionTraining(pl.LightningModule):
         reference_batch: how many of them, over all ranks; None: half the global batch, if the rule needs them.
         ema_decay: of the averaged weights, with warm-up; 0 keeps no average.
         max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
+        adapter: what is trained in place of the model's own weights; None: these.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class DiffusionTraining(pl.LightningModule):
         reference_batch: int | None,
         ema_decay: float,
         max_bad_steps: int = 10,
+        adapter: Adapter | None = None,
     ):
         super().__init__()
         if scoring.every == 0 and exclusion.needs_score:
@@ -80,6 +84,8 @@ class DiffusionTraining(pl.LightningModule):
         if scoring.timesteps is not None and scoring.timesteps[1] > last:
             raise ValueError(f"score.timesteps ends at {last} at most, got {scoring.timesteps[1]}")
         self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
+        self.adapter = adapter or Adapter()
+        self.adapter.attach(model, seed)
         self.seed = seed
         self.latent_shape = model.latent_shape(resolution, resolution)
         self.objective, self.scoring = objective, scoring
@@ -115,6 +121,7 @@ class DiffusionTraining(pl.LightningModule):
                 f"trainer.precision must be one of {', '.join(FROZEN_DTYPES)}, got {self.trainer.precision}"
             )
         self.model.prepare_frozen(FROZEN_DTYPES[self.trainer.precision])
+        self.adapter.prepare_frozen(FROZEN_DTYPES[self.trainer.precision])
         for size in data_of(self.trainer).samples.sizes:
             self.model.latent_shape(*size)  # raises where the model cannot have it
         num_samples = data_of(self.trainer).groups.num_samples
@@ -228,6 +235,10 @@ class DiffusionTraining(pl.LightningModule):
 
     # ---- for those who look on
 
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write what was trained as files for diffusers: a whole pipeline, or an adapter."""
+        self.adapter.export(self.model, folder, dtype)
+
     def encode_samples(self, positions: Sequence[int]) -> EncodedSamples:
         """Encode the samples at these positions, but those that cannot be read, with the frozen VAE.
 
@@ -256,6 +267,7 @@ class DiffusionTraining(pl.LightningModule):
             "exclusion": self.exclusion.state_dict(),
             "scores": self.memory.state_dict() if self.memory else None,
             "ema": self.ema.state_dict(),
+            "base": self.adapter.base,
             **self.accumulation.state_dict(),
         }
 
@@ -266,6 +278,12 @@ class DiffusionTraining(pl.LightningModule):
             lacking = missing[0] if missing else "memtrain's state"
             raise ValueError(f"ckpt_path is not a checkpoint of this model: it lacks {lacking}")
         state = checkpoint["memtrain"]
+        other = [name for name, own in self.adapter.base.items() if state.get("base", {}).get(name) != own]
+        if other:
+            raise ValueError(
+                f"the checkpoint is of an adapter for another base, whose {', '.join(other)} had other weights; name "
+                "that base with model.pretrained="
+            )
         self.exclusion.load_state_dict(state["exclusion"])
         if self.memory and state["scores"]:
             self.memory.load_state_dict(state["scores"])

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from memtrain.models.base import DiffusionModel
 
-# What is gathered for its forward and backward, and let go again: of about one size, dozens in SD's UNet.
-BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
+# What is gathered for its forward and backward, and let go again: of about one size, dozens in a network.
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer", "JointTransformerBlock", "T5Block")
 
 
 class FullySharded(ModelParallelStrategy):

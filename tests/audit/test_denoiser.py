@@ -5,12 +5,14 @@ import logging
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.detect.attention import cross_attention, end_positions
-from memtrain.audit.sampling import generate
+from memtrain.audit.sampling import SamplingPath, generate
 from tests.audit.conftest import PROMPTS
+from tests.support.families import stable_diffusion
 
 
 def seeds_of(prompts: list[str]) -> list[int]:
@@ -37,14 +39,42 @@ def test_predictions_and_path_are_the_stock_pipelines(denoiser, stock, guidance_
     latents = denoiser.noise(seeds_of(PROMPTS))
     expected, end = stock_predictions(stock, PROMPTS, latents, 4, guidance_scale)
     cond, null = denoiser.encode(PROMPTS), denoiser.model.null(len(PROMPTS))
-    for t, (stock_null, stock_cond) in zip(denoiser.timesteps(4).tolist(), expected, strict=True):
+    timesteps = denoiser.model.sampler.timesteps(4)
+    for index, (stock_null, stock_cond) in enumerate(expected):
         with torch.no_grad():
-            noise_cond, noise_null = denoiser.predict_pair(latents, t, cond, null)
-        torch.testing.assert_close(noise_cond, stock_cond, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(noise_null, stock_null, atol=1e-4, rtol=1e-4)
-        latents = denoiser.step(latents, t, noise_cond, noise_null, guidance_scale, 4)
+            predicted = denoiser.predict_pair(latents, timesteps[index], cond, null)
+        torch.testing.assert_close(predicted.noise_cond, stock_cond, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(predicted.noise_null, stock_null, atol=1e-4, rtol=1e-4)
+        latents = denoiser.model.sampler.step(latents, timesteps, index, predicted, guidance_scale)
     torch.testing.assert_close(latents, end, atol=1e-4, rtol=1e-4)
     assert torch.equal(latents, generate(denoiser, cond, seeds_of(PROMPTS), 4, guidance_scale))
+
+
+def test_from_zero_signal_the_path_is_the_stock_pipelines_and_v_itself_is_compared(pipelines):
+    """Zero terminal SNR: the first noise is x_T whatever v is predicted."""
+    own = stable_diffusion(pipelines["v_prediction"])
+    own.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    own.scheduler = DDIMScheduler.from_config(own.scheduler.config, clip_sample=False)
+    found, latents = Denoiser.of(own), torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected, end = stock_predictions(own, PROMPTS, latents, 4, 7.5)
+    path = SamplingPath(found, latents, found.encode(PROMPTS), 7.5, 4)
+    with torch.no_grad():
+        steps = list(path)
+    assert steps[0].t == 999 and found.model.noise_process.alphas_cumprod[999] == 0
+    torch.testing.assert_close(path.latents, end, atol=1e-4, rtol=1e-4)
+    for step, (null, cond) in zip(steps, expected, strict=True):
+        alpha = found.model.noise_process.alphas_cumprod[step.t]
+        factor = 1 if step.index == 0 else alpha.sqrt()
+        torch.testing.assert_close(
+            step.predicted.magnitude, factor * (cond - null).flatten(1).norm(dim=1), atol=1e-4, rtol=1e-3
+        )
+
+
+def test_a_noise_that_tells_of_no_picture_is_refused(pipeline_folder):
+    own = stable_diffusion(pipeline_folder)
+    own.scheduler.register_to_config(rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match=r"starts from zero signal .*tells of no picture"):
+        Denoiser.of(own)
 
 
 def test_sdxl_predictions_are_the_stock_pipelines(xl_pipeline):
@@ -52,9 +82,10 @@ def test_sdxl_predictions_are_the_stock_pipelines(xl_pipeline):
     latents = xl.noise(seeds_of(PROMPTS))
     expected, end = stock_predictions(xl_pipeline, PROMPTS, latents, 2, 5.0)
     with torch.no_grad():
-        pair = xl.predict_pair(latents, int(xl.timesteps(2)[0]), xl.encode(PROMPTS), xl.model.null(3))
-    torch.testing.assert_close(pair[0], expected[0][1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(pair[1], expected[0][0], atol=1e-4, rtol=1e-4)
+        first = xl.model.sampler.timesteps(2)[0]
+        pair = xl.predict_pair(latents, first, xl.encode(PROMPTS), xl.model.null(3))
+    torch.testing.assert_close(pair.noise_cond, expected[0][1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pair.noise_null, expected[0][0], atol=1e-4, rtol=1e-4)
     drawn = generate(xl, xl.encode(PROMPTS), seeds_of(PROMPTS), 2, 5.0)
     torch.testing.assert_close(drawn, end, atol=1e-4, rtol=1e-4)
     assert xl.model.decode(end).shape == (3, 32, 32, 3)
@@ -86,7 +117,7 @@ def test_attention_is_read_without_a_trace(denoiser):
         plain = denoiser.predict_pair(latents, 500, cond, null)
         with cross_attention(unet, ends) as seen:
             watched = denoiser.predict_pair(latents, 500, cond, null)
-    assert torch.equal(plain[0], watched[0]) and torch.equal(plain[1], watched[1])
+    assert torch.equal(plain.cond, watched.cond) and torch.equal(plain.null, watched.null)
     torch.testing.assert_close(seen.token_means().sum(dim=1), torch.ones(2))  # probabilities
     end_map = seen.end_map(16, 16)
     assert end_map.shape == (2, 16, 16) and (end_map > 0).all() and (end_map < 1).all()

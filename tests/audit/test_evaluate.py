@@ -12,8 +12,8 @@ from PIL import Image
 
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.fid import LatentGrid
-from memtrain.audit.evaluate.models import evaluate, read_rows, short_names
 from memtrain.audit.evaluate.one_model import Evaluation, GroupResult, Measures, ModelResult, Settings
+from memtrain.audit.evaluate.several_models import evaluate, read_rows, short_names
 from memtrain.audit.evaluate.similarity import LatentRmse
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
 from memtrain.cli.arguments import spelled

@@ -10,7 +10,6 @@ from memtrain.audit.explain.words import words_of
 from memtrain.audit.scored_path import ScoredPath
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import main
-from memtrain.core.scores import text_conditional_magnitude
 from memtrain.report.tokens import draw_significance, write_page
 from tests.support.families import assert_unchanged, state_of
 
@@ -26,11 +25,11 @@ def test_token_significance_equals_a_finite_difference(pipelines, prediction_typ
     denoiser.model.text_encoder.double()
     denoiser.dtype = torch.float64
     embeds = denoiser.model.token_embeds([PROMPT]).double()
-    latents, t = denoiser.noise([1]), int(denoiser.timesteps(4)[0])
+    latents, t = denoiser.noise([1]), denoiser.model.sampler.timesteps(4)[0]
 
     def score(embeds):
         told = denoiser.model.encode_embeds(embeds, [PROMPT])
-        return text_conditional_magnitude(*denoiser.predict_pair(latents, t, told, denoiser.model.null(1))).sum()
+        return denoiser.predict_pair(latents, t, told, denoiser.model.null(1)).magnitude.sum()
 
     norms, scores = token_gradients(denoiser, [PROMPT], [1], ScoredPath((0,), 4, 7.5))
     (gradient,) = torch.autograd.grad(score(embeds.requires_grad_(True)), embeds)
@@ -83,11 +82,13 @@ def test_later_steps_lie_on_the_path_guided_towards_the_prompt(denoiser):
     _, scores = token_gradients(denoiser, [PROMPT], seeds, ScoredPath((2,), 4, 7.5))
     cond, null, latents = denoiser.encode([PROMPT]), denoiser.model.null(1), denoiser.noise(seeds)
     with torch.no_grad():
-        for t in denoiser.timesteps(4)[:2].tolist():
-            pair = denoiser.predict_pair(latents, t, cond, null)
-            latents = denoiser.step(latents, t, *pair, 7.5, 4)
-        pair = denoiser.predict_pair(latents, int(denoiser.timesteps(4)[2]), cond, null)
-    torch.testing.assert_close(scores[0], text_conditional_magnitude(*pair), rtol=1e-4, atol=1e-4)
+        sampler = denoiser.model.sampler
+        timesteps = sampler.timesteps(4)
+        for index in range(2):
+            predicted = denoiser.predict_pair(latents, timesteps[index], cond, null)
+            latents = sampler.step(latents, timesteps, index, predicted, 7.5)
+        magnitude = denoiser.predict_pair(latents, timesteps[2], cond, null).magnitude
+    torch.testing.assert_close(scores[0], magnitude, rtol=1e-4, atol=1e-4)
 
 
 def test_the_empty_prompt_scores_nothing_and_has_no_words(denoiser, tmp_path):

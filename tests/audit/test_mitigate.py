@@ -24,6 +24,7 @@ from memtrain.audit.pictures import encode_images
 from memtrain.cli.main import main
 from memtrain.core.copies import latent_rmse
 from memtrain.data.samples import ShardSamples
+from memtrain.models.samplers import Predictions
 
 PROMPT = "fox on a red background"
 FEW = dict(num_images_per_prompt=2, num_inference_steps=4)
@@ -127,19 +128,21 @@ def test_late_guidance_is_unconditional_until_the_first_local_minimum(denoiser):
     null, latents = denoiser.model.null(3), denoiser.noise(seeds)  # plainly written
     cond = denoiser.encode([PROMPT] * 3)
     with torch.no_grad():
-        for number, t in enumerate(denoiser.timesteps(steps).tolist()):
-            noise_cond, noise_null = denoiser.predict_pair(latents, t, cond, null)
+        timesteps = denoiser.model.sampler.timesteps(steps)
+        for number, t in enumerate(timesteps):
+            pair = denoiser.predict_pair(latents, t, cond, null)
+            noise_cond, noise_null = pair.noise_cond, pair.noise_null
             guided = noise_null + 7.5 * (noise_cond - noise_null)
             chosen = [guided[r] if number >= found.guided_from[r] else noise_null[r] for r in range(3)]
             chosen = torch.stack(chosen)
-            latents = denoiser.step(latents, t, chosen, chosen, 1.0, steps)
+            taken = Predictions(chosen, chosen, chosen, chosen)
+            latents = denoiser.model.sampler.step(latents, timesteps, number, taken, 1.0)
     torch.testing.assert_close(found.latents, latents, rtol=1e-4, atol=1e-4)
 
 
 def test_late_guidance_finds_the_minimum_of_each_row(denoiser, monkeypatch):
     falling = iter([[3.0, 3.0, 1.0], [2.0, 4.0, 2.0], [2.5, 5.0, 3.0], [1.0, 6.0, 4.0]])  # a step each
-    scores = "memtrain.audit.mitigate.mitigation.text_conditional_magnitude"
-    monkeypatch.setattr(scores, lambda *_: torch.tensor(next(falling)))
+    monkeypatch.setattr(Predictions, "magnitude", property(lambda _: torch.tensor(next(falling))))
     start = Start.of(denoiser, [PROMPT] * 3, [1, 2, 3])
     assert follow(denoiser, start, Sampling(4), holds_guidance=True).guided_from.tolist() == [2, 4, 4]
 

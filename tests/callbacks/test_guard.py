@@ -4,7 +4,6 @@ import errno
 import json
 import re
 import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -16,6 +15,7 @@ from memtrain.cli.main import main
 from memtrain.training.exit_codes import INCOMPLETE
 from tests.conftest import build_data, build_module, fit
 from tests.support.callbacks import copies, validation
+from tests.support.forks import PATIENCE
 from tests.support.program import small
 
 
@@ -142,14 +142,14 @@ def test_what_would_fail_in_the_end_is_refused_at_the_start(pipeline_folder, cor
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_where_the_first_cannot_draw(pipeline_folder, corpus, tmp_path):
+def test_two_ranks_go_on_where_the_first_cannot_draw(forks, pipeline_folder, corpus, tmp_path):
     run = tmp_path / "runs/demo/one"
     (run / "samples.png").mkdir(parents=True)
     (run / "grids/step-000002.png").mkdir(parents=True)
     settings = quick(corpus, pipeline_folder, tmp_path)
     ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "data.batch_size=2"]
-    command = [sys.executable, "-m", "memtrain.cli.main", *settings, *ranks]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [forks.python, "-m", "memtrain.cli.main", *settings, *ranks]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == INCOMPLETE, done.stderr
     assert (run / "export/unet/config.json").is_file() and (run / "report.html").is_file()
     assert "Traceback" not in done.stderr and done.stderr.count("failed at step") == 2

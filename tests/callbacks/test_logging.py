@@ -18,6 +18,7 @@ from memtrain.core.exclusion import FixedThreshold
 from memtrain.report.curves import read_metrics
 from tests.conftest import build_data, build_module
 from tests.support.callbacks import copies, pixels, table, validation
+from tests.support.forks import PATIENCE
 
 
 def read_wandb(folder: Path) -> list[dict]:
@@ -25,7 +26,7 @@ def read_wandb(folder: Path) -> list[dict]:
     program = Path(sys.executable).parent / "wandb"
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     done = subprocess.run(
-        [program, "leet", "inspect", "--json", path], check=True, capture_output=True, text=True, timeout=1200
+        [program, "leet", "inspect", "--json", path], check=True, capture_output=True, text=True, timeout=PATIENCE
     )
     records = [json.loads(line) for line in done.stdout.splitlines()]
     return [record["history"]["item"] for record in records if record["type"] == "history"]

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from memtrain.cli.main import main
 from tests.support.program import small_run
 
-FAMILIES = {"stable_diffusion": "pipeline_folder", "stable_diffusion_xl": "xl_folder"}
+FAMILIES = {
+    "stable_diffusion": "pipeline_folder", "stable_diffusion_xl": "xl_folder", "stable_diffusion_3": "flow_folder",
+}  # fmt: skip
 QUICK = ["num_images_per_prompt=1", "num_inference_steps=2", "device=cpu"]
 
 
@@ -29,6 +32,17 @@ def test_it_is_cached_and_trained(family):
     _, run, export = family
     assert (run / "checkpoints" / "last.ckpt").is_file() and (export / "model_index.json").is_file()
     assert list((run / "ledger").glob("*.parquet"))
+
+
+def test_it_is_trained_by_an_adapter_which_is_audited(family, tmp_path):
+    corpus, run, export = family
+    name = OmegaConf.load(run / "config.yaml").model.family
+    words = small_run(corpus, export, tmp_path, f"model={name}", "adapter=lora", "run_id=lora", steps=4)
+    main([word for word in words if "callbacks.export" not in word])
+    adapter = tmp_path / "faults" / "lora" / "export"
+    main(["detect", f"model={export}", f"lora={adapter}", f"prompts={run}/canaries.csv", *QUICK, "num_scored_steps=1",
+          f"out={tmp_path}/detect"])  # fmt: skip
+    assert (tmp_path / "detect" / "scores.parquet").is_file()
 
 
 def test_it_is_audited(family, tmp_path):

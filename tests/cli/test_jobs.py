@@ -5,7 +5,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,16 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 class Jobs:
-    """`memtrain train -m` with some thresholds, as a program of its own; its runs are `faults/mine-N`."""
+    """`memtrain train -m` with some thresholds, as a program of its own; its runs are `faults/mine-N`.
 
-    def __init__(self, folder: Path, corpus: Path, pipeline: Path, *more: str, **environment: str):
+    `python` is what it and its jobs are started with.
+    """
+
+    def __init__(self, python: Path, folder: Path, corpus: Path, pipeline: Path, *more: str, **environment: str):
         self.folder = folder / "runs" / "faults"
         more = ("exclusion=fixed", "logger=[csv,wandb]", *more)
         train, *words = small_run(corpus, pipeline, folder / "runs", *more, steps=5000)
-        self.command = [sys.executable, "-m", "memtrain.cli.main", train, "-m", *words]
+        self.command = [python, "-m", "memtrain.cli.main", train, "-m", *words]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_", "WANDB_SERVICE"))}
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "MEMTRAIN_RUN_ID": "mine"}
         self.environment = inherited | own | environment
@@ -70,11 +72,11 @@ class Jobs:
 
 
 @pytest.fixture
-def jobs_of(corpus, pipeline_folder, tmp_path):
+def jobs_of(forks, corpus, pipeline_folder, tmp_path):
     made: list[Jobs] = []
     yield (
         lambda *more, **environment: (
-            made.append(Jobs(tmp_path, corpus, pipeline_folder, *more, **environment)) or made[0]
+            made.append(Jobs(forks.python, tmp_path, corpus, pipeline_folder, *more, **environment)) or made[0]
         )
     )
     for one in made:
@@ -116,7 +118,7 @@ def test_jobs_of_slurm_go_back_into_the_queue_and_on_with_their_run(jobs_of, tmp
     """One gets submitit's signal, for its time is over; SLURM preempts the other."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     cluster = slurm.install(tmp_path / "slurm")
-    several = jobs_of("hydra/launcher=slurm", "trainer.max_steps=60", **cluster)
+    several = jobs_of("hydra/launcher=slurm", "trainer.max_steps=40", **cluster)
     process = several.start("exclusion.threshold=1,3")
     try:
         wait_until(lambda: len(list(Path(cluster["STAND_IN_JOBS"]).iterdir())) == 2)
@@ -133,7 +135,7 @@ def test_jobs_of_slurm_go_back_into_the_queue_and_on_with_their_run(jobs_of, tmp
     codes = [(Path(cluster["STAND_IN_JOBS"]) / job / "codes").read_text() for job in (first, second)]
     # submitit's handler asks for the requeue and exits with 255, unless the SIGTERM of the requeue is there before
     assert codes[0] in ("[255]\n[0]\n", "[143]\n[0]\n") and codes[1] == "[143]\n[0]\n"
-    several.check(1, 3, steps=60)
+    several.check(1, 3, steps=40)
 
 
 def test_one_name_for_all_jobs_is_refused(capsys, monkeypatch):

@@ -16,6 +16,7 @@ from memtrain.cli import schema
 from memtrain.cli.errors import one_line
 from memtrain.cli.main import config_folder, main
 from memtrain.core.exclusion import ExclusionRule
+from tests.support.forks import PATIENCE
 from tests.support.program import fails, small
 
 CONF = config_folder()
@@ -120,13 +121,13 @@ def test_wrong_things_end_in_one_line(capsys, corpus, pipeline_folder, tmp_path,
     assert not (tmp_path / "runs").exists()  # before any work is done
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(corpus):
+def test_a_reader_that_has_seen_enough_is_no_error(forks, corpus):
     check = subprocess.Popen(
-        [sys.executable, "-m", "memtrain.cli.main", "shards", "check", str(corpus), "--json"],
+        [forks.python, "-m", "memtrain.cli.main", "shards", "check", str(corpus), "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     check.stdout.close()
-    assert check.wait(timeout=1200) == 1 and check.stderr.read() == b""
+    assert check.wait(timeout=PATIENCE) == 1 and check.stderr.read() == b""
     check.stderr.close()
 
 
@@ -210,7 +211,7 @@ def test_the_program_itself_fails_within_seconds(corpus, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=1200,
+        timeout=PATIENCE,
     )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""

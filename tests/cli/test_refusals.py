@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-# Each command in a fork of its own of a process that has imported the program, and nothing else.
+# Each command in a fork of its own of a process that has imported the program, and what reads its config.
 FORKS = """
 import io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
+import hydra.main, memtrain.cli.checks, memtrain.cli.schema
 from memtrain.cli.main import main
 
 for argv in json.load(sys.stdin):
@@ -70,7 +71,7 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
         for command in ("train", "cache")
         for family, says in (
             ("model=stable_diffusion_xl", "{pipeline} is a StableDiffusionPipeline; say model=stable_diffusion"),
-            ("model.family=sdxl", "model.family must be one of auto, stable_diffusion, stable_diffusion_xl, got sdxl"),
+            ("model.family=sdxl", "model.family must be one of auto, stable_diffusion, stable_diffusion_xl"),
         )
     ),
     *(
@@ -85,6 +86,11 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
     (["cache", "data.shards={shards}", "processes=0"], "processes must be >= 1"),
     *([[command, "model=/nowhere/x", "prompts={prompts}"], "model=/nowhere/x: no such folder"] for command in AUDIT),
     *([[command, "model={tmp}", "prompts={prompts}"], "has no model_index.json"] for command in AUDIT),
+    (["explain", "model={pipeline}", "prompt=a", "lora=/no/lora"], "lora=/no/lora: no such file or folder"),
+    (["mitigate", "model={pipeline}", "prompt=a", "lora=/no/lora"], "lora=/no/lora: no such file or folder"),
+    (["detect", "model={pipeline}", "prompts={prompts}", "lora={tmp}"], "has no pytorch_lora_weights.safetensors"),
+    (["detect", "model={pipeline}", "prompts={prompts}", "lora={prompts}"], "is no .safetensors file"),
+    (["evaluate", "model={pipeline}", "data={shards}", "lora=/no/lora"], "lora=/no/lora: no such file"),
     *([[command, "model={pipeline}", "prompts={tmp}/no.txt"], "no.txt: no such file"] for command in AUDIT),
     (["detect", "model={pipeline}", "memorized={prompts}", "other={tmp}/no.csv"], "no.csv: no such file"),
     (["detect", "model={pipeline}"], "say prompts=FILE"),

@@ -258,7 +258,7 @@ edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255
 
 @pytest.mark.parametrize("form", FORMS)
 @given(flips=edits, header=edits, cut=st.none() | st.floats(0, 1))
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60)
 def test_mutated_bytes_are_a_picture_or_a_bad_sample(form, flips, header, cut):
     """Nothing else is raised, Pillow's verdict is ours, and so are its pixels."""
     data = bytearray(FORMS[form])

@@ -20,6 +20,7 @@ from memtrain.data.kept import read_array
 from memtrain.data.remote import ShardCache, ShardMissing
 from memtrain.data.samples import ShardSamples
 from tests.support.corpora import encode, sample, textured, write_tar
+from tests.support.forks import PATIENCE
 
 fork = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -73,7 +74,7 @@ def test_ranks_that_start_together_find_the_same_and_share_the_work(corpus, tmp_
     ranks = [fork.Process(target=start, args=(barrier, answers, corpus, tmp_path / "cache")) for _ in range(4)]
     for rank in ranks:
         rank.start()
-    found = [answers.get(timeout=60) for _ in ranks]
+    found = [answers.get(timeout=PATIENCE) for _ in ranks]
     for rank in ranks:
         rank.join()
     expected = state(opened(corpus, tmp_path / "alone"))

@@ -44,7 +44,7 @@ def test_global_batches_do_not_depend_on_how_they_are_cut(batch_size, accumulate
 
 
 @given(first=st.integers(0, 40))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_later_start_continues_the_sequence(first):
     assert batches(order(), 8, steps=41, first=first) == batches(order(), 8, steps=41)[first:]
     sampler = GlobalBatchSampler(order(), 8, 2, 0, 1, num_steps=12, first_step=7)
@@ -151,7 +151,7 @@ def test_a_global_batch_holds_one_bucket_and_an_epoch_loses_less_than_a_batch_of
 
 
 @given(first=st.integers(0, 40))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_buckets_too_are_continued_at_any_step(first):
     assert batches(bucketed(), 4, steps=41, first=first) == batches(bucketed(), 4, steps=41)[first:]
     assert batches(bucketed(), 2, 1, 2, steps=20) == batches(bucketed(), 4, steps=20)

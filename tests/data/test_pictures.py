@@ -95,7 +95,7 @@ def test_what_cannot_be_decoded_or_has_no_features_equals_its_own_bytes_alone(tm
 
 
 @given(labels=st.lists(st.integers(0, 4), max_size=30), seed=st.integers(0, 9))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_groups_are_those_of_equal_labels(labels, seed):
     positions = np.random.default_rng(seed).permutation(100)[: len(labels)]
     pictures = Pictures.labelled(positions, np.array(labels, dtype=np.int64))

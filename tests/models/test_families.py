@@ -13,6 +13,7 @@ from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import FAMILIES, family_of
 from memtrain.models.folders import ANY, AUDITED, trained
 from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.stable_diffusion_3 import StableDiffusion3
 from memtrain.models.stable_diffusion_xl import StableDiffusionXL
 from tests.support.conf import CONF
 from tests.support.families import assert_unchanged, stable_diffusion, stable_diffusion_xl, state_of
@@ -173,7 +174,7 @@ def test_rows_of_what_the_network_is_told():
 
 
 def test_the_table_knows_the_classes():
-    assert [family.load() for family in FAMILIES.values()] == [StableDiffusion, StableDiffusionXL]
+    assert [family.load() for family in FAMILIES.values()] == [StableDiffusion, StableDiffusionXL, StableDiffusion3]
     for name, family in FAMILIES.items():
         kind = family.load()
         assert kind.pipeline_class.__name__ == name

@@ -31,6 +31,7 @@ from memtrain.report.run import Run, read_run
 from memtrain.report.verdict import baseline_of, verdict
 from tests.conftest import build_data, build_module, fit
 from tests.support.corpora import encode, sample, textured, write_tar
+from tests.support.forks import PATIENCE
 
 EVIL = '</script><script>alert("caption")</script> & <img src=x onerror=alert(1)> \u2028 \u202e"\' `${1}`'
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -320,7 +321,7 @@ def test_a_browser_draws_every_figure(run, page, tmp_path):
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
     options += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--dump-dom"]
     url = (run / "report.html").as_uri()
-    done = subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, timeout=1200)
+    done = subprocess.run([CHROMIUM, *options, url], capture_output=True, text=True, timeout=PATIENCE)
     assert "CONSOLE" not in done.stderr, done.stderr  # no error, nothing refused
     dom = done.stdout
     assert dom.count("<canvas") == len(page.data) and dom.count("u-legend") >= len(page.data)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from memtrain.cli.main import main
+from memtrain.training.resume import checkpoints_in
 
 
 def fails(capsys, *argv: str) -> str:
@@ -33,7 +34,7 @@ def small(corpus, pipeline, tmp_path) -> list[str]:
         "trainer.max_steps=4",
         "callbacks.progress=null",
         "callbacks.validation.every=2",
-        "callbacks.validation.timesteps_per_sample=4",
+        "callbacks.validation.timesteps_per_sample=2",
         "callbacks.curves.every=2",
         "callbacks.checkpoint.every=2",
         "callbacks.copies.num_inference_steps=2",
@@ -66,3 +67,8 @@ def small_run(corpus: Path, pipeline: Path, runs: Path, *more: str, steps: int =
         *(f"callbacks.{name}=null" for name in off),
         *more,
     ]
+
+
+def saved(folder: Path) -> list[int]:
+    """Steps of the checkpoints of `small_run(…, folder, "run_id=one")`."""
+    return list(checkpoints_in(folder / "faults" / "one" / "checkpoints"))

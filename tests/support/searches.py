@@ -1,19 +1,16 @@
 """Searches whose trials are a program that takes no time, in this process or in one of their own."""
 
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from memtrain.cli.sweep import stopped_by_signals
 from memtrain.sweep.plan import Plan
 from memtrain.sweep.space import Parameter
 from memtrain.sweep.study import Search
-
-REPO = Path(__file__).resolve().parents[2]
-
+from memtrain.training.exit_codes import EXIT_CODES
+from tests.support.forks import Forks
 
 # A training program that takes no time: the copy rate falls with the threshold, the loss rises. It keeps its step,
 # as a checkpoint, goes on from there with resume=, and writes down every step that it makes.
@@ -76,33 +73,20 @@ def cut_off(tmp_path) -> Path:
     return process.folder
 
 
-# A sweep as `memtrain sweep` runs it, with the trainer above: a folder, then overrides.
-SWEEP = """
-import sys
-from pathlib import Path
-from memtrain.cli.sweep import stopped_by_signals
-from memtrain.training.stops import EXIT_CODES
-from tests.support.searches import search
-one = search(Path(sys.argv[1]), *sys.argv[2:])
-with stopped_by_signals(one, EXIT_CODES) as received:
-    one.run(2, workers=1)
-sys.exit(EXIT_CODES[received[0]] if received else 0)
-"""
+def sweep(folder: str, *overrides: str) -> None:
+    """As `memtrain sweep` does it, with the trainer above; for a process of its own."""
+    one = search(Path(folder), *overrides)
+    with stopped_by_signals(one, EXIT_CODES) as received:
+        one.run(2, workers=1)
+    sys.exit(EXIT_CODES[received[0]] if received else 0)
 
 
-@contextmanager
-def swept(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """A sweep whose first trial has made its first step, and that trial's folder."""
-    start = [sys.executable, "-c", SWEEP, str(folder), *overrides]
+def swept(forks: Forks, folder: Path, *overrides: str) -> tuple[int, Path]:
+    """The process of a sweep whose first trial has made its first step, and that trial's folder."""
+    [process] = forks.start([str(folder), *overrides], folder / "log", function=sweep)
     run = folder / "runs" / "s" / "trial_000"
-    with subprocess.Popen(start, env=os.environ | {"PYTHONPATH": str(REPO)}) as sweep:
-        try:
-            while not (run / "steps").exists():
-                assert sweep.poll() is None
-                time.sleep(0.02)
-            yield sweep, run
-        finally:
-            sweep.kill()
+    forks.wait_until((run / "steps").exists)
+    return process, run
 
 
 def children(process: int) -> list[int]:

@@ -3,7 +3,10 @@
 import pytorch_lightning as pl
 import torch
 
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.methods import Method
+from tests.conftest import build_data, build_module, fit
+from tests.support.rules import quick_evidence
 
 
 class Record(pl.Callback):
@@ -43,3 +46,13 @@ class Poison(Method):
             hidden = hidden.clone()
             hidden[0] = torch.nan
         return hidden
+
+
+def train(
+    pipeline, corpus, folder, steps, accumulate=1, batch_size=4, every=4, callbacks=(), ckpt_path=None, **options
+):
+    """To `steps`, with a checkpoint every so often in `folder`/checkpoints; the module."""
+    module = build_module(pipeline, quick_evidence(), **options)
+    callbacks = [*callbacks, checkpoint(every, str(folder / "checkpoints"))]
+    fit(module, build_data(corpus, batch_size), folder, steps, accumulate, callbacks=callbacks, ckpt_path=ckpt_path)
+    return module

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 
 import optuna
@@ -22,8 +21,8 @@ from memtrain.data.ledger import read_ledger
 from memtrain.report.curves import read_metrics
 from memtrain.sweep.space import merged, quoted
 from memtrain.training.checks import check_reference
+from tests.support.forks import PATIENCE, ROOT
 from tests.support.program import fails, small
-from tests.support.searches import REPO
 
 
 def test_what_is_said_beside_the_sweeps_own_keys_is_for_the_trials():
@@ -81,14 +80,14 @@ def test_a_study_says_what_its_trials_need_and_leaves_the_rest_to_the_experiment
 
 
 @pytest.mark.slow
-def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, tmp_path):
+def test_a_sweep_of_real_trainings_killed_and_resumed(forks, corpus, pipeline_folder, tmp_path):
     """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes it and the study."""
     options = [
         o for o in small(corpus, pipeline_folder, tmp_path)[2:] if not o.startswith(("run_id", "callbacks.sample_grid"))
     ]
-    command = [sys.executable, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
+    command = [forks.python, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
     command += ["callbacks.copies.reference=4", "callbacks.curves.every=1", "study.prune=null", "trainer.max_steps=8"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     study = tmp_path / "runs" / "thresholds"
     run = study / "trial_000"
     first = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
@@ -97,7 +96,7 @@ def test_a_sweep_of_real_trainings_killed_and_resumed(corpus, pipeline_folder, t
         time.sleep(0.05)
     first.kill()
     first.wait()
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "trial_000 was cut off" in done.stderr and "trial_000 goes on" in done.stderr
     opened = optuna.load_study(study_name="thresholds", storage=f"sqlite:///{study}/study.db")

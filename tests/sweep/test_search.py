@@ -3,17 +3,17 @@
 import os
 import re
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
+from pathlib import Path
 
 import optuna
 import pytest
 
 from memtrain.sweep.pruning import MedianRule, Objectives
 from memtrain.sweep.standing import spoken, tried
-from tests.support.searches import QUICK, REPO, search, states
+from tests.support.forks import wait_until
+from tests.support.searches import QUICK, search, states
 
 
 def test_a_search_counts_what_earlier_starts_finished(tmp_path):
@@ -50,27 +50,21 @@ def test_times_as_they_are_spoken(seconds, says):
     assert spoken(seconds) == says
 
 
+def sweep_when_told(folder: str) -> None:
+    Path(folder, f"ready-{os.getpid()}").touch()
+    while not Path(folder, "go").exists():
+        time.sleep(0.001)
+    search(Path(folder), "pause=0.1").run(4, workers=1)
+
+
 @pytest.mark.slow
-def test_sweeps_that_start_at_once_share_a_study(tmp_path):
+def test_sweeps_that_start_at_once_share_a_study(forks, tmp_path):
     """One of them makes the tables, and no trial is done twice or too often."""
-    code = """
-import sys, time
-from pathlib import Path
-from tests.support.searches import search
-print("ready", flush=True)
-while not Path(sys.argv[1], "go").exists():
-    time.sleep(0.001)
-search(Path(sys.argv[1]), "pause=0.1").run(4, workers=1)
-"""
     (tmp_path / "quick.py").write_text(QUICK)
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    start = dict(env=environment, stdout=subprocess.PIPE)
-    sweeps = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **start) for _ in range(2)]
-    for sweep in sweeps:
-        with sweep.stdout:
-            sweep.stdout.readline()
+    forks.start([str(tmp_path)], tmp_path / "log", ranks=2, function=sweep_when_told)
+    forks.wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
     (tmp_path / "go").touch()
-    assert [sweep.wait(timeout=1200) for sweep in sweeps] == [0, 0]
+    assert forks.wait() == [0, 0], forks.said()
     assert states(search(tmp_path, "pause=0.1")) == ["COMPLETE"] * 4
     assert all((tmp_path / f"runs/s/trial_00{n}/steps").read_text() == "123" for n in range(4))
 
@@ -91,7 +85,7 @@ def test_a_storage_that_is_lost_for_a_while_ends_no_trial(tmp_path, monkeypatch,
         while not (tmp_path / "runs/s/trial_000/steps").exists():
             time.sleep(0.02)
         other.execute("BEGIN EXCLUSIVE")
-        time.sleep(8)
+        wait_until(lambda: "the storage cannot be reached" in caplog.text)
         other.rollback()
 
     holder = threading.Thread(target=hold)

@@ -80,15 +80,15 @@ def test_a_trial_that_hangs_is_ended_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)])
-def test_a_signal_stops_a_sweep_and_a_scheduler_may_send_it_to_every_process(tmp_path, number, code):
+def test_a_signal_stops_a_sweep_and_a_scheduler_may_send_it_to_every_process(forks, tmp_path, number, code):
     """Then a trial gets it once, not a second time from the sweep: it would end at once, without a checkpoint."""
-    with swept(tmp_path, "hang=1") as (sweep, run):
-        (guard,) = children(sweep.pid)
-        everyone = [sweep.pid, guard, *children(guard)] if number == signal.SIGUSR1 else [sweep.pid]
-        for process in everyone:
-            os.kill(process, number)
-        assert sweep.wait(timeout=1200) == code
-    assert (run / "signals").read_text().split() == [str(int(signal.SIGTERM if everyone == [sweep.pid] else number))]
+    sweep, run = swept(forks, tmp_path, "hang=1")
+    (guard,) = children(sweep)
+    everyone = [sweep, guard, *children(guard)] if number == signal.SIGUSR1 else [sweep]
+    for process in everyone:
+        os.kill(process, number)
+    assert forks.wait() == [code]
+    assert (run / "signals").read_text().split() == [str(int(signal.SIGTERM if everyone == [sweep] else number))]
     again = search(tmp_path, "hang=1", patience=2.0)
     assert states(again) == ["FAIL", "WAITING"]
     again.run(1, workers=1)
@@ -96,14 +96,13 @@ def test_a_signal_stops_a_sweep_and_a_scheduler_may_send_it_to_every_process(tmp
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_a_sweep_at_once_and_its_trial_is_taken_back(tmp_path):
-    with swept(tmp_path, "hang=1", "stubborn=10") as (sweep, run):
-        sweep.send_signal(signal.SIGINT)
-        while not (run / "signals").exists():
-            time.sleep(0.02)
-        sweep.send_signal(signal.SIGINT)
-        assert sweep.wait(timeout=1200) == 130  # nothing is waited for: its trial is on
-    again = search(tmp_path, "hang=1", "stubborn=10")
+def test_a_second_signal_ends_a_sweep_at_once_and_its_trial_is_taken_back(forks, tmp_path):
+    sweep, run = swept(forks, tmp_path, "hang=1", "stubborn=2")
+    os.kill(sweep, signal.SIGINT)
+    forks.wait_until((run / "signals").exists)
+    os.kill(sweep, signal.SIGINT)
+    assert forks.wait() == [130]  # nothing is waited for: its trial is on
+    again = search(tmp_path, "hang=1", "stubborn=2")
     assert states(again) == ["RUNNING"]
     again.run(1, workers=1)
     assert states(again) == ["FAIL", "COMPLETE"] and (run / "steps").read_text() == "123"

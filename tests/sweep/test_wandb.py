@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from memtrain.callbacks.logging import dashboard_name
 from memtrain.cli import schema
 from memtrain.cli.main import config_folder
-from tests.support.searches import REPO
+from tests.support.forks import ROOT
 
-WANDB = yaml.safe_load((REPO / "launch" / "wandb_sweep.yaml").read_text())
+WANDB = yaml.safe_load((ROOT / "launch" / "wandb_sweep.yaml").read_text())
 
 
 def test_wandbs_sweep_file_fits_its_schema():

@@ -1,18 +1,14 @@
 """Ranks × accumulation make the step of one process, whoever is excluded; that costs one small all-reduce."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 20
-COUNTED = range(4, 6)  # steps; the profiler is slow
+from tests.support.worlds import GLOBAL_BATCH, train_all
+
+STEPS = 12
+COUNTED = range(2, 4)  # steps; the profiler is slow
 CUTS = [(1, 4), (2, 4), (4, 1)]  # ranks, micro-batches
 RULES = ["few", "nothing"]
 
@@ -25,36 +21,30 @@ def job(rule: str, accumulate: int, steps: int = STEPS, *, name: str, **more) ->
 
 
 @pytest.fixture(scope="module")
-def found(pipeline_folder, corpus, tmp_path_factory):
+def found(forks, pipeline_folder, corpus, tmp_path_factory):
     """What each rank of each job ended with: found("few-4x1", rank)."""
     out = tmp_path_factory.mktemp("worlds")
-    worlds = {1: [job(rule, 1, name=f"{rule}-1x1") for rule in RULES], 2: [], 4: []}
+    worlds = {1: [job("few", 1, name="few-1x1")], 2: [], 4: []}
     for ranks, accumulate in CUTS:
         steps = {"few": STEPS, "nothing": 3}  # where nothing is kept, one step is like another
         worlds[ranks] += [job(r, accumulate, steps[r], name=f"{r}-{ranks}x{accumulate}") for r in RULES]
     last = str(out / "sharded" / "last.ckpt")
     worlds[2] += [
-        job("few", 1, 7, sharded=True, name="sharded"),
+        job("few", 1, 4, sharded=True, name="sharded"),
         job("few", 1, sharded=True, resume=last, name="resumed"),
     ]
     rules = ("none", "fixed", "evidence", "plain")  # plain is last: it changes the process
     worlds[2] += [job(rule, 1, COUNTED.stop, count=list(COUNTED), name=f"counted-{rule}") for rule in rules]
-    spec = out / "spec.json"
-    spec.write_text(
-        json.dumps(dict(pipeline=str(pipeline_folder), corpus=str(corpus), out=str(out), worlds=list(worlds.items())))
-    )
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.worlds", str(spec)],
-        check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200,
-    )  # fmt: skip
+    for ranks, jobs in worlds.items():
+        forks.call(train_all, pipeline_folder, corpus, out, jobs, ranks, log=out / f"log-{ranks}", ranks=ranks)
     return lambda name, rank=0: torch.load(out / f"{name}-{rank}.pt", weights_only=True)
 
 
 @pytest.mark.parametrize(("ranks", "accumulate"), CUTS)
 def test_every_cut_of_the_global_batch_trains_the_same_weights(found, ranks, accumulate):
-    """20 steps of 16 rows, one in eleven kept: ranks are left with nothing, steps with nothing at all."""
+    """12 steps of 8 rows, one in eleven kept: ranks are left with nothing, steps with nothing at all."""
     one, cut = found("few-1x1"), found(f"few-{ranks}x{accumulate}")
-    assert 0 < one["skipped"] == cut["skipped"] < STEPS and cut["seen"] == one["seen"] == STEPS * 16
+    assert 0 < one["skipped"] == cut["skipped"] < STEPS and cut["seen"] == one["seen"] == STEPS * GLOBAL_BATCH
     torch.testing.assert_close(cut["weights"], one["weights"], atol=1e-6, rtol=0)
     torch.testing.assert_close(cut["average"], one["average"], atol=1e-6, rtol=0)
     assert (one["weights"] - one["before"]).abs().max() > 1e-3  # a thousand times the tolerance
@@ -74,11 +64,11 @@ def test_nothing_kept_anywhere_changes_nothing_on_any_rank(found, ranks, accumul
     for rank in range(ranks):
         cut = found(f"nothing-{ranks}x{accumulate}", rank)
         assert torch.equal(cut["weights"], cut["before"]) and torch.equal(cut["average"], cut["before"])
-        assert cut["skipped"] == 3 and cut["seen"] == 3 * 16
+        assert cut["skipped"] == 3 and cut["seen"] == 3 * GLOBAL_BATCH
 
 
 def test_sharded_training_resumed_trains_the_same_weights(found):
-    """`trainer=fsdp`: 7 steps, a checkpoint, 13 more in another trainer; validation, pictures, export between."""
+    """`trainer=fsdp`: 4 steps, a checkpoint, 8 more in another trainer; validation, pictures, export between."""
     one = found("few-1x1")
     for rank in range(2):
         sharded = found("resumed", rank)

@@ -1,7 +1,6 @@
 """Caption and embedding baselines: what they change, how often, and that it does not depend on ranks."""
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from memtrain.training.methods import (
 )
 from tests.conftest import build_data, build_module, fit, weights
 
-ROOT = Path(__file__).resolve().parents[2]
 REWRITING = (RandomTokensAdded, RandomTokensReplaced, WordsRepeated, RandomCaption)
 CAPTION = "a red fox on a teal background with snow"
 

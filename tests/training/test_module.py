@@ -114,9 +114,9 @@ def test_accumulation_equals_the_big_batch(pipeline_folder, corpus, tmp_path, de
 
 
 def test_evidence_under_accumulation_decides_as_on_the_big_batch(pipeline_folder, corpus, tmp_path):
-    big, record, _ = run(pipeline_folder, corpus, tmp_path, steps=12, batch_size=8, exclusion=quick_evidence())
+    big, record, _ = run(pipeline_folder, corpus, tmp_path, steps=8, batch_size=8, exclusion=quick_evidence())
     cut, cut_record, _ = run(
-        pipeline_folder, corpus, tmp_path, steps=12, batch_size=2, accumulate=4, exclusion=quick_evidence()
+        pipeline_folder, corpus, tmp_path, steps=8, batch_size=2, accumulate=4, exclusion=quick_evidence()
     )
     assert torch.equal(torch.cat(record.kept), torch.cat(cut_record.kept))
     assert not torch.cat(record.kept).all()
@@ -157,21 +157,21 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path, workers
 
     whole, data = parts()
     whole_record = Record()
-    fit(whole, data, tmp_path / "whole", 14, accumulate=2, callbacks=[whole_record])
+    fit(whole, data, tmp_path / "whole", 8, accumulate=2, callbacks=[whole_record])
     first, data = parts()
     with pytest.raises(Killed):
-        fit(first, data, tmp_path / "a", 14, 2, callbacks=[checkpoint(5, str(tmp_path / "a")), KillAt(7)])
+        fit(first, data, tmp_path / "a", 8, 2, callbacks=[checkpoint(3, str(tmp_path / "a")), KillAt(4)])
     rest, data = parts()
     record = Record()
-    callbacks = [record, checkpoint(5, str(tmp_path / "a"))]
-    fit(rest, data, tmp_path / "b", 14, 2, callbacks=callbacks, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
-    assert record.keys == whole_record.keys[14:]  # from step 7 on: a run that breaks off leaves a checkpoint
-    for resumed, expected in zip(record.observed, whole_record.observed[7:], strict=True):
+    callbacks = [record, checkpoint(3, str(tmp_path / "a"))]
+    fit(rest, data, tmp_path / "b", 8, 2, callbacks=callbacks, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
+    assert record.keys == whole_record.keys[8:]  # from step 4 on: a run that breaks off leaves a checkpoint
+    for resumed, expected in zip(record.observed, whole_record.observed[4:], strict=True):
         assert torch.equal(resumed.loss, expected.loss) and torch.equal(resumed.score, expected.score)
     assert torch.equal(weights(rest), weights(whole))
     for a, b in zip(rest.ema.shadow_params, whole.ema.shadow_params, strict=True):
         assert torch.equal(a, b)
-    assert rest.accumulation.samples_seen == whole.accumulation.samples_seen and rest.global_step == 14
+    assert rest.accumulation.samples_seen == whole.accumulation.samples_seen and rest.global_step == 8
 
 
 def test_a_checkpoint_holds_no_frozen_weight_and_loads_without_pickle(pipeline_folder, corpus, tmp_path):

@@ -1,7 +1,6 @@
 """Amortised scoring: what is remembered of a sample, when it is scored again, and what that decides."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from tests.conftest import build_data, build_module, fit, weights
 from tests.support.training import KillAt, Killed, Record
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def visits(index, score=1.0, timesteps=500, captioned=True, scored=True) -> Observations:
@@ -200,16 +197,16 @@ def test_accumulation_decides_as_the_big_batch(pipeline_folder, corpus, tmp_path
 
 def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path):
     scoring, rule = Scoring(every_visits=3), lambda: FixedThreshold(1.0)
-    whole, expected = run(pipeline_folder, corpus, tmp_path / "whole", 14, scoring, rule())
+    whole, expected = run(pipeline_folder, corpus, tmp_path / "whole", 9, scoring, rule())
     module, data = build_module(pipeline_folder, rule(), scoring=scoring), build_data(corpus)
     with pytest.raises(Killed):
-        fit(module, data, tmp_path / "a", 14, callbacks=[checkpoint(5, str(tmp_path / "a")), KillAt(7)])
+        fit(module, data, tmp_path / "a", 9, callbacks=[checkpoint(3, str(tmp_path / "a")), KillAt(5)])
     rest, found, data = build_module(pipeline_folder, rule(), scoring=scoring), Record(), build_data(corpus)
-    callbacks = [found, checkpoint(5, str(tmp_path / "a"))]
-    fit(rest, data, tmp_path / "b", 14, callbacks=callbacks, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
-    for a, b in zip(found.observed, expected.observed[7:], strict=True):
+    callbacks = [found, checkpoint(3, str(tmp_path / "a"))]
+    fit(rest, data, tmp_path / "b", 9, callbacks=callbacks, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
+    for a, b in zip(found.observed, expected.observed[5:], strict=True):
         assert torch.equal(a.score, b.score) and torch.equal(a.scored, b.scored) and torch.equal(a.known, b.known)
-    assert all(torch.equal(a, b) for a, b in zip(found.kept, expected.kept[7:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found.kept, expected.kept[5:], strict=True))
     assert torch.equal(weights(rest), weights(whole))
     for name, tensor in rest.memory.state_dict().items():
         torch.testing.assert_close(tensor, whole.memory.state_dict()[name], atol=0, rtol=0, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Cross-attention of a UNet, read while it predicts by hooks that are gone afterwards."""
+"""Cross-attention of the network that predicts, read while it predicts by hooks that are gone afterwards."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class CrossAttention:
 
 
 @contextmanager
-def cross_attention(unet: nn.Module, end_positions: Tensor) -> Iterator[CrossAttention]:
+def cross_attention(network: nn.Module, end_positions: Tensor) -> Iterator[CrossAttention]:
     """Watch the one forward made inside; its last len(end_positions) rows are looked at.
 
     Raises:
         ValueError: the network has no cross-attention, or hides its projections (fused ones).
     """
     seen = CrossAttention(end_positions)
-    layers = [module for module in unet.modules() if isinstance(module, Attention) and module.is_cross_attention]
+    layers = cross_attention_layers(network)
     hooks, projections = [], {}
 
     def note(layer: Attention, name: str):
@@ -66,12 +66,21 @@ def cross_attention(unet: nn.Module, end_positions: Tensor) -> Iterator[CrossAtt
             hooks.append(layer.to_q.register_forward_hook(note(layer, "to_q")))
             hooks.append(layer.to_k.register_forward_hook(note(layer, "to_k")))
             hooks.append(layer.register_forward_hook(reduce))
-        if not layers:
-            raise ValueError("this UNet has no cross-attention; leave the attention scores out")
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def cross_attention_layers(network: nn.Module) -> list[Attention]:
+    """Raises ValueError where there are none."""
+    layers = [module for module in network.modules() if isinstance(module, Attention) and module.is_cross_attention]
+    if not layers:
+        raise ValueError(
+            f"a {type(network).__name__} has no cross-attention; "
+            "leave attention_entropy and bright_ending out of scores"
+        )
+    return layers
 
 
 def end_positions(token_ids: Tensor, end_token: int) -> Tensor:

@@ -25,6 +25,7 @@ from rich.progress import (
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
+from memtrain.audit.detect.attention import cross_attention_layers
 from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density
 from memtrain.audit.detect.parts import Parts
 from memtrain.audit.detect.scores import STEP_SCORES, Density, StepScore
@@ -46,7 +47,7 @@ class Detection:
     truncated: np.ndarray  # (P,) bool, the prompt is longer than the text encoder reads
     steps: dict[str, np.ndarray]  # name: (P, n, k) float32
     densities: dict[str, np.ndarray]  # name: (P,) float32, of finished pictures
-    timesteps: list[int]  # k, of the scored steps
+    timesteps: list[float]  # k, of the scored steps; whole numbers but for a rectified flow
     main: str  # the score that `scores` and flags are about
     evaluations: int  # of the network, a prompt
     evaluations_alone: dict[str, int]  # what each score would take alone
@@ -163,7 +164,7 @@ def detect(
     the order of the list or the other prompts in it. The empty prompt scores 0.
 
     Args:
-        pipeline: a stock Stable Diffusion 1.x, 2.x or XL pipeline; nothing in it is changed.
+        pipeline: a stock Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 pipeline; nothing in it is changed.
         prompts: P of them.
         labels: True for memorized, to measure the separation.
         groups: a name for each prompt, reported apart.
@@ -193,6 +194,8 @@ def detect(
         tuple(score for score in chosen if isinstance(score, StepScore)),
         tuple(score for score in chosen if not isinstance(score, StepScore)),
     )
+    if any(score.reads_attention or score.to_the_end for score in plan.step_scores):
+        cross_attention_layers(denoiser.model.network)
     parts = None if out is None else Parts(Path(out), _made_with(denoiser, plan, prompts), overwrite)
     tables = [] if parts is None else parts.read()
     done = {position for table in tables for position in table["position"].to_pylist()}
@@ -212,7 +215,7 @@ def detect(
         truncated=_truncated(denoiser, prompts),
         steps={score.name: _flat(everything[f"{score.name}_steps"]).reshape(shape) for score in plan.step_scores},
         densities={density.name: everything[density.name].to_numpy() for density in plan.densities},
-        timesteps=denoiser.timesteps(num_inference_steps).tolist()[:num_scored_steps],
+        timesteps=denoiser.model.sampler.timesteps(num_inference_steps)[:num_scored_steps],
         main=chosen[0].name,
         evaluations=plan.evaluations(),
         evaluations_alone=plan.evaluations_alone(),

@@ -52,7 +52,7 @@ class Magnitude(StepScore):
     name = "magnitude"
 
     def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
-        return equations.text_conditional_magnitude(step.noise_cond, step.noise_null)
+        return step.predicted.magnitude
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,9 @@ class Anisotropy(StepScore):
     extra_evaluations = 2
 
     def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
-        timesteps = denoiser.scheduler.timesteps.tolist()  # of the schedule that is being followed
-        low = timesteps[-min(self.low_place, len(timesteps))]
+        low = step.timesteps[-min(self.low_place, len(step.timesteps))]
         pair = denoiser.predict_pair(step.latents, low, step.cond, step.null)
-        magnitude = equations.text_conditional_magnitude(step.noise_cond, step.noise_null)
-        return equations.anisotropy(magnitude, *pair, self.gamma)
+        return equations.anisotropy(step.predicted.magnitude, pair.noise_cond, pair.noise_null, self.gamma)
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,10 @@ class Sharpness(StepScore):
 
     def at(self, denoiser: Denoiser, step: ScoredStep) -> Tensor:
         sigma = denoiser.model.noise_process.noise_level(torch.tensor(step.t, device=denoiser.device))
-        difference = (step.noise_null - step.noise_cond) / sigma  # of scores: s = -eps / sigma
+        difference = -step.predicted.difference / sigma  # of scores: s = -eps / sigma
         moved = step.latents + self.delta * difference
-        noise_cond, noise_null = denoiser.predict_pair(moved, step.t, step.cond, step.null)
-        return equations.sharpness(difference, (noise_null - noise_cond) / sigma)
+        beside = denoiser.predict_pair(moved, step.t, step.cond, step.null)
+        return equations.sharpness(difference, -beside.difference / sigma)
 
 
 STEP_SCORES: tuple[type[StepScore], ...] = (Magnitude, Anisotropy, AttentionEntropy, BrightEnding, Sharpness)

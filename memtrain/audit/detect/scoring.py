@@ -18,6 +18,7 @@ from memtrain.audit.detect.attention import CrossAttention, cross_attention, end
 from memtrain.audit.detect.scores import Density, ScoredStep, StepScore
 from memtrain.audit.sampling import SamplingPath
 from memtrain.models.conditioning import Conditioning
+from memtrain.models.samplers import Predictions
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class DetectionSettings:
 
     num_images_per_prompt: int = 4
     num_scored_steps: int = 1  # scored, from the first on
-    num_inference_steps: int = 50  # of the DDIM schedule
+    num_inference_steps: int = 50  # of the schedule
     guidance_scale: float = 7.5
     seed: int = 0
 
@@ -103,7 +104,7 @@ def follow(
     read = any(score.reads_attention for score in stepwise)
     attention: CrossAttention | None = None
 
-    def predict(index: int, t: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(index: int, t: float, latents: Tensor) -> Predictions:
         nonlocal attention
         if (read and index < settings.num_scored_steps) or (ending and index == plan.steps_run - 1):
             with cross_attention(denoiser.model.network, end_places) as attention:
@@ -120,7 +121,7 @@ def follow(
             for score in stepwise:
                 values[score.name].append(score.at(denoiser, step))
             if ending:
-                differences.append(shown.noise_cond - shown.noise_null)
+                differences.append(shown.predicted.difference)
     for score in ending:
         values[score.name] = score.at_end(differences, attention.end_map(*path.latents.shape[-2:]))
     return {name: torch.stack(columns, dim=1) for name, columns in values.items()}, path.latents

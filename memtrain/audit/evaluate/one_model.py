@@ -89,6 +89,7 @@ class ModelResult:
     frechet_generated: int  # pictures on either side
     frechet_real: int
     identity: str
+    lora: str | None = None  # a folder or file that was loaded into it
 
     @property
     def memorization(self) -> GroupResult:
@@ -209,7 +210,7 @@ class Evaluation:
                 ).to(denoiser.device)
                 steps = torch.full((len(rows),), t, device=denoiser.device)
                 noisy = process.add_noise(clean, noise, steps)
-                losses.append((denoiser.predict(noisy, t, cond) - noise).square().flatten(1).mean(dim=1))
+                losses.append((denoiser.predict_noise(noisy, t, cond) - noise).square().flatten(1).mean(dim=1))
             return torch.stack(losses, dim=1).mean(dim=1).cpu()
 
         return torch.cat(list(self._over("denoising loss", len(chosen), work))).tolist()

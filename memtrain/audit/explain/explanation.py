@@ -16,8 +16,8 @@ from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.explain.words import neighbours, replaced, without, words_of
 from memtrain.audit.scored_path import FIRST_STEPS, ScoredPath, mean_scores
-from memtrain.core.scores import text_conditional_magnitude
 from memtrain.core.streams import Stream
+from memtrain.models.samplers import Predictions
 
 _ALTERNATIVES = 3  # replacements that are tried for a word
 
@@ -220,18 +220,18 @@ def token_gradients(
     """‖∂d/∂e_i‖₂ (R, S, L) and d (R, S), on the CPU; how the path itself depends on e is not followed."""
     cond, null, norms, scores = denoiser.encode(prompts), denoiser.model.null(len(prompts)), [], []
 
-    def predict(index: int, t: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(index: int, t: float, latents: Tensor) -> Predictions:
         if index not in path.steps:
             with torch.no_grad():
                 return denoiser.predict_pair(latents, t, cond, null)
         embeds = denoiser.model.token_embeds(prompts).float().requires_grad_()
         with torch.enable_grad():
             pair = denoiser.predict_pair(latents, t, denoiser.model.encode_embeds(embeds, prompts), null)
-            score = text_conditional_magnitude(*pair)  # (R,)
+            score = pair.magnitude  # (R,)
             (gradient,) = torch.autograd.grad(score.sum(), embeds)  # (R, L, E); rows do not mix
         norms.append(gradient.norm(dim=2).cpu())
         scores.append(score.detach().cpu())
-        return pair[0].detach(), pair[1].detach()
+        return pair.detach()
 
     with denoiser.frozen():
         for _ in path.sampling(denoiser, cond, seeds, predict):

@@ -80,6 +80,9 @@ class Comparison:
 
     Args:
         prompts: P of them; each is drawn `num_images_per_prompt` times.
+
+    Raises:
+        ValueError: no generation, or a judge of pictures of another size.
     """
 
     def __init__(
@@ -95,6 +98,10 @@ class Comparison:
     ):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
+        sizes = [one.model.own_size for one in (denoiser, judges.judge) if one is not None]
+        if len(set(sizes)) > 1:
+            drawn, judged = (f"{width} x {height}" for height, width in sizes)
+            raise ValueError(f"judge draws {judged} px and the model {drawn}; name a judge of the model's size")
         self.denoiser, self.sampling, self.judges, self.seed = denoiser, sampling, judges, seed
         self.num_images_per_prompt, self.batches = num_images_per_prompt, ShrinkingBatches(batch_size)
         self.prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]  # (R,)
@@ -184,7 +191,8 @@ def caption_margin(
             noise = judge.noise([place_seed(seeds[row], Stream.MARGIN, t, 0) for row in rows])
             steps = torch.full((count,), t, device=judge.device)
             noisy = judge.model.noise_process.add_noise(clean, noise, steps)
-            for loss, predicted in zip(losses, judge.predict_pair(noisy, t, cond, null), strict=True):
+            pair = judge.predict_pair(noisy, t, cond, null)
+            for loss, predicted in zip(losses, (pair.noise_cond, pair.noise_null), strict=True):
                 loss += (predicted - noise).square().flatten(1).mean(dim=1)
         return (1 - losses[0] / losses[1]).cpu()
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.denoiser import Denoiser
-from memtrain.core.scores import text_conditional_magnitude
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.words import draw_words, insert_words, num_words_within, window
 
@@ -46,7 +45,7 @@ class Mitigation(ABC):
         self,
         denoiser: Denoiser,
         start: Start,
-        t: int,
+        t: float,
         target: float | None,
         generators: list[np.random.Generator],
     ) -> Start:
@@ -82,7 +81,7 @@ class Embedding(Mitigation):
             return replace(start.cond, hidden=torch.cat([bos, free.to(bos.dtype)], dim=1))
 
         def evaluate(free: Tensor) -> tuple[Tensor, Tensor]:
-            score = text_conditional_magnitude(*denoiser.predict_pair(start.latents, t, conditioning(free), null))
+            score = denoiser.predict_pair(start.latents, t, conditioning(free), null).magnitude
             return score, score
 
         optimizer = torch.optim.AdamW([free], lr=self.lr)
@@ -113,11 +112,10 @@ class InitialNoise(Mitigation):
         norm = latents.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
 
         def evaluate(latents: Tensor) -> tuple[Tensor, Tensor]:
-            noise_cond, noise_null = denoiser.predict_pair(latents, t, start.cond, null)
-            score = text_conditional_magnitude(noise_cond, noise_null)
-            unit = (noise_cond - noise_null) / score.clamp(min=1e-12).reshape(-1, 1, 1, 1)
-            beside = denoiser.predict_pair(latents + unit, t, start.cond, null)
-            return score, text_conditional_magnitude(*beside)
+            predicted = denoiser.predict_pair(latents, t, start.cond, null)
+            score = predicted.magnitude
+            unit = predicted.difference / score.clamp(min=1e-12).reshape(-1, 1, 1, 1)
+            return score, denoiser.predict_pair(latents + unit, t, start.cond, null).magnitude
 
         def keep_norm(latents: Tensor) -> Tensor:
             return latents * (norm / latents.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1))

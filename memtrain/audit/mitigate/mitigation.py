@@ -20,12 +20,11 @@ from memtrain.audit.mitigate.methods import Embedding, Mitigation, Start
 from memtrain.audit.pictures import decode_latents
 from memtrain.audit.sampling import SamplingPath
 from memtrain.audit.scored_path import ScoredPath, mean_scores
-from memtrain.core.scores import text_conditional_magnitude
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How generations are drawn: DDIM from a seed each."""
+    """How generations are drawn, each from a seed."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
@@ -41,7 +40,7 @@ class Generations:
 
     prompts: list[str]  # as the text encoder was given them
     prompt_embeds: Tensor  # (R, L, D) in the pipeline's dtype: what the stock pipeline takes under this name
-    pooled_prompt_embeds: Tensor | None  # (R, P), SDXL only
+    pooled_prompt_embeds: Tensor | None  # (R, P), where the family has one
     start: Tensor  # (R, C, H, W) x_T: the stock pipeline's `latents`
     latents: Tensor  # (R, C, H, W) scaled, of the finished pictures
     scores: Tensor  # (R, S) d at each step of the path
@@ -65,7 +64,7 @@ class Generations:
 @dataclass(frozen=True)
 class Mitigated:
     """One prompt before and after. Pass `after.prompt_embeds` and `after.start` (as `latents`) to the stock
-    pipeline with a DDIM scheduler, and it draws the pictures of `images_after`."""
+    pipeline (`denoiser.model.pipeline()`), and it draws the pictures of `images_after`."""
 
     prompt: str
     seeds: list[int]
@@ -184,7 +183,7 @@ def generate(
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> Generations:
     """One generation a prompt and seed, with a mitigation or as it is."""
-    first = int(denoiser.timesteps(sampling.num_inference_steps)[0])
+    first = denoiser.model.sampler.timesteps(sampling.num_inference_steps)[0]
 
     def work(rows: range) -> Generations:
         own = [seeds[row] for row in rows]
@@ -206,9 +205,11 @@ def follow(denoiser: Denoiser, start: Start, sampling: Sampling, holds_guidance:
     steps, rows, scores = sampling.num_inference_steps, len(start.prompts), []
     guided_from = torch.full((rows,), steps if holds_guidance else 0, device=start.latents.device)
     path = SamplingPath(denoiser, start.latents, start.cond, sampling.guidance_scale, steps)
+    first = denoiser.model.sampler.timesteps(steps)[0]
+    is_all_noise = bool(denoiser.model.noise_process.is_all_noise(torch.tensor(first)))
     for step in path:
-        scores.append(text_conditional_magnitude(step.noise_cond, step.noise_null))
-        if step.index >= 2:
+        scores.append(step.predicted.magnitude)
+        if step.index >= 2 + is_all_noise:  # what is compared there is another thing
             is_past_minimum = (scores[-3] > scores[-2]) & (scores[-2] < scores[-1])
             guided_from = torch.where(is_past_minimum, guided_from.clamp(max=step.index), guided_from)
         held = (guided_from > step.index).reshape(-1, 1, 1, 1)

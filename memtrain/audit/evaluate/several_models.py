@@ -53,18 +53,23 @@ def evaluate(
     device: str | None,
     dtype: str,
     draw: DrawGallery,
+    loras: Sequence[str | None] | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> list[ModelResult]:
     """One result a model, in the order given; each is written to `out`/NAME once it is whole, and kept.
 
     A model that was evaluated before with the same weights, samples and settings is not evaluated again.
 
+    Args:
+        loras: for each model a folder or file with an adapter to load into it, or None; None: none has one.
+
     Raises:
         ValueError: a model cannot be loaded, or is named twice.
     """
     results = []
-    for source, name in zip(models, short_names(models), strict=True):
-        denoiser = Denoiser.load(source, device, dtype)
+    loras = loras or [None] * len(models)
+    for source, lora, name in zip(models, loras, short_names(named_by(models, loras)), strict=True):
+        denoiser = Denoiser.load(source, device, dtype, lora=lora)
         identity = _identity(denoiser, samples, chosen, measures, settings)
         result = _read_result(out / name, identity)
         if result is None:
@@ -76,7 +81,7 @@ def evaluate(
             del evaluation
         else:
             log.info("%s: kept what was found with the same settings in %s", name, out / name)
-        results.append(replace(result, source=source))
+        results.append(replace(result, source=source, lora=lora))
         del denoiser  # the next model needs its memory
         gc.collect()
         if torch.cuda.is_available():
@@ -95,6 +100,11 @@ def read_rows(out: Path, results: Sequence[ModelResult]) -> pa.Table:
         table = pq.read_table(out / result.model / "rows.parquet")
         tables.append(table.add_column(0, "model", pa.array([result.model] * len(table), pa.string())))
     return pa.concat_tables(tables)
+
+
+def named_by(models: Sequence[str], loras: Sequence[str | None]) -> list[str]:
+    """The path that tells a model: its adapter's where it has one."""
+    return [lora or model for model, lora in zip(models, loras, strict=True)]
 
 
 def short_names(models: Sequence[str]) -> list[str]:

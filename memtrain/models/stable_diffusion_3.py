@@ -1,0 +1,134 @@
+"""Stable Diffusion 3 and 3.5: a transformer (MMDiT) on a rectified flow, two CLIP text encoders and maybe a T5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import Tensor
+from torch.nn.functional import pad
+
+from memtrain.core.diffusion import RectifiedFlow
+from memtrain.models.conditioning import Conditioning
+from memtrain.models.samplers import Euler
+from memtrain.models.stable_diffusion import StableDiffusion
+
+T5_TOKENS = 256  # of a caption, as the stock pipeline cuts and pads it
+
+
+class StableDiffusion3(StableDiffusion):
+    """Stable Diffusion 3 and 3.5. Pictures are encoded and exported as in Stable Diffusion; all else is its own.
+
+    A pipeline without T5 (`text_encoder_3` None) is told zeros in its place, as by the stock pipeline.
+    """
+
+    pipeline_class = StableDiffusion3Pipeline
+    network_name = "transformer"
+    text_encoder_names: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    tokenizer_names: tuple[str, ...] = ("tokenizer", "tokenizer_2")
+    transformer: Any
+    text_encoder_2: Any
+    text_encoder_3: Any
+    tokenizer_3: Any
+
+    def __init__(self, pipeline: DiffusionPipeline):
+        if pipeline.text_encoder_3 is not None:
+            self.text_encoder_names = (*self.text_encoder_names, "text_encoder_3")
+            self.tokenizer_names = (*self.tokenizer_names, "tokenizer_3")
+        super().__init__(pipeline)
+
+    def _set_process(self, name: str) -> None:
+        config, scheduler = self.transformer.config, self.scheduler.config
+        if config.in_channels != config.out_channels:
+            raise ValueError(f"this {name} takes a picture too (inpainting, upscaling)")
+        if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
+            raise ValueError(
+                f"the transformer of this {name} takes {config.in_channels} channels and its VAE gives "
+                f"{self.vae.config.latent_channels}"
+            )
+        if "FlowMatch" not in type(self.scheduler).__name__:
+            raise ValueError(f"this {name} has a {type(self.scheduler).__name__}, which is of no rectified flow")
+        self.noise_process = RectifiedFlow(scheduler.num_train_timesteps, shift=scheduler.shift)
+        self.sampler = Euler(self.noise_process, scheduler, self._shift())
+
+    def _shift(self) -> dict[str, float]:
+        """The shift that the stock pipeline makes of the size of its pictures, where its scheduler asks for one."""
+        config = self.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        _, height, width = self.own_shape
+        patches = (height // self.transformer.config.patch_size) * (width // self.transformer.config.patch_size)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return {"mu": calculate_shift(patches, *(config[name] for name in names))}
+
+    # ---- pictures
+
+    @property
+    def own_shape(self) -> tuple[int, int, int]:
+        side = self.transformer.config.sample_size
+        return self.transformer.config.in_channels, side, side
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        multiple = self.scale_factor * self.transformer.config.patch_size
+        largest = multiple * self.transformer.config.pos_embed_max_size
+        for name, side in (("data.resolution", height), ("data.bucket_multiple", width)):
+            name = "data.resolution" if height == width else name
+            if side < multiple or side % multiple:
+                raise ValueError(f"{name} must be a multiple of {multiple} for this model, got {side}")
+            if side > largest:
+                raise ValueError(f"{name} must be at most {largest} for this model, got {side}")
+        return self.vae.config.latent_channels, height // self.scale_factor, width // self.scale_factor
+
+    def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        return (mean + std * noise - self._vae_shift) * self.vae.config.scaling_factor
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor + self._vae_shift
+
+    @property
+    def _vae_shift(self) -> float:
+        return self.vae.config.shift_factor or 0.0
+
+    # ---- captions and predictions
+
+    @property
+    def aligned_encoders(self) -> list[tuple[Any, Any]]:
+        return super().aligned_encoders[:2]  # T5 has tokens of its own
+
+    def _encode(self, captions: list[str]) -> Conditioning:
+        outputs = [
+            encoder(self._tokens(captions, tokenizer).input_ids.to(self.device), output_hidden_states=True)
+            for tokenizer, encoder in self.aligned_encoders
+        ]
+        # the last layer but one of both CLIPs, side by side, zeros up to T5's width; after them T5's tokens
+        dtype = self.text_encoder.dtype
+        clip = torch.cat([output.hidden_states[-2].to(dtype) for output in outputs], dim=-1)
+        clip = pad(clip, (0, self.transformer.config.joint_attention_dim - clip.shape[-1]))
+        pooled = torch.cat([output[0] for output in outputs], dim=-1)
+        return Conditioning(torch.cat([clip, self._encode_t5(captions).to(clip)], dim=1), pooled)
+
+    def _encode_t5(self, captions: list[str]) -> Tensor:
+        """(B, T5_TOKENS, D)"""
+        if "text_encoder_3" not in self.text_encoder_names:
+            width = self.transformer.config.joint_attention_dim
+            return torch.zeros(len(captions), T5_TOKENS, width, device=self.device)
+        tokens = self.tokenizer_3(
+            list(captions), padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
+        )
+        return self.text_encoder_3(tokens.input_ids.to(self.device))[0]
+
+    def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.transformer(
+            hidden_states=noisy_latents,
+            timestep=timesteps.float() + 1,  # T sigma
+            encoder_hidden_states=conditioning.hidden,
+            pooled_projections=conditioning.pooled,
+            return_dict=False,
+        )[0]
+
+    # ---- what comes of it
+
+    def _pipeline_options(self) -> dict:
+        return {} if "text_encoder_3" in self.text_encoder_names else dict(text_encoder_3=None, tokenizer_3=None)

@@ -1,0 +1,61 @@
+"""`python -IS fork_client.py SOCKET EXECUTABLE ARGUMENTS`: does what `python ARGUMENTS` does, without its imports.
+
+`-m MODULE …` of the modules below, which import much, runs in a child of tests/support/fork_server.py, with the
+environment, folder, open files and signals of this process; all else in Python itself.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+SLOW = (
+    "memtrain.cli.main",
+    "tests.support.slow_to_end",
+    "joblib.externals.loky.backend.popen_loky_posix",
+    "submitit.core._submit",
+)
+
+
+def main(address: str, executable: str, *arguments: str) -> None:
+    words = [word for word in arguments if word != "-u"]
+    if words[:1] != ["-m"] or words[1] not in SLOW:
+        os.execv(sys.executable, [sys.executable, *arguments])
+    files = [int(name) for name in os.listdir("/proc/self/fd")]
+    files = [file for file in files if _is_inherited(file)]
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.connect(address)
+    request = dict(
+        module=words[1], function=None, arguments=words[2:], environment=dict(os.environ), folder=os.getcwd(),
+        executable=executable, file_size=0, files=files,
+    )  # fmt: skip
+    told = []
+    handed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+    for number in handed_on:
+        signal.signal(number, lambda number, frame: told.append(number))  # until there is somebody to tell
+    socket.send_fds(server, [json.dumps(request).encode()], files)
+    child = int(server.recv(64))
+    for number in handed_on:
+        signal.signal(number, lambda number, frame: os.kill(child, number))
+    for number in told:
+        os.kill(child, number)
+    for file in files:
+        if file > 2:
+            os.close(file)  # who waits for the other end to be closed waits for the child
+    code = int(server.recv(64))
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _is_inherited(file: int) -> bool:
+    try:
+        return os.get_inheritable(file)
+    except OSError:  # that of the listing itself
+        return False
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

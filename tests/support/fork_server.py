@@ -1,0 +1,168 @@
+"""`python -m tests.support.fork_server FD`: forks of a process that has imported everything, for who connects to FD.
+
+A request is one message: JSON with the keys of `Request`, and the descriptors of the files that it is to have open.
+The server answers with the process' id, and with its exit code once it has ended; where the connection is closed
+the process is killed, if it goes on, and forgotten. The server ends when its standard input does.
+"""
+
+import atexit
+import fcntl
+import importlib
+import json
+import os
+import resource
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from typing import TypedDict
+
+MESSAGE = 1 << 20  # bytes, at most
+FILES = 64  # a request's, at most
+
+
+class Request(TypedDict):
+    """What a child is to do.
+
+    `module` runs as `python -m` runs it; `function` is called with the arguments. `executable` is what it takes for
+    its Python. No file that it writes may be larger than `file_size` bytes; 0: any may.
+    """
+
+    module: str | None
+    function: str | None
+    arguments: list
+    environment: dict[str, str]
+    folder: str
+    executable: str
+    file_size: int
+    files: list[int]  # as which the descriptors are known there
+
+
+IMPORTED = """
+    tests.conftest memtrain.callbacks.canaries memtrain.callbacks.curves memtrain.callbacks.ledger
+    memtrain.callbacks.logging memtrain.callbacks.summary memtrain.callbacks.validation memtrain.cli.jobs
+    memtrain.cli.schema memtrain.cli.sweep memtrain.cli.train memtrain.core.evidence memtrain.sweep.study
+    memtrain.training.checkpoint memtrain.training.checks memtrain.training.signals
+    PIL.JpegImagePlugin diffusers.guiders hydra._internal.core_plugins.basic_launcher
+    lightning_fabric.utilities.rank_zero multiprocessing.spawn optuna.storages pyarrow.dataset
+    torch.distributed.algorithms.ddp_comm_hooks torch.utils.serialization.config wandb
+"""
+EXTRAS = "joblib submitit hydra_plugins.hydra_joblib_launcher hydra_plugins.hydra_submitit_launcher"
+
+
+def import_everything() -> None:
+    """What a training, a job of Hydra's launchers or a test's own function imports."""
+    cache = os.environ.get("MEMTRAIN_CACHE", "")
+    for name in IMPORTED.split():
+        importlib.import_module(name)
+    for name in EXTRAS.split():
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    os.environ["MEMTRAIN_CACHE"] = cache  # tests.conftest has made one
+
+
+def become(request: Request, files: list[int]) -> None:
+    """Takes this child's place in the world: its files, environment, folder and names."""
+    os.setpgid(0, 0)
+    files = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 512) for file in files]
+    for file, place in zip(files, request["files"], strict=True):
+        os.dup2(file, place)
+        os.close(file)
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.path.insert(0, request["folder"])
+    sys.executable = request["executable"]
+    importlib.import_module("multiprocessing.spawn").set_executable(request["executable"])
+    ranks = importlib.import_module("lightning_fabric.utilities.rank_zero")
+    ranks.rank_zero_only.rank = ranks._get_rank() or 0
+    if request["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
+
+
+def work(request: Request) -> int:
+    """Does what was asked for; the exit code."""
+    try:
+        if request["function"]:
+            module, _, name = request["function"].rpartition(".")
+            getattr(importlib.import_module(module), name)(*request["arguments"])
+        else:
+            sys.argv = [request["module"], *request["arguments"]]
+            sys.modules.pop(request["module"], None)  # it is __main__ now
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def serve(listener: socket.socket) -> None:
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    selector.register(sys.stdin, selectors.EVENT_READ)
+    going: dict[socket.socket, int] = {}  # and not said to have ended
+    known: dict[socket.socket, int] = {}
+    while True:
+        for key, _ in selector.select(0.02):
+            if key.fileobj is sys.stdin:
+                for child in known.values():
+                    os.kill(child, signal.SIGKILL)
+                return
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                message, files, _, _ = socket.recv_fds(connection, MESSAGE, FILES)
+                child = os.fork()
+                if child == 0:
+                    selector.close()
+                    for each in (listener, connection, *known):
+                        each.close()
+                    return run(json.loads(message), files)
+                for file in files:
+                    os.close(file)
+                going[connection] = known[connection] = child
+                selector.register(connection, selectors.EVENT_READ)
+                with suppress(BrokenPipeError):
+                    connection.send(b"%d\n" % child)
+            else:
+                connection = key.fileobj
+                selector.unregister(connection)
+                connection.close()
+                going.pop(connection, None)
+                os.kill(known[connection], signal.SIGKILL)  # one that has ended is there until it is waited for
+                os.waitpid(known.pop(connection), 0)
+        for connection, child in list(going.items()):
+            ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                del going[connection]
+                code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+                with suppress(BrokenPipeError):
+                    connection.send(b"%d\n" % code)
+
+
+def run(request: Request, files: list[int]) -> None:
+    """The life of a child."""
+    code = 1
+    try:
+        become(request, files)
+        code = work(request)
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    import_everything()
+    serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # there is nothing to tidy up

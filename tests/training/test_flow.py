@@ -1,0 +1,117 @@
+"""Training on a rectified flow: Stable Diffusion 3, tiny, on real tars."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from memtrain import detect
+from memtrain.audit.denoiser import Denoiser
+from memtrain.callbacks.export import Export
+from memtrain.cli import schema
+from memtrain.core.exclusion import FixedThreshold
+from memtrain.core.streams import Stream
+from memtrain.training.checkpoint import checkpoint
+from tests.conftest import build_data, build_module, fit, weights
+from tests.support.conf import CONF
+from tests.support.rules import quick_evidence
+from tests.support.training import KillAt, Killed, Record
+
+
+def composed(folder, *overrides):
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(
+            "train", ["data.shards=x", "model=stable_diffusion_3", f"model.pretrained='{folder}'", *overrides]
+        )
+    return instantiate(cfg.model)
+
+
+def test_gradient_and_score_are_those_of_a_step_made_by_hand(flow_folder, corpus):
+    """x_t = (1 - sigma) x_0 + sigma eps, the network told 1000 sigma, loss on eps - x_0; d is (1 - sigma) |dv|."""
+    module = build_module(flow_folder, caption_dropout=0.0)
+    data, model = build_data(corpus), module.model
+    batch = data.decode([0, 1, 2, 3])
+    loss, observed = module.predictor.visit(batch, 5, Stream.TRAIN)
+    loss.sum().backward()
+
+    stock = Denoiser.load(str(flow_folder), device="cpu").model.pipeline()
+    transformer, vae = stock.transformer, stock.vae
+    draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), module.latent_shape)
+    with torch.no_grad():
+        posterior = vae.encode(batch.images / 127.5 - 1).latent_dist
+        sampled = posterior.mean + posterior.std * draws.posterior_noise
+        clean = (sampled - vae.config.shift_factor) * vae.config.scaling_factor
+        cond, null, pooled, null_pooled = stock.encode_prompt(batch.captions, None, None, device="cpu")
+    sigma = ((draws.timesteps + 1) / 1000)[:, None, None, None]
+    noisy, told = (1 - sigma) * clean + sigma * draws.noise, sigma.flatten() * 1000
+    v = transformer(noisy, cond, pooled, told).sample
+    by_hand = (v - (draws.noise - clean)).square().mean(dim=(1, 2, 3))
+    by_hand.sum().backward()
+    torch.testing.assert_close(loss, by_hand, atol=1e-5, rtol=1e-5)
+    own = dict(transformer.named_parameters())
+    for name, parameter in model.transformer.named_parameters():
+        torch.testing.assert_close(parameter.grad, own[name].grad, atol=1e-5, rtol=1e-3)
+        assert parameter.grad is not None and parameter.requires_grad
+    with torch.no_grad():
+        score = (1 - sigma.flatten()) * (v - transformer(noisy, null, null_pooled, told).sample).flatten(1).norm(dim=1)
+    torch.testing.assert_close(observed.score, score, atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad for part in (model.vae, *model.text_encoders) for p in part.parameters())
+
+
+def test_where_all_is_noise_a_row_says_nothing(flow_folder, corpus):
+    module = build_module(flow_folder)
+    latents = torch.randn(2, *module.latent_shape, generator=torch.Generator().manual_seed(0))
+    told = module.model.encode(["fox", "fox"])
+    with torch.no_grad():
+        loss, score = module.predictor.predict_and_score(latents, -latents, torch.tensor([999, 998]), told)
+    assert score[0] == 0 and score[1] > 0 and loss.isfinite().all()
+
+
+def test_a_run_excludes_exports_a_stock_folder_and_what_it_trained_is_what_is_audited(flow_folder, corpus, tmp_path):
+    module, record = build_module(flow_folder, FixedThreshold(0.5), ema_decay=0.0), Record()
+    before = copy.deepcopy(module.model.state_dict())
+    fit(module, build_data(corpus), tmp_path, 3, callbacks=[record, Export(dtype="float32")])
+    for observed, kept in zip(record.observed, record.kept, strict=True):
+        assert torch.equal(kept, ~observed.known | (observed.score <= 0.5))
+    assert any(not kept.all() for kept in record.kept)
+    for name, value in module.model.state_dict().items():
+        assert torch.equal(value, before[name]) != name.startswith("transformer.") or "pos_embed" in name, name
+    options = dict(num_images_per_prompt=2, num_inference_steps=3)
+    exported = detect(Denoiser.load(str(tmp_path / "export"), device="cpu"), ["fox", "cat"], **options)
+    assert exported.scores == pytest.approx(detect(module.model.pipeline(), ["fox", "cat"], **options).scores)
+
+
+def test_a_run_that_was_killed_goes_on_as_the_whole_one(flow_folder, corpus, tmp_path):
+    def train(folder, *callbacks, ckpt_path=None):
+        module = build_module(flow_folder, quick_evidence())
+        fit(module, build_data(corpus), folder, 6, callbacks=[checkpoint(2, folder), *callbacks], ckpt_path=ckpt_path)
+        return module
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", KillAt(5))
+    gone_on = train(tmp_path / "cut", ckpt_path=str(tmp_path / "cut" / "last.ckpt"))
+    assert torch.equal(weights(whole), weights(gone_on))
+    assert torch.equal(whole.exclusion.evidence, gone_on.exclusion.evidence)
+
+
+def test_sigma_is_drawn_as_the_config_says(flow_folder):
+    def median(*overrides):
+        process, generator = composed(flow_folder, *overrides).noise_process, torch.Generator().manual_seed(0)
+        drawn = torch.stack([process.draw_timestep(generator) for _ in range(2000)])
+        return process.noise_level(drawn).median().item()
+
+    assert median() == pytest.approx(0.75, abs=0.02)  # 3 / 2 / (1 + 2 / 2): the pipeline's shift
+    assert median("model.shift=1.0") == pytest.approx(0.5, abs=0.02)
+    logit = 1 / (1 + math.exp(-1.0))
+    assert median("model.shift=1.0", "model.logit_mean=1.0") == pytest.approx(logit, abs=0.02)
+    assert median("model.shift=1.0", "model.density=uniform") == pytest.approx(0.5, abs=0.04)
+
+
+def test_a_pipeline_of_another_process_is_refused(pipeline_folder):
+    with pytest.raises(Exception, match=r"is a StableDiffusionPipeline; say model=stable_diffusion"):
+        composed(pipeline_folder)
