@@ -83,6 +83,13 @@ def write_pipeline(folder: Path, prediction_type: str) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def write_xl_pipeline(folder: Path) -> None:
+    """An untrained Stable Diffusion XL around the other one's parts."""
+    from tests.support.families import stable_diffusion, stable_diffusion_xl
+
+    stable_diffusion_xl(stable_diffusion(Path("pipeline"))).save_pretrained(folder)
+
+
 def write_shards(folder: Path, shapes: list[tuple[int, int]], per_shard: int = 16, repeated: int = 0) -> None:
     """Smooth random pictures of these sizes, in turn; the first `repeated` come once more, as they are and smaller."""
     folder.mkdir(parents=True)
@@ -156,6 +163,10 @@ RUNS = {
     "method_embedding_noise": ruled("fixed", "method=embedding_noise", *UNWATCHED),
     "method_several_captions": ruled("fixed", "method=several_captions", *UNWATCHED),
     "v_prediction": ["exclusion=fixed", "exclusion.threshold=0.2", "model.pretrained=v_pipeline"],
+    "xl": ruled(
+        "evidence", "model=stable_diffusion_xl", "model.pretrained=xl_pipeline", "model.train_text_encoder=true",
+        "data.shards=wide", "data.crop=random", "data.flip=0.5",
+    ),
     "min_snr": ruled("fixed", "loss.min_snr_gamma=5", "loss.denominator=all", *UNWATCHED),
     "noise_offset": ruled("fixed", "loss.noise_offset=0.1", *UNWATCHED),
     "accumulation": ruled("evidence", "data.batch_size=4", "trainer.accumulate_grad_batches=2", *UNWATCHED),
@@ -313,6 +324,7 @@ def prepare(work: Path) -> None:
     torch.set_num_threads(1)
     write_pipeline(Path("pipeline"), "epsilon")
     write_pipeline(Path("v_pipeline"), "v_prediction")
+    write_xl_pipeline(Path("xl_pipeline"))
     write_shards(Path("shards"), [(80, 72)])
     write_shards(Path("wide"), [(80, 72), (120, 70), (64, 112)])
     write_shards(Path("natural"), [(80, 72)], repeated=5)

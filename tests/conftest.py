@@ -28,6 +28,7 @@ from memtrain.training.module import DiffusionTraining
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
 from memtrain.training.score_memory import Scoring
+from tests.support import families
 
 # the same examples every time, however slow the machine is
 settings.register_profile(
@@ -76,6 +77,22 @@ def pipeline_folder(pipelines) -> Path:
     return pipelines["epsilon"]
 
 
+@pytest.fixture(scope="session")
+def xl_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """An untrained Stable Diffusion XL."""
+    folder = tmp_path_factory.mktemp("xl") / "pipeline"
+    families.stable_diffusion_xl(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flow_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """An untrained Stable Diffusion 3."""
+    folder = tmp_path_factory.mktemp("flow") / "pipeline"
+    families.stable_diffusion_3(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    return folder
+
+
 def build_module(
     pipeline: Path, exclusion=None, model: dict | None = None, method=None, **options
 ) -> DiffusionTraining:
@@ -91,7 +108,7 @@ def build_module(
         ema_decay=0.9,
     )
     return DiffusionTraining(
-        from_pretrained(str(pipeline), **(model_options | (model or {}))),
+        from_pretrained(str(pipeline), "auto", **(model_options | (model or {}))),
         exclusion or KeepAll(),
         # a large eps: with 1e-8 Adam turns gradients that are rounding noise into steps of the full rate
         AdamW(1e-3, (0.9, 0.999), 0.01, 1e-3, "constant", 0, eight_bit=False),

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from memtrain.callbacks.generation import Compared, compare
 from memtrain.callbacks.guard import on_first_rank
@@ -17,6 +16,7 @@ from memtrain.core.copies import checked_max_rmse, is_copy
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
 from memtrain.data.escaping import as_text
 from memtrain.report.pictures import draw_samples, samples_of_picture
+from memtrain.training.encoded import EncodedSamples
 
 MEMORIZED = 0.5  # of a canary's generations are copies
 
@@ -76,7 +76,7 @@ class Copies(AfterEachStep):
         self.batch_size, self.shown = batch_size, shown
         # here: position of each canary looked at -> first look at which it was memorized, None: not yet
         self.memorized: dict[int, int | None] = {}
-        self._watched: list[tuple[int, tuple[Tensor, Tensor, list[str]]]] | None = None
+        self._watched: list[tuple[int, EncodedSamples]] | None = None
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
@@ -123,17 +123,17 @@ class Copies(AfterEachStep):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         number: int,
-        samples: tuple[Tensor, Tensor, list[str]],
+        samples: EncodedSamples,
         num_images_per_prompt: int,
         shown: int = 0,
     ) -> list[Compared]:
         """Generate from a group's captions, log how many are copies, and note who is memorized by now.
 
         Args:
-            samples: latents (N, C, h, w), positions (N,) and captions, as `encode_samples` gives them.
+            samples: of the group.
             shown: of the first so many samples the generated latents are kept, to be drawn.
         """
-        _, index, captions = samples
+        index, captions = samples.positions, samples.captions
         if not captions:
             return []
         options = (self.num_inference_steps, self.guidance_scale, self.batch_size, shown)
@@ -163,7 +163,7 @@ class Copies(AfterEachStep):
     @on_first_rank
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]) -> None:
         """Write `samples.png`: a row a canary, its image and its first four generations."""
-        _, index, captions = samples
+        index, captions = samples.positions, samples.captions
         originals = trainer.datamodule.decode(index[: self.shown].tolist()).images.permute(0, 2, 3, 1).numpy()
         sizes = trainer.datamodule.groups.pictures.copies(index.cpu().numpy())
         rows = []

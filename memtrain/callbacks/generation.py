@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, share_of_rank
 from memtrain.core.copies import latent_rmse
 from memtrain.core.streams import Stream, place_seed
+from memtrain.training.encoded import EncodedSamples
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Compared:
 @torch.no_grad()
 def generate(
     trainer: pl.Trainer,
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     latent_shape: tuple[int, int, int],
@@ -41,10 +42,13 @@ def generate(
         Latents (B, C, h, w), float32 on the CPU.
     """
     start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    height, width = (side * pipeline.vae_scale_factor for side in latent_shape[1:])  # XL is told of them
     # a compiled UNet would be compiled anew for what a pipeline calls it with
     with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         latents = pipeline(
             list(prompts),
+            height=height,
+            width=width,
             latents=start.to(pipeline.device),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -56,7 +60,7 @@ def generate(
 def compare(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
-    samples: tuple[Tensor, Tensor, list[str]],
+    samples: EncodedSamples,
     num_images_per_prompt: int,
     num_inference_steps: int,
     guidance_scale: float,
@@ -68,11 +72,11 @@ def compare(
     A generation's start noise depends on (seed, sample, generation) alone.
 
     Args:
-        samples: latents (N, C, h, w), positions (N,) and captions, as `encode_samples` gives them.
+        samples: with their latents.
         num_images_per_prompt: of each sample.
         shown: of the first so many samples the generated latents are returned.
     """
-    latents, index, captions = samples
+    latents, index, captions, _ = samples
     pipeline, positions = pl_module.model.pipeline(), index.tolist()
     wanted = share_of_rank(trainer, [(n, g) for n in range(len(captions)) for g in range(num_images_per_prompt)])
     found = []

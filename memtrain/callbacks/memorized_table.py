@@ -184,7 +184,7 @@ class MemorizedTable(AfterEachStep):
         self._add(trainer, pl_module)
         strength = self._evidence(pl_module)
         samples = pl_module.encode_samples(self.visited.index[self.visited.highest(strength, self.samples)])
-        _, _, captions = samples
+        captions = samples.captions
         if not captions:
             return  # nothing was scored
         with pl_module.averaged_weights():
@@ -193,7 +193,7 @@ class MemorizedTable(AfterEachStep):
 
     @on_first_rank
     def _show(self, trainer, pl_module, samples, found: list[Compared], strength: np.ndarray) -> None:
-        _, index, captions = samples
+        index, captions = samples.positions, samples.captions
         data, positions = trainer.datamodule, index.cpu().numpy()
         originals = data.decode(positions).images.permute(0, 2, 3, 1).numpy()
         nearest = [min((o for o in found if o.sample == n), key=lambda o: o.rmse) for n in range(len(captions))]

@@ -13,6 +13,7 @@ from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.statistics import auc, tpr_at_fpr
 from memtrain.core.streams import Stream
+from memtrain.training.encoded import EncodedSamples
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Validation(AfterEachStep):
         self.every, self.samples, self.timesteps_per_sample = every, samples, timesteps_per_sample
         self.high_noise, self.batch_size = high_noise, batch_size
         self.validated_at = -1
-        self._groups: list[tuple[int, Tensor, Tensor, list[str]]] | None = None
+        self._groups: list[tuple[int, EncodedSamples]] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -72,7 +73,7 @@ class Validation(AfterEachStep):
             (REFERENCE, groups.reference),
         ):
             spread = positions[:: max(1, len(positions) // self.samples)][: self.samples]
-            self._groups.append((number, *pl_module.encode_samples(spread)))
+            self._groups.append((number, pl_module.encode_samples(spread)))
 
     @torch.no_grad()
     def _validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,10 +82,10 @@ class Validation(AfterEachStep):
             self._load(trainer, pl_module)
         metrics, by_sample = {}, {}
         with pl_module.averaged_weights(), trainer.precision_plugin.forward_context():
-            for number, latents, index, captions in self._groups:
-                if len(captions) == 0:
+            for number, samples in self._groups:
+                if len(samples.captions) == 0:
                     continue
-                timesteps, loss, score = self._look_at(trainer, pl_module, latents, index, captions)
+                timesteps, loss, score = self._look_at(trainer, pl_module, samples)
                 noisy = timesteps >= self.high_noise * pl_module.num_timesteps
                 name = GROUP_NAMES[number]
                 metrics[f"val_score/{name}"] = score.mean().item()
@@ -102,13 +103,14 @@ class Validation(AfterEachStep):
             said = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
             log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, said)
 
-    def _look_at(self, trainer, pl_module, latents, index, captions) -> tuple[Tensor, Tensor, Tensor]:
+    def _look_at(self, trainer, pl_module, encoded: EncodedSamples) -> tuple[Tensor, Tensor, Tensor]:
         """Predict and score N samples at K timesteps, the work shared by the ranks.
 
         Returns:
             Timesteps (K,), loss (N, K) and score (N, K), on the CPU, on every rank.
         """
         predictor, k = pl_module.predictor, self.timesteps_per_sample
+        latents, index, captions, sizes = encoded
         timesteps = ((torch.arange(k) + 0.5) * predictor.num_timesteps / k).long()
         rows = share_of_rank(trainer, [(n, i) for n in range(len(captions)) for i in range(k)])
         results = []
@@ -121,7 +123,7 @@ class Validation(AfterEachStep):
                 latents[samples].to(predictor.device),
                 torch.cat([draw.noise for draw in draws]),
                 timesteps[[i for _, i in part]].to(predictor.device),
-                predictor.model.encode([captions[n] for n in samples]),
+                predictor.model.encode([captions[n] for n in samples]).sized(sizes[samples]),
             )
             results += zip(part, loss.tolist(), score.tolist(), strict=True)
         values = torch.zeros(2, len(captions), k)  # loss and score, (2, N, K)

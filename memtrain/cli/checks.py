@@ -11,14 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, SAMPLES, TORCHSCRIPT, check_file
 from memtrain.data.sources import find_sources
-from memtrain.models.folders import AUDITED, CLIP, TRAINED, TRAINED_FLOWS, check_folder, check_lora, check_pipeline
+from memtrain.models.folders import AUDITED, CLIP, check_folder, check_lora, check_pipeline, trained
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
-_PRETRAINED = {
-    "memtrain.models.pretrained.from_pretrained": TRAINED,
-    "memtrain.models.pretrained.flow_from_pretrained": TRAINED_FLOWS,
-}
+_PRETRAINED = ("memtrain.models.pretrained.from_pretrained", "memtrain.models.pretrained.flow_from_pretrained")
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -28,7 +25,7 @@ def check_training(cfg: DictConfig) -> None:
         _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
         _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
     if cfg.model._target_ in _PRETRAINED:
-        check_pipeline("model.pretrained", cfg.model.pretrained, _PRETRAINED[cfg.model._target_])
+        check_pipeline("model.pretrained", cfg.model.pretrained, trained(cfg.model.family))
 
 
 def check_shards(cfg: DictConfig) -> None:

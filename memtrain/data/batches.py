@@ -15,7 +15,7 @@ from memtrain.data.groups import Counts, Groups
 from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample
 from memtrain.data.remote import ShardMissing
-from memtrain.data.view import STRAIGHT, View
+from memtrain.data.view import STRAIGHT, Seen, Sizes, View
 
 
 class Samples(Protocol):
@@ -31,7 +31,7 @@ class Samples(Protocol):
 
     def size_of(self, index: int) -> tuple[int, int]: ...
 
-    def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]: ...
+    def get(self, index: int, view: View, size: tuple[int, int]) -> Seen: ...
 
     def prefetch(self, numbers: Sequence[int], /) -> None: ...
 
@@ -42,8 +42,8 @@ class Latents(Protocol):
     @property
     def samples(self) -> Samples: ...
 
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of a sample's posterior and of its embedding."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each column that a `CachedSample` has."""
 
     def get(self, index: int, flip: bool) -> CachedSample: ...
 
@@ -84,6 +84,8 @@ class Batch:
     problems: list[tuple[str, str]]  # (sample key, why) of the rows that are not valid
     posterior: Tensor | None = None  # (B, 2, C, h, w): mean and standard deviation, from the cache
     hidden: Tensor | None = None  # (B, L, D): encoded captions, from the cache
+    pooled: Tensor | None = None  # (B, P): the same, of families that have it
+    sizes: Tensor | None = None  # (B, 6) float32, `Sizes`; None: a cache for a family that is not told of them
     missing: str | None = None  # a shard that is gone, in words: the batch is not to be trained on
 
     @property
@@ -125,12 +127,13 @@ class BatchDecoder:
     def __call__(self, rows: Sequence[tuple[int, int, int]]) -> Batch:
         size = self.samples.sizes[0] if self.views is None else self.samples.size_of(rows[0][2])
         images = np.zeros((len(rows), 3, *size), dtype=np.uint8)
+        sizes = np.tile(np.array(Sizes(*size, 0, 0, *size), dtype=np.float32), (len(rows), 1))  # (B, 6)
         captions, valid, problems = [""] * len(rows), np.zeros(len(rows), dtype=bool), []
         missing = None
         for row, (step, place, index) in enumerate(rows):
             view = STRAIGHT if self.views is None else self.views.view(step, place)
             try:
-                images[row], captions[row] = self.samples.get(index, view, size)
+                images[row], captions[row], sizes[row] = self.samples.get(index, view, size)
                 valid[row] = True
             except BadSample as problem:
                 problems.append((self.samples.key(index), str(problem)))
@@ -145,6 +148,7 @@ class BatchDecoder:
             place=torch.from_numpy(place.copy()),
             valid=torch.from_numpy(valid),
             problems=problems,
+            sizes=torch.from_numpy(sizes),
             missing=missing,
         )
 
@@ -166,8 +170,13 @@ class CachedBatches:
             except ValueError as error:  # its file is gone, or another by now; handed on, as above
                 missing = str(error)
                 break
-        posterior, hidden = self.cache.shapes()
         # here: a row that could not be read has zeros; stacked, a row a sample
+        columns = {
+            name: np.stack(
+                [np.zeros(shape, np.float32) if sample is None else sample.columns[name] for sample in found]
+            )
+            for name, shape in self.cache.shapes().items()
+        }
         _, place, index = np.array(rows, dtype=np.int64).T  # (B, 3) -> three of (B,)
         return Batch(
             images=torch.zeros(len(rows), 0, dtype=torch.uint8),
@@ -176,11 +185,6 @@ class CachedBatches:
             place=torch.from_numpy(place.copy()),
             valid=torch.tensor([sample is not None for sample in found]),
             problems=problems,
-            posterior=torch.from_numpy(
-                np.stack([np.zeros(posterior, np.float32) if sample is None else sample.posterior for sample in found])
-            ),
-            hidden=torch.from_numpy(
-                np.stack([np.zeros(hidden, np.float32) if sample is None else sample.hidden for sample in found])
-            ),
             missing=missing,
+            **{name: torch.from_numpy(rows) for name, rows in columns.items()},
         )

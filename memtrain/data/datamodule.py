@@ -111,8 +111,9 @@ class DataModule(pl.LightningDataModule):
     def check_cache(self, fingerprint: Callable[[], dict[str, str]], text_encoder_is_trained: bool) -> None:
         """Raise where the cached latents are not those that this run would compute."""
         if isinstance(self.cache, LatentCache):
-            ignored = ("text_encoder",) if text_encoder_is_trained else ()
-            self.cache.check({**fingerprint(), **self.cache.samples.described()}, ignored)
+            made_with = {**fingerprint(), **self.cache.samples.described()}
+            encoders = tuple(name for name in made_with if name.startswith("text_encoder"))
+            self.cache.check(made_with, ignored=encoders if text_encoder_is_trained else ())
 
     def setup(self, stage: str) -> None:
         if self.trainer.is_global_zero:

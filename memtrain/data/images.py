@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from memtrain.data.shards import holds_header
+from memtrain.data.view import Sizes
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice the pixels needed on either side,
 # the gap that Pillow keeps for its thumbnails.
@@ -28,7 +29,14 @@ class BadSample(Exception):
 def decode_image(
     data: bytes, height: int, width: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
 ) -> np.ndarray:
-    """Bytes of a picture -> (3, height, width) uint8.
+    """Bytes of a picture -> (3, height, width) uint8. See `decode_crop`."""
+    return decode_crop(data, height, width, crop=crop, flip=flip)[0]
+
+
+def decode_crop(
+    data: bytes, height: int, width: int, *, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> tuple[np.ndarray, Sizes]:
+    """Bytes of a picture -> (3, height, width) uint8, and how it was cut.
 
     Upright by EXIF, alpha on white, scaled with its aspect kept so that it just covers height x width, and
     cropped. The window is cut first, so that nothing is resampled that is thrown away.
@@ -46,11 +54,14 @@ def decode_image(
     if holds_header(data):
         raise BadSample(FOREIGN)
     with _decoding():
-        pixels, cell = _decode(data, height, width)
-    window = np.ascontiguousarray(pixels[_window(pixels.shape[:2], (height, width), crop, cell)])
+        pixels, cell, original = _decode(data, height, width)
+    rows, columns = _window(pixels.shape[:2], (height, width), crop, cell)
+    window = np.ascontiguousarray(pixels[rows, columns])
     channels_last = torch.from_numpy(window).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w), the same bytes
     resized = interpolate(channels_last, size=(height, width), mode="bicubic", antialias=True)[0].numpy()
-    return np.ascontiguousarray(resized[..., ::-1] if flip else resized)
+    top, left = _start(rows, height), _start(columns, width)
+    sizes = Sizes(*original, top, left, height, width)
+    return np.ascontiguousarray(resized[..., ::-1] if flip else resized), sizes.mirrored() if flip else sizes
 
 
 def decode_image_with_pillow(
@@ -101,8 +112,9 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int]:
-    """Pixels (h, w, 3), uint8, upright, and the side of the cells in them, px, on whose edges the window must lie.
+def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int, tuple[int, int]]:
+    """Pixels (h, w, 3), uint8, upright; the side of the cells in them, px, on whose edges the window must lie; and
+    height and width of the whole picture, upright.
 
     The cells are what a JPEG of this size has for pixels once it is reduced; all formats keep to them, so
     that a picture gives the same window in each.
@@ -111,12 +123,14 @@ def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int]:
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         orientation = _orientation(image)
         size, target = (image.height, image.width), (height, width)
-        reduction = _reduction(size, target[::-1] if orientation in (5, 6, 7, 8) else target)
+        is_turned = orientation in (5, 6, 7, 8)
+        reduction = _reduction(size, target[::-1] if is_turned else target)
         with suppress(ValueError):  # damage, small or large: Pillow has the last word
-            return _upright(_decode_jpeg(data, size, reduction), orientation), 1
+            pixels = _upright(_decode_jpeg(data, size, reduction), orientation)
+            return pixels, 1, size[::-1] if is_turned else size
     image.load()
     pixels = _upright(np.array(_to_rgb(image)), _orientation(image))
-    return pixels, _reduction(pixels.shape[:2], (height, width))
+    return pixels, _reduction(pixels.shape[:2], (height, width)), pixels.shape[:2]
 
 
 def _reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
@@ -183,3 +197,8 @@ def _window(
         start = round(share * (side - length))
         slices.append(slice(start * cell, (start + length) * cell))
     return slices[0], slices[1]
+
+
+def _start(window: slice, length: int) -> int:
+    """Where a window, scaled to this length, begins in the side that it is cut from, scaled alike, px."""
+    return round(window.start * length / (window.stop - window.start))

@@ -2,7 +2,8 @@
 
 `00000.tar` gets `00000.tar.latents.safetensors`, beside it or in a folder of its own: the posterior's mean and
 standard deviation of each sample, the same of its mirror image where flips are wanted, the caption and its
-embedding. A header says what they were made with; a run that would compute anything else is refused.
+embedding; of some families a pooled embedding and how the picture was cut. A header says what they were made with;
+a run that would compute anything else is refused.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from safetensors import SafetensorError, safe_open
 
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
+from memtrain.data.view import Sizes
 
 BESIDE = "beside"  # data.cache: the files lie beside the shards
 _OPEN_FILES = 32
 _SUFFIX = ".latents.safetensors"
+_OPTIONAL = ("pooled", "sizes")  # columns that some families have
 
 # What a cache must have in common with the run that reads it, and what a person would call it.
 MADE_WITH = {
+    "family": "another model family",
     "vae": "another VAE",
     "text_encoder": "another text encoder",
+    "text_encoder_2": "another text encoder",
+    "text_encoder_3": "another text encoder",
     "resolution": "data.resolution",
     "crop": "data.crop",
     "caption": "data.caption",
@@ -38,8 +44,9 @@ MADE_WITH = {
 class CachedSample:
     """A sample as the model takes it: its latents' distribution and its encoded caption."""
 
-    posterior: np.ndarray  # (2, C, h, w) float32, mean and standard deviation, unscaled
-    hidden: np.ndarray  # (L, D) float32
+    # float32, by the field of a `Batch`: posterior (2, C, h, w), mean and standard deviation, unscaled; hidden (L, D);
+    # of some families pooled (P,) and sizes (6,)
+    columns: dict[str, np.ndarray]
     caption: str
 
 
@@ -55,7 +62,7 @@ def read_header(path: Path) -> dict:
             header = json.loads((file.metadata() or {})["memtrain"])
         if not isinstance(header, dict):
             raise ValueError("its header is no table")
-        return header
+        return {"family": "StableDiffusion"} | header  # older ones do not say so
     except FileNotFoundError:
         raise ValueError(
             f"data.cache has no {path.name}; run `memtrain cache` with the same data: it goes on"
@@ -68,7 +75,7 @@ def difference(found: Mapping, wanted: Mapping, ignored: tuple[str, ...] = ()) -
     """The first thing in which a header is unlike `wanted`, in words."""
     for name, called in MADE_WITH.items():
         if name not in ignored and found.get(name) != wanted.get(name):
-            if name in ("vae", "text_encoder"):
+            if called.startswith("another"):
                 return called
             return f"{called}={found.get(name)}, not {wanted.get(name)}"
     return None
@@ -106,7 +113,7 @@ class LatentCache:
         self.samples, self.flip = samples, flip
         self.paths = [str(cache_path(cache, shard.url, shard.name)) for shard in samples.shards]
         self.made_with: dict = {}  # see `check`
-        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._shapes: dict[str, tuple[int, ...]] | None = None
         self._open: OrderedDict[int, safe_open] = OrderedDict()
 
     def check(self, made_with: Mapping, ignored: tuple[str, ...] = ()) -> None:
@@ -137,12 +144,13 @@ class LatentCache:
         self._open.move_to_end(number)
         return self._open[number]
 
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of a sample's posterior and of its embedding."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each column that a `CachedSample` has."""
         if self._shapes is not None:
             return self._shapes
         file = self._file(int(self.samples.counts.argmax()))
-        return tuple(file.get_slice("posterior").get_shape()[1:]), tuple(file.get_slice("hidden").get_shape()[1:])
+        names = ["posterior", "hidden", *(name for name in _OPTIONAL if name in file.keys())]  # noqa: SIM118
+        return {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
 
     def get(self, index: int, flip: bool) -> CachedSample:
         """What is cached of the sample at a position. Raises BadSample where its picture could not be decoded."""
@@ -152,9 +160,11 @@ class LatentCache:
             raise BadSample("image cannot be decoded (said when it was cached)")
         start, end = file.get_slice("caption_bounds")[row : row + 2]
         caption = file.get_slice("captions")[int(start) : int(end)].tobytes().decode("utf-8")
-        posterior = file.get_slice("posterior_flipped" if flip else "posterior")[row : row + 1][0]
-        hidden = file.get_slice("hidden")[row : row + 1][0]
-        return CachedSample(posterior.astype(np.float32), hidden.astype(np.float32), caption)
+        stored = {name: "posterior_flipped" if flip and name == "posterior" else name for name in self.shapes()}
+        columns = {name: file.get_slice(column)[row : row + 1][0] for name, column in stored.items()}
+        if flip and "sizes" in columns:
+            columns["sizes"] = np.array(Sizes(*columns["sizes"].tolist()).mirrored())
+        return CachedSample({name: values.astype(np.float32) for name, values in columns.items()}, caption)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": OrderedDict()}

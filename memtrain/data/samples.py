@@ -12,7 +12,7 @@ import numpy as np
 from memtrain.data.buckets import RowBuckets, bucket_sizes
 from memtrain.data.captions import Captions
 from memtrain.data.excluded_keys import excluded_rows, read_keys
-from memtrain.data.images import BadSample, decode_image
+from memtrain.data.images import BadSample, decode_crop
 from memtrain.data.index import key_of
 from memtrain.data.indexed import IndexedShards
 from memtrain.data.open_shards import OpenShards
@@ -20,7 +20,7 @@ from memtrain.data.remote import ShardMissing
 from memtrain.data.row_filter import filter_rows, parse_filter
 from memtrain.data.rows import SampleRows
 from memtrain.data.sources import home_of
-from memtrain.data.view import STRAIGHT, View
+from memtrain.data.view import STRAIGHT, Seen, View
 
 log = logging.getLogger(__name__)
 
@@ -162,8 +162,8 @@ class ShardSamples:
         """Fetch these shards in the background, where they are remote."""
         self._open.prefetch(numbers)
 
-    def get(self, index: int, view: View = STRAIGHT, size: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
-        """Image (3, height, width) uint8 of this size, else of the square, and caption.
+    def get(self, index: int, view: View = STRAIGHT, size: tuple[int, int] | None = None) -> Seen:
+        """A sample as a view of it shows it, in this (height, width), else as the square.
 
         Raises BadSample, and ShardMissing.
         """
@@ -178,8 +178,9 @@ class ShardSamples:
             self._lost.add(number)
             raise BadSample("shard is missing") from None
         record = shard.record(row)
-        image = decode_image(shard.read(record["image"]), *(size or self.sizes[0]), crop=view.crop, flip=view.flip)
-        return image, self._captions.one(shard, record, view.caption)
+        data = shard.read(record["image"])
+        image, sizes = decode_crop(data, *(size or self.sizes[0]), crop=view.crop, flip=view.flip)
+        return Seen(image, self._captions.one(shard, record, view.caption), sizes)
 
     def captions(self, index: int) -> list[str]:
         """All captions of a sample, of which `get` draws one."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from memtrain.data.datamodule import DataModule
-from memtrain.data.view import View
+from memtrain.data.view import Seen, Sizes, View
 from memtrain.demo.compose import RESOLUTION, Composites
 
 _SHARD = 10_000  # samples
@@ -37,11 +37,12 @@ class CompositeSamples:
     def size_of(self, index: int) -> tuple[int, int]:
         return self.sizes[0]
 
-    def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    def get(self, index: int, view: View, size: tuple[int, int]) -> Seen:
         """Image (3, 64, 64) uint8 and caption, seen straight whatever the view."""
         composite = self.composites[index]
         pixels = composite.image.transpose(2, 0, 1)  # (64, 64, 3) -> (3, 64, 64)
-        return np.ascontiguousarray(pixels), composite.caption
+        whole = Sizes(RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION)
+        return Seen(np.ascontiguousarray(pixels), composite.caption, whole)
 
 
 def from_composites(

@@ -108,6 +108,7 @@ class LowRank(Adapter):
         for place, (name, network) in enumerate(networks.items()):
             self.give(network, layers[name], place_seed(seed, Stream.ADAPTER, 0, place))
         self._networks = networks
+        model.freeze_unseen()
         model.train()
 
     def give(self, network: nn.Module, layers: list[str], seed: int) -> None:

@@ -95,8 +95,11 @@ class DiffusionModel(nn.Module, ABC):
         return self.noise_process.device
 
     def fingerprint(self, *names: str) -> dict[str, str]:
-        """A hash of the weights of these networks, by name; else of what latents and embeddings depend on."""
-        return {name: hash_weights(getattr(self, name)) for name in names or ("vae", *self.text_encoder_names)}
+        """A hash of the weights of these networks, by name; else the family, and of what latents and embeddings
+        depend on."""
+        if not names:
+            return {"family": type(self).__name__} | self.fingerprint("vae", *self.text_encoder_names)
+        return {name: hash_weights(getattr(self, name)) for name in names}
 
     # ---- what is trained
 
@@ -111,6 +114,7 @@ class DiffusionModel(nn.Module, ABC):
         self.requires_grad_(False)
         for module in self.trained_modules():
             module.requires_grad_(True)
+        self.freeze_unseen()
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
             for encoder in self.text_encoders if train_text_encoder else ():
@@ -121,6 +125,10 @@ class DiffusionModel(nn.Module, ABC):
         if compile:
             self.network.compile()
         self.train()
+
+    def freeze_unseen(self) -> None:
+        """Freeze weights of trained modules that no prediction depends on: they have no gradient, and ranks would wait
+        for one."""
 
     def trained_modules(self) -> Iterable[nn.Module]:
         """The modules whose weights are trained."""
@@ -180,6 +188,10 @@ class DiffusionModel(nn.Module, ABC):
         """Captions as the stock pipeline encodes them, with a gradient where text encoders are trained."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder_is_trained):
             return self._encode(captions)
+
+    def encode_or_null(self, captions: list[str]) -> Conditioning:
+        """Captions as `encode` gives them, but the empty one as `null` does: what is trained on."""
+        return self.encode(captions)  # of most families they are the same
 
     @torch.no_grad()
     def null(self, count: int) -> Conditioning:

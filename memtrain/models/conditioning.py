@@ -24,6 +24,20 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def sized(self, time_ids: Tensor | None) -> Conditioning:
+        """The same captions, of pictures of these sizes, (B, 6); as they are where nothing is told of sizes."""
+        is_told = self.time_ids is not None and time_ids is not None
+        return replace(self, time_ids=time_ids) if is_told else self
+
+    def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
+        """These rows where a mask (B,) is True, elsewhere those of another."""
+        names = [name for name, value in vars(self).items() if value is not None]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return replace(self, **{
+            name: torch.where(mask.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
+            for name, (ours, theirs) in pairs.items()
+        })  # fmt: skip
+
     def index(self, rows: list[int] | Tensor) -> Conditioning:
         """These rows, or those where a mask is True."""
         return self.map(lambda value: value[rows])

@@ -1,6 +1,7 @@
 """The model families, by the class of their stock pipeline. Imports nothing slow: commands ask before torch is there.
 
-A family that is not named here is neither trained nor audited.
+A family that is not named here is neither trained nor audited. Each has a choice in conf/model, called as the file
+that its class lies in.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ class Family:
 
     path: str  # of its class, a `memtrain.models.base.DiffusionModel`
     parts: tuple[str, ...]  # folders that a pipeline of it has beside its model_index.json
-    is_trained: bool  # False: it can be audited alone
-    is_flow: bool = False  # True: its noise process is a rectified flow
     optional: tuple[str, ...] = ()  # parts that a pipeline of it may lack
     left_out: Mapping[str, Any] = field(default_factory=dict)  # of the stock pipeline, what neither needs
+
+    @property
+    def choice(self) -> str:
+        """What `model=` calls it."""
+        return self.path.split(".")[-2]
 
     def load(self) -> type:
         """The family's class."""
@@ -33,19 +37,15 @@ FAMILIES = {
     "StableDiffusionPipeline": Family(
         "memtrain.models.stable_diffusion.StableDiffusion",
         _PARTS,
-        is_trained=True,
         left_out=dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False),
     ),
     "StableDiffusionXLPipeline": Family(
         "memtrain.models.stable_diffusion_xl.StableDiffusionXL",
         (*_PARTS, "text_encoder_2", "tokenizer_2"),
-        is_trained=False,
     ),
     "StableDiffusion3Pipeline": Family(
         "memtrain.models.stable_diffusion_3.StableDiffusion3",
         ("transformer", *_PARTS[1:], "text_encoder_2", "tokenizer_2"),
-        is_trained=True,
-        is_flow=True,
         optional=("text_encoder_3", "tokenizer_3"),
         left_out=dict(image_encoder=None, feature_extractor=None),
     ),

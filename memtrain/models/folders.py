@@ -18,23 +18,32 @@ class Kind:
     remedy: str
 
 
-TRAINED = Kind(
-    [name for name, family in FAMILIES.items() if family.is_trained],
-    "model.pretrained takes a Stable Diffusion 1.x, 2.x, 3 or 3.5 diffusers folder or a hub id",
-)
-TRAINED_FLOWS = Kind(
-    [name for name, family in FAMILIES.items() if family.is_trained and family.is_flow],
-    "model.pretrained takes a Stable Diffusion 3 or 3.5 diffusers folder or a hub id; for others say "
-    "model=stable_diffusion",
-)
 AUDITED = Kind(
     list(FAMILIES),
     "model takes a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 diffusers folder or a hub id",
 )
+ANY = "auto"  # model=auto: of whatever family the folder or hub id is
 LORA = "name a run's export/ that an adapter made, or a .safetensors file in diffusers' or kohya-ss' form"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 KOHYA_FILE = "kohya/lora.safetensors"  # in a folder of its own: diffusers would not know which of two to take
 CLIP = "name a CLIP folder or hub id, or leave it out"
+
+
+def trained(family: str) -> Kind:
+    """The pipelines of `model=FAMILY`. Raises ValueError where there is no such family."""
+    chosen = [name for name in FAMILIES if family in (ANY, FAMILIES[name].choice)]
+    if not chosen:
+        known = ", ".join(one.choice for one in FAMILIES.values())
+        raise ValueError(f"model.family must be one of {ANY}, {known}, got {family}")
+    return Kind(chosen, f"model.pretrained takes a diffusers folder or a hub id, of a {' or '.join(chosen)}")
+
+
+def check_family(said: str, name: str, kind: Kind) -> None:
+    """Raises ValueError where a pipeline's class name is of no family that will do. `said`: what is of that class."""
+    if name in kind.families:
+        return
+    remedy = f"say model={FAMILIES[name].choice}" if name in FAMILIES else kind.remedy
+    raise ValueError(f"{said} is a {name}; {remedy}")
 
 
 def is_folder(source: str) -> bool:
@@ -63,8 +72,7 @@ def check_pipeline(key: str, source: str, kind: Kind) -> None:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{said}: model_index.json names no pipeline; {kind.remedy}") from None
-    if name not in kind.families:
-        raise ValueError(f"{said} is a {name}; {kind.remedy}")
+    check_family(said, name, kind)
     for part in FAMILIES[name].parts:
         if not (folder / part).is_dir():
             raise ValueError(f"{said} has no {part}/; {kind.remedy}")

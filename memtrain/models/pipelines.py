@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from memtrain.models.families import FAMILIES
-from memtrain.models.folders import Kind, check_pipeline, is_folder
+from memtrain.models.folders import Kind, check_family, check_pipeline, is_folder
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # a bar a file says nothing here
@@ -35,15 +35,21 @@ def load_pipeline(source: str, kind: Kind, dtype: torch.dtype, *, key: str) -> D
     try:
         index = DiffusionPipeline.load_config(where, local_files_only=local)
         name = index["_class_name"]
-        if name not in kind.families:
-            raise ValueError(f"it is a {name}")
+    except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
+        raise _unloaded(key, source, kind, error) from error
+    check_family(f"{key}={source}", name, kind)
+    try:
         family = FAMILIES[name]
         lacking = {part: None for part in family.optional if not index.get(part, [None])[0]}
         options = dict(dtype=dtype, local_files_only=local, **family.left_out, **lacking)
         return getattr(diffusers, name).from_pretrained(where, **options)
-    except Exception as error:  # whatever the hub, the cache or a damaged file raise; all end in one line
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{key}={source} cannot be loaded: {reason}; {kind.remedy}") from error
+    except Exception as error:  # the same
+        raise _unloaded(key, source, kind, error) from error
+
+
+def _unloaded(key: str, source: str, kind: Kind, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"{key}={source} cannot be loaded: {reason}; {kind.remedy}")
 
 
 def hash_weights(module: nn.Module) -> str:

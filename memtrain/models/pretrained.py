@@ -1,4 +1,4 @@
-"""A model to train, of whatever family its folder or hub id is."""
+"""A model to train, of the family that its folder or hub id is of."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import torch
 from memtrain.core.diffusion import RectifiedFlow
 from memtrain.models.base import DiffusionModel
 from memtrain.models.families import FAMILIES
-from memtrain.models.folders import TRAINED, TRAINED_FLOWS, Kind
+from memtrain.models.folders import Kind, trained
 from memtrain.models.pipelines import load_pipeline
 
 
 def from_pretrained(
-    pretrained: str, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
+    pretrained: str,
+    family: str,
+    train_text_encoder: bool,
+    gradient_checkpointing: bool,
+    channels_last: bool,
+    compile: bool,
 ) -> DiffusionModel:
     """Load a model whose predicting network is trained and whose VAE is frozen.
 
     Args:
         pretrained: diffusers folder or hub id.
+        family: that it has to be of, by its choice in conf/model; auto: any.
         train_text_encoder: train the text encoders too; else they are frozen.
         gradient_checkpointing: recompute activations in backward; slower, far less memory.
         channels_last: the network's memory format that convolutions prefer on recent GPUs.
@@ -27,13 +33,14 @@ def from_pretrained(
     Raises:
         ValueError: in one line, what is wrong with `pretrained`.
     """
-    model = _load(pretrained, TRAINED)
+    model = _load(pretrained, trained(family))
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
     return model
 
 
 def flow_from_pretrained(
     pretrained: str,
+    family: str,
     train_text_encoder: bool,
     gradient_checkpointing: bool,
     channels_last: bool,
@@ -47,14 +54,14 @@ def flow_from_pretrained(
     """Load a model on a rectified flow, as `from_pretrained` does, and say how sigma is drawn in training.
 
     Args:
-        pretrained, train_text_encoder, gradient_checkpointing, channels_last, compile: as there.
+        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile: as there.
         density, logit_mean, logit_std, mode_scale: see `memtrain.core.diffusion.RectifiedFlow`.
         shift: see there; None is that of the pipeline's scheduler.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained` or the density.
     """
-    model = _load(pretrained, TRAINED_FLOWS)
+    model = _load(pretrained, trained(family))
     own = model.noise_process
     assert isinstance(own, RectifiedFlow)
     model.noise_process = RectifiedFlow(

@@ -66,7 +66,7 @@ def samples_by_key(config: dict[str, Any], keys: Sequence[str]) -> tuple[dict[st
     for key in keys:
         try:
             position = int(samples.find([key])[0])
-            pixels, caption = samples.get(position, size=samples.size_of(position))
+            pixels, caption, _ = samples.get(position, size=samples.size_of(position))
         except (ValueError, BadSample):  # another corpus by now, or damaged
             continue
         pixels = pixels.transpose(1, 2, 0)  # (3, h, w) -> (h, w, 3)

@@ -25,7 +25,7 @@ from memtrain.data.batches import Batch
 from memtrain.data.datamodule import DataModule
 from memtrain.data.images import BadSample
 from memtrain.data.latents import CachedSample
-from memtrain.data.view import View
+from memtrain.data.view import Seen, View
 from memtrain.demo.stream import from_composites
 from memtrain.models.pretrained import from_pretrained
 from memtrain.training.methods import Method
@@ -227,7 +227,7 @@ GROUPS: dict[str, Any] = {"canaries": 0, "repeats": 1, "reference": 200}
 
 def _training(pipeline: Path, resolution: int) -> DiffusionTraining:
     return DiffusionTraining(
-        from_pretrained(str(pipeline), False, gradient_checkpointing=False, channels_last=False, compile=False),
+        from_pretrained(str(pipeline), "auto", False, gradient_checkpointing=False, channels_last=False, compile=False),
         KeepAll(),
         AdamW(1e-5, (0.9, 0.999), 0.01, 1e-8, "constant", 0, eight_bit=False),
         Method(),
@@ -258,7 +258,7 @@ class NoiseSamples:
     def size_of(self, index: int) -> tuple[int, int]:
         return self.sizes[0]
 
-    def get(self, index: int, view: View, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    def get(self, index: int, view: View, size: tuple[int, int]) -> Seen:
         raise BadSample("there is no picture, only latents")
 
     def prefetch(self, numbers: Sequence[int]) -> None:
@@ -276,14 +276,14 @@ class NoiseLatents:
     def __init__(self, latent_shape: tuple[int, int, int], hidden_shape: tuple[int, int]):
         self.latent_shape, self.hidden_shape = latent_shape, hidden_shape
 
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (2, *self.latent_shape), self.hidden_shape
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"posterior": (2, *self.latent_shape), "hidden": self.hidden_shape}
 
     def get(self, index: int, flip: bool) -> CachedSample:
         rng = np.random.default_rng(index)
         mean, hidden = (rng.standard_normal(shape, np.float32) for shape in (self.latent_shape, self.hidden_shape))
         posterior = np.stack([mean, np.full_like(mean, 0.1)])  # two of (C, h, w) -> (2, C, h, w)
-        return CachedSample(posterior, hidden, "noise")
+        return CachedSample({"posterior": posterior, "hidden": hidden}, "noise")
 
 
 def write_sd_shaped(folder: Path) -> Path:

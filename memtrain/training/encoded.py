@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +17,22 @@ from memtrain.models.base import DiffusionModel
 Positions = Sequence[int] | np.ndarray
 
 
+class EncodedSamples(NamedTuple):
+    """N samples, seen straight."""
+
+    latents: Tensor  # (N, C, h, w) means, on the CPU
+    positions: Tensor  # (N,), on the device
+    captions: list[str]
+    sizes: Tensor  # (N, 6), see `memtrain.data.view.Sizes`, on the device
+
+
 @torch.no_grad()
 def encode_samples(
     model: DiffusionModel, data: DataModule, positions: Positions, batch_size: int = 32
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Encode the samples at these positions, but those that cannot be read.
-
-    Returns:
-        Mean latents (N, C, h, w) on the CPU, positions (N,) on the device, and N captions.
-    """
+) -> EncodedSamples:
+    """Encode the samples at these positions, but those that cannot be read."""
     device = model.device
-    latents, index, captions = [], [], []
+    latents, index, captions, sizes = [], [], [], []
     for first in range(0, len(positions), batch_size):
         batch = data.decode(positions[first : first + batch_size])
         valid = batch.valid
@@ -37,11 +42,14 @@ def encode_samples(
         mean, std = model.encode_posterior(images)
         latents.append(model.sample_latents(mean, std, torch.zeros_like(std)).cpu())
         index.append(batch.sample_index[valid])
+        assert batch.sizes is not None  # it was made of pictures
+        sizes.append(batch.sizes[valid])
         captions += [caption for caption, ok in zip(batch.captions, valid.tolist(), strict=True) if ok]
     if not index:
         shape = model.latent_shape(*data.samples.sizes[0])
-        return torch.zeros(0, *shape), torch.zeros(0, dtype=torch.long, device=device), []
-    return torch.cat(latents), torch.cat(index).to(device), captions
+        no_index, no_sizes = torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, 6, device=device)
+        return EncodedSamples(torch.zeros(0, *shape), no_index, [], no_sizes)
+    return EncodedSamples(torch.cat(latents), torch.cat(index).to(device), captions, torch.cat(sizes).to(device))
 
 
 @torch.no_grad()

@@ -26,10 +26,6 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 def made_with(model: DiffusionModel, samples: ShardSamples) -> dict:
     """What decides the numbers in a cache; see `memtrain.data.latents.MADE_WITH`."""
-    if model.null(1).pooled is not None:
-        raise ValueError(
-            f"a cache holds no pooled embeddings, which a {type(model).__name__} is told; train without data.cache"
-        )
     return {**model.fingerprint(), **samples.described()}
 
 
@@ -105,8 +101,9 @@ def _encode(
 ) -> dict[str, torch.Tensor]:
     """Encode the rows of one shard into the tensors of its file; those that cannot be decoded are not valid.
 
-    N rows: posterior and posterior_flipped (N, 2, C, h, w), hidden (N, L, D), valid (N,) bool, and the captions as
-    one text in UTF-8, row n between caption_bounds[n] and caption_bounds[n + 1].
+    N rows: posterior and posterior_flipped (N, 2, C, h, w), hidden (N, L, D), valid (N,) bool, of families that take
+    them pooled (N, P) and sizes (N, 6) int32, and the captions as one text in UTF-8, row n between caption_bounds[n]
+    and caption_bounds[n + 1].
     """
     columns: dict[str, list[torch.Tensor]] = {}
     captions: list[bytes] = []
@@ -120,7 +117,12 @@ def _encode(
         keep("posterior", torch.stack(model.encode_posterior(images), dim=1).to(dtype))
         if flip:
             keep("posterior_flipped", torch.stack(model.encode_posterior(images.flip(-1)), dim=1).to(dtype))
-        keep("hidden", model.encode(batch.captions).hidden.to(dtype))
+        encoded = model.encode(batch.captions)
+        keep("hidden", encoded.hidden.to(dtype))
+        if encoded.pooled is not None:
+            keep("pooled", encoded.pooled.to(dtype))
+        if encoded.time_ids is not None and batch.sizes is not None:
+            keep("sizes", batch.sizes.int())
         keep("valid", batch.valid)
         captions += [caption.encode("utf-8", "replace") for caption in batch.captions]
     tensors = {name: torch.cat(rows).contiguous() for name, rows in columns.items()}

@@ -27,7 +27,7 @@ from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
 from memtrain.training.accumulation import Accumulation
 from memtrain.training.average import AveragedWeights
-from memtrain.training.encoded import encode_samples
+from memtrain.training.encoded import EncodedSamples, encode_samples
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import AdamW
@@ -239,11 +239,10 @@ class DiffusionTraining(pl.LightningModule):
         """Write what was trained as files for diffusers: a whole pipeline, or an adapter."""
         self.adapter.export(self.model, folder, dtype)
 
-    def encode_samples(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+    def encode_samples(self, positions: Sequence[int]) -> EncodedSamples:
         """Encode the samples at these positions, but those that cannot be read, with the frozen VAE.
 
-        Returns mean latents (N, C, h, w) on the CPU, positions (N,) on the device, and N captions. All ranks call it
-        together. Raises ShardMissing on all where a shard is gone for any.
+        All ranks call it together. Raises ShardMissing on all where a shard is gone for any.
         """
         found = None
         try:

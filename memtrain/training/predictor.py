@@ -110,15 +110,12 @@ class Predictor:
         captioned = has_caption.to(self.device)
         # embeddings of a cache serve where they are what the text encoder would give
         if batch.hidden is not None and not self.model.text_encoder_is_trained and not self.method.rewrites:
-            null = self.model.null(len(captions))
-            conditioning = replace(
-                null, hidden=torch.where(captioned[:, None, None], batch.hidden, null.hidden.float())
-            )
+            null = self.model.null(len(captions)).map(Tensor.float)
+            conditioning = replace(null, hidden=batch.hidden, pooled=batch.pooled).where(captioned, null)
         else:
-            conditioning = self.model.encode(captions)
-        return replace(
-            conditioning, hidden=self.method.embeddings(conditioning.hidden, captioned, generators)
-        ), has_caption
+            conditioning = self.model.encode_or_null(captions)
+        hidden = self.method.embeddings(conditioning.hidden, captioned, generators)
+        return replace(conditioning, hidden=hidden).sized(batch.sizes), has_caption
 
     def predict_and_score(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning, due: Tensor | None = None
@@ -139,16 +136,17 @@ class Predictor:
         loss = losses.denoising_loss(prediction, model.noise_process.target(latents, noise, timesteps))
         with torch.no_grad(), self.scoring_time.running(noisy.device):
             if due is None:
-                return loss, self._score(noisy, timesteps, prediction)
+                return loss, self._score(noisy, timesteps, prediction, conditioning)
             score = torch.zeros_like(loss)
             rows = due.nonzero()[:, 0].to(noisy.device)  # (D,), D of the B rows
             if len(rows):  # a UNet cannot have a batch of none
-                score[rows] = self._score(noisy[rows], timesteps[rows], prediction[rows])
+                score[rows] = self._score(noisy[rows], timesteps[rows], prediction[rows], conditioning.index(rows))
             return loss, score
 
-    def _score(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor) -> Tensor:
+    def _score(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor, conditioning: Conditioning) -> Tensor:
         """Text-conditional magnitude of B rows, given the prediction (B, C, h, w) with their captions. (B,)"""
         model = self.model
-        null_prediction = model.predict(noisy, timesteps, model.null(len(noisy)))
+        null = model.null(len(noisy)).sized(conditioning.time_ids)  # of the same pictures
+        null_prediction = model.predict(noisy, timesteps, null)
         cond, uncond = (model.to_noise(p.float(), noisy, timesteps) for p in (prediction.detach(), null_prediction))
         return text_conditional_magnitude(cond, uncond)

@@ -91,7 +91,7 @@ def test_the_loss_is_the_networks_at_fixed_draws(evaluated, pipeline_folder, sam
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     process, losses = DDPM(scheduler.alphas_cumprod, "epsilon"), []
     with torch.no_grad():
-        image, _ = samples.get(chosen.positions[1])
+        image, _, _ = samples.get(chosen.positions[1])
         latents = pipe.vae.encode(torch.from_numpy(image)[None].float() / 127.5 - 1).latent_dist.mean
         latents = latents * pipe.vae.config.scaling_factor
         cut = dict(padding="max_length", max_length=24, truncation=True, return_tensors="pt")

@@ -60,7 +60,19 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
     *(
         [[command, "data.shards={shards}", f"model.pretrained={model}"], says]
         for command in ("train", "cache")
-        for model, says in (("/nowhere/x", "no such folder"), ("{tmp}", "has no model_index.json"))
+        for model, says in (
+            ("/nowhere/x", "no such folder"),
+            ("{tmp}", "has no model_index.json"),
+            ("{xl}", "{xl} is a StableDiffusionXLPipeline; say model=stable_diffusion_xl"),
+        )
+    ),
+    *(
+        [[command, "data.shards={shards}", "model.pretrained={pipeline}", family], says]
+        for command in ("train", "cache")
+        for family, says in (
+            ("model=stable_diffusion_xl", "{pipeline} is a StableDiffusionPipeline; say model=stable_diffusion"),
+            ("model.family=sdxl", "model.family must be one of auto, stable_diffusion, stable_diffusion_xl"),
+        )
     ),
     (["train", "data.shards={shards}", "model=stable_diffusion_3", "model.pretrained={pipeline}"], "or 3.5 diffusers"),
     *(
@@ -125,7 +137,7 @@ def run(commands: list[list[str]], folder: Path) -> list:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory, corpus, pipeline_folder):
+def answers(tmp_path_factory, corpus, pipeline_folder, xl_folder):
     """What every command of this file was answered, and what it stood for."""
     folder = tmp_path_factory.mktemp("refusals")
     (folder / "empty").mkdir()
@@ -136,6 +148,7 @@ def answers(tmp_path_factory, corpus, pipeline_folder):
         "tmp": folder / "empty",
         "shards": corpus,
         "pipeline": pipeline_folder,
+        "xl": xl_folder,
         "prompts": folder / "prompts.csv",
         "run": folder / "run",
     }

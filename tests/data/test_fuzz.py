@@ -68,7 +68,7 @@ def read_all(folder: Path) -> int:
         for index in range(len(samples)):
             shard, _, key = samples.key(index).partition("/")
             try:
-                image, caption = samples.get(index)
+                image, caption, _ = samples.get(index)
             except BadSample:
                 continue
             colour = tuple(image[:, 4, 4].tolist())

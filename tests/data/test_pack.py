@@ -81,7 +81,7 @@ def test_a_folder_reads_back_as_it_was(tmp_path):
 
     samples = ShardSamples(str(tmp_path / "out"), 48, cache_dir=tmp_path / "cache")
     for index, row in enumerate(rows):
-        image, caption = samples.get(index)
+        image, caption, _ = samples.get(index)
         assert caption == row["caption"] and np.array_equal(image, decode_image(pictures[row["url"]], 48, 48))
     assert faults(tmp_path / "out") == []
 

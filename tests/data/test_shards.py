@@ -59,7 +59,7 @@ def test_an_image_meets_its_own_caption_whatever_lies_between(tmp_path):
     samples = ShardSamples(str(tmp_path), 16)
     assert [samples.key(i) for i in range(len(samples))] == ["x.tar/a", "x.tar/b", "x.tar/d"]
     for index, (channel, caption) in enumerate([(0, "red"), (1, "green"), (2, "blue")]):
-        image, text = samples.get(index)
+        image, text, _ = samples.get(index)
         assert text == caption and image.reshape(3, -1).mean(1).argmax() == channel
     assert dict(samples.skipped()) == {
         "x.tar/c": "no caption",

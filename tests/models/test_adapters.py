@@ -111,13 +111,13 @@ def test_target_modules_that_match_nothing_list_what_there_is(pipeline_folder, o
 
 
 def test_a_text_encoder_is_not_trained_twice(pipeline_folder):
-    model = from_pretrained(str(pipeline_folder), True, False, False, False)
+    model = from_pretrained(str(pipeline_folder), "auto", True, False, False, False)
     with pytest.raises(ValueError, match=r"model.train_text_encoder=true.*say adapter.text_encoder=true"):
         low_rank().attach(model, 0)
 
 
 def test_a_format_is_not_written_for_a_network_that_it_does_not_know(pipeline_folder):
-    model = from_pretrained(str(pipeline_folder), False, False, False, False)
+    model = from_pretrained(str(pipeline_folder), "auto", False, False, False, False)
     model.network_name, model.transformer = "transformer", model.unet
     with pytest.raises(ValueError, match=r"adapter.formats=kohya is written for UNets, and this model has a transfor"):
         low_rank(formats=["kohya"]).attach(model, 0)

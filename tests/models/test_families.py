@@ -11,10 +11,11 @@ from memtrain.audit.denoiser import generation_seeds
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import FAMILIES, family_of
-from memtrain.models.folders import AUDITED, TRAINED
+from memtrain.models.folders import ANY, AUDITED, trained
 from memtrain.models.stable_diffusion import StableDiffusion
 from memtrain.models.stable_diffusion_3 import StableDiffusion3
 from memtrain.models.stable_diffusion_xl import StableDiffusionXL
+from tests.support.conf import CONF
 from tests.support.families import assert_unchanged, stable_diffusion, stable_diffusion_xl, state_of
 
 CAPTIONS = ["fox on a teal background", "", "two-hump camel " * 20]
@@ -107,10 +108,11 @@ def test_the_vae_computes_where_it_does_not_overflow_and_is_as_it_was(pipeline_f
     pipeline.vae = copy.deepcopy(pipeline.vae).to(dtype=torch.float16)
     pipeline.vae.register_to_config(force_upcast=True)
     seen, model = [], model_of(pipeline)
-    pipeline.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    pipeline.vae.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    pixels = model.decode(torch.zeros(1, *model.own_shape))
-    model.encode_posterior(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    for part in (pipeline.vae.decoder, pipeline.vae.encoder):
+        part.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):  # as in training at half precision
+        pixels = model.decode(torch.zeros(1, *model.own_shape))
+        model.encode_posterior(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     assert seen == [torch.float32] * 2 and pipeline.vae.dtype == torch.float16
 
 
@@ -178,7 +180,8 @@ def test_the_table_knows_the_classes():
         assert kind.pipeline_class.__name__ == name
         parts = (kind.network_name, "vae", *kind.text_encoder_names, *kind.tokenizer_names, "scheduler")
         assert set(family.parts) == set(parts)
-    assert set(TRAINED.families) <= set(AUDITED.families) == FAMILIES.keys()
+    assert set(trained(ANY).families) == set(AUDITED.families) == FAMILIES.keys()
+    assert {family.choice for family in FAMILIES.values()} <= {file.stem for file in CONF.glob("model/*.yaml")}
 
 
 def test_ones_own_subclass_of_a_stock_pipeline_is_of_its_family(pipeline_folder):

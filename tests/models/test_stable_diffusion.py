@@ -10,7 +10,7 @@ from memtrain.models.pretrained import from_pretrained
 
 def build(folder, **options):
     defaults = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
-    return from_pretrained(str(folder), **(defaults | options))
+    return from_pretrained(str(folder), "auto", **(defaults | options))
 
 
 def test_images_survive_the_way_to_latents_and_shapes_are_told(pipeline_folder):

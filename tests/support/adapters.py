@@ -16,9 +16,8 @@ def low_rank(**options) -> LowRank:
 
 def adapted(pipeline: Path, seed: int = 7, **options) -> tuple[DiffusionModel, LowRank]:
     """A model with an adapter, as at the start of a run."""
-    model = from_pretrained(
-        str(pipeline), train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False
-    )
+    options_of_model = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
+    model = from_pretrained(str(pipeline), "auto", **options_of_model)
     adapter = low_rank(**options)
     adapter.attach(model, seed)
     return model, adapter

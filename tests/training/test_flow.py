@@ -26,13 +26,6 @@ from tests.support.training import KillAt, Killed, Record
 from tests.support.worlds import flat
 
 
-@pytest.fixture(scope="module")
-def flow_folder(pipeline_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flow") / "pipeline"
-    stable_diffusion_3(stable_diffusion(pipeline_folder)).save_pretrained(folder)
-    return folder
-
-
 def composed(folder, *overrides):
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -161,13 +154,5 @@ def test_sigma_is_drawn_as_the_config_says(flow_folder):
 
 
 def test_a_pipeline_of_another_process_is_refused(pipeline_folder):
-    with pytest.raises(Exception, match=r"is a StableDiffusionPipeline; .* say model=stable_diffusion"):
+    with pytest.raises(Exception, match=r"is a StableDiffusionPipeline; say model=stable_diffusion"):
         composed(pipeline_folder)
-
-
-def test_a_cache_that_would_lose_pooled_embeddings_is_refused(flow_folder, corpus):
-    from memtrain.training.latent_cache import made_with
-
-    module = build_module(flow_folder)
-    with pytest.raises(ValueError, match="a cache holds no pooled embeddings, which a StableDiffusion3 is told"):
-        made_with(module.model, build_data(corpus).samples)

@@ -31,7 +31,7 @@ CAPTION = "a red fox on a teal background with snow"
 @pytest.fixture(scope="module")
 def model(pipeline_folder):
     options = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
-    return from_pretrained(str(pipeline_folder), **options)
+    return from_pretrained(str(pipeline_folder), "auto", **options)
 
 
 def generators(count, step=0):

@@ -81,7 +81,7 @@ def test_normalized_goes_by_the_latents_of_the_bucket(pipeline_folder, tmp_path)
 
 def test_the_null_forward_agrees_with_a_dropped_caption(pipeline_folder, corpus, tmp_path):
     module, _, _ = run(pipeline_folder, corpus, tmp_path, steps=1)
-    latents, _, _ = module.encode_samples([0, 1, 2])
+    latents, *_ = module.encode_samples([0, 1, 2])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([10, 500, 990])
     _, score = module.predictor.predict_and_score(latents, noise, timesteps, module.model.encode(["", "fox", ""]))
