@@ -54,7 +54,8 @@ def test_what_was_cached_serves_the_rest(pipeline_folder, corpus, tmp_path):
         cache.check(made_with(model, samples))
     for index in range(len(left)):
         one, other = ours.get(index, False), theirs.get(int(whole.find([left.key(index)])[0]), False)
-        assert one.caption == other.caption and np.array_equal(one.posterior, other.posterior)
+        assert one.caption == other.caption and one.columns.keys() == other.columns.keys()
+        assert all(np.array_equal(values, other.columns[name]) for name, values in one.columns.items())
 
 
 def test_buckets_stay_those_of_their_samples(tmp_path):
