@@ -62,6 +62,7 @@ def import_everything() -> None:
     for name in EXTRAS.split():
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
+    importlib.import_module("hydra.core.plugins").Plugins.instance()  # looks for them once
     os.environ["MEMTRAIN_CACHE"] = cache  # tests.conftest has made one
 
 
