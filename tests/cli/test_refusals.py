@@ -15,6 +15,8 @@ from contextlib import redirect_stderr, redirect_stdout
 import hydra.main, memtrain.cli.checks, memtrain.cli.schema
 from memtrain.cli.main import main
 
+with redirect_stdout(io.StringIO()):
+    main(["train", "--cfg", "job"])  # Hydra looks for its plugins once
 for argv in json.load(sys.stdin):
     child = os.fork()
     if child == 0:

@@ -7,6 +7,7 @@ the process is killed, if it goes on, and forgotten. The server ends when its st
 
 import atexit
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -62,7 +63,9 @@ def import_everything() -> None:
     for name in EXTRAS.split():
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
+    importlib.import_module("hydra.core.plugins").Plugins.instance()  # looks for them once
     os.environ["MEMTRAIN_CACHE"] = cache  # tests.conftest has made one
+    gc.freeze()  # children need not look through all of this for garbage, and copy its pages
 
 
 def become(request: Request, files: list[int]) -> None:
