@@ -76,7 +76,10 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
             ("model.family=sdxl", "model.family must be one of auto, stable_diffusion, stable_diffusion_xl"),
         )
     ),
-    (["train", "data.shards={shards}", "model=stable_diffusion_3", "model.pretrained={pipeline}"], "or 3.5 diffusers"),
+    (
+        ["train", "data.shards={shards}", "model=stable_diffusion_3", "model.pretrained={pipeline}"],
+        "is a StableDiffusionPipeline; say model=stable_diffusion",
+    ),
     *(
         [["train", "data.shards={shards}", "model=demo", argument], says]
         for argument, says in (
