@@ -12,7 +12,7 @@ from typing import Any
 def one_line(error: BaseException) -> str | None:
     """What a person needs to know, on one line; None where the error is ours and deserves its traceback."""
     from hydra.errors import HydraException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     chain: list[BaseException] = []
     while error is not None and error not in chain:
@@ -33,6 +33,8 @@ def one_line(error: BaseException) -> str | None:
     for link in chain:
         if isinstance(link, (ConfigAttributeError, ConfigKeyError)) and link.parent_node is not None:
             return _no_such_key(link)
+        if isinstance(link, MissingMandatoryValue):
+            return f"{link.full_key} is missing; say {link.full_key}=…, as `--help` of the command shows"
     for link in chain:
         if isinstance(link, (HydraException, OmegaConfBaseException)):
             causes = [_joined(str(part)) for part in chain[chain.index(link) :]]

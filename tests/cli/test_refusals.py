@@ -40,6 +40,8 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
     (["trian"], "no command 'trian'"),
     *([[command, "nonsense=1"], "nonsense"] for command in (*AUDIT, "train", "evaluate", "cache", "demo")),
     *([[command, "batch_size=many"], "many"] for command in (*AUDIT, "evaluate")),
+    (["train"], "data.shards is missing; say data.shards="),
+    (["detect"], "model.pretrained is missing"),
     (["train", "trainer.max_steps=abc"], "abc"),
     (["cache", "processes=two"], "two"),
     (["demo", "{tmp}/corpus", "copies=two"], "two"),
