@@ -32,22 +32,26 @@ class StableDiffusion(DiffusionModel):
 
     def __init__(self, pipeline: DiffusionPipeline):
         super().__init__(pipeline)
+        self._check_channels(type(pipeline).__name__)
         self._set_process(type(pipeline).__name__)
         # of a pipeline whose modules are brought to the GPU one by one: where they are brought to
         self.noise_process.to(pipeline._execution_device)
 
-    def _set_process(self, name: str) -> None:
-        """Noise process and sampler. Raises ValueError where a pipeline of this class name cannot be used."""
-        config = self.unet.config
-        if config.time_cond_proj_dim is not None:
-            raise ValueError(f"this {name} is guidance-distilled and has no unconditional prediction")
+    def _check_channels(self, name: str) -> None:
+        """Raises ValueError where the network of a pipeline of this class name takes more or other than latents."""
+        config: Any = self.network.config
         if config.in_channels != config.out_channels:
             raise ValueError(f"this {name} takes a picture too (inpainting, upscaling)")
         if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
             raise ValueError(
-                f"the UNet of this {name} takes {config.in_channels} channels and its VAE gives "
+                f"the {self.network_name} of this {name} takes {config.in_channels} channels and its VAE gives "
                 f"{self.vae.config.latent_channels}"
             )
+
+    def _set_process(self, name: str) -> None:
+        """Noise process and sampler. Raises ValueError where a pipeline of this class name cannot be used."""
+        if self.unet.config.time_cond_proj_dim is not None:
+            raise ValueError(f"this {name} is guidance-distilled and has no unconditional prediction")
         schedule = DDPMScheduler.from_config(self.scheduler.config)
         if schedule.config.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"this {name} predicts {schedule.config.prediction_type}")

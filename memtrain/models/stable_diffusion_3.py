@@ -40,14 +40,7 @@ class StableDiffusion3(StableDiffusion):
         super().__init__(pipeline)
 
     def _set_process(self, name: str) -> None:
-        config, scheduler = self.transformer.config, self.scheduler.config
-        if config.in_channels != config.out_channels:
-            raise ValueError(f"this {name} takes a picture too (inpainting, upscaling)")
-        if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
-            raise ValueError(
-                f"the transformer of this {name} takes {config.in_channels} channels and its VAE gives "
-                f"{self.vae.config.latent_channels}"
-            )
+        scheduler = self.scheduler.config
         if "FlowMatch" not in type(self.scheduler).__name__:
             raise ValueError(f"this {name} has a {type(self.scheduler).__name__}, which is of no rectified flow")
         self.noise_process = RectifiedFlow(scheduler.num_train_timesteps, shift=scheduler.shift)
