@@ -39,7 +39,7 @@ settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # no test need look through the libraries' objects for garbage: a tenth of the suite's time
+    gc.freeze()  # no test need look through the libraries' objects for garbage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
