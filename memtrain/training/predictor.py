@@ -96,7 +96,7 @@ class Predictor:
         return diffusion.draw(self.seed, stream, step, places, latent_shape, process).to(self.device)
 
     def _caption(self, batch: Batch, draws: Draws, step: int, stream: Stream) -> tuple[Conditioning, Tensor]:
-        """What the network is conditioning about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
+        """What the network is told about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
         trained = stream == Stream.TRAIN
         dropout = self.objective.caption_dropout if trained else 0.0
         method = Stream.METHOD if trained else Stream.REFERENCE_METHOD
