@@ -21,6 +21,7 @@ def visits(count: int, batch: int = 32, first: int = 0, seed: int = 0, samples: 
         loss=draw.gamma(2, 0.05, count).astype(np.float32),
         threshold=np.full(count, 2, np.float32),
         kept=draw.random(count) < 0.97,
+        second_score=np.zeros(count, np.float32),
     )
 
 
