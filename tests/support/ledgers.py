@@ -30,9 +30,9 @@ def laion_key(index: int) -> str:
     return f"{shard:05d}.tar/{shard:05d}{index % 10_000:04d}"
 
 
-def write(run, *parts: LedgerRows, rank: int = 0, key=laion_key, sample: float = 1.0):
+def write(run, *parts: LedgerRows, rank: int = 0, key=laion_key, sample: float = 1.0, **about):
     (run / "ledger").mkdir(parents=True, exist_ok=True)
-    writer = LedgerWriter(run / "ledger", rank, key, About(1000, sample))
+    writer = LedgerWriter(run / "ledger", rank, key, About(1000, sample, **about))
     for rows in parts:
         writer.add(rows)
         writer.close_part()
