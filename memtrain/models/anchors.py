@@ -74,13 +74,16 @@ class AdapterOff(Anchor):
 
         networks = (getattr(model, name) for name in self.names)
         layers = [layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+        before = [layer._disable_adapters for layer in layers]
+        null, model._null = model._null, None  # an adapter of the text encoder changes the empty caption too
         try:
             for layer in layers:
                 layer._disable_adapters = True  # `enable_adapters` would also say anew what is trained, mid-step
             yield
         finally:
-            for layer in layers:
-                layer._disable_adapters = False
+            model._null = null
+            for layer, was in zip(layers, before, strict=True):
+                layer._disable_adapters = was
 
     def cost(self) -> str:
         return "no copy, the adapter is switched off for it"
