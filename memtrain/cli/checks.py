@@ -15,7 +15,7 @@ from memtrain.models.folders import AUDITED, CLIP, check_folder, check_lora, che
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
-_PRETRAINED = ("memtrain.models.pretrained.from_pretrained", "memtrain.models.pretrained.flow_from_pretrained")
+_PRETRAINED = "memtrain.models.pretrained."
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -24,7 +24,7 @@ def check_training(cfg: DictConfig) -> None:
         check_shards(cfg)
         _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
         _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
-    if cfg.model._target_ in _PRETRAINED:
+    if cfg.model._target_.startswith(_PRETRAINED):
         check_pipeline("model.pretrained", cfg.model.pretrained, trained(cfg.model.family))
 
 

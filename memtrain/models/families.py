@@ -49,6 +49,11 @@ FAMILIES = {
         optional=("text_encoder_3", "tokenizer_3"),
         left_out=dict(image_encoder=None, feature_extractor=None),
     ),
+    "FluxPipeline": Family(
+        "memtrain.models.flux.Flux",
+        ("transformer", *_PARTS[1:], "text_encoder_2", "tokenizer_2"),
+        left_out=dict(image_encoder=None, feature_extractor=None),
+    ),
 }
 
 

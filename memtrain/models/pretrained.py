@@ -7,6 +7,7 @@ import torch
 from memtrain.core.diffusion import RectifiedFlow
 from memtrain.models.base import DiffusionModel
 from memtrain.models.families import FAMILIES
+from memtrain.models.flux import Flux
 from memtrain.models.folders import Kind, trained
 from memtrain.models.pipelines import load_pipeline
 
@@ -61,13 +62,45 @@ def flow_from_pretrained(
     Raises:
         ValueError: in one line, what is wrong with `pretrained` or the density.
     """
-    model = _load(pretrained, trained(family))
+    model = from_pretrained(pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile)
     own = model.noise_process
     assert isinstance(own, RectifiedFlow)
     model.noise_process = RectifiedFlow(
         own.num_timesteps, density, logit_mean, logit_std, mode_scale, own.shift if shift is None else shift
     )
-    model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
+    return model
+
+
+def flux_from_pretrained(
+    pretrained: str,
+    family: str,
+    train_text_encoder: bool,
+    gradient_checkpointing: bool,
+    channels_last: bool,
+    compile: bool,
+    density: str,
+    logit_mean: float,
+    logit_std: float,
+    mode_scale: float,
+    shift: float | None,
+    guidance: float,
+) -> DiffusionModel:
+    """Load a Flux, as `flow_from_pretrained` does, and say which guidance scale it is told in training.
+
+    Args:
+        guidance: with the caption and with the empty one; see `memtrain.models.flux.Flux`. The others: as there.
+
+    Raises:
+        ValueError: in one line, what is wrong with `pretrained`, the density or the guidance.
+    """
+    if guidance < 0:
+        raise ValueError(f"model.guidance must be >= 0, got {guidance:g}; 1 is usual in training")
+    switches = train_text_encoder, gradient_checkpointing, channels_last, compile
+    model = flow_from_pretrained(
+        pretrained, family, *switches, density, logit_mean, logit_std, mode_scale, shift
+    )
+    assert isinstance(model, Flux)
+    model.guidance = guidance
     return model
 
 

@@ -8,6 +8,8 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -15,7 +17,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from memtrain.demo.make_base import TEXT_WIDTH
 
@@ -66,18 +75,7 @@ def stable_diffusion_3(base: StableDiffusionPipeline, t5: bool = False, **schedu
     torch.manual_seed(0)
     text = base.text_encoder.config.to_dict() | {"projection_dim": 16}
     wide = text | {"hidden_size": 64, "intermediate_size": 64, "projection_dim": 24}
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = _shifted_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -91,14 +89,12 @@ def stable_diffusion_3(base: StableDiffusionPipeline, t5: bool = False, **schedu
         out_channels=16,
         pos_embed_max_size=16,
     )
-    for parameter in transformer.parameters():  # its last layers start at zero: nothing would be predicted
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
+    _stir(transformer)
     encoder, tokenizer = _t5(TEXT_WIDTH + 80) if t5 else (None, None)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
-        vae=vae.eval(),
+        vae=vae,
         text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**text)).eval(),
         tokenizer=base.tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**wide)).eval(),
@@ -108,6 +104,60 @@ def stable_diffusion_3(base: StableDiffusionPipeline, t5: bool = False, **schedu
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def flux(base: StableDiffusionPipeline, guidance_embeds: bool = True, **scheduler) -> FluxPipeline:
+    """A CLIP, a T5, a transformer of one block of each kind; random weights. Dev, or schnell, told of no guidance."""
+    torch.manual_seed(0)
+    encoder, tokenizer = _t5(16)
+    clip = base.text_encoder.config.to_dict() | {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    dynamic = dict(shift=3.0, use_dynamic_shifting=True) if guidance_embeds else dict(shift=1.0)
+    pipeline = FluxPipeline(
+        transformer=_stir(
+            FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=1,
+                joint_attention_dim=16,
+                pooled_projection_dim=16,
+                guidance_embeds=guidance_embeds,
+                axes_dims_rope=(4, 6, 6),
+            )
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**(dynamic | scheduler)),
+        vae=_shifted_vae(latent_channels=4, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**clip)).eval(),
+        tokenizer=base.tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _shifted_vae(**options) -> AutoencoderKL:
+    """A VAE whose latents are half as large as a picture, of 16 px untold."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **options,
+    ).eval()
+
+
+def _stir(transformer: torch.nn.Module) -> torch.nn.Module:
+    """Weights everywhere: its last layers start at zero, and nothing would be predicted."""
+    for parameter in transformer.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return transformer.eval()
 
 
 def _t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:

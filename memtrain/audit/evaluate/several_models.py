@@ -70,11 +70,12 @@ def evaluate(
     loras = loras or [None] * len(models)
     for source, lora, name in zip(models, loras, short_names(named_by(models, loras)), strict=True):
         denoiser = Denoiser.load(source, device, dtype, lora=lora)
-        identity = _identity(denoiser, samples, chosen, measures, settings)
+        own = replace(settings, guidance_scale=denoiser.guided(settings.guidance_scale).guidance_scale)
+        identity = _identity(denoiser, samples, chosen, measures, own)
         result = _read_result(out / name, identity)
         if result is None:
             tell = partial(_of_model, advance, name)
-            evaluation = Evaluation(denoiser, samples, chosen, measures, settings, ShrinkingBatches(batch_size), tell)
+            evaluation = Evaluation(denoiser, samples, chosen, measures, own, ShrinkingBatches(batch_size), tell)
             found = evaluation.run(name, source, identity)
             _write_found(out / name, found, draw)
             result = found.result
