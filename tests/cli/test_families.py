@@ -11,6 +11,7 @@ from tests.support.program import small_run
 
 FAMILIES = {
     "stable_diffusion": "pipeline_folder", "stable_diffusion_xl": "xl_folder", "stable_diffusion_3": "flow_folder",
+    "flux": "flux_folder",
 }  # fmt: skip
 QUICK = ["num_images_per_prompt=1", "num_inference_steps=2", "device=cpu"]
 

@@ -1,0 +1,44 @@
+"""What stock pipelines on a rectified flow predict and draw, of their own modules and methods alone."""
+
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+PX = dict(height=16, width=16)  # of what the tiny ones draw
+
+
+def velocity(pipeline: Any, latents: Tensor, sigma: Tensor, captions: list[str], guidance: float) -> Tensor:
+    """v at sigma (B,) of latents (B, C, H, W) with these captions; with a gradient, where there is one to be had."""
+    assert isinstance(pipeline, FluxPipeline)
+    rows, channels, height, width = latents.shape
+    hidden, pooled, txt_ids = pipeline.encode_prompt(captions, device="cpu")
+    v = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(latents, rows, channels, height, width),
+        timestep=sigma,
+        guidance=torch.full((rows,), guidance) if pipeline.transformer.config.guidance_embeds else None,
+        pooled_projections=pooled,
+        encoder_hidden_states=hidden,
+        txt_ids=txt_ids,
+        img_ids=pipeline._prepare_latent_image_ids(rows, height // 2, width // 2, "cpu", torch.float32),
+    ).sample
+    scale = pipeline.vae_scale_factor
+    return pipeline._unpack_latents(v, height * scale, width * scale, scale)
+
+
+def drawn(pipeline: Any, prompts: list[str], seeds: list[int], steps: int, guidance_scale: float, **told) -> Tensor:
+    """Latents (B, C, H, W) of pictures drawn from noise of these seeds."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = pipeline(
+        prompts or None, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators,
+        output_type="latent", **PX, **told,
+    ).images  # fmt: skip
+    return pipeline._unpack_latents(latents, *PX.values(), pipeline.vae_scale_factor)
+
+
+def scaled(pipeline: Any, images: Tensor, noise: Tensor) -> Tensor:
+    """Latents of pictures (B, 3, height, width) uint8, drawn from the VAE's posterior."""
+    vae = pipeline.vae
+    posterior = vae.encode(images / 127.5 - 1).latent_dist
+    return (posterior.mean + posterior.std * noise - vae.config.shift_factor) * vae.config.scaling_factor
