@@ -57,17 +57,23 @@ class Denoiser:
 
     @staticmethod
     def load(
-        model: str, device: str | None = None, dtype: str = "float32", key: str = "model", lora: str | None = None
+        model: str,
+        device: str | None = None,
+        dtype: str = "float32",
+        key: str = "model",
+        lora: str | None = None,
+        config: str | None = None,
     ) -> Denoiser:
-        """A diffusers folder (read offline) or a hub id; device None is the GPU where there is one. `key`: what
-        the user called it. `lora`: an adapter to load into it, a folder or a file.
+        """A diffusers folder (read offline), a hub id or a .safetensors file; device None is the GPU where there is
+        one. `key`: what the user called it. `lora`: an adapter to load into it, a folder or a file. `config`: of a
+        file, see `memtrain.models.single_files.load_single_file`.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-        pipeline = load_pipeline(model, AUDITED, DTYPES[dtype], key=key)
+        pipeline = load_pipeline(model, AUDITED, DTYPES[dtype], key=key, config=config)
         if lora is not None:
             load_lora(pipeline, lora)
         try:

@@ -197,9 +197,7 @@ class DiffusionModel(nn.Module, ABC):
         Tokens that stand for no text, such as start and end, have none.
         """
         tokenizer = self.caption_tokenizer
-        found = tokenizer(
-            caption, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True
-        )
+        found = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         return [
             (place, start, end)

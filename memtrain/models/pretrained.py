@@ -19,22 +19,24 @@ def from_pretrained(
     gradient_checkpointing: bool,
     channels_last: bool,
     compile: bool,
+    config: str | None = None,
 ) -> DiffusionModel:
     """Load a model whose predicting network is trained and whose VAE is frozen.
 
     Args:
-        pretrained: diffusers folder or hub id.
+        pretrained: diffusers folder, hub id or .safetensors file.
         family: that it has to be of, by its choice in conf/model; auto: any.
         train_text_encoder: train the text encoders too; else they are frozen.
         gradient_checkpointing: recompute activations in backward; slower, far less memory.
         channels_last: the network's memory format that convolutions prefer on recent GPUs.
         compile: `torch.compile` the network, for each size of picture twice: once for the forward that is trained, of
             one batch size, and once for forwards without a gradient, of any. Pipelines sample without it.
+        config: of a file: a diffusers folder or hub id of its family, with configs, tokenizers and what the file lacks.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained`.
     """
-    model = _load(pretrained, trained(family))
+    model = _load(pretrained, trained(family), config)
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
     return model
 
@@ -51,18 +53,20 @@ def flow_from_pretrained(
     logit_std: float,
     mode_scale: float,
     shift: float | None,
+    config: str | None = None,
 ) -> DiffusionModel:
     """Load a model on a rectified flow, as `from_pretrained` does, and say how sigma is drawn in training.
 
     Args:
-        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile: as there.
+        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile, config: as there.
         density, logit_mean, logit_std, mode_scale: see `memtrain.core.diffusion.RectifiedFlow`.
         shift: see there; None is that of the pipeline's scheduler.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained` or the density.
     """
-    model = from_pretrained(pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile)
+    switches = train_text_encoder, gradient_checkpointing, channels_last, compile
+    model = from_pretrained(pretrained, family, *switches, config)
     own = model.noise_process
     assert isinstance(own, RectifiedFlow)
     model.noise_process = RectifiedFlow(
@@ -84,6 +88,7 @@ def flux_from_pretrained(
     mode_scale: float,
     shift: float | None,
     guidance: float,
+    config: str | None = None,
 ) -> DiffusionModel:
     """Load a Flux, as `flow_from_pretrained` does, and say which guidance scale it is told in training.
 
@@ -97,15 +102,15 @@ def flux_from_pretrained(
         raise ValueError(f"model.guidance must be >= 0, got {guidance:g}; 1 is usual in training")
     switches = train_text_encoder, gradient_checkpointing, channels_last, compile
     model = flow_from_pretrained(
-        pretrained, family, *switches, density, logit_mean, logit_std, mode_scale, shift
+        pretrained, family, *switches, density, logit_mean, logit_std, mode_scale, shift, config
     )
     assert isinstance(model, Flux)
     model.guidance = guidance
     return model
 
 
-def _load(pretrained: str, kind: Kind) -> DiffusionModel:
-    pipeline = load_pipeline(pretrained, kind, torch.float32, key="model.pretrained")
+def _load(pretrained: str, kind: Kind, config: str | None) -> DiffusionModel:
+    pipeline = load_pipeline(pretrained, kind, torch.float32, key="model.pretrained", config=config)
     try:
         return FAMILIES[type(pipeline).__name__].load()(pipeline)
     except ValueError as error:

@@ -2,6 +2,7 @@
 pipelines do."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_scores_equal_a_plain_loop_over_the_pipelines_own_modules(pipeline, own)
     found = detect(pipeline, CAPTIONS[0], num_images_per_prompt=1, num_scored_steps=3, num_inference_steps=4)
     latents, expected = own.noise([seed]), []
     timesteps = [t + 1 for t in own.model.sampler.timesteps(4)]
-    for t, after in zip(timesteps[:3], timesteps[1:], strict=True):
+    for t, after in pairwise(timesteps):
         sigma = torch.tensor([t / 1000])
         with torch.no_grad():
             v, null = (velocity(pipeline, latents, sigma, [caption], scale) for caption in CAPTIONS[:2])
@@ -156,7 +157,7 @@ def test_a_network_that_cannot_be_scored_is_named(pipeline, pipeline_folder):
     with pytest.raises(ValueError, match=r"takes a picture too \(inpainting, upscaling\)"):
         Denoiser.of(own)
     own.transformer.register_to_config(in_channels=64)
-    with pytest.raises(ValueError, match="transformer of this .* takes 64 channels and its VAE gives 16"):
+    with pytest.raises(ValueError, match=r"transformer of this .* takes 64 channels and its VAE gives 16"):
         Denoiser.of(own)
     own.scheduler = stable_diffusion(pipeline_folder).scheduler
     own.transformer = pipeline.transformer

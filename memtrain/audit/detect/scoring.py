@@ -137,7 +137,8 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
         first = rows.start // n
         texts = list(prompts[first : (rows.stop - 1) // n + 1])
         places = torch.tensor([row // n - first for row in rows], device=denoiser.device)
-        ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.caption_tokenizer.eos_token_id).to(denoiser.device)
+        ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.caption_tokenizer.eos_token_id)
+        ends = ends.to(denoiser.device)
         cond = denoiser.encode(texts).index(places)
         found, latents = follow(denoiser, plan, cond, ends[places], seeds[rows.start : rows.stop])
         images = denoiser.model.decode(latents) if plan.densities else None
