@@ -47,7 +47,7 @@ def generate(
         Latents (B, C, h, w), float32 on the CPU.
     """
     start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    height, width = (side * pipeline.vae_scale_factor for side in latent_shape[1:])  # XL is told of them
+    height, width = (side * model.scale_factor for side in latent_shape[1:])  # XL is told of them
     # a compiled UNet would be compiled anew for what a pipeline calls it with
     with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         latents = pipeline(

@@ -99,6 +99,8 @@ class LowRank(Adapter):
             raise ValueError(
                 f"adapter.formats=kohya is written for UNets, and this model has a {model.network_name}; leave it out"
             )
+        if self.text_encoder:
+            model.check_trains_text("adapter.text_encoder")
         self.base = model.fingerprint(*model.network_names)
         model.text_encoder_is_trained = self.text_encoder
         names = (model.network_name, *(model.trainable_encoder_names if self.text_encoder else ()))

@@ -116,7 +116,12 @@ class DiffusionModel(nn.Module, ABC):
         """Train the network that predicts, freeze the VAE, freeze or train the text encoders.
 
         See `memtrain.models.pretrained.from_pretrained`; modules of a pipeline in somebody's hand are not for this.
+
+        Raises:
+            ValueError: the family has no text encoder that can be trained.
         """
+        if train_text_encoder:
+            self.check_trains_text("model.train_text_encoder")
         self.text_encoder_is_trained, self.compiled = train_text_encoder, compile
         self.requires_grad_(False)
         for module in self.trained_modules():
@@ -132,6 +137,11 @@ class DiffusionModel(nn.Module, ABC):
         if compile:
             self.network.compile()
         self.train()
+
+    def check_trains_text(self, key: str) -> None:
+        """Raises ValueError where no text encoder is trained, whatever `key` says."""
+        if not self.trainable_encoder_names:
+            raise ValueError(f"{key}=true: the text encoder of a {type(self).__name__} stays as it is; leave it out")
 
     def freeze_unseen(self) -> None:
         """Freeze weights of trained modules that no prediction depends on: they have no gradient, and ranks would wait
@@ -254,7 +264,7 @@ class DiffusionModel(nn.Module, ABC):
                 given = part.to(encoder.dtype)
                 table = encoder.get_input_embeddings().weight  # of a T5 it is in two modules, one of which is called
                 for module in encoder.modules():
-                    if getattr(module, "weight", None) is table:
+                    if isinstance(module, nn.Embedding) and module.weight is table:
                         hook = module.register_forward_hook(lambda *_, given=given: given)
                         stack.callback(hook.remove)
             return self._encode(captions)

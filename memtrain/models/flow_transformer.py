@@ -18,11 +18,12 @@ from memtrain.models.stable_diffusion import StableDiffusion
 class FlowTransformer(StableDiffusion):
     """A transformer that is told sigma and predicts v. Pictures are encoded and exported as in Stable Diffusion.
 
-    Latents become tokens 2 x 2 at a time. What is drawn untold is as large as the VAE's config says, the 1024 px of
+    What is drawn untold is as large as the VAE's config says, the 1024 px of
     all that were published.
     """
 
     network_name = "transformer"
+    patch = 2  # a token is of so many rows and columns of latents
     transformer: Any
 
     def _set_process(self, name: str) -> None:
@@ -43,7 +44,7 @@ class FlowTransformer(StableDiffusion):
 
     def _tokens_of(self, latent_shape: Sequence[int]) -> int:
         """Tokens of a picture."""
-        return (latent_shape[1] // 2) * (latent_shape[2] // 2)
+        return (latent_shape[1] // self.patch) * (latent_shape[2] // self.patch)
 
     def _shift(self, latent_shape: Sequence[int]) -> float:
         """The shift of sigma that comes of mu."""
@@ -61,16 +62,16 @@ class FlowTransformer(StableDiffusion):
 
     @property
     def own_shape(self) -> tuple[int, int, int]:
-        side = 128 if self.vae is None else self.vae.config.sample_size // self.scale_factor
+        side = (1024 if self.vae is None else self.vae.config.sample_size) // self.scale_factor
         return self.transformer.config.in_channels // self.packing, side, side
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        multiple = self.scale_factor * 2
+        multiple = self.scale_factor * self.patch
         for name, side in (("data.resolution", height), ("data.bucket_multiple", width)):
             if side < multiple or side % multiple:
                 name = "data.resolution" if height == width else name
                 raise ValueError(f"{name} must be a multiple of {multiple} for this model, got {side}")
-        return self.vae.config.latent_channels, height // self.scale_factor, width // self.scale_factor
+        return self.own_shape[0], height // self.scale_factor, width // self.scale_factor
 
     def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         return (mean + std * noise - self._vae_shift) * self.vae.config.scaling_factor

@@ -109,7 +109,8 @@ def _not_in(tensors: dict[str, Tensor], index: dict[str, Any], where: str, optio
         index: what is in its model_index.json.
         options: of their `from_pretrained`.
     """
-    family, given = FAMILIES[index["_class_name"]], {}
+    family = FAMILIES[index["_class_name"]]
+    given: dict[str, Any] = {}
     for part, entry in index.items():
         if not isinstance(entry, list) or entry[0] is None or not (part == "vae" or part.startswith("text_encoder")):
             continue

@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from memtrain import detect, explain, mitigate
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.mitigate.methods import Embedding, InitialNoise, LateGuidance, RandomNumbers
+from memtrain.audit.mitigate.methods import Embedding, LateGuidance
 from memtrain.audit.sampling import generate
 from memtrain.models.families import family_of
-from tests.support.families import assert_unchanged, flux, stable_diffusion, state_of
+from tests.support.families import assert_unchanged, flux, flux2_klein, stable_diffusion, state_of
 from tests.support.flows import drawn, velocity
 
 CAPTIONS = ["fox on a teal background", "", "two-hump camel " * 20]
@@ -22,11 +22,18 @@ FEW = dict(num_images_per_prompt=2, num_inference_steps=4)
 MAKE = {
     "flux dev": flux,
     "flux schnell": lambda base: flux(base, guidance_embeds=False),
+    "flux.2 klein": flux2_klein,
 }
 
 
 @pytest.fixture(scope="module", params=MAKE)
 def pipeline(request, pipeline_folder) -> DiffusionPipeline:
+    return MAKE[request.param](stable_diffusion(pipeline_folder))
+
+
+@pytest.fixture(scope="module", params=["flux dev", "flux.2 klein"])
+def guided(request, pipeline_folder) -> DiffusionPipeline:
+    """What draws with a guidance scale."""
     return MAKE[request.param](stable_diffusion(pipeline_folder))
 
 
@@ -75,8 +82,9 @@ def test_pictures_survive_the_way_there_and_back_as_in_the_stock_pipeline(pipeli
     model, start = own.model, own.noise([1, 2])
     options = dict(num_inference_steps=2, height=16, width=16)
     told = model.to_pipeline(start)
-    stock = pipeline(CAPTIONS[:2], latents=told, output_type="np", **options).images
-    latents = model.from_pipeline(pipeline(CAPTIONS[:2], latents=told, output_type="latent", **options).images, 16, 16)
+    stock = pipeline(prompt=CAPTIONS[:2], latents=told, output_type="np", **options).images
+    drawn = pipeline(prompt=CAPTIONS[:2], latents=told, output_type="latent", **options).images
+    latents = model.from_pipeline(drawn, 16, 16)
     np.testing.assert_allclose(model.decode(latents) / 255, stock, atol=1 / 255)
     mean, std = model.encode_posterior(torch.from_numpy(model.decode(latents)).permute(0, 3, 1, 2))
     assert latents.shape == mean.shape == std.shape == (2, *model.own_shape)
@@ -84,7 +92,8 @@ def test_pictures_survive_the_way_there_and_back_as_in_the_stock_pipeline(pipeli
     assert again.shape == (2, 16, 16, 3)
 
 
-def test_a_saved_pipeline_gives_the_same_scores_and_nothing_is_changed(pipeline, own, tmp_path):
+def test_a_saved_pipeline_gives_the_same_scores_and_nothing_is_changed(guided, tmp_path):
+    pipeline, own = guided, Denoiser.of(guided)
     pipeline.save_pretrained(tmp_path)
     before = state_of(pipeline)
     scores, prompts = ["magnitude", "sharpness"], CAPTIONS[::2]
@@ -98,7 +107,8 @@ def test_a_saved_pipeline_gives_the_same_scores_and_nothing_is_changed(pipeline,
     assert_unchanged(pipeline, before)
 
 
-def test_words_are_explained_by_a_gradient_that_a_finite_difference_confirms(own):
+def test_words_are_explained_by_a_gradient_that_a_finite_difference_confirms(guided):
+    own = Denoiser.of(guided)
     found = explain(own, CAPTIONS[0], steps=(0, 1), suggest=1, **FEW)
     assert [word.text for word in found.words] == CAPTIONS[0].split()
     assert [token.text for token in found.tokens] == CAPTIONS[0].split()
@@ -116,8 +126,9 @@ def test_words_are_explained_by_a_gradient_that_a_finite_difference_confirms(own
     torch.testing.assert_close(slope, gradient.norm(), rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("method", [Embedding(lr=0.01), InitialNoise(iterations=2), LateGuidance(), RandomNumbers()])
-def test_mitigations_draw_what_the_stock_pipeline_draws_of_what_they_changed(pipeline, own, method):
+@pytest.mark.parametrize("method", [Embedding(lr=0.01, iterations=5), LateGuidance()])
+def test_mitigations_draw_what_the_stock_pipeline_draws_of_what_they_changed(guided, method):
+    pipeline, own = guided, Denoiser.of(guided)
     found = mitigate(pipeline, CAPTIONS[0], "0.0", method=method, guidance_scale=5.0, **FEW)
     if isinstance(method, Embedding):
         assert (found.scores_after < found.scores_before).all()
@@ -132,10 +143,11 @@ def test_mitigations_draw_what_the_stock_pipeline_draws_of_what_they_changed(pip
     torch.testing.assert_close(made.latents, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_guidance_that_the_network_is_told_changes_scores_where_it_is_told_one(pipeline):
-    scores = [detect(pipeline, CAPTIONS[0], guidance_scale=scale, **FEW).scores for scale in (1.0, 3.5, 3.5, None)]
+def test_the_guidance_that_the_network_is_told_changes_scores_where_it_is_told_one(pipeline, own):
+    scales = 1.0, own.model.own_guidance_scale, None
+    scores = [detect(own, CAPTIONS[0], guidance_scale=scale, **FEW).scores for scale in scales]
     assert (scores[0] == scores[1]).all() != pipeline.transformer.config.guidance_embeds
-    assert (scores[1] == scores[2]).all() and (scores[1] == scores[3]).all()
+    assert (scores[1] == scores[2]).all()
 
 
 def test_shift_in_training_grows_with_the_picture_as_in_sampling(pipeline, own):
@@ -157,7 +169,7 @@ def test_a_network_that_cannot_be_scored_is_named(pipeline, pipeline_folder):
     with pytest.raises(ValueError, match=r"takes a picture too \(inpainting, upscaling\)"):
         Denoiser.of(own)
     own.transformer.register_to_config(in_channels=64)
-    with pytest.raises(ValueError, match=r"transformer of this .* takes 64 channels and its VAE gives 16"):
+    with pytest.raises(ValueError, match=r"transformer of this .* takes 64 channels and its VAE gives \d+"):
         Denoiser.of(own)
     own.scheduler = stable_diffusion(pipeline_folder).scheduler
     own.transformer = pipeline.transformer

@@ -20,7 +20,7 @@ from tests.support.flows import scaled, velocity
 from tests.support.training import Record
 from tests.training.test_latent_cache import data, write
 
-FOLDERS = {"flux": "flux_folder"}
+FOLDERS = {"flux": "flux_folder", "flux2_klein": "klein_folder"}
 FEW = dict(num_images_per_prompt=1, num_inference_steps=3)
 
 
