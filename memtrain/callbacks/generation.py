@@ -51,7 +51,7 @@ def generate(
     # a compiled UNet would be compiled anew for what a pipeline calls it with
     with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         latents = pipeline(
-            list(prompts),
+            prompt=list(prompts),
             height=height,
             width=width,
             latents=model.to_pipeline(start.to(pipeline.device)),

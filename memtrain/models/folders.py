@@ -20,7 +20,7 @@ class Kind:
 
 AUDITED = Kind(
     list(FAMILIES),
-    "model takes a Stable Diffusion 1.x, 2.x, XL, 3, 3.5, Flux.1 or Flux.2 Klein, as a folder, hub id or .safetensors file",
+    "model takes a Stable Diffusion 1.x, 2.x, XL, 3, 3.5, Flux.1 or Flux.2 Klein folder, hub id or .safetensors file",
 )
 ANY = "auto"  # model=auto: of whatever family the folder or hub id is
 LORA = "name a run's export/ that an adapter made, or a .safetensors file in diffusers' or kohya-ss' form"

@@ -7,12 +7,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from memtrain.cli.main import main
+from tests.support.flows import few_tokens  # noqa: F401
 from tests.support.program import small_run
 
 FAMILIES = {
     "stable_diffusion": "pipeline_folder", "stable_diffusion_xl": "xl_folder", "stable_diffusion_3": "flow_folder",
     "flux": "flux_folder", "flux2_klein": "klein_folder",
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("few_tokens")
 QUICK = ["num_images_per_prompt=1", "num_inference_steps=2", "device=cpu"]
 
 

@@ -166,7 +166,7 @@ def flux2_klein(base: StableDiffusionPipeline, is_distilled: bool = False) -> Fl
         vae=vae,
         text_encoder=_stir(Qwen3ForCausalLM(text), std=0.3),
         tokenizer=tokenizer,
-        transformer=_stir(transformer),
+        transformer=_stir(transformer, std=0.3),
         is_distilled=is_distilled,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -1,24 +1,37 @@
 """What stock pipelines on a rectified flow predict and draw, of their own modules and methods alone."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from torch import Tensor
 
+from memtrain.models import flux, flux2_klein
+
 PX = dict(height=16, width=16)  # of what the tiny ones draw
+
+
+@pytest.fixture(scope="module")
+def few_tokens() -> Iterator[None]:
+    """Captions of fewer tokens than the stock pipelines', which take most of the time that tiny networks take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flux, "T5_TOKENS", 32)
+        patch.setattr(flux2_klein, "TOKENS", 32)
+        yield
 
 
 def velocity(pipeline: Any, latents: Tensor, sigma: Tensor, captions: list[str], guidance: float) -> Tensor:
     """v at sigma (B,) of latents (B, C, H, W) with these captions; with a gradient, where there is one to be had."""
     rows, channels, height, width = latents.shape
     if isinstance(pipeline, Flux2KleinPipeline):
-        hidden, txt_ids = pipeline.encode_prompt(captions, device="cpu")
+        hidden, txt_ids = pipeline.encode_prompt(captions, device="cpu", max_sequence_length=flux2_klein.TOKENS)
         ids = pipeline._prepare_latent_ids(latents)
         told = dict(encoder_hidden_states=hidden, txt_ids=txt_ids, img_ids=ids, guidance=None)
         v = pipeline.transformer(hidden_states=pipeline._pack_latents(latents), timestep=sigma, **told).sample
         return pipeline._unpack_latents_with_ids(v, ids, height, width)
-    hidden, pooled, txt_ids = pipeline.encode_prompt(captions, device="cpu")
+    hidden, pooled, txt_ids = pipeline.encode_prompt(captions, device="cpu", max_sequence_length=flux.T5_TOKENS)
     v = pipeline.transformer(
         hidden_states=pipeline._pack_latents(latents, rows, channels, height, width),
         timestep=sigma,
