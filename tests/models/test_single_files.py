@@ -18,7 +18,7 @@ from memtrain.models.folders import AUDITED, check_pipeline, trained
 from memtrain.models.pipelines import load_pipeline
 from memtrain.models.pretrained import from_pretrained
 from tests.support.conf import CONF
-from tests.support.families import stable_diffusion
+from tests.support.families import stable_diffusion, stable_diffusion_xl
 from tests.support.single_files import original_layout
 
 FEW = dict(num_images_per_prompt=1, num_inference_steps=2)
@@ -26,29 +26,30 @@ PLAIN = (False, False, False, False)
 
 
 @pytest.fixture(scope="module")
-def files(pipeline_folder, flux_folder, tmp_path_factory) -> Path:
-    """sd.safetensors of the first layout, flux.safetensors with a transformer alone, and folders without weights."""
+def files(pipeline_folder, xl_folder, flux_folder, tmp_path_factory) -> Path:
+    """sd and xl of the first layout, flux with a transformer alone, as .safetensors and as folders without weights."""
     folder = tmp_path_factory.mktemp("files")
-    save_file({name: value.contiguous() for name, value in original_layout(stable_diffusion(pipeline_folder)).items()},
-              folder / "sd.safetensors")  # fmt: skip
+    base = stable_diffusion(pipeline_folder)
+    for name, pipeline in (("sd", base), ("xl", stable_diffusion_xl(base))):
+        save_file(original_layout(pipeline), folder / f"{name}.safetensors")
     shutil.copy(flux_folder / "transformer" / "diffusion_pytorch_model.safetensors", folder / "flux.safetensors")
-    for name, whole in (("sd", pipeline_folder), ("flux", flux_folder)):
+    for name, whole in (("sd", pipeline_folder), ("xl", xl_folder), ("flux", flux_folder)):
         shutil.copytree(whole, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
 
 
-def test_a_file_of_the_original_layout_is_its_folders_model(files, pipeline_folder):
-    """With configs and tokenizer of a folder that has no weights, and no hub."""
-    file = dict(config=str(files / "sd"))
-    found = Denoiser.load(str(files / "sd.safetensors"), device="cpu", **file)
-    expected = Denoiser.load(str(pipeline_folder), device="cpu")
+@pytest.mark.parametrize(("name", "whole"), [("sd", "pipeline_folder"), ("xl", "xl_folder")])
+def test_a_file_of_the_original_layout_is_its_folders_model(request, files, name, whole):
+    """With configs and tokenizers of a folder that has no weights, and no hub."""
+    file, config = str(files / f"{name}.safetensors"), dict(config=str(files / name))
+    found = Denoiser.load(file, device="cpu", **config)
+    expected = Denoiser.load(str(request.getfixturevalue(whole)), device="cpu")
     assert found.fingerprint() == expected.fingerprint()
     assert found.model.fingerprint() == expected.model.fingerprint()
-    assert (detect(found, ["fox"], **FEW).scores == detect(expected, ["fox"], **FEW).scores).all()
-    for family in ("auto", "stable_diffusion"):
-        model = from_pretrained(str(files / "sd.safetensors"), family, *PLAIN, **file)
-        assert model.fingerprint() == expected.model.fingerprint()
-        assert all(weight.requires_grad for weight in model.unet.parameters())
+    assert detect(found, ["fox"], **FEW).scores == pytest.approx(detect(expected, ["fox"], **FEW).scores)
+    model = from_pretrained(file, "auto", *PLAIN, **config)
+    assert model.fingerprint() == expected.model.fingerprint()
+    assert all(weight.requires_grad for weight in model.unet.parameters())
 
 
 def test_what_a_file_lacks_is_taken_from_the_config(files, flux_folder):
