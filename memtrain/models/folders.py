@@ -62,7 +62,7 @@ def check_folder(key: str, source: str, remedy: str) -> None:
 
 def is_file(source: str) -> bool:
     """Whether this is meant as one file with a model's weights."""
-    return source.endswith((FILE, ".ckpt", ".pt", ".bin")) or Path(source).expanduser().is_file()
+    return Path(source).suffix in (FILE, ".ckpt", ".pt", ".bin") or Path(source).expanduser().is_file()
 
 
 def check_pipeline(key: str, source: str, kind: Kind, config: str | None = None) -> None:
