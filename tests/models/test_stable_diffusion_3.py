@@ -171,8 +171,10 @@ def test_mitigations_draw_what_the_stock_pipeline_draws_of_what_they_changed(cli
 
 
 def test_a_judge_of_another_size_is_refused(clip_only, pipeline_folder):
-    judges = Judges(originals=None, judge=Denoiser.of(stable_diffusion(pipeline_folder)), clip=None)
-    with pytest.raises(ValueError, match="judge draws 64 x 64 px and the model 16 x 16"):
+    smaller = stable_diffusion(pipeline_folder)
+    smaller.unet.register_to_config(sample_size=4)
+    judges = Judges(originals=None, judge=Denoiser.of(smaller), clip=None)
+    with pytest.raises(ValueError, match="judge draws 32 x 32 px and the model 64 x 64"):
         Comparison(Denoiser.of(clip_only), CAPTIONS[:1], 1, Sampling(2), judges)
 
 

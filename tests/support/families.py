@@ -33,7 +33,7 @@ def stable_diffusion_xl(base: StableDiffusionPipeline, **options) -> StableDiffu
     torch.manual_seed(0)
     text = base.text_encoder.config.to_dict() | {"hidden_size": 64, "intermediate_size": 64, "projection_dim": 32}
     unet = UNet2DConditionModel(
-        sample_size=8,
+        sample_size=4,
         block_out_channels=(16, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -67,9 +67,9 @@ def stable_diffusion_3(base: StableDiffusionPipeline, t5: bool = False, **schedu
     text = base.text_encoder.config.to_dict() | {"projection_dim": 16}
     wide = text | {"hidden_size": 64, "intermediate_size": 64, "projection_dim": 24}
     vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=4,

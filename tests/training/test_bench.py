@@ -13,7 +13,7 @@ def test_bench_score_compares_whole_steps_on_the_demo_model(capsys):
     (found,) = json.loads(capsys.readouterr().out)
     assert list(found["step_seconds"]) == list(found["ratio"]) == NAMES
     assert found["ratio"]["none"] == 1 and min(found["step_seconds"].values()) > 0
-    assert found["latents"] == [4, 16, 16] and found["batch_size"] == 4
+    assert found["latents"] == [4, 8, 8] and found["batch_size"] == 4
 
 
 @pytest.mark.slow

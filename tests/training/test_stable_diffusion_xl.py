@@ -60,7 +60,7 @@ def test_a_steps_gradient_equals_one_made_by_hand(xl_folder, corpus, trains_text
 
     pipe = stock(xl_folder)
     pipe.unet.train()
-    draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), (4, 16, 16))
+    draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), (4, 8, 8))
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
         posterior = pipe.vae.encode(batch.images.float() / 127.5 - 1).latent_dist
