@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from contextlib import suppress
 from typing import NoReturn, TypedDict
 
@@ -117,6 +118,7 @@ def live(listener: socket.socket, lifeline: int) -> NoReturn:
         nothing = os.open(os.devnull, os.O_RDWR)
         for file in (0, 1):
             os.dup2(nothing, file)
+        importlib.reload(warnings)  # those of pytest are errors
         torch.set_num_threads(1)
         import_everything()
         serve(listener, lifeline)

@@ -130,7 +130,7 @@ def test_ranks_and_micro_batches_train_what_one_process_does(forks, pipeline_fol
 
 
 def test_an_adapter_is_trained_exported_and_loaded_again(flow_folder, corpus, tmp_path):
-    module = build_module(flow_folder, adapter=low_rank(), ema_decay=0.0)
+    module = build_module(flow_folder, adapter=low_rank(alpha=32.0), ema_decay=0.0)
     fit(module, build_data(corpus), tmp_path, 3, callbacks=[Export(dtype="float32")])
     options = dict(num_images_per_prompt=1, num_inference_steps=3)
     own = Denoiser.load(str(flow_folder), device="cpu", lora=str(tmp_path / "export"))
