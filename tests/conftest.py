@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from memtrain.training.module import DiffusionTraining
-    from tests.support.forks import Forks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
