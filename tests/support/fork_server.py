@@ -11,6 +11,7 @@ import fcntl
 import gc
 import importlib
 import json
+import logging
 import os
 import resource
 import runpy
@@ -119,6 +120,7 @@ def live(listener: socket.socket, lifeline: int) -> NoReturn:
         for file in (0, 1):
             os.dup2(nothing, file)
         importlib.reload(warnings)  # those of pytest are errors
+        logging.getLogger().handlers.clear()  # nor is this process' log pytest's
         torch.set_num_threads(1)
         import_everything()
         serve(listener, lifeline)
