@@ -70,11 +70,11 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory) -> dict[str, Path]:
-    """Untrained pipelines by prediction type, and one whose UNet is "deep": it goes down once."""
+    """Untrained pipelines by prediction type."""
     import torch
     from diffusers import AutoencoderKL
 
-    from memtrain.demo.make_base import untrained_pipeline, untrained_unet
+    from memtrain.demo.make_base import untrained_pipeline
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -86,23 +86,34 @@ def pipelines(tmp_path_factory) -> dict[str, Path]:
         norm_num_groups=4,
         sample_size=64,
     )
-    pipeline, folder = untrained_pipeline(vae, (16,), seed=0), tmp_path_factory.mktemp("pipelines")
+    pipeline, folders = untrained_pipeline(vae, (16,), seed=0), {}
     with torch.no_grad():  # text is heard in the middle alone: louder, so that scores lie around 1
         pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_out[0].weight.mul_(6)
-    pipeline.save_pretrained(folder / "epsilon")
-    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    pipeline.save_pretrained(folder / "v_prediction")
-    pipeline.register_modules(
-        scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type="epsilon"),
-        unet=untrained_unet((16, 16), pipeline.unet.config.sample_size, vae.config.latent_channels),
-    )
-    pipeline.save_pretrained(folder / "deep")
-    return {name: folder / name for name in ("epsilon", "v_prediction", "deep")}
+    for prediction_type in ("epsilon", "v_prediction"):
+        pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+        folders[prediction_type] = tmp_path_factory.mktemp("pipelines") / prediction_type
+        pipeline.save_pretrained(folders[prediction_type])
+    return folders
 
 
 @pytest.fixture(scope="session")
 def pipeline_folder(pipelines) -> Path:
     return pipelines["epsilon"]
+
+
+@pytest.fixture(scope="session")
+def deep_folder(pipelines, tmp_path_factory) -> Path:
+    """One whose UNet goes down once, and hears the text there as well."""
+    import torch
+
+    from memtrain.demo.make_base import untrained_unet
+    from tests.support import families
+
+    pipeline, folder = families.stable_diffusion(pipelines["epsilon"]), tmp_path_factory.mktemp("deep") / "pipeline"
+    torch.manual_seed(0)
+    pipeline.register_modules(unet=untrained_unet((16, 16), pipeline.unet.config.sample_size, latent_channels=4))
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

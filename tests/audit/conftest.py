@@ -12,8 +12,8 @@ PROMPTS = ["fox on a teal background", "<script>alert('x')</script>", "two-hump 
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(pipelines) -> Path:
-    return pipelines["deep"]
+def pipeline_folder(deep_folder) -> Path:
+    return deep_folder
 
 
 @pytest.fixture(scope="session")

@@ -6,5 +6,5 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def pipeline_folder(pipelines) -> Path:
-    return pipelines["deep"]
+def pipeline_folder(deep_folder) -> Path:
+    return deep_folder

@@ -27,7 +27,7 @@ def test_images_survive_the_way_to_latents_and_shapes_are_told(pipeline_folder):
 
 @pytest.mark.parametrize("resolution", [0, 60, 20, -64])
 def test_a_resolution_that_the_unet_cannot_take_is_named(pipeline_folder, resolution):
-    with pytest.raises(ValueError, match=rf"data.resolution must be a multiple of 8.*got {resolution}"):
+    with pytest.raises(ValueError, match=rf"data.resolution must be a multiple of 16.*got {resolution}"):
         build(pipeline_folder).latent_shape(resolution, resolution)
 
 

@@ -38,12 +38,12 @@ def test_captions_and_the_null_caption_are_the_stock_pipelines(pipeline):
     model = StableDiffusion3(pipeline)
     encoded, null = model.encode(CAPTIONS), model.null(3)
     cond, uncond, pooled, null_pooled = pipeline.encode_prompt(CAPTIONS, None, None, device="cpu")
-    torch.testing.assert_close(encoded.hidden, cond)
+    torch.testing.assert_close(encoded.hidden, cond, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(encoded.pooled, pooled)
     torch.testing.assert_close(null.hidden, uncond)
     torch.testing.assert_close(null.pooled, null_pooled)
     embedded = model.encode_embeds(model.token_embeds(CAPTIONS), CAPTIONS)
-    torch.testing.assert_close(embedded.hidden, cond)
+    torch.testing.assert_close(embedded.hidden, cond, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(embedded.pooled, pooled)
 
 
