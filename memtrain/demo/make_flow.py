@@ -1,4 +1,4 @@
-"""Builds the demo's untrained Stable Diffusion 3 around the trained Stable Diffusion of the package (a script, seconds).
+"""Builds the demo's untrained Stable Diffusion 3 around the parts of a trained pipeline (a script, seconds).
 
     python -m memtrain.demo.make_flow --base memtrain/demo/pipeline --out FOLDER --seed 0
 
@@ -43,7 +43,9 @@ def latent_mean_and_std(vae: AutoencoderKL, count: int) -> tuple[float, float]:
 def with_projection(encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
     """The same text encoder, whose pooled embedding is projected by the identity, (D, D)."""
     projected = CLIPTextModelWithProjection(encoder.config)
-    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in encoder.state_dict().items()}
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in encoder.state_dict().items()
+    }
     projected.load_state_dict(weights | {"text_projection.weight": torch.eye(encoder.config.hidden_size)})
     return projected
 

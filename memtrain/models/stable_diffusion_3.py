@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
+from torch.nn import Dropout
 from torch.nn.functional import pad
 
 from memtrain.core.diffusion import RectifiedFlow
@@ -130,12 +131,15 @@ class StableDiffusion3(StableDiffusion):
         """Text tokens as the network is given them in training, and what its attention is told of them.
 
         The zeros in T5's place are three quarters of the tokens of a small picture; on a CPU one of them, counted
-        T5_TOKENS times, takes their place. It is not wherever they may differ: noise on the embeddings, a gradient.
+        T5_TOKENS times, takes their place. It does not where they may come to differ: by noise on the embeddings, by
+        an adapter's dropout, or where each is to have a gradient of its own.
         """
-        first, zeros = hidden.shape[1] - T5_TOKENS, slice(-T5_TOKENS, None)
-        if not self.counts_zeros or hidden.device.type != "cpu" or hidden.requires_grad or hidden[:, zeros].any():
+        if not self.counts_zeros or hidden.device.type != "cpu" or hidden.requires_grad:
             return hidden, {}
-        return hidden[:, : first + 1], {"last_count": T5_TOKENS}
+        drops = (isinstance(layer, Dropout) and layer.training and layer.p for layer in self.transformer.modules())
+        if hidden[:, -T5_TOKENS:].any() or any(drops):
+            return hidden, {}
+        return hidden[:, : 1 - T5_TOKENS], {"last_count": T5_TOKENS}
 
     def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         hidden, told = self._counted(conditioning.hidden)
