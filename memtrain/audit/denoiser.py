@@ -95,6 +95,12 @@ class Denoiser:
         timesteps = torch.full((len(latents),), t, device=self.device)
         return self.model.to_noise(self._predict(latents, timesteps, conditioning), latents.float(), timesteps)
 
+    def predict_comparable(self, latents: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """One side of a pair as `predict_pair` gives it: comparable where x_t is all noise, too."""
+        timesteps = torch.full((len(latents),), t, device=self.device)
+        prediction = self._predict(latents, timesteps, conditioning)
+        return self.model.noise_process.comparable(prediction, latents.float(), timesteps)
+
     def predict_pair(self, latents: Tensor, t: float, cond: Conditioning, null: Conditioning) -> Predictions:
         """Predicted with the prompt and with the empty one, in one forward of 2B rows, null first."""
         latents, conditioning = torch.cat([latents] * 2), Conditioning.cat([null, cond])

@@ -40,6 +40,10 @@ def check_start(ckpt_path: str | None) -> None:
 def check_detection(cfg: DictConfig) -> None:
     _check_audited(cfg)
     _file("embedding", cfg.embedding, TORCHSCRIPT)
+    if cfg.base is not None:
+        check_pipeline("base", cfg.base, AUDITED)
+        if "anchored" not in cfg.scores:
+            raise ValueError(f"base={cfg.base} is for the anchored score; say scores=[anchored], or leave it out")
 
 
 def check_explanation(cfg: DictConfig) -> None:

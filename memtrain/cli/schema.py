@@ -33,7 +33,6 @@ def _varied() -> type:
 
 # sections that a class takes, though they name none
 TAKEN_BY = {
-    "train.score": "memtrain.training.score_memory.Scoring",
     "train.loss": "memtrain.training.objective.Objective",
     "study.prune": "memtrain.sweep.pruning.MedianRule",
 }

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from memtrain.core.streams import Stream, place_seed
+from memtrain.models.anchors import AdapterOff, Anchor, FrozenCopies, exchanged
 from memtrain.models.base import DiffusionModel
 from memtrain.models.lora_files import ADAPTER, FORMATS, write_lora
 
@@ -26,6 +26,10 @@ class Adapter:
 
     def attach(self, model: DiffusionModel, seed: int) -> None:
         """Make the model train what this is about; called once, before anything else sees the model."""
+
+    def anchor(self, model: DiffusionModel) -> Anchor:
+        """What gives the model back the weights that it has now; called after `attach`, before it learns."""
+        return FrozenCopies(model)
 
     def prepare_frozen(self, dtype: torch.dtype) -> None:
         """Cast to the training precision what this has frozen."""
@@ -111,6 +115,9 @@ class LowRank(Adapter):
         model.freeze_unseen()
         model.train()
 
+    def anchor(self, model: DiffusionModel) -> Anchor:
+        return AdapterOff(list(self._networks))
+
     def give(self, network: nn.Module, layers: list[str], seed: int) -> None:
         """Give a network an adapter at these layers."""
         from peft import LoraConfig, inject_adapter_in_model
@@ -141,23 +148,11 @@ class LowRank(Adapter):
     def export(self, model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
         """Write the adapter for `load_lora_weights`, or a whole pipeline that has it in its weights."""
         if self.merge:
-            with self._merged(model):
+            with exchanged(model, {name: merged(getattr(model, name)) for name in self._networks}):
                 model.export(folder, dtype)
         else:
             networks = {name: getattr(model, name) for name in self._networks}
             write_lora(type(model.pipeline()), networks, self.alpha / self.rank, folder, dtype, self.formats)
-
-    @contextlib.contextmanager
-    def _merged(self, model: DiffusionModel) -> Iterator[None]:
-        """Put copies with the adapter in their weights in the place of the networks, while the context lasts."""
-        own = {name: getattr(model, name) for name in self._networks}
-        for name, network in own.items():
-            setattr(model, name, merged(network))
-        try:
-            yield
-        finally:
-            for name, network in own.items():
-                setattr(model, name, network)
 
 
 class TrainedDropout(nn.Dropout):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from rich.progress import (
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
+from memtrain.audit.detect.anchored import Anchored
 from memtrain.audit.detect.attention import cross_attention_layers
 from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density
 from memtrain.audit.detect.parts import Parts
@@ -34,7 +35,7 @@ from memtrain.audit.detect.separation import by_group, by_step, check_labels, se
 
 log = logging.getLogger(__name__)
 SECONDS_A_PART = 10.0  # a stop loses no more than this; millions of prompts still make few files
-SCORE_NAMES = (*(score.name for score in STEP_SCORES), TiledL2Density.name, EmbeddingDensity.name)
+SCORE_NAMES = (*(score.name for score in STEP_SCORES), TiledL2Density.name, EmbeddingDensity.name, Anchored.name)
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def detect(
         prompts: P of them.
         labels: True for memorized, to measure the separation.
         groups: a name for each prompt, reported apart.
-        scores: names (SCORE_NAMES, but for `embedding`) or score objects. The first is the main one.
+        scores: names (SCORE_NAMES, but for `embedding` and `anchored`) or score objects. The first is the main one.
         num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed: see
             `audit.detect.scoring.DetectionSettings`.
         batch_size: generations at a time; halved where memory runs out.
@@ -236,9 +237,13 @@ def check_max_fprs(max_fprs: Sequence[float]) -> None:
 
 
 def named_scores(
-    names: Sequence[str], embedding: str | None = None, device: torch.device | None = None
+    names: Sequence[str],
+    embedding: str | None = None,
+    device: torch.device | None = None,
+    anchored: Callable[[], Anchored] | None = None,
 ) -> list[StepScore | Density]:
-    """Scores by their names (SCORE_NAMES); `embedding` is the TorchScript file for the one of that name."""
+    """Scores by their names (SCORE_NAMES); `embedding` is the TorchScript file for the one of that name, and
+    `anchored` makes the one of that name."""
     kinds = {kind.name: kind for kind in (*STEP_SCORES, TiledL2Density)}
     found: list[StepScore | Density] = []
     for name in names:
@@ -248,6 +253,13 @@ def named_scores(
             found.append(EmbeddingDensity.load(embedding, device))
         elif name == EmbeddingDensity.name:
             raise ValueError("score embedding needs a network; say embedding=PATH, in Python EmbeddingDensity(network)")
+        elif name == Anchored.name and anchored is not None:
+            found.append(anchored())
+        elif name == Anchored.name:
+            raise ValueError(
+                "score anchored compares with what the model was trained from; say base=FOLDER or lora=PATH, in Python "
+                "Anchored.against(pipeline)"
+            )
         else:
             raise ValueError(f"there is no score {name}; use {', '.join(SCORE_NAMES)}")
     return found

@@ -91,7 +91,7 @@ class Scored:
 
 @torch.no_grad()
 def follow(
-    denoiser: Denoiser, plan: Plan, cond: Conditioning, end_places: Tensor, seeds: list[int]
+    denoiser: Denoiser, plan: Plan, prompts: list[str], cond: Conditioning, end_places: Tensor, seeds: list[int]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """B generations along their paths, each from its seed, as far as the plan needs.
 
@@ -117,7 +117,7 @@ def follow(
     path = SamplingPath(denoiser, denoiser.noise(seeds), cond, *schedule, plan.steps_run, predict)
     for shown in path:
         if shown.index < settings.num_scored_steps:
-            step = ScoredStep(**vars(shown), cond=cond, null=null, attention=attention)
+            step = ScoredStep(**vars(shown), prompts=prompts, cond=cond, null=null, attention=attention)
             for score in stepwise:
                 values[score.name].append(score.at(denoiser, step))
             if ending:
@@ -138,7 +138,8 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
         places = torch.tensor([row // n - first for row in rows], device=denoiser.device)
         ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.tokenizer.eos_token_id).to(denoiser.device)
         cond = denoiser.encode(texts).index(places)
-        found, latents = follow(denoiser, plan, cond, ends[places], seeds[rows.start : rows.stop])
+        shown = [texts[place] for place in places.tolist()]
+        found, latents = follow(denoiser, plan, shown, cond, ends[places], seeds[rows.start : rows.stop])
         images = denoiser.model.decode(latents) if plan.densities else None
         return {name: value.cpu().numpy() for name, value in found.items()}, images
 
