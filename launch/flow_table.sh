@@ -32,5 +32,6 @@ runs=()
 for setting in "${settings[@]}"; do
     runs+=(runs/flow_table/"${setting%% *}"_seed*/)
 done
-"$python" -m memtrain.report.table --over-seeds "${runs[@]}" --into docs/results.md --marks flow
+"$python" -m memtrain.report.table --over-seeds "${runs[@]}" --into docs/results.md --mark flow
+"$python" -m memtrain.report.separation runs/flow_table/none_seed*/ --into docs/results.md --mark flow_separation
 "$python" -m memtrain.report.table --over-seeds "${runs[@]}"

@@ -1,6 +1,6 @@
 """A table of finished runs, and its place in a text.
 
-`python -m memtrain.report.table RUN… [--over-seeds] [--into docs/results.md] [--marks NAME]`
+`python -m memtrain.report.table RUN… [--over-seeds] [--into docs/results.md] [--mark NAME]`
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders with a summary.json")
     parser.add_argument("--over-seeds", action="store_true", help="a line for all runs SETTING_seedN")
     parser.add_argument("--into", type=Path, help="put it between the marks of this file instead of printing it")
-    parser.add_argument("--marks", help="their name, <!-- NAME: begin -->; results, or seeds with --over-seeds")
+    parser.add_argument("--mark", help="their name, <!-- NAME: begin -->; results, or seeds with --over-seeds")
     arguments = parser.parse_args()
     missing = [str(run) for run in arguments.runs if not (run / "summary.json").is_file()]
     if missing:
@@ -134,7 +134,7 @@ def main() -> None:
         print(table)
     else:
         text = arguments.into.read_text(encoding="utf-8")
-        marks = marks_of(arguments.marks or ("seeds" if arguments.over_seeds else "results"))
+        marks = marks_of(arguments.mark or ("seeds" if arguments.over_seeds else "results"))
         arguments.into.write_text(put_between_marks(text, table, *marks), encoding="utf-8")
 
 
