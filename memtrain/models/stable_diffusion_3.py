@@ -8,12 +8,11 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
-from torch.nn import Dropout
 from torch.nn.functional import pad
 
 from memtrain.core.diffusion import RectifiedFlow
 from memtrain.models.conditioning import Conditioning
-from memtrain.models.joint_attention import CountedJointAttention
+from memtrain.models.joint_attention import count_zero_tokens
 from memtrain.models.samplers import Euler
 from memtrain.models.stable_diffusion import StableDiffusion
 
@@ -34,7 +33,6 @@ class StableDiffusion3(StableDiffusion):
     text_encoder_2: Any
     text_encoder_3: Any
     tokenizer_3: Any
-    counts_zeros = False  # whether one of them stands for all in the network's attention: in training
 
     def __init__(self, pipeline: DiffusionPipeline):
         if pipeline.text_encoder_3 is not None:
@@ -122,33 +120,16 @@ class StableDiffusion3(StableDiffusion):
     def make_trainable(
         self, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
     ) -> None:
-        if "text_encoder_3" not in self.text_encoder_names:
-            self.transformer.set_attn_processor(CountedJointAttention())
-            self.counts_zeros = True
         super().make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
-
-    def _counted(self, hidden: Tensor) -> tuple[Tensor, dict[str, int]]:
-        """Text tokens as the network is given them in training, and what its attention is told of them.
-
-        The zeros in T5's place are three quarters of the tokens of a small picture; on a CPU one of them, counted
-        T5_TOKENS times, takes their place. It does not where they may come to differ: by noise on the embeddings, by
-        an adapter's dropout, or where each is to have a gradient of its own.
-        """
-        if not self.counts_zeros or hidden.device.type != "cpu" or hidden.requires_grad:
-            return hidden, {}
-        drops = (isinstance(layer, Dropout) and layer.training and layer.p for layer in self.transformer.modules())
-        if hidden[:, -T5_TOKENS:].any() or any(drops):
-            return hidden, {}
-        return hidden[:, : 1 - T5_TOKENS], {"last_count": T5_TOKENS}
+        if "text_encoder_3" not in self.text_encoder_names and not compile:  # a graph does not look at values
+            count_zero_tokens(self.transformer, T5_TOKENS)
 
     def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        hidden, told = self._counted(conditioning.hidden)
         return self.transformer(
             hidden_states=noisy_latents,
             timestep=timesteps.float() + 1,  # T sigma
-            encoder_hidden_states=hidden,
+            encoder_hidden_states=conditioning.hidden,
             pooled_projections=conditioning.pooled,
-            joint_attention_kwargs=told,
             return_dict=False,
         )[0]
 

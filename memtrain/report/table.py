@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 
-
 def marks_of(name: str) -> tuple[str, str]:
     """The lines of a text between which the table of this name stands."""
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
