@@ -1,7 +1,7 @@
 """How well one visit's score tells canaries from the reference set, by score, part of training and timestep.
 
-`python -m memtrain.report.separation RUN… [--over-loss] [--into docs/results.md --mark NAME]`, runs that differ in
-nothing but the seed, best without exclusion: `exclusion=none score=both reference.batch_size=16`.
+`python -m memtrain.report.separation RUN… [--group train] [--over-loss] [--into docs/results.md --mark NAME]`, of runs
+that differ in nothing but the seed, best without exclusion: `exclusion=none score=both reference.batch_size=16`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from memtrain.core.exclusion import GROUP_NAMES, REFERENCE
 from memtrain.core.scores import ANCHORED, MAGNITUDE, SCORES
 from memtrain.core.statistics import auc, timestep_bin
 from memtrain.data.ledger import read_about, read_ledger
@@ -25,13 +26,14 @@ PARTS, BINS = 4, 5  # of training, of the schedule
 DIFFERENCE = f"{ANCHORED} − {MAGNITUDE}"
 
 
-def separation(run: Path, over_loss: bool) -> dict[str, np.ndarray]:
-    """The AUC of canaries' visits against those of the reference set, by score. (PARTS, BINS + 1) each
+def separation(run: Path, group: str, over_loss: bool) -> dict[str, np.ndarray]:
+    """The AUC of a group's visits against those of the reference set, by score. (PARTS, BINS + 1) each
 
     The last column is the mean of the bins, whose scores are of different sizes; `nan` where a group has no visit.
 
     Args:
         run: its folder.
+        group: canary; or train, ordinary samples, of which nothing is memorized where they are seen a few times.
         over_loss: of score / sqrt(loss), which `exclusion=evidence` goes by.
 
     Raises:
@@ -39,43 +41,43 @@ def separation(run: Path, over_loss: bool) -> dict[str, np.ndarray]:
     """
     about = read_about(run)
     columns = {name: about.column(name) for name in SCORES if name in (about.score, about.second)}
-    groups = ("canary", "reference")
+    groups = (group, GROUP_NAMES[REFERENCE])
     ledger = read_ledger(run)
     rows = ledger.to_table(["step", "timestep", "group", "loss", *columns.values()])
     steps = pc.max(rows["step"]).as_py() + 1
     found = {}
-    for name, column in columns.items():
+    for score_name, column in columns.items():
         scored = rows.filter(pc.field(column).is_valid())
-        told = dict(zip(groups, (scored.filter(pc.field("group") == group) for group in groups), strict=True))
-        empty = [group for group, visits in told.items() if len(visits) == 0]
+        told = {name: scored.filter(pc.field("group") == name) for name in groups}
+        empty = [name for name, visits in told.items() if len(visits) == 0]
         if empty:
             raise ValueError(
                 f"{run}: no visit of the {empty[0]} group was scored; train with canaries.count=5 reference.count=200 "
                 "reference.batch_size=16, or so"
             )
         values, cells = {}, {}
-        for group, visits in told.items():
+        for of, visits in told.items():
             score = torch.from_numpy(visits[column].to_numpy().astype(np.float64))
             loss = torch.from_numpy(visits["loss"].to_numpy().astype(np.float64))
-            values[group] = score / loss.sqrt() if over_loss else score
+            values[of] = score / loss.sqrt() if over_loss else score
             timesteps = torch.from_numpy(visits["timestep"].to_numpy().astype(np.int64))
             part = torch.from_numpy(visits["step"].to_numpy().astype(np.int64)) * PARTS // steps
-            cells[group] = part * BINS + timestep_bin(timesteps, about.num_timesteps, BINS)
-        areas = [auc(*(values[group][cells[group] == cell] for group in groups)) for cell in range(PARTS * BINS)]
+            cells[of] = part * BINS + timestep_bin(timesteps, about.num_timesteps, BINS)
+        areas = [auc(*(values[of][cells[of] == cell] for of in groups)) for cell in range(PARTS * BINS)]
         by_bin = np.array(areas).reshape(PARTS, BINS)
-        found[name] = np.concatenate([by_bin, by_bin.mean(1, keepdims=True)], axis=1)
+        found[score_name] = np.concatenate([by_bin, by_bin.mean(1, keepdims=True)], axis=1)
     if len(found) == len(SCORES):
         found[DIFFERENCE] = found[ANCHORED] - found[MAGNITUDE]
     return found
 
 
-def table(runs: Sequence[Path], over_loss: bool) -> str:
+def table(runs: Sequence[Path], group: str, over_loss: bool) -> str:
     """A Markdown table, a line for each score and part of training: mean ± standard deviation over the runs.
 
     Raises:
         ValueError: see `separation`; or the runs took different scores, or on different schedules.
     """
-    found = [separation(run, over_loss) for run in runs]
+    found = [separation(run, group, over_loss) for run in runs]
     num_timesteps = read_about(runs[0]).num_timesteps
     if any(read_about(run).num_timesteps != num_timesteps for run in runs) or any(
         of.keys() != found[0].keys() for of in found
@@ -103,12 +105,13 @@ def _spread(values: Sequence[float], form: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A Markdown table: AUC of canaries' visits against the reference's.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs of several seeds")
+    parser.add_argument("--group", default="canary", choices=("canary", "train"), help="whose visits (%(default)s)")
     parser.add_argument("--over-loss", action="store_true", help="of score / sqrt(loss)")
     parser.add_argument("--into", type=Path, help="put it between the marks of this file instead of printing it")
     parser.add_argument("--mark", default="separation", help="its marks: <!-- NAME: begin --> (%(default)s)")
     arguments = parser.parse_args()
     try:
-        made = table(arguments.runs, arguments.over_loss)
+        made = table(arguments.runs, arguments.group, arguments.over_loss)
         if arguments.into is None:
             print(made)
             return

@@ -28,7 +28,7 @@ def both_scores(run, seed):
 def test_each_area_is_the_share_of_pairs_in_order(tmp_path):
     rows = both_scores(tmp_path / "run", 0)
     for over_loss in (False, True):
-        found = separation(tmp_path / "run", over_loss)
+        found = separation(tmp_path / "run", "canary", over_loss)
         assert list(found) == [MAGNITUDE, ANCHORED, DIFFERENCE]
         for name, score in ((MAGNITUDE, rows.score), (ANCHORED, rows.second_score)):
             score = score / np.sqrt(rows.loss) if over_loss else score
@@ -52,7 +52,7 @@ def test_the_command_puts_mean_and_spread_of_the_seeds_between_the_marks(tmp_pat
     main()
     lines = text.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
-    areas = [separation(run, False)[MAGNITUDE][3, 4] for run in runs]
+    areas = [separation(run, "canary", False)[MAGNITUDE][3, 4] for run in runs]
     row = next(line for line in lines if line.startswith("| magnitude | quarter 4 |"))
     assert row.split(" | ")[6] == f"{np.mean(areas):.2f} ± {np.std(areas, ddof=1):.2f}"
     assert sum(line.startswith("| anchored − magnitude |") for line in lines) == PARTS
