@@ -38,7 +38,7 @@ def test_it_has_learnt_pictures_and_captions(pipeline):
     latents = model.sample_latents(mean, std, torch.zeros_like(std))
     assert latents.mean().abs() < 0.1 and latents.std() == pytest.approx(1, abs=0.1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    model.make_trainable(False, False, False, False)  # one zero token for 256: a third of the time
+    model.make_trainable(False, False, False, False)  # one zero token for 256: a quarter of the time
     told = {name: model.encode(said) for name, said in (("own", captions), ("other", captions[1:] + captions[:1]))}
     told["none"] = model.null(PICTURES)
     errors = {name: [] for name in (*told, "linear")}
