@@ -24,6 +24,7 @@ from memtrain.report.table import put_between_marks
 
 PARTS, BINS = 4, 5  # of training, of the schedule
 DIFFERENCE = f"{ANCHORED} − {MAGNITUDE}"
+LOW_LOSS = "low loss"  # by itself, which costs no forward and `exclusion=iet_agc` goes by
 
 
 def separation(run: Path, group: str, over_loss: bool) -> dict[str, np.ndarray]:
@@ -41,32 +42,28 @@ def separation(run: Path, group: str, over_loss: bool) -> dict[str, np.ndarray]:
     """
     about = read_about(run)
     columns = {name: about.column(name) for name in SCORES if name in (about.score, about.second)}
-    groups = (group, GROUP_NAMES[REFERENCE])
-    ledger = read_ledger(run)
-    rows = ledger.to_table(["step", "timestep", "group", "loss", *columns.values()])
-    steps = pc.max(rows["step"]).as_py() + 1
+    rows = read_ledger(run).to_table(["step", "timestep", "group", "loss", *columns.values()])
+    step, timestep, loss, *scores = (
+        rows[name].to_numpy().astype(np.float64) for name in ("step", "timestep", "loss", *columns.values())
+    )
+    values = {name: score / np.sqrt(loss) if over_loss else score for name, score in zip(columns, scores, strict=True)}
+    if not over_loss:
+        values[LOW_LOSS] = -loss
+    bins = timestep_bin(torch.from_numpy(timestep).long(), about.num_timesteps, BINS).numpy()
+    cell = (step * PARTS // (step.max() + 1)).astype(np.int64) * BINS + bins
+    sides = [pc.equal(rows["group"], name).to_numpy() for name in (group, GROUP_NAMES[REFERENCE])]
     found = {}
-    for score_name, column in columns.items():
-        scored = rows.filter(pc.field(column).is_valid())
-        told = {name: scored.filter(pc.field("group") == name) for name in groups}
-        empty = [name for name, visits in told.items() if len(visits) == 0]
-        if empty:
+    for name, value in values.items():
+        told = [side & np.isfinite(value) for side in sides]  # null where it was not taken
+        if not all(side.any() for side in told):
             raise ValueError(
-                f"{run}: no visit of the {empty[0]} group was scored; train with canaries.count=5 reference.count=200 "
-                "reference.batch_size=16, or so"
+                f"{run}: no visit of {group} and reference samples has a score; train with canaries.count=5 "
+                "reference.count=200 reference.batch_size=16, or so"
             )
-        values, cells = {}, {}
-        for of, visits in told.items():
-            score = torch.from_numpy(visits[column].to_numpy().astype(np.float64))
-            loss = torch.from_numpy(visits["loss"].to_numpy().astype(np.float64))
-            values[of] = score / loss.sqrt() if over_loss else score
-            timesteps = torch.from_numpy(visits["timestep"].to_numpy().astype(np.int64))
-            part = torch.from_numpy(visits["step"].to_numpy().astype(np.int64)) * PARTS // steps
-            cells[of] = part * BINS + timestep_bin(timesteps, about.num_timesteps, BINS)
-        areas = [auc(*(values[of][cells[of] == cell] for of in groups)) for cell in range(PARTS * BINS)]
+        areas = [auc(*(torch.from_numpy(value[side & (cell == c)]) for side in told)) for c in range(PARTS * BINS)]
         by_bin = np.array(areas).reshape(PARTS, BINS)
-        found[score_name] = np.concatenate([by_bin, by_bin.mean(1, keepdims=True)], axis=1)
-    if len(found) == len(SCORES):
+        found[name] = np.concatenate([by_bin, by_bin.mean(1, keepdims=True)], axis=1)
+    if len(columns) == len(SCORES):
         found[DIFFERENCE] = found[ANCHORED] - found[MAGNITUDE]
     return found
 

@@ -8,7 +8,7 @@ import pytest
 
 from memtrain.core.exclusion import CANARY, REFERENCE
 from memtrain.core.scores import ANCHORED, MAGNITUDE
-from memtrain.report.separation import BINS, DIFFERENCE, PARTS, main, separation
+from memtrain.report.separation import BINS, DIFFERENCE, LOW_LOSS, PARTS, main, separation
 from tests.support.ledgers import visits, write
 
 STEPS = 40
@@ -29,9 +29,11 @@ def test_each_area_is_the_share_of_pairs_in_order(tmp_path):
     rows = both_scores(tmp_path / "run", 0)
     for over_loss in (False, True):
         found = separation(tmp_path / "run", "canary", over_loss)
-        assert list(found) == [MAGNITUDE, ANCHORED, DIFFERENCE]
-        for name, score in ((MAGNITUDE, rows.score), (ANCHORED, rows.second_score)):
-            score = score / np.sqrt(rows.loss) if over_loss else score
+        root = np.sqrt(rows.loss) if over_loss else 1
+        expected = {MAGNITUDE: rows.score / root, ANCHORED: rows.second_score / root}
+        expected |= {} if over_loss else {LOW_LOSS: -rows.loss}
+        assert list(found) == [*expected, DIFFERENCE]
+        for name, score in expected.items():
             for part in range(1, PARTS):
                 for bin_ in range(BINS):
                     here = (rows.step * PARTS // STEPS == part) & (rows.timestep * BINS // 1000 == bin_)
