@@ -33,5 +33,7 @@ for setting in "${settings[@]}"; do
     runs+=(runs/flow_table/"${setting%% *}"_seed*/)
 done
 "$python" -m memtrain.report.table --over-seeds "${runs[@]}" --into docs/results.md --mark flow
-"$python" -m memtrain.report.separation runs/flow_table/none_seed*/ --into docs/results.md --mark flow_separation
+separation=("$python" -m memtrain.report.separation runs/flow_table/none_seed*/ --into docs/results.md)
+"${separation[@]}" --mark flow-separation
+"${separation[@]}" --over-loss --mark flow-separation-over-loss
 "$python" -m memtrain.report.table --over-seeds "${runs[@]}"
