@@ -26,7 +26,8 @@ commands() {
     done
 }
 commands | xargs -P "${JOBS:-2}" -I '{}' bash -c \
-    'memtrain train experiment=demo_table model=demo_flow score=both name=flow_table logger=csv {} "$@" \
+    'memtrain train experiment=demo_table model=demo_flow score=both name=flow_table logger=csv \
+        callbacks.validation.every=400 {} "$@" \
         >>runs/flow_table/log 2>&1' bash "$@"
 runs=()
 for setting in "${settings[@]}"; do
