@@ -101,6 +101,8 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     _register_resolvers()
     if {"--help", "-h"} & set(overrides):
         _leave_the_groups_out()
+    if not any("hydra.mode" in word for word in overrides):
+        _take_the_mode_as_said()
     original = sys.argv
     several = bool({"-m", "--multirun"} & set(overrides))
     if several:
@@ -133,6 +135,13 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
         sys.argv = original
     if failures:
         raise failures[0]
+
+
+def _take_the_mode_as_said() -> None:
+    """Hydra composes the whole config once more beforehand, only to see whether it names a mode other than -m."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.get_mode = lambda self, config_name, overrides: None
 
 
 def _leave_the_groups_out() -> None:

@@ -44,6 +44,7 @@ TYPES = {
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
     "trainer.num_nodes": int,
     "trainer.gradient_clip_val": float | None,
+    **{f"{command}.guidance_scale": float | None for command in ("detect", "explain", "mitigate", "evaluate")},
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
     "mitigate.method": Any,  # names: one, a list or all; and each method's settings

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from memtrain.core.streams import Stream, place_seed
 from memtrain.models.anchors import AdapterOff, Anchor, FrozenCopies, exchanged
 from memtrain.models.base import DiffusionModel
+from memtrain.models.kohya_flux import without_name
 from memtrain.models.lora_files import ADAPTER, FORMATS, write_lora
 
 KINDS = ("attention", "linear")  # of layers that adapter.target_modules may name
@@ -99,15 +101,26 @@ class LowRank(Adapter):
                 "model.train_text_encoder=true trains all weights of the text encoder, and an adapter leaves them as "
                 "they are; say adapter.text_encoder=true for an adapter there, or adapter=none"
             )
-        if "kohya" in self.formats and not self.merge and model.network_name != "unet":
+        names_kohya = "kohya" in self.formats and not self.merge
+        is_flux = isinstance(model.network, FluxTransformer2DModel)
+        if names_kohya and model.network_name != "unet" and not is_flux:
             raise ValueError(
-                f"adapter.formats=kohya is written for UNets, and this model has a {model.network_name}; leave it out"
+                f"adapter.formats=kohya is written for UNets and Flux.1, and this model has a {model.network_name} of "
+                "another kind; leave it out"
             )
+        if self.text_encoder:
+            model.check_trains_text("adapter.text_encoder")
         self.base = model.fingerprint(*model.network_names)
         model.text_encoder_is_trained = self.text_encoder
         names = (model.network_name, *(model.trainable_encoder_names if self.text_encoder else ()))
         networks = {name: getattr(model, name) for name in names}
         layers = targets(networks, self.target_modules)
+        nameless = without_name(layers[model.network_name]) if names_kohya and is_flux else None
+        if nameless is not None:
+            raise ValueError(
+                f"adapter.formats=kohya: diffusers reads no {nameless} from there; leave it out, or say "
+                "adapter.target_modules=attention"
+            )
         model.requires_grad_(False)
         for place, (name, network) in enumerate(networks.items()):
             self.give(network, layers[name], place_seed(seed, Stream.ADAPTER, 0, place))

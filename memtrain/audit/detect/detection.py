@@ -152,7 +152,7 @@ def detect(
     num_images_per_prompt: int = 4,
     num_scored_steps: int = 1,
     num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     out: str | Path | None = None,
@@ -165,13 +165,13 @@ def detect(
     the order of the list or the other prompts in it. The empty prompt scores 0.
 
     Args:
-        pipeline: a stock Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 pipeline; nothing in it is changed.
+        pipeline: a stock Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or Flux.1 pipeline; nothing in it is changed.
         prompts: P of them.
         labels: True for memorized, to measure the separation.
         groups: a name for each prompt, reported apart.
         scores: names (SCORE_NAMES, but for `embedding` and `anchored`) or score objects. The first is the main one.
         num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed: see
-            `audit.detect.scoring.DetectionSettings`.
+            `audit.detect.scoring.DetectionSettings`; guidance_scale None is 7.5, of Flux.1 3.5.
         batch_size: generations at a time; halved where memory runs out.
         out: folder that keeps the scores while they are made, and the table; a stopped call goes on there.
         overwrite: replace what another model or other settings left in `out`, instead of refusing.
@@ -190,8 +190,10 @@ def detect(
     if labels is not None:
         check_labels(labels)
     chosen = [named_scores([score])[0] if isinstance(score, str) else score for score in scores]
+    denoiser = denoiser.guided(guidance_scale)
+    schedule = num_scored_steps, num_inference_steps, denoiser.guidance_scale
     plan = Plan(
-        DetectionSettings(num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed),
+        DetectionSettings(num_images_per_prompt, *schedule, seed),
         tuple(score for score in chosen if isinstance(score, StepScore)),
         tuple(score for score in chosen if not isinstance(score, StepScore)),
     )
@@ -321,7 +323,7 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _truncated(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
-    tokenizer = denoiser.model.tokenizer
+    tokenizer = denoiser.model.caption_tokenizer
     lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
     return np.array(lengths) > tokenizer.model_max_length
 

@@ -28,7 +28,7 @@ class DetectionSettings:
     num_images_per_prompt: int = 4
     num_scored_steps: int = 1  # scored, from the first on
     num_inference_steps: int = 50  # of the schedule
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None  # the family's own
     seed: int = 0
 
     def __post_init__(self):
@@ -99,6 +99,7 @@ def follow(
         Each step score, (B, k), and the latents (B, C, H, W), finished ones where densities are asked for.
     """
     settings, null = plan.settings, denoiser.model.null(len(cond))
+    denoiser = denoiser.guided(settings.guidance_scale)
     ending = [score for score in plan.step_scores if score.to_the_end]
     stepwise = [score for score in plan.step_scores if not score.to_the_end]
     read = any(score.reads_attention for score in stepwise)
@@ -113,7 +114,7 @@ def follow(
 
     values: dict[str, list[Tensor]] = {score.name: [] for score in plan.step_scores}
     differences: list[Tensor] = []
-    schedule = settings.guidance_scale, settings.num_inference_steps
+    schedule = denoiser.guidance_scale, settings.num_inference_steps
     path = SamplingPath(denoiser, denoiser.noise(seeds), cond, *schedule, plan.steps_run, predict)
     for shown in path:
         if shown.index < settings.num_scored_steps:
@@ -136,7 +137,8 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
         first = rows.start // n
         texts = list(prompts[first : (rows.stop - 1) // n + 1])
         places = torch.tensor([row // n - first for row in rows], device=denoiser.device)
-        ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.tokenizer.eos_token_id).to(denoiser.device)
+        ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.caption_tokenizer.eos_token_id)
+        ends = ends.to(denoiser.device)
         cond = denoiser.encode(texts).index(places)
         shown = [texts[place] for place in places.tolist()]
         found, latents = follow(denoiser, plan, shown, cond, ends[places], seeds[rows.start : rows.stop])
