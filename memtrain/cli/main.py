@@ -157,7 +157,7 @@ def _register_resolvers() -> None:
 
     from memtrain.cli.choices import choices
     from memtrain.cli.jobs import job_run_id
-    from memtrain.demo import PIPELINE
+    from memtrain.demo import FLOW, PIPELINE
 
     for name, resolver in (
         ("run_id", job_run_id),
@@ -165,6 +165,7 @@ def _register_resolvers() -> None:
         ("nodes", nodes),
         ("choices", choices),
         ("demo_pipeline", lambda: str(PIPELINE)),
+        ("demo_flow", lambda: str(FLOW)),
     ):
         OmegaConf.register_new_resolver(f"memtrain.{name}", resolver, replace=True)
 
