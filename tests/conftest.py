@@ -136,6 +136,26 @@ def flow_folder(pipeline_folder, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def flux_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """An untrained Flux.1 dev."""
+    from tests.support import families
+
+    folder = tmp_path_factory.mktemp("flux") / "pipeline"
+    families.flux(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def klein_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """An untrained Flux.2 Klein."""
+    from tests.support import families
+
+    folder = tmp_path_factory.mktemp("klein") / "pipeline"
+    families.flux2_klein(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    return folder
+
+
 def build_module(
     pipeline: Path, exclusion=None, model: dict | None = None, method=None, **options
 ) -> DiffusionTraining:

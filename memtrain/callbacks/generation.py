@@ -13,6 +13,7 @@ from torch import Tensor
 from memtrain.callbacks.logging import from_all_ranks, share_of_rank
 from memtrain.core.copies import latent_rmse
 from memtrain.core.streams import Stream, place_seed
+from memtrain.models.base import DiffusionModel
 from memtrain.training.encoded import EncodedSamples
 
 
@@ -29,6 +30,7 @@ class Compared:
 @torch.no_grad()
 def generate(
     trainer: pl.Trainer,
+    model: DiffusionModel,
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -38,23 +40,26 @@ def generate(
 ) -> Tensor:
     """Generate once from each prompt, from start noise of a seed of its own.
 
+    Args:
+        pipeline: the model's.
+
     Returns:
         Latents (B, C, h, w), float32 on the CPU.
     """
     start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    height, width = (side * pipeline.vae_scale_factor for side in latent_shape[1:])  # XL is told of them
+    height, width = (side * model.scale_factor for side in latent_shape[1:])  # XL is told of them
     # a compiled UNet would be compiled anew for what a pipeline calls it with
     with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         latents = pipeline(
-            list(prompts),
+            prompt=list(prompts),
             height=height,
             width=width,
-            latents=start.to(pipeline.device),
+            latents=model.to_pipeline(start.to(pipeline.device)),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             output_type="latent",
         ).images
-    return latents.float().cpu()
+    return model.from_pipeline(latents.float(), height, width).cpu()
 
 
 def compare(
@@ -84,6 +89,7 @@ def compare(
         part = wanted[first : first + batch_size]
         generated = generate(
             trainer,
+            pl_module.model,
             pipeline,
             [captions[n] for n, _ in part],
             [place_seed(pl_module.seed, Stream.GENERATION, positions[n], g) for n, g in part],

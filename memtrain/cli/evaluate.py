@@ -75,6 +75,7 @@ def evaluate(cfg: DictConfig) -> None:
             dtype=cfg.dtype,
             draw=write_gallery,
             loras=loras,
+            config=cfg.config,
             advance=_bars(progress),
         )
     _write(out, results)

@@ -28,7 +28,10 @@ def explain(cfg: DictConfig) -> None:
         seed=cfg.seed,
         batch_size=cfg.batch_size,
     )
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora)
+    denoiser = Denoiser.load(
+        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config
+    ).guided(cfg.guidance_scale)
+    sampling["guidance_scale"] = denoiser.guidance_scale
     found = audit.explain(
         denoiser, texts, **sampling, suggest=cfg.suggest_words if cfg.suggest else 0, progress=progress_bar
     )

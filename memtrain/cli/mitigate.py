@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -27,7 +27,10 @@ def mitigate(cfg: DictConfig) -> None:
 
     methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora)
+    denoiser = Denoiser.load(
+        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config
+    ).guided(cfg.guidance_scale)
+    sampling = replace(sampling, guidance_scale=denoiser.guidance_scale)
     judges = Judges(
         originals=None if keys is None else _originals(cfg, denoiser, keys),
         max_rmse=cfg.max_rmse,

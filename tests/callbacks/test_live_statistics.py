@@ -38,6 +38,7 @@ def observed(rows: int, seed: int = 0, **columns) -> Observations:
         known=yes,
         score_timesteps=timesteps,
         latent_numel=torch.full((rows,), 16),
+        second_score=torch.zeros(rows),
     )
     return Observations(**(defaults | columns))
 

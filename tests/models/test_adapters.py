@@ -119,7 +119,9 @@ def test_a_text_encoder_is_not_trained_twice(pipeline_folder):
 def test_a_format_is_not_written_for_a_network_that_it_does_not_know(pipeline_folder):
     model = from_pretrained(str(pipeline_folder), "auto", False, False, False, False)
     model.network_name, model.transformer = "transformer", model.unet
-    with pytest.raises(ValueError, match=r"adapter.formats=kohya is written for UNets, and this model has a transfor"):
+    with pytest.raises(
+        ValueError, match=r"adapter.formats=kohya is written for UNets and Flux.1, and this model has a transfor"
+    ):
         low_rank(formats=["kohya"]).attach(model, 0)
 
 

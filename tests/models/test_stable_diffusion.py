@@ -86,7 +86,10 @@ def test_only_what_is_asked_for_is_trained(pipeline_folder):
         (lambda f: (f / "model_index.json").unlink(), "is not a pipeline"),
         (lambda f: (f / "model_index.json").write_text("{"), "names no pipeline"),
         (lambda f: (f / "unet" / "config.json").write_text("{"), "cannot be loaded"),
-        (lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"})), "is a Flux"),
+        (
+            lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"})),
+            "is a PixArt",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_named(pipeline_folder, tmp_path, spoil, says):

@@ -48,6 +48,9 @@ def test_every_cut_of_the_global_batch_trains_the_same_weights(found, ranks, acc
     torch.testing.assert_close(cut["weights"], one["weights"], atol=1e-6, rtol=0)
     torch.testing.assert_close(cut["average"], one["average"], atol=1e-6, rtol=0)
     assert (one["weights"] - one["before"]).abs().max() > 1e-3  # a thousand times the tolerance
+    anchored = sum(found(f"few-{ranks}x{accumulate}", rank)["anchored"] for rank in range(ranks))
+    torch.testing.assert_close(anchored, one["anchored"], atol=0, rtol=1e-4)
+    assert one["anchored"] > 1
 
 
 @pytest.mark.parametrize(("ranks", "accumulate"), [cut for cut in CUTS if cut[0] > 1])
@@ -76,6 +79,8 @@ def test_sharded_training_resumed_trains_the_same_weights(found):
         torch.testing.assert_close(sharded["average"], one["average"], atol=1e-6, rtol=0)
         assert sharded["skipped"] == one["skipped"] and sharded["seen"] == one["seen"]
         assert sharded["held"] < 0.6 * one["held"]
+    anchored = sum(found("resumed", rank)["anchored"] for rank in range(2))  # a copy of the base on each rank
+    torch.testing.assert_close(anchored, one["anchored"], atol=0, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -70,10 +70,10 @@ def test_gradient_and_score_are_those_of_a_step_made_by_hand(flow_folder, corpus
 def test_where_all_is_noise_a_row_says_nothing(flow_folder, corpus):
     module = build_module(flow_folder)
     latents = torch.randn(2, *module.latent_shape, generator=torch.Generator().manual_seed(0))
-    told = module.model.encode(["fox", "fox"])
+    told = module.predictor.encode(["fox", "fox"], module.model.encode)
     with torch.no_grad():
-        loss, score = module.predictor.predict_and_score(latents, -latents, torch.tensor([999, 998]), told)
-    assert score[0] == 0 and score[1] > 0 and loss.isfinite().all()
+        found = module.predictor.predict_and_score(latents, -latents, torch.tensor([999, 998]), told)
+    assert found.score[0] == 0 and found.score[1] > 0 and found.loss.isfinite().all()
 
 
 def test_a_run_excludes_exports_a_stock_folder_and_what_it_trained_is_what_is_audited(flow_folder, corpus, tmp_path):
