@@ -124,7 +124,7 @@ def test_train_with_several_values_makes_a_run_of_each(corpus, pipeline_folder, 
     options = small_run(corpus, pipeline_folder, tmp_path / "runs", "exclusion=fixed", steps=1)[1:]
     options = [
         option for option in options if option != "callbacks.validation=null"
-    ]  # which says each step that it sees
+    ]  # which says its step
     few = ("callbacks.validation.every=2", "callbacks.validation.timesteps_per_sample=1")
     main(["train", "-m", *options, *few, "exclusion.threshold=1,3"])
     runs = sorted(path.name for path in (tmp_path / "runs" / "faults").glob("many-*"))
