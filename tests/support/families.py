@@ -177,15 +177,15 @@ def _shifted_vae(levels: int = 2, **options) -> AutoencoderKL:
     return AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, **_small_vae(levels), **options).eval()
 
 
-def _small_vae(levels: int = 2) -> dict[str, object]:
-    """Of a VAE whose latents are 8 px wide untold: of two levels half as large as a picture, of four an eighth."""
+def _small_vae(levels: int = 2) -> dict:
+    """A VAE whose latents are 2^(levels - 1) times smaller than a picture, of 16 px untold."""
     return dict(
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
-        sample_size=8 * 2 ** (levels - 1),
+        sample_size=16,
     )
 
 

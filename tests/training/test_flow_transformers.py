@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 
 from memtrain import detect
 from memtrain.audit.denoiser import Denoiser
+from memtrain.audit.detect.anchored import Anchored
 from memtrain.callbacks.export import Export
 from memtrain.callbacks.sample_grid import SampleGrid
 from memtrain.cli import schema
@@ -102,6 +103,9 @@ def test_an_adapter_is_trained_exported_and_loaded_again(folder, corpus, tmp_pat
     found = detect(own, ["fox", "cat"], **FEW).scores
     assert found == pytest.approx(detect(module.model.pipeline(), ["fox", "cat"], **FEW).scores, abs=1e-5)
     assert (abs(found - detect(base, ["fox", "cat"], **FEW).scores) > 1e-6).all()
+    made = (own, Anchored.without_adapter(own)), (own, Anchored.against(base)), (base, Anchored.against(base))
+    off, against, itself = (detect(model, ["fox"], scores=[score], **FEW).scores.item() for model, score in made)
+    assert off == pytest.approx(against, rel=1e-3) and off > 100 * itself
 
 
 def test_the_config_says_how_sigma_is_drawn_and_which_guidance_is_told(flux_folder):

@@ -46,5 +46,6 @@ class Anchored(StepScore):
             own, other = (type(one.model).__name__ for one in (denoiser, self.base))
             raise ValueError(f"the base is a {other} and the model a {own}; name what the model was trained from")
         with nullcontext() if self.off is None else self.off.in_place(self.base.model):
-            noise = self.base.predict_comparable(step.latents, step.t, self.base.encode(step.prompts))
+            told = self.base.encode(step.prompts).guided(denoiser.guidance_scale)
+            noise = self.base.predict_comparable(step.latents, step.t, told)
         return equations.anchored_magnitude(step.predicted.noise_cond, noise)
