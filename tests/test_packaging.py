@@ -72,6 +72,7 @@ def test_the_wheel_holds_code_conf_and_demo(wheel):
     sources = [
         *REPO.glob("memtrain/**/*.py"),
         *REPO.glob("memtrain/demo/pipeline/**/*"),
+        *REPO.glob("memtrain/demo/flow/**/*"),
         REPO / "memtrain/py.typed",  # tells type checkers that memtrain's own annotations count
         REPO / "memtrain/demo/glyphs.zip",
         *REPO.glob("memtrain/report/assets/*"),

@@ -101,6 +101,8 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     _register_resolvers()
     if {"--help", "-h"} & set(overrides):
         _leave_the_groups_out()
+    if not any("hydra.mode" in word for word in overrides):
+        _take_the_mode_as_said()
     original = sys.argv
     several = bool({"-m", "--multirun"} & set(overrides))
     if several:
@@ -135,6 +137,13 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
         raise failures[0]
 
 
+def _take_the_mode_as_said() -> None:
+    """Hydra composes the whole config once more beforehand, only to see whether it names a mode other than -m."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.get_mode = lambda self, config_name, overrides: None
+
+
 def _leave_the_groups_out() -> None:
     """Hydra lists all groups for every help, with a copy of all schemas each: seconds, for what conf/ does not show."""
     from hydra._internal.hydra import Hydra
@@ -148,7 +157,7 @@ def _register_resolvers() -> None:
 
     from memtrain.cli.choices import choices
     from memtrain.cli.jobs import job_run_id
-    from memtrain.demo import PIPELINE
+    from memtrain.demo import FLOW, PIPELINE
 
     for name, resolver in (
         ("run_id", job_run_id),
@@ -156,6 +165,7 @@ def _register_resolvers() -> None:
         ("nodes", nodes),
         ("choices", choices),
         ("demo_pipeline", lambda: str(PIPELINE)),
+        ("demo_flow", lambda: str(FLOW)),
     ):
         OmegaConf.register_new_resolver(f"memtrain.{name}", resolver, replace=True)
 

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.flow_transformer import FlowTransformer
+from memtrain.models.joint_attention import count_zero_tokens
 
 T5_TOKENS = 256  # of a caption, as the stock pipeline cuts and pads it
 
@@ -93,6 +94,13 @@ class StableDiffusion3(FlowTransformer):
             list(captions), padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
         )
         return self.text_encoder_3(tokens.input_ids.to(self.device))[0]
+
+    def make_trainable(
+        self, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool
+    ) -> None:
+        super().make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
+        if "text_encoder_3" not in self.text_encoder_names and not compile:  # a graph does not look at values
+            count_zero_tokens(self.transformer, T5_TOKENS)
 
     def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return self.transformer(

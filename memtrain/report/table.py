@@ -1,6 +1,6 @@
 """A table of finished runs, and its place in a text.
 
-`python -m memtrain.report.table RUN… [--over-seeds] [--into docs/results.md]`
+`python -m memtrain.report.table RUN… [--over-seeds] [--into docs/results.md] [--mark NAME]`
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-BEGIN_SEEDS, END_SEEDS = "<!-- seeds: begin -->", "<!-- seeds: end -->"
+
+def marks_of(name: str) -> tuple[str, str]:
+    """The lines of a text between which the table of this name stands."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+BEGIN, END = marks_of("results")
+BEGIN_SEEDS, END_SEEDS = marks_of("seeds")
 COLUMNS = (
     "run",
     "copy rate, canaries",
@@ -117,18 +123,17 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders with a summary.json")
     parser.add_argument("--over-seeds", action="store_true", help="a line for all runs SETTING_seedN")
     parser.add_argument("--into", type=Path, help="put it between the marks of this file instead of printing it")
+    parser.add_argument("--mark", help="their name, <!-- NAME: begin -->; results, or seeds with --over-seeds")
     arguments = parser.parse_args()
     missing = [str(run) for run in arguments.runs if not (run / "summary.json").is_file()]
     if missing:
         parser.error(f"no summary.json in {missing[0]}; name the folder of a finished run")
-    if arguments.over_seeds:
-        table, marks = table_over_seeds(arguments.runs), (BEGIN_SEEDS, END_SEEDS)
-    else:
-        table, marks = results_table(arguments.runs), (BEGIN, END)
+    table = (table_over_seeds if arguments.over_seeds else results_table)(arguments.runs)
     if arguments.into is None:
         print(table)
     else:
         text = arguments.into.read_text(encoding="utf-8")
+        marks = marks_of(arguments.mark or ("seeds" if arguments.over_seeds else "results"))
         arguments.into.write_text(put_between_marks(text, table, *marks), encoding="utf-8")
 
 

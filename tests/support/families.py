@@ -47,7 +47,7 @@ def stable_diffusion_xl(base: StableDiffusionPipeline, **options) -> StableDiffu
     torch.manual_seed(0)
     text = base.text_encoder.config.to_dict() | {"hidden_size": 64, "intermediate_size": 64, "projection_dim": 32}
     unet = UNet2DConditionModel(
-        sample_size=8,
+        sample_size=4,
         block_out_channels=(16, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -80,7 +80,7 @@ def stable_diffusion_3(base: StableDiffusionPipeline, t5: bool = False, **schedu
     torch.manual_seed(0)
     text = base.text_encoder.config.to_dict() | {"projection_dim": 16}
     wide = text | {"hidden_size": 64, "intermediate_size": 64, "projection_dim": 24}
-    vae = _shifted_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
+    vae = _shifted_vae(levels=4, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -154,7 +154,7 @@ def flux2_klein(base: StableDiffusionPipeline, is_distilled: bool = False) -> Fl
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=27, num_attention_heads=1,
         num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
-    vae = AutoencoderKLFlux2(latent_channels=2, **_SMALL_VAE).eval()
+    vae = AutoencoderKLFlux2(latent_channels=2, **_small_vae()).eval()
     torch.nn.init.normal_(vae.bn.running_mean)
     torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
     transformer = Flux2Transformer2DModel(
@@ -173,18 +173,20 @@ def flux2_klein(base: StableDiffusionPipeline, is_distilled: bool = False) -> Fl
     return pipeline
 
 
-def _shifted_vae(**options) -> AutoencoderKL:
-    return AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, **_SMALL_VAE, **options).eval()
+def _shifted_vae(levels: int = 2, **options) -> AutoencoderKL:
+    return AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, **_small_vae(levels), **options).eval()
 
 
-_SMALL_VAE = dict(  # its latents are half as large as a picture, of 16 px untold
-    block_out_channels=(8, 8),
-    down_block_types=("DownEncoderBlock2D",) * 2,
-    up_block_types=("UpDecoderBlock2D",) * 2,
-    layers_per_block=1,
-    norm_num_groups=4,
-    sample_size=16,
-)
+def _small_vae(levels: int = 2) -> dict:
+    """A VAE whose latents are 2^(levels - 1) times smaller than a picture, of 16 px untold."""
+    return dict(
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+    )
 
 
 def _stir(network: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
