@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is imported when what can be refused without it has b
     from memtrain.data.datamodule import DataModule
     from memtrain.models.adapters import Adapter
     from memtrain.training.module import DiffusionTraining
-    from memtrain.training.optimizers import AdamW
+    from memtrain.training.optimizers import OptimizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def train(cfg: DictConfig) -> None:
     data = _data(cfg)
     module = _module(cfg, rule, optimizer, adapter)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
-    check_disk(Path(cfg.run_dir), module.trained_parameters(), _checkpoints_kept(cfg))
+    check_disk(Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg))
     trainer = _trainer(cfg, [signals, *looks.values()], _loggers(cfg, past))
     _check_ranks(cfg, past, ckpt_path, trainer)
     _begin(cfg, past, ckpt_path, data)
@@ -122,7 +122,7 @@ def _data(cfg: DictConfig) -> DataModule:
     return data
 
 
-def _module(cfg: DictConfig, rule: ExclusionRule, optimizer: AdamW, adapter: Adapter) -> DiffusionTraining:
+def _module(cfg: DictConfig, rule: ExclusionRule, optimizer: OptimizerConfig, adapter: Adapter) -> DiffusionTraining:
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.objective import Objective
     from memtrain.training.score_memory import Scoring

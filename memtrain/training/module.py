@@ -30,9 +30,10 @@ from memtrain.training.average import AveragedWeights
 from memtrain.training.encoded import EncodedSamples, encode_samples
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
-from memtrain.training.optimizers import AdamW
+from memtrain.training.optimizers import OptimizerConfig
 from memtrain.training.predictor import Predictor
 from memtrain.training.reference import ReferenceSet, say_unscored
+from memtrain.training.schedule_free import ScheduleFreeAdamW
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from memtrain.training.step_record import DecidedRows, StepRecord
 from memtrain.training.stops import Stops
@@ -54,7 +55,8 @@ class DiffusionTraining(pl.LightningModule):
         scoring: which visits are scored.
         reference_every: score reference samples after every k-th step.
         reference_batch: how many of them, over all ranks; None: half the global batch, if the rule needs them.
-        ema_decay: of the averaged weights, with warm-up; 0 keeps no average.
+        ema_decay: of the averaged weights, with warm-up; 0 keeps no average, and neither does an optimizer that has one
+            of its own.
         max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
         adapter: what is trained in place of the model's own weights; None: these.
     """
@@ -63,7 +65,7 @@ class DiffusionTraining(pl.LightningModule):
         self,
         model: DiffusionModel,
         exclusion: ExclusionRule,
-        optimizer: AdamW,
+        optimizer: OptimizerConfig,
         method: Method,
         *,
         seed: int,
@@ -92,7 +94,7 @@ class DiffusionTraining(pl.LightningModule):
         self.predictor = Predictor(model, method, objective, seed)
         self.memory: ScoreMemory | None = None
         self.reference = ReferenceSet(reference_every, reference_batch)
-        self.ema = AveragedWeights(ema_decay)
+        self.ema = AveragedWeights(0.0 if optimizer.averages else ema_decay)
         self.stops = Stops(max_bad_steps)
         self.accumulation = Accumulation(objective.denominator, self.stops)
         self.last_step: StepRecord | None = None  # the newest that is over; for those who look on
@@ -135,8 +137,8 @@ class DiffusionTraining(pl.LightningModule):
         if self.device_mesh is not None:
             if self.memory:
                 raise ValueError("trainer=fsdp scores every row or none; set score.every_visits=1 score.timesteps=null")
-            if self.optimizer_config.eight_bit:
-                raise ValueError("trainer=fsdp cannot shard optimizer=adamw8bit; use optimizer=adamw")
+            if not self.optimizer_config.shards:
+                raise ValueError("trainer=fsdp shards optimizer=adamw, and no other; use that one, or trainer=ddp")
             bones = strategy.shard_trained(self.model, self.device_mesh["data_parallel"])
         self.ema.begin(self.model, bones)
 
@@ -256,6 +258,9 @@ class DiffusionTraining(pl.LightningModule):
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Put the averaged weights in the place of the trained ones for a while; all ranks enter together."""
+        [optimizer] = self.trainer.optimizers
+        if isinstance(optimizer, ScheduleFreeAdamW):
+            return optimizer.averaged()
         return self.ema.in_place()
 
     # ---- checkpoints
