@@ -55,10 +55,16 @@ class Denoiser:
 
     @staticmethod
     def load(
-        model: str, device: str | None = None, dtype: str = "float32", key: str = "model", lora: str | None = None
+        model: str,
+        device: str | None = None,
+        dtype: str = "float32",
+        key: str = "model",
+        lora: str | None = None,
+        max_sequence_length: int | None = None,
     ) -> Denoiser:
         """A diffusers folder (read offline) or a hub id; device None is the GPU where there is one. `key`: what
-        the user called it. `lora`: an adapter to load into it, a folder or a file.
+        the user called it. `lora`: an adapter to load into it, a folder or a file. `max_sequence_length`: tokens of a
+        prompt in T5, as it was trained with; None: as the stock pipeline has it.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
@@ -73,7 +79,10 @@ class Denoiser:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"device={device} cannot be used: {reason}; leave it out, or say device=cpu") from error
-        return Denoiser(pipeline)
+        denoiser = Denoiser(pipeline)
+        if max_sequence_length is not None:
+            denoiser.model.cut_captions(max_sequence_length)
+        return denoiser
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -126,6 +135,8 @@ class Denoiser:
         digest.update(f" {self.latent_shape} {self.dtype}".encode())
         for hashed in model.fingerprint(model.network_name, *model.text_encoder_names).values():
             digest.update(hashed.encode())
+        for option in model.call_options.items():
+            digest.update(str(option).encode())
         return digest.hexdigest()
 
 

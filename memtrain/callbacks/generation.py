@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, share_of_rank
 from memtrain.core.copies import latent_rmse
 from memtrain.core.streams import Stream, place_seed
+from memtrain.models.base import DiffusionModel
 from memtrain.training.encoded import EncodedSamples
 
 
@@ -29,7 +29,7 @@ class Compared:
 @torch.no_grad()
 def generate(
     trainer: pl.Trainer,
-    pipeline: DiffusionPipeline,
+    model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
     latent_shape: tuple[int, int, int],
@@ -41,6 +41,7 @@ def generate(
     Returns:
         Latents (B, C, h, w), float32 on the CPU.
     """
+    pipeline = model.pipeline()
     start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     height, width = (side * pipeline.vae_scale_factor for side in latent_shape[1:])  # XL is told of them
     # a compiled UNet would be compiled anew for what a pipeline calls it with
@@ -53,6 +54,7 @@ def generate(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             output_type="latent",
+            **model.call_options,
         ).images
     return latents.float().cpu()
 
@@ -77,14 +79,14 @@ def compare(
         shown: of the first so many samples the generated latents are returned.
     """
     latents, index, captions, _ = samples
-    pipeline, positions = pl_module.model.pipeline(), index.tolist()
+    positions = index.tolist()
     wanted = share_of_rank(trainer, [(n, g) for n in range(len(captions)) for g in range(num_images_per_prompt)])
     found = []
     for first in range(0, len(wanted), batch_size):
         part = wanted[first : first + batch_size]
         generated = generate(
             trainer,
-            pipeline,
+            pl_module.model,
             [captions[n] for n, _ in part],
             [place_seed(pl_module.seed, Stream.GENERATION, positions[n], g) for n, g in part],
             pl_module.latent_shape,

@@ -56,7 +56,7 @@ class SampleGrid(AfterEachStep):
             return
         latents = generate(
             trainer,
-            pl_module.model.pipeline(),
+            pl_module.model,
             [prompt for prompt in prompts for _ in range(self.columns)],
             [place_seed(pl_module.seed, Stream.GENERATION, 0, n) for _ in prompts for n in range(self.columns)],
             pl_module.latent_shape,

@@ -19,7 +19,8 @@ def detect(cfg: DictConfig) -> None:
 
     max_fprs = list(cfg.max_fpr) if isinstance(cfg.max_fpr, ListConfig) else [cfg.max_fpr]
     audit.check_max_fprs(max_fprs)
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora)
+    length = cfg.max_sequence_length
+    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, max_sequence_length=length)
     out = Path(cfg.out).expanduser()
     detection = audit.detect(
         denoiser,

@@ -75,6 +75,7 @@ def evaluate(cfg: DictConfig) -> None:
             dtype=cfg.dtype,
             draw=write_gallery,
             loras=loras,
+            max_sequence_length=cfg.max_sequence_length,
             advance=_bars(progress),
         )
     _write(out, results)

@@ -28,7 +28,8 @@ def explain(cfg: DictConfig) -> None:
         seed=cfg.seed,
         batch_size=cfg.batch_size,
     )
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora)
+    length = cfg.max_sequence_length
+    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, max_sequence_length=length)
     found = audit.explain(
         denoiser, texts, **sampling, suggest=cfg.suggest_words if cfg.suggest else 0, progress=progress_bar
     )

@@ -27,7 +27,8 @@ def mitigate(cfg: DictConfig) -> None:
 
     methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora)
+    length = cfg.max_sequence_length
+    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, max_sequence_length=length)
     judges = Judges(
         originals=None if keys is None else _originals(cfg, denoiser, keys),
         max_rmse=cfg.max_rmse,

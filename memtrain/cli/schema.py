@@ -47,6 +47,7 @@ TYPES = {
     "trainer.gradient_clip_val": float | None,
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
+    **{f"{command}.max_sequence_length": int | None for command in ("detect", "explain", "mitigate", "evaluate")},
     "mitigate.method": Any,  # names: one, a list or all; and each method's settings
     "mitigate.target": Any,  # a score, or q0.1
     "evaluate.models": Any,  # one, or a list

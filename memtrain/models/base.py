@@ -248,6 +248,18 @@ class DiffusionModel(nn.Module, ABC):
             return_tensors="pt",
         )
 
+    def cut_captions(self, max_sequence_length: int) -> None:
+        """Have captions be of so many tokens, padding included, where the stock pipeline's call takes the number."""
+        raise ValueError(
+            f"max_sequence_length={max_sequence_length} is of a T5's captions, and this {type(self).__name__} has "
+            "none; leave it out"
+        )
+
+    @property
+    def call_options(self) -> dict[str, int]:
+        """What the stock pipeline is called with, so that it encodes captions as `encode` does."""
+        return {}
+
     @abstractmethod
     def _encode(self, captions: list[str]) -> Conditioning:
         """Captions, encoded with whatever gradient there is."""

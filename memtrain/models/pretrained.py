@@ -50,6 +50,7 @@ def flow_from_pretrained(
     logit_std: float,
     mode_scale: float,
     shift: float | None,
+    max_sequence_length: int | None,
 ) -> DiffusionModel:
     """Load a model on a rectified flow, as `from_pretrained` does, and say how sigma is drawn in training.
 
@@ -57,11 +58,17 @@ def flow_from_pretrained(
         pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile: as there.
         density, logit_mean, logit_std, mode_scale: see `memtrain.core.diffusion.RectifiedFlow`.
         shift: see there; None is that of the pipeline's scheduler.
+        max_sequence_length: tokens of a caption in T5, padding included; None is as the stock pipeline has it.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained` or the density.
     """
     model = _load(pretrained, trained(family))
+    if max_sequence_length is not None:
+        try:
+            model.cut_captions(max_sequence_length)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
     own = model.noise_process
     assert isinstance(own, RectifiedFlow)
     model.noise_process = RectifiedFlow(

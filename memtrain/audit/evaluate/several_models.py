@@ -54,6 +54,7 @@ def evaluate(
     dtype: str,
     draw: DrawGallery,
     loras: Sequence[str | None] | None = None,
+    max_sequence_length: int | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> list[ModelResult]:
     """One result a model, in the order given; each is written to `out`/NAME once it is whole, and kept.
@@ -62,6 +63,7 @@ def evaluate(
 
     Args:
         loras: for each model a folder or file with an adapter to load into it, or None; None: none has one.
+        max_sequence_length: see `Denoiser.load`.
 
     Raises:
         ValueError: a model cannot be loaded, or is named twice.
@@ -69,7 +71,7 @@ def evaluate(
     results = []
     loras = loras or [None] * len(models)
     for source, lora, name in zip(models, loras, short_names(named_by(models, loras)), strict=True):
-        denoiser = Denoiser.load(source, device, dtype, lora=lora)
+        denoiser = Denoiser.load(source, device, dtype, lora=lora, max_sequence_length=max_sequence_length)
         identity = _identity(denoiser, samples, chosen, measures, settings)
         result = _read_result(out / name, identity)
         if result is None:
