@@ -26,6 +26,10 @@ class Adapter:
 
     def attach(self, model: DiffusionModel, seed: int) -> None:
         """Make the model train what this is about; called once, before anything else sees the model."""
+        self.insert(model, seed)
+
+    def insert(self, model: DiffusionModel, seed: int) -> None:
+        """The same, whatever weights the model has, or none."""
 
     def prepare_frozen(self, dtype: torch.dtype) -> None:
         """Cast to the training precision what this has frozen."""
@@ -85,21 +89,18 @@ class LowRank(Adapter):
         self._networks: dict[str, nn.Module] = {}  # those that have an adapter
 
     def attach(self, model: DiffusionModel, seed: int) -> None:
+        """Note whose adapter it will be, then insert it."""
+        self._check(model)
+        self.base = model.fingerprint(*model.network_names)
+        self.insert(model, seed)
+
+    def insert(self, model: DiffusionModel, seed: int) -> None:
         """Freeze the model and give its networks an adapter, which begins as a function of the seed.
 
         Raises:
             ValueError: the text encoder is trained already, `target_modules` match nothing, or a format is not for it.
         """
-        if model.text_encoder_is_trained:
-            raise ValueError(
-                "model.train_text_encoder=true trains all weights of the text encoder, and an adapter leaves them as "
-                "they are; say adapter.text_encoder=true for an adapter there, or adapter=none"
-            )
-        if "kohya" in self.formats and not self.merge and model.network_name != "unet":
-            raise ValueError(
-                f"adapter.formats=kohya is written for UNets, and this model has a {model.network_name}; leave it out"
-            )
-        self.base = model.fingerprint(*model.network_names)
+        self._check(model)
         model.text_encoder_is_trained = self.text_encoder
         names = (model.network_name, *(model.trainable_encoder_names if self.text_encoder else ()))
         networks = {name: getattr(model, name) for name in names}
@@ -110,6 +111,17 @@ class LowRank(Adapter):
         self._networks = networks
         model.freeze_unseen()
         model.train()
+
+    def _check(self, model: DiffusionModel) -> None:
+        if model.text_encoder_is_trained:
+            raise ValueError(
+                "model.train_text_encoder=true trains all weights of the text encoder, and an adapter leaves them as "
+                "they are; say adapter.text_encoder=true for an adapter there, or adapter=none"
+            )
+        if "kohya" in self.formats and not self.merge and model.network_name != "unet":
+            raise ValueError(
+                f"adapter.formats=kohya is written for UNets, and this model has a {model.network_name}; leave it out"
+            )
 
     def give(self, network: nn.Module, layers: list[str], seed: int) -> None:
         """Give a network an adapter at these layers."""
