@@ -43,7 +43,8 @@ class Architecture:
         built: dict[str, Any] = {name: None for name in names if name not in self.parts}
         built |= {name: _build(config) for name, config in self.parts.items()}
         for encoder in [name for name in self.parts if name.startswith("text_encoder")]:
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer", model_max_length=_WINDOW)
+            window = self.parts[encoder].get("max_position_embeddings", _WINDOW)
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer", model_max_length=window)
             built[encoder.replace("text_encoder", "tokenizer")] = tokenizer
         return family.load()(pipeline(**built | dict(family.left_out)))
 

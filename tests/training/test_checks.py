@@ -60,7 +60,9 @@ def test_a_run_that_goes_on_needs_no_room_for_the_checkpoints_that_it_has(
     check_disk(tmp_path, module.trained_parameters(), module.optimizer_config, keep=2)
     with pytest.raises(OSError, match="3 checkpoints"):
         check_disk(tmp_path / "another", module.trained_parameters(), module.optimizer_config, keep=2)
-    check_disk(tmp_path / "another", module.trained_parameters(), module.optimizer_config, keep=0)  # callbacks.checkpoint=null
+    check_disk(
+        tmp_path / "another", module.trained_parameters(), module.optimizer_config, keep=0
+    )  # callbacks.checkpoint=null
 
 
 def test_the_sacrificed_are_named_with_the_remedy(corpus, caplog):
