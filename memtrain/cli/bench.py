@@ -134,6 +134,7 @@ def _memory(args: argparse.Namespace) -> None:
     from memtrain.training.module import FROZEN_DTYPES
 
     adapter, optimizer = instantiate(cfg.adapter), instantiate(cfg.optimizer)
+    adapter.check_quantization(cfg.model.get("quantization"))
     if cfg.trainer.precision not in FROZEN_DTYPES:
         raise ValueError(f"trainer.precision must be one of {', '.join(FROZEN_DTYPES)}, got {cfg.trainer.precision}")
     shards = 1
@@ -155,6 +156,7 @@ def _memory(args: argparse.Namespace) -> None:
         ema=cfg.ema.decay > 0,
         dtype=FROZEN_DTYPES[cfg.trainer.precision],
         gradient_checkpointing=checkpointing,
+        quantization=cfg.model.get("quantization"),
         shards=shards,
     )
     rows = {f"weights, {name}": size for name, size in found.weights.items()}

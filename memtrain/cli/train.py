@@ -50,6 +50,7 @@ def train(cfg: DictConfig) -> None:
     # rule, optimizer, adapter and callbacks are built at once, so their errors come before shards and weights are read
     rule, optimizer = instantiate(cfg.exclusion), instantiate(cfg.optimizer)
     adapter = instantiate(cfg.adapter)
+    adapter.check_quantization(cfg.model.get("quantization"))
     signals, looks = Signals(), _looks(cfg)
     guard = _guard(looks)
     check_reference(rule, cfg.reference.count)

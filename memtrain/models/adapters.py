@@ -14,6 +14,7 @@ from torch import nn
 from memtrain.core.streams import Stream, place_seed
 from memtrain.models.base import DiffusionModel
 from memtrain.models.lora_files import ADAPTER, FORMATS, write_lora
+from memtrain.models.quantized import check_kind, compute_in
 
 KINDS = ("attention", "linear")  # of layers that adapter.target_modules may name
 
@@ -23,6 +24,15 @@ class Adapter:
 
     def __init__(self) -> None:
         self.base: dict[str, str] = {}  # a hash of each network's weights, which an adapter is for; none: for any
+
+    def check_quantization(self, kind: str | None) -> None:
+        """Raises ValueError where this cannot be had of a model whose weights are in few bits."""
+        if kind is not None:
+            check_kind(kind)
+            raise ValueError(
+                f"model.quantization={kind} is of weights that stay as they are, and adapter=none trains them; say "
+                "adapter=lora, or leave it out"
+            )
 
     def attach(self, model: DiffusionModel, seed: int) -> None:
         """Make the model train what this is about; called once, before anything else sees the model."""
@@ -88,6 +98,16 @@ class LowRank(Adapter):
         self.merge, self.formats = merge, tuple(formats)
         self._networks: dict[str, nn.Module] = {}  # those that have an adapter
 
+    def check_quantization(self, kind: str | None) -> None:
+        if kind is None:
+            return
+        check_kind(kind)
+        if self.merge:
+            raise ValueError(
+                f"adapter.merge=true would add the adapter to weights in few bits (model.quantization={kind}); export "
+                "it as it is, and merge it into the base in full precision"
+            )
+
     def attach(self, model: DiffusionModel, seed: int) -> None:
         """Note whose adapter it will be, then insert it."""
         self._check(model)
@@ -144,11 +164,13 @@ class LowRank(Adapter):
                     layer.lora_dropout[ADAPTER] = TrainedDropout(self.dropout)
 
     def prepare_frozen(self, dtype: torch.dtype) -> None:
-        """Cast the weights that the adapter stands beside to the training precision; its own stay float32."""
+        """Cast the weights that the adapter stands beside to the training precision, but those in few bits; its own
+        stay float32."""
         for network in self._networks.values():
             for parameter in network.parameters():
-                if not parameter.requires_grad:
+                if not parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
+            compute_in(network, dtype)
 
     def export(self, model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
         """Write the adapter for `load_lora_weights`, or a whole pipeline that has it in its weights."""

@@ -55,6 +55,7 @@ class DiffusionModel(nn.Module, ABC):
             setattr(self, part, getattr(pipeline, part))
         self.scale_factor = pipeline.vae_scale_factor  # px of a latent's side
         self.text_encoder_is_trained = self.compiled = False
+        self.quantization: str | None = None  # of the network's linear layers
         self._null: Conditioning | None = None
 
     # ---- its parts

@@ -9,6 +9,7 @@ from memtrain.models.base import DiffusionModel
 from memtrain.models.families import FAMILIES
 from memtrain.models.folders import Kind, trained
 from memtrain.models.pipelines import load_pipeline
+from memtrain.models.quantized import quantize
 
 
 def from_pretrained(
@@ -18,6 +19,7 @@ def from_pretrained(
     gradient_checkpointing: bool,
     channels_last: bool,
     compile: bool,
+    quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a model whose predicting network is trained and whose VAE is frozen.
 
@@ -29,13 +31,14 @@ def from_pretrained(
         channels_last: the network's memory format that convolutions prefer on recent GPUs.
         compile: `torch.compile` the network, for each size of picture twice: once for the forward that is trained, of
             one batch size, and once for forwards without a gradient, of any. Pipelines sample without it.
+        quantization: hold the network's linear layers in so many bits, see `memtrain.models.quantized`; for an adapter.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained`.
     """
     model = _load(pretrained, trained(family))
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
-    return model
+    return _quantized(model, quantization)
 
 
 def flow_from_pretrained(
@@ -50,12 +53,13 @@ def flow_from_pretrained(
     logit_std: float,
     mode_scale: float,
     shift: float | None,
-    max_sequence_length: int | None,
+    max_sequence_length: int | None = None,
+    quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a model on a rectified flow, as `from_pretrained` does, and say how sigma is drawn in training.
 
     Args:
-        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile: as there.
+        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile, quantization: as there.
         density, logit_mean, logit_std, mode_scale: see `memtrain.core.diffusion.RectifiedFlow`.
         shift: see there; None is that of the pipeline's scheduler.
         max_sequence_length: tokens of a caption in T5, padding included; None is as the stock pipeline has it.
@@ -75,6 +79,13 @@ def flow_from_pretrained(
         own.num_timesteps, density, logit_mean, logit_std, mode_scale, own.shift if shift is None else shift
     )
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
+    return _quantized(model, quantization)
+
+
+def _quantized(model: DiffusionModel, kind: str | None) -> DiffusionModel:
+    if kind is not None:
+        quantize(model.network, kind)
+        model.quantization = kind
     return model
 
 

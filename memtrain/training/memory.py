@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from memtrain.core import losses
 from memtrain.models.adapters import Adapter
 from memtrain.models.base import DiffusionModel, trained_parameters
+from memtrain.models.quantized import can_be_packed, packed_bytes
 from memtrain.training.optimizers import OptimizerConfig
 
 CARDS = (24, 40, 80)  # GiB
@@ -58,6 +59,7 @@ def measure(
     ema: bool,
     dtype: torch.dtype,
     gradient_checkpointing: bool,
+    quantization: str | None = None,
     shards: int = 1,
 ) -> Memory:
     """What training this model holds on one GPU.
@@ -67,6 +69,7 @@ def measure(
         adapter: not yet attached.
         dtype: the training precision; what is trained is float32 whatever it is.
         gradient_checkpointing: as `make_trainable` was told.
+        quantization: of the network's linear layers.
         shards: ranks that trained networks, gradients, optimizer and average are cut over; 1: each has all.
     """
     adapter.insert(model, seed=0)
@@ -78,6 +81,12 @@ def measure(
         name: _bytes(network.parameters()) // (shards if id(network) in cut else 1)
         for name, network in ((name, getattr(model, name)) for name in model.network_names)
     }
+    if quantization is not None:
+        weights[model.network_name] -= sum(
+            layer.weight.numel() * layer.weight.element_size() - packed_bytes(layer.weight.shape, quantization)
+            for layer in model.network.modules()
+            if can_be_packed(layer, quantization) and not layer.weight.requires_grad
+        )
     average = 0 if optimizer.averages or not ema else _bytes(trained)
     activations = saved_by_a_step(model, resolution, batch_size, dtype, gradient_checkpointing)
     return Memory(
@@ -108,13 +117,10 @@ def saved_by_a_step(
     counted = Counted(model.parameters())
     with ExitStack() as stack:
         stack.enter_context(AsOnGpu(dtype))
-        if not model.text_encoder_is_trained:
-            conditioning = model.encode([""] * batch_size)  # frozen: nothing is saved
         if gradient_checkpointing:
             model.network.enable_gradient_checkpointing(gradient_checkpointing_func=counted.block)
         stack.enter_context(counted.saving())
-        if model.text_encoder_is_trained:
-            conditioning = model.encode([""] * batch_size)
+        conditioning = model.encode([""] * batch_size)  # saves something where text encoders are trained
         prediction = model.predict(noisy, timesteps, conditioning)
         losses.denoising_loss(prediction.float(), noisy)
     return counted.bytes + counted.largest_block

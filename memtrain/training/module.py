@@ -87,6 +87,7 @@ class DiffusionTraining(pl.LightningModule):
             raise ValueError(f"score.timesteps ends at {last} at most, got {scoring.timesteps[1]}")
         self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
         self.adapter = adapter or Adapter()
+        self.adapter.check_quantization(model.quantization)
         self.adapter.attach(model, seed)
         self.seed = seed
         self.latent_shape = model.latent_shape(resolution, resolution)
@@ -139,6 +140,11 @@ class DiffusionTraining(pl.LightningModule):
                 raise ValueError("trainer=fsdp scores every row or none; set score.every_visits=1 score.timesteps=null")
             if not self.optimizer_config.shards:
                 raise ValueError("trainer=fsdp shards optimizer=adamw, and no other; use that one, or trainer=ddp")
+            if self.model.quantization is not None:
+                raise ValueError(
+                    f"trainer=fsdp does not shard model.quantization={self.model.quantization}; leave it out, or use "
+                    "trainer=ddp"
+                )
             bones = strategy.shard_trained(self.model, self.device_mesh["data_parallel"])
         self.ema.begin(self.model, bones)
 
