@@ -67,7 +67,7 @@ def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
     """Have layers in 4 bits compute in this precision; else the first input that they see decides it."""
     for layer in network.modules():
         if hasattr(layer, "compute_type_is_set"):
-            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            vars(layer).update(compute_dtype=dtype, compute_type_is_set=True)
 
 
 def packed_bytes(shape: Sequence[int], kind: str) -> int:
