@@ -128,8 +128,8 @@ def _memory(args: argparse.Namespace) -> None:
     cfg = composed("train", args.words)
     from hydra.utils import instantiate
 
-    from memtrain.models.architectures import architecture
     from memtrain.models.folders import trained
+    from memtrain.training.architectures import architecture
     from memtrain.training.memory import CARDS, RESERVED, measure
     from memtrain.training.module import FROZEN_DTYPES
 

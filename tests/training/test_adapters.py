@@ -85,7 +85,7 @@ def test_the_base_stays_and_a_resumed_run_goes_on_bit_for_bit(pipeline_folder, c
 def test_a_checkpoint_of_another_base_is_refused(pipeline_folder, corpus, tmp_path):
     fit(build(pipeline_folder), build_data(corpus), tmp_path, 1, callbacks=[checkpoint(1, str(tmp_path))])
     whole = build(pipeline_folder)
-    with pytest.raises(ValueError, match=r"was not sharded, and trainer=fsdp cannot read its optimizer, .* trainer=ddp"):
+    with pytest.raises(ValueError, match="was not sharded, and trainer=fsdp cannot read its optimizer"):
         check_numbering(tmp_path / "last.ckpt", whole)
     other = build_module(pipeline_folder)
     with torch.no_grad():

@@ -8,10 +8,10 @@ from diffusers import DiffusionPipeline
 
 from memtrain.cli.main import main
 from memtrain.models.adapters import Adapter
-from memtrain.models.architectures import _KNOWN, _build, architecture
 from memtrain.models.base import trained_parameters
 from memtrain.models.folders import trained
 from memtrain.models.pretrained import from_pretrained
+from memtrain.training.architectures import _KNOWN, _build, architecture
 from memtrain.training.memory import AsOnGpu, Counted, measure, saved_by_a_step
 from memtrain.training.optimizers import AdamW
 from tests.support.adapters import low_rank
