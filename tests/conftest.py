@@ -1,45 +1,56 @@
-"""Tiny real things: a corpus of tars, a Stable Diffusion of a few thousand weights, a training run over both."""
+"""Tiny real things: a corpus of tars, a Stable Diffusion of a few thousand weights, a training run over both.
+
+What is slow to import is imported in functions: the process that deals out the tests reads this file, too.
+"""
+
+from __future__ import annotations
 
 import gc
 import os
 import sys
 import tempfile
 from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from memtrain.training.module import DiffusionTraining
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a few words are no work for threads
 os.environ["MEMTRAIN_CACHE"] = tempfile.mkdtemp(prefix="memtrain-tests-")
 
-from pathlib import Path
+FORKS = pytest.StashKey["Forks"]()
 
-import pytest
-import pytorch_lightning as pl
-import torch
-from diffusers import AutoencoderKL
-from hypothesis import HealthCheck, settings
-from pytorch_lightning.strategies import DDPStrategy
 
-from memtrain.core.exclusion import KeepAll
-from memtrain.data.datamodule import from_shards
-from memtrain.demo.compose import write_corpus
-from memtrain.demo.make_base import untrained_pipeline
-from memtrain.models.pretrained import from_pretrained
-from memtrain.training.methods import Method
-from memtrain.training.module import DiffusionTraining
-from memtrain.training.objective import Objective
-from memtrain.training.optimizers import AdamW
-from memtrain.training.score_memory import Scoring
-from tests.support import families
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # the tests run in other processes
+        return
+    from hypothesis import HealthCheck, settings
 
-# the same examples every time, however slow the machine is
-settings.register_profile(
-    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("tests")
+    # the same examples every time, however slow the machine is
+    settings.register_profile(
+        "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # no test need look through the libraries' objects for garbage
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """A copy of this process, with all imports and before any test has left something in it, will make forks."""
+    if any("forks" in item.fixturenames for item in session.items):
+        from tests.support.forks import Forks
+
+        session.config.stash[FORKS] = Forks()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +61,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
+    from memtrain.demo.compose import write_corpus
+
     folder = tmp_path_factory.mktemp("corpus") / "shards"
     write_corpus(folder, num_samples=48, seed=3, shard_size=16, progress=False)
     return folder
@@ -58,19 +71,25 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory) -> dict[str, Path]:
     """Untrained pipelines by prediction type."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from memtrain.demo.make_base import untrained_pipeline
+
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=64,
     )
-    folders = {}
+    pipeline, folders = untrained_pipeline(vae, (16,), seed=0), {}
+    with torch.no_grad():  # text is heard in the middle alone: louder, so that scores lie around 1
+        pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_out[0].weight.mul_(6)
     for prediction_type in ("epsilon", "v_prediction"):
-        pipeline = untrained_pipeline(vae, (16, 16), seed=0)
         pipeline.scheduler.register_to_config(prediction_type=prediction_type)
         folders[prediction_type] = tmp_path_factory.mktemp("pipelines") / prediction_type
         pipeline.save_pretrained(folders[prediction_type])
@@ -83,8 +102,25 @@ def pipeline_folder(pipelines) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deep_folder(pipelines, tmp_path_factory) -> Path:
+    """One whose UNet goes down once, and hears the text there as well."""
+    import torch
+
+    from memtrain.demo.make_base import untrained_unet
+    from tests.support import families
+
+    pipeline, folder = families.stable_diffusion(pipelines["epsilon"]), tmp_path_factory.mktemp("deep") / "pipeline"
+    torch.manual_seed(0)
+    pipeline.register_modules(unet=untrained_unet((16, 16), pipeline.unet.config.sample_size, latent_channels=4))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def xl_folder(pipeline_folder, tmp_path_factory) -> Path:
     """An untrained Stable Diffusion XL."""
+    from tests.support import families
+
     folder = tmp_path_factory.mktemp("xl") / "pipeline"
     families.stable_diffusion_xl(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
     return folder
@@ -93,14 +129,44 @@ def xl_folder(pipeline_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def flow_folder(pipeline_folder, tmp_path_factory) -> Path:
     """An untrained Stable Diffusion 3."""
+    from tests.support import families
+
     folder = tmp_path_factory.mktemp("flow") / "pipeline"
     families.stable_diffusion_3(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """An untrained Flux.1 dev."""
+    from tests.support import families
+
+    folder = tmp_path_factory.mktemp("flux") / "pipeline"
+    families.flux(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def klein_folder(pipeline_folder, tmp_path_factory) -> Path:
+    """An untrained Flux.2 Klein."""
+    from tests.support import families
+
+    folder = tmp_path_factory.mktemp("klein") / "pipeline"
+    families.flux2_klein(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
     return folder
 
 
 def build_module(
     pipeline: Path, exclusion=None, model: dict | None = None, method=None, optimizer=None, **options
 ) -> DiffusionTraining:
+    from memtrain.core.exclusion import KeepAll
+    from memtrain.models.pretrained import from_pretrained
+    from memtrain.training.methods import Method
+    from memtrain.training.module import DiffusionTraining
+    from memtrain.training.objective import Objective
+    from memtrain.training.optimizers import AdamW
+    from memtrain.training.score_memory import Scoring
+
     model_options = dict(train_text_encoder=False, gradient_checkpointing=False, channels_last=False, compile=False)
     objective = dict(denominator="kept", caption_dropout=0.1, min_snr_gamma=None, noise_offset=0.0)
     objective |= {name: options.pop(name) for name in objective.keys() & options}
@@ -124,6 +190,8 @@ def build_module(
 
 
 def build_data(corpus: Path, batch_size: int = 4, num_workers: int = 0, **options):
+    from memtrain.data.datamodule import from_shards
+
     groups = dict(seed=7, canaries=3, repeats=4, reference=8) | options
     return from_shards(str(corpus), 64, batch_size, num_workers, **groups)
 
@@ -141,6 +209,9 @@ def fit(
     **options,
 ):
     """`ranks` is how many processes do this, each started with the environment of torchrun."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import DDPStrategy
+
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -164,15 +235,15 @@ def fit(
 
 
 def weights(module) -> torch.Tensor:
+    import torch
+
     return torch.cat([parameter.detach().flatten() for parameter in module.trained_parameters()])
 
 
 @pytest.fixture(scope="session")
-def forks():
+def forks(request):
     """Processes that have all imports already; of all tests that need some."""
-    from tests.support.forks import Forks
-
-    with Forks() as server:
+    with request.config.stash[FORKS] as server:
         yield server
 
 

@@ -5,6 +5,7 @@ Shapes: B rows (a row is one generation), L tokens, D width of the text embeddin
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class Denoiser:
             )
         self.device, self.dtype = self.model.device, self.model.network.dtype
         self.latent_shape = self.model.own_shape
+        self.guidance_scale = self.model.own_guidance_scale  # of pictures; told where the network is told of one
 
     @staticmethod
     def of(pipeline: DiffusionPipeline) -> Denoiser:
@@ -61,17 +63,19 @@ class Denoiser:
         key: str = "model",
         lora: str | None = None,
         max_sequence_length: int | None = None,
+        config: str | None = None,
     ) -> Denoiser:
-        """A diffusers folder (read offline) or a hub id; device None is the GPU where there is one. `key`: what
-        the user called it. `lora`: an adapter to load into it, a folder or a file. `max_sequence_length`: tokens of a
-        prompt in T5, as it was trained with; None: as the stock pipeline has it.
+        """A diffusers folder (read offline), a hub id or a .safetensors file; device None is the GPU where there is
+        one. `key`: what the user called it. `lora`: an adapter to load into it, a folder or a file.
+        `max_sequence_length`: tokens of a prompt in T5, as it was trained with; None: as the stock pipeline has it.
+        `config`: of a file, see `memtrain.models.single_files.load_single_file`.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-        pipeline = load_pipeline(model, AUDITED, DTYPES[dtype], key=key)
+        pipeline = load_pipeline(model, AUDITED, DTYPES[dtype], key=key, config=config)
         if lora is not None:
             load_lora(pipeline, lora)
         try:
@@ -83,6 +87,12 @@ class Denoiser:
         if max_sequence_length is not None:
             denoiser.model.cut_captions(max_sequence_length)
         return denoiser
+
+    def guided(self, guidance_scale: float | None) -> Denoiser:
+        """The same model, asked for the pairs of pictures that are drawn with this scale; None: the family's own."""
+        guided = copy.copy(self)
+        guided.guidance_scale = self.model.own_guidance_scale if guidance_scale is None else guidance_scale
+        return guided
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -104,9 +114,16 @@ class Denoiser:
         timesteps = torch.full((len(latents),), t, device=self.device)
         return self.model.to_noise(self._predict(latents, timesteps, conditioning), latents.float(), timesteps)
 
+    def predict_comparable(self, latents: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """One side of a pair as `predict_pair` gives it: comparable where x_t is all noise, too."""
+        timesteps = torch.full((len(latents),), t, device=self.device)
+        prediction = self._predict(latents, timesteps, conditioning)
+        return self.model.noise_process.comparable(prediction, latents.float(), timesteps)
+
     def predict_pair(self, latents: Tensor, t: float, cond: Conditioning, null: Conditioning) -> Predictions:
         """Predicted with the prompt and with the empty one, in one forward of 2B rows, null first."""
-        latents, conditioning = torch.cat([latents] * 2), Conditioning.cat([null, cond])
+        conditioning = Conditioning.cat([null, cond]).guided(self.guidance_scale)
+        latents = torch.cat([latents] * 2)
         timesteps = torch.full((len(latents),), t, device=self.device)
         prediction = self._predict(latents, timesteps, conditioning)
         noise = self.model.noise_process.comparable(prediction, latents.float(), timesteps)

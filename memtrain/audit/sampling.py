@@ -33,13 +33,13 @@ class PathStep:
 class SamplingPath:
     """The way of B generations; iterating over it makes the steps, `latents` is where it has come to.
 
-    After the last step `latents` are those of the finished pictures. Who iterates may break off, or set
-    `guidance_scale` for the step that is being looked at and those after it.
+    After the last step `latents` are those of the finished pictures. Who iterates may break off, or set `weight`, w of
+    null + w (cond - null), a number or (B, 1, 1, 1), for the step that is being looked at and those after it.
 
     Args:
         latents: (B, C, H, W) x_T.
         cond: what the network is told about the B prompts.
-        guidance_scale: a number, or (B, 1, 1, 1) for one of each row.
+        guidance_scale: as the stock pipeline takes it; None is the family's own.
         num_inference_steps: of the schedule.
         stop: make the first so many steps alone; None makes all.
         predict: stands in for the prediction with `cond` and the empty prompt.
@@ -50,12 +50,14 @@ class SamplingPath:
         denoiser: Denoiser,
         latents: Tensor,
         cond: Conditioning,
-        guidance_scale: float | Tensor,
+        guidance_scale: float | None,
         num_inference_steps: int,
         stop: int | None = None,
         predict: PredictPair | None = None,
     ):
-        self.denoiser, self.latents, self.guidance_scale = denoiser, latents, guidance_scale
+        denoiser = denoiser.guided(guidance_scale)
+        self.denoiser, self.latents = denoiser, latents
+        self.weight: float | Tensor = denoiser.model.guidance_weight(denoiser.guidance_scale)
         self.num_inference_steps, self.stop = num_inference_steps, stop
         null = denoiser.model.null(len(cond))
         self.predict = predict or (lambda index, t, latents: denoiser.predict_pair(latents, t, cond, null))
@@ -67,7 +69,7 @@ class SamplingPath:
             step = PathStep(index, timesteps, self.latents, self.predict(index, t, self.latents))
             yield step
             with torch.no_grad():  # how the path depends on the prompt is not followed
-                self.latents = sampler.step(self.latents, timesteps, index, step.predicted, self.guidance_scale)
+                self.latents = sampler.step(self.latents, timesteps, index, step.predicted, self.weight)
 
 
 def generate(
@@ -75,7 +77,7 @@ def generate(
     cond: Conditioning,
     seeds: list[int],
     num_inference_steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
 ) -> Tensor:
     """Scaled latents (B, C, H, W) of one generation a prompt, each from a seed of its own."""
     path = SamplingPath(denoiser, denoiser.noise(seeds), cond, guidance_scale, num_inference_steps)

@@ -26,7 +26,7 @@ class ScoredPath:
 
     steps: tuple[int, ...] = FIRST_STEPS  # of num_inference_steps, counted from 0
     num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None  # the family's own
 
     def __post_init__(self):
         if not self.steps or not all(0 <= step < self.num_inference_steps for step in self.steps):

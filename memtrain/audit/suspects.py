@@ -81,14 +81,17 @@ class Judged:
         return pa.table({"key": listed["key"], "duplicate_of": listed["duplicate_of"], **columns})
 
 
-def judge(run: str | Path) -> Judged:
+def judge(run: str | Path, score: str | None = None) -> Judged:
     """Evidence against every picture of a run that was scored at high noise.
 
+    Args:
+        score: by which of the scores that the run took; None: by the one that its rule went by.
+
     Raises:
-        ValueError: there is no ledger, or no score at high noise in it.
+        ValueError: there is no ledger, or no such score at high noise in it.
     """
     about = read_about(run)
-    visits = _read(run)
+    visits = _read(run, "score" if score is None else about.column(score))
     keys, picture, scored = visits.keys, visits.picture, np.isfinite(visits.score)
     group = np.zeros(len(keys), dtype=np.int64)  # of each picture
     group[picture] = visits.group
@@ -156,8 +159,11 @@ class _Visits:
         return int(self.step.max() - self.step.min()) + 1
 
 
-def _read(run: str | Path) -> _Visits:
-    """Piece by piece: a key and a group as text take more than all else, and are needed once a picture."""
+def _read(run: str | Path, score: str) -> _Visits:
+    """Piece by piece, with the score of this column.
+
+    A key and a group as text take more than all else, and are needed once a picture.
+    """
     ledger = read_ledger(run)
     numbers = KeyNumbers()
     kinds = {"picture": np.int32, "group": np.int8, "step": np.int32, "timestep": np.int16}
@@ -165,7 +171,8 @@ def _read(run: str | Path) -> _Visits:
     column = {name: np.empty(ledger.count_rows(), kind) for name, kind in kinds.items()}
     pair = pa.schema([("key", pa.string()), ("duplicate_of", pa.string())])
     others, first = pair.empty_table(), 0
-    for batch in batches(ledger, ["step", "key", "duplicate_of", "group", "timestep", "score", "loss", "kept"]):
+    names = ["step", "key", "duplicate_of", "group", "timestep", "loss", "kept"]
+    for batch in batches(ledger, {name: pc.field(name) for name in names} | {"score": pc.field(score)}):
         rows = slice(first, first := first + len(batch))
         column["picture"][rows] = numbers.of(pc.coalesce(batch["duplicate_of"], batch["key"]))
         column["group"][rows] = pc.index_in(batch["group"], pa.array(GROUP_NAMES)).to_numpy()

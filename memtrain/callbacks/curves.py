@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytorch_lightning as pl
 from torch import Tensor
 
 from memtrain.callbacks.live_statistics import CAPTIONED, EXCLUDED, LiveStatistics
-from memtrain.callbacks.logging import log_histograms, log_metrics
+from memtrain.callbacks.logging import log_histograms, log_metrics, prefixes_of
 from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.exclusion import Decision, Observations
 from memtrain.training import ranks
@@ -20,6 +21,7 @@ _HELD = 16  # steps whose observations are kept as they are, to be added up in o
 class MemorizationCurves(AfterEachStep):
     """Logs every `every` steps what `LiveStatistics` says of the rows of all ranks since the last point.
 
+    Where a second score is taken, its curves are logged too, as `anchored_score/<group>` and so on.
     It also logs samples/s and `scoring_share`, the share of the time that scoring took: the second forward, and all
     of what is done for the reference set. Both leave out what comes between a point and the next step, validation
     for one; so this is the first of the callbacks.
@@ -45,6 +47,8 @@ class MemorizationCurves(AfterEachStep):
         self.recent = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
         if self.total is None:
             self.total, self.late = (self.recent.sums.cpu().double() for _ in range(2))
+        self.prefix = prefixes_of(pl_module.scoring)[-1]  # of the second score's metrics; "" where there is none
+        self.second = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
         self.held: list[DecidedRows] = []
         self.step_at_log = trainer.global_step
         self.clock_runs = False
@@ -68,10 +72,12 @@ class MemorizationCurves(AfterEachStep):
 
     def _add(self) -> None:
         """Add the rows that are held to the recent sums."""
-        self.recent.add(
-            Observations.concatenate([rows.observed for rows in self.held]),
-            Decision.concatenate([rows.decision for rows in self.held]),
-        )
+        observed = Observations.concatenate([rows.observed for rows in self.held])
+        decision = Decision.concatenate([rows.decision for rows in self.held])
+        self.recent.add(observed, decision)
+        if self.prefix:
+            second = replace(observed, score=observed.second_score, scored=observed.second_score != 0)
+            self.second.add(second, decision)
         self.held = []
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,9 +100,20 @@ class MemorizationCurves(AfterEachStep):
             "learning_rate": optimizer["lr"] * optimizer.get("d", 1.0),  # d: what Prodigy has found
             "updates_skipped": float(pl_module.accumulation.updates_skipped),
         }
+        histograms = point.score_histograms()
+        if self.prefix:
+            second = self._take_second(trainer, pl_module)
+            metrics |= {f"{self.prefix}{name}": value for name, value in second.score_metrics().items()}
+            histograms |= {f"{self.prefix}{name}": value for name, value in second.score_histograms().items()}
         log_metrics(trainer, metrics)
-        log_histograms(trainer, point.score_histograms())
+        log_histograms(trainer, histograms)
         self.step_at_log, self.clock_runs = trainer.global_step, False
+
+    def _take_second(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LiveStatistics:
+        """What all ranks' rows showed of the second score since the last point, which begin anew."""
+        flat = ranks.all_reduce(trainer, self.second.flat.clone()).cpu().double()
+        self.second.flat.zero_()
+        return LiveStatistics(pl_module.num_timesteps, self.high_noise, flat=flat)
 
     def excluded_fraction(self, group: int) -> float:
         """Share of a group's captioned visits at which it was (reference: would have been) excluded."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from memtrain.callbacks.logging import from_all_ranks, share_of_rank
@@ -30,6 +31,7 @@ class Compared:
 def generate(
     trainer: pl.Trainer,
     model: DiffusionModel,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     latent_shape: tuple[int, int, int],
@@ -38,25 +40,27 @@ def generate(
 ) -> Tensor:
     """Generate once from each prompt, from start noise of a seed of its own.
 
+    Args:
+        pipeline: the model's.
+
     Returns:
         Latents (B, C, h, w), float32 on the CPU.
     """
-    pipeline = model.pipeline()
     start = torch.stack([torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    height, width = (side * pipeline.vae_scale_factor for side in latent_shape[1:])  # XL is told of them
+    height, width = (side * model.scale_factor for side in latent_shape[1:])  # XL is told of them
     # a compiled UNet would be compiled anew for what a pipeline calls it with
     with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         latents = pipeline(
-            list(prompts),
+            prompt=list(prompts),
             height=height,
             width=width,
-            latents=start.to(pipeline.device),
+            latents=model.to_pipeline(start.to(pipeline.device)),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             output_type="latent",
             **model.call_options,
         ).images
-    return latents.float().cpu()
+    return model.from_pipeline(latents.float(), height, width).cpu()
 
 
 def compare(
@@ -79,7 +83,7 @@ def compare(
         shown: of the first so many samples the generated latents are returned.
     """
     latents, index, captions, _ = samples
-    positions = index.tolist()
+    pipeline, positions = pl_module.model.pipeline(), index.tolist()
     wanted = share_of_rank(trainer, [(n, g) for n in range(len(captions)) for g in range(num_images_per_prompt)])
     found = []
     for first in range(0, len(wanted), batch_size):
@@ -87,6 +91,7 @@ def compare(
         generated = generate(
             trainer,
             pl_module.model,
+            pipeline,
             [captions[n] for n, _ in part],
             [place_seed(pl_module.seed, Stream.GENERATION, positions[n], g) for n, g in part],
             pl_module.latent_shape,

@@ -40,7 +40,8 @@ class Ledger(pl.Callback):
         if trainer.is_global_zero:
             begin(self.folder, trainer.global_step, self._earlier(trainer))
         trainer.strategy.barrier("ledger")
-        about = About(pl_module.num_timesteps, self.sample)
+        scoring = pl_module.scoring
+        about = About(pl_module.num_timesteps, self.sample, scoring.rule, scoring.second)
         self.writer = LedgerWriter(self.folder, trainer.global_rank, trainer.datamodule.samples.key, about)
         self.held, self.last_step = [], trainer.global_step
 
@@ -82,6 +83,7 @@ class Ledger(pl.Callback):
             loss=seen.loss.cpu().numpy(),
             threshold=decision.threshold.cpu().numpy(),
             kept=decision.keep_mask.cpu().numpy(),
+            second_score=seen.second_score.cpu().numpy(),
         )
         decidable = (seen.known if pl_module.exclusion.needs_score else seen.captioned).cpu().numpy()
         self.writer.add(rows.where(decidable & drawn(self.seed, rows.step, rows.sample_index, self.sample)))

@@ -106,6 +106,10 @@ class LiveStatistics:
         shares = {name: part / whole for name, (part, whole) in found.items() if whole > 0.5}
         return shares | self._of_histograms()
 
+    def score_metrics(self) -> dict[str, float]:
+        """Those of the `metrics` that are of scores alone."""
+        return {name: value for name, value in self.metrics().items() if name.startswith(("score", "auc_", "tpr_"))}
+
     def _of_histograms(self) -> dict[str, float]:
         """Figures of the histograms: quantiles, and how well one score tells canaries from the reference set."""
         found = {}

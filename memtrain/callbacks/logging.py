@@ -23,6 +23,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from memtrain.core.files import written_aside
+from memtrain.core.scores import SCORES
+from memtrain.training.score_memory import Scoring
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ SECTIONS = {  # what comes first is looked at first; a name belongs where one of
     "a_memorized": ("copy_", "memorized", "auc_", "tpr_"),
     "b_excluded": ("excluded/", "updates_skipped"),
     "c_loss": ("heldout_loss", "loss", "val_loss"),
-    "d_score": ("score/", "score_high_noise", "score_quantile", "val_score"),
+    "d_score": ("score/", "score_high_noise", "score_quantile", "val_score", *(f"{score}_" for score in SCORES)),
     "e_by_timestep": ("score_by_", "threshold_by_", "excluded_by_"),
     "f_histograms": ("score_histogram",),
     "g_pictures": ("samples", "curves"),
@@ -47,6 +49,11 @@ def dashboard_name(name: str) -> str:
     fitting = {word: section for section, words in SECTIONS.items() for word in words if name.startswith(word)}
     section = fitting[max(fitting, key=len)] if fitting else "i_other"
     return f"{section}/{name}"
+
+
+def prefixes_of(scoring: Scoring) -> list[str]:
+    """What the names of a score's metrics begin with: nothing for the one that the rule goes by, and the second's."""
+    return [""] if scoring.second is None else ["", f"{scoring.second}_"]
 
 
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:

@@ -57,6 +57,7 @@ class SampleGrid(AfterEachStep):
         latents = generate(
             trainer,
             pl_module.model,
+            pl_module.model.pipeline(),
             [prompt for prompt in prompts for _ in range(self.columns)],
             [place_seed(pl_module.seed, Stream.GENERATION, 0, n) for _ in prompts for n in range(self.columns)],
             pl_module.latent_shape,

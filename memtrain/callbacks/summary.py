@@ -61,6 +61,7 @@ class Summary(pl.Callback):
             value = trainer.callback_metrics.get(name)
             return None if value is None else _or_none(value.item())
 
+        second = pl_module.scoring.second
         groups = trainer.datamodule.groups
         curves = next((c for c in trainer.callbacks if isinstance(c, MemorizationCurves)), None)
         copies = next((c for c in trainer.callbacks if isinstance(c, Copies)), None)
@@ -89,6 +90,17 @@ class Summary(pl.Callback):
             },
             "auc_canary_vs_reference": figure("auc_canary_vs_reference"),
             "tpr_at_1pct_fpr": figure("tpr_at_1pct_fpr"),
+            "rule_score": pl_module.scoring.rule,
+            "second_score": None
+            if second is None
+            else {
+                "name": second,
+                "auc_canary_vs_reference": figure(f"{second}_auc_canary_vs_reference"),
+                "mean_at_high_noise": {
+                    GROUP_NAMES[group]: figure(f"{second}_val_score_high_noise/{GROUP_NAMES[group]}")
+                    for group in (CANARY, TRAINED, REFERENCE, SACRIFICED)
+                },
+            },
             "copy_rate": {name: figure(f"copy_rate/{name}") for name in GROUPS_COPIED},
             "copy_rmse": {name: figure(f"copy_rmse/{name}") for name in GROUPS_COPIED},
             "memorized_at": copies.memorized_at(trainer) if copies else None,
@@ -114,6 +126,10 @@ def print_summary(summary: dict) -> None:
     scores = [summary["score"][group] for group in ("canary", "train", "reference")]
     table.add_row("score, all timesteps", *(show(s["mean"], ".3f") for s in scores))
     table.add_row("score, high noise", *(show(s["mean_at_high_noise"], ".3f") for s in scores))
+    second = summary["second_score"]
+    if second is not None:
+        means = (second["mean_at_high_noise"][group] for group in ("canary", "train", "reference"))
+        table.add_row(f"{second['name']} score, high noise", *(show(mean, ".3f") for mean in means))
     table.add_row("excluded (reference: would be)", *(show(s["excluded_fraction"], ".1%") for s in scores))
     copies, canaries = summary["copy_rate"], summary["canaries"]
     table.add_row("generations that are copies", show(copies["canary"], ".1%"), "", show(copies["reference"], ".1%"))

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from memtrain.callbacks.logging import from_all_ranks, log_metrics, share_of_rank
+from memtrain.callbacks.logging import from_all_ranks, log_metrics, prefixes_of, share_of_rank
 from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.statistics import auc, tpr_at_fpr
@@ -25,7 +25,8 @@ class Validation(AfterEachStep):
     (seed, sample, timestep) alone, so two runs of one seed are compared on the same draws.
 
     Logs `heldout_loss` (reference set, never trained on), `val_score/<group>`, `val_score_high_noise/<group>`,
-    and how well the mean score at high noise tells canaries from the reference set (`auc`, `tpr_at_1pct_fpr`).
+    and how well the mean score at high noise tells canaries from the reference set (`auc`, `tpr_at_1pct_fpr`). Of a
+    second score the same, as `anchored_val_score/<group>`.
 
     Args:
         every: optimizer steps between two validations.
@@ -80,34 +81,37 @@ class Validation(AfterEachStep):
         self.validated_at = trainer.global_step
         if self._groups is None:
             self._load(trainer, pl_module)
-        metrics, by_sample = {}, {}
+        metrics, by_sample, prefixes = {}, {}, prefixes_of(pl_module.scoring)
         with pl_module.averaged_weights(), trainer.precision_plugin.forward_context():
             for number, samples in self._groups:
                 if len(samples.captions) == 0:
                     continue
-                timesteps, loss, score = self._look_at(trainer, pl_module, samples)
+                timesteps, loss, *scores = self._look_at(trainer, pl_module, samples)
                 noisy = timesteps >= self.high_noise * pl_module.num_timesteps
                 name = GROUP_NAMES[number]
-                metrics[f"val_score/{name}"] = score.mean().item()
-                metrics[f"val_score_high_noise/{name}"] = score[:, noisy].mean().item()
                 metrics[f"val_loss/{name}"] = loss.mean().item()
-                by_sample[number] = score[:, noisy].mean(dim=1)
-        if REFERENCE in by_sample:
+                for prefix, values in zip(prefixes, scores, strict=False):  # of a single score the second is 0
+                    metrics[f"{prefix}val_score/{name}"] = values.mean().item()
+                    metrics[f"{prefix}val_score_high_noise/{name}"] = values[:, noisy].mean().item()
+                    by_sample[prefix, number] = values[:, noisy].mean(dim=1)
+        if f"val_loss/{GROUP_NAMES[REFERENCE]}" in metrics:
             metrics["heldout_loss"] = metrics.pop(f"val_loss/{GROUP_NAMES[REFERENCE]}")
-        if REFERENCE in by_sample and CANARY in by_sample:
-            metrics["auc_canary_vs_reference"] = auc(by_sample[CANARY], by_sample[REFERENCE])
-            metrics["tpr_at_1pct_fpr"] = tpr_at_fpr(by_sample[CANARY], by_sample[REFERENCE])
+        for prefix in prefixes:
+            if (prefix, REFERENCE) in by_sample and (prefix, CANARY) in by_sample:
+                canaries, reference = by_sample[prefix, CANARY], by_sample[prefix, REFERENCE]
+                metrics[f"{prefix}auc_canary_vs_reference"] = auc(canaries, reference)
+                metrics[f"{prefix}tpr_at_1pct_fpr"] = tpr_at_fpr(canaries, reference)
         log_metrics(trainer, metrics)
         if trainer.is_global_zero:
             shown = ("heldout_loss", "auc_canary_vs_reference")
             said = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
             log.info("step %d of %d: %s", trainer.global_step, trainer.max_steps, said)
 
-    def _look_at(self, trainer, pl_module, encoded: EncodedSamples) -> tuple[Tensor, Tensor, Tensor]:
+    def _look_at(self, trainer, pl_module, encoded: EncodedSamples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Predict and score N samples at K timesteps, the work shared by the ranks.
 
         Returns:
-            Timesteps (K,), loss (N, K) and score (N, K), on the CPU, on every rank.
+            Timesteps (K,), loss, score and second score (N, K) each, on the CPU, on every rank.
         """
         predictor, k = pl_module.predictor, self.timesteps_per_sample
         latents, index, captions, sizes = encoded
@@ -119,14 +123,15 @@ class Validation(AfterEachStep):
             # (B, C, h, w): of each row from (seed, sample, timestep) alone
             draws = [predictor.draw(Stream.HELD_OUT, i, [int(index[n])], latents.shape[1:]) for n, i in part]
             samples = [n for n, _ in part]
-            loss, score = predictor.predict_and_score(
+            told = predictor.encode([captions[n] for n in samples], predictor.model.encode)
+            found = predictor.predict_and_score(
                 latents[samples].to(predictor.device),
                 torch.cat([draw.noise for draw in draws]),
                 timesteps[[i for _, i in part]].to(predictor.device),
-                predictor.model.encode([captions[n] for n in samples]).sized(sizes[samples]),
+                told.map(lambda conditioning, sizes=sizes[samples]: conditioning.sized(sizes)),
             )
-            results += zip(part, loss.tolist(), score.tolist(), strict=True)
-        values = torch.zeros(2, len(captions), k)  # loss and score, (2, N, K)
-        for (n, i), loss, score in from_all_ranks(trainer, results):
-            values[:, n, i] = torch.tensor([loss, score])
-        return timesteps, values[0], values[1]
+            results += zip(part, *(v.tolist() for v in (found.loss, found.score, found.second_score)), strict=True)
+        values = torch.zeros(3, len(captions), k)  # loss, score and second score, (3, N, K)
+        for (n, i), *row in from_all_ranks(trainer, results):
+            values[:, n, i] = torch.tensor(row)
+        return timesteps, values[0], values[1], values[2]

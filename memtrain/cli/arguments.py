@@ -9,7 +9,11 @@ from typing import NoReturn
 from memtrain.sweep.space import quoted
 
 _COLUMNS = {**{f"prompts.{name}": name for name in ("column", "label")}, "column": "column", "label": "label"}
-_AUDIT = {"model": "model.pretrained", "prompts": "prompts", "out": "out", "lora": "lora", **_COLUMNS}
+_AUDIT = {
+    "model": "model.pretrained",
+    **{name: name for name in ("model.config", "lora", "prompts", "out")},
+    **_COLUMNS,
+}
 
 # For each command what is typed and the key that it is, of keys whose values are text: paths and names. A key differs
 # where a group of that name, or a value, bars the plain spelling.
@@ -31,6 +35,7 @@ _TEXT = {
     },
     "evaluate": {
         "model": "models",
+        "model.config": "config",
         "data": "data.shards",
         "samples": "samples.file",
         **{name: name for name in ("models", "lora", "sscd", "clip", "fid", "out")},

@@ -157,6 +157,7 @@ def _memory(args: argparse.Namespace) -> None:
         dtype=FROZEN_DTYPES[cfg.trainer.precision],
         gradient_checkpointing=checkpointing,
         quantization=cfg.model.get("quantization"),
+        anchored="anchored" in cfg.score.kinds,
         shards=shards,
     )
     rows = {f"weights, {name}": size for name, size in found.weights.items()}

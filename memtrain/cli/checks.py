@@ -11,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, SAMPLES, TORCHSCRIPT, check_file
 from memtrain.data.sources import find_sources
-from memtrain.models.folders import AUDITED, CLIP, check_folder, check_lora, check_pipeline, trained
+from memtrain.models.folders import AUDITED, CLIP, check_folder, check_lora, check_pipeline, is_file, trained
 
 # one's own data and models have rules of their own
 _SHARDS = "memtrain.data.datamodule.from_shards"
-_PRETRAINED = ("memtrain.models.pretrained.from_pretrained", "memtrain.models.pretrained.flow_from_pretrained")
+_PRETRAINED = "memtrain.models.pretrained."
 
 
 def check_training(cfg: DictConfig) -> None:
@@ -24,8 +24,8 @@ def check_training(cfg: DictConfig) -> None:
         check_shards(cfg)
         _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
         _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
-    if cfg.model._target_ in _PRETRAINED:
-        check_pipeline("model.pretrained", cfg.model.pretrained, trained(cfg.model.family))
+    if cfg.model._target_.startswith(_PRETRAINED):
+        check_pipeline("model.pretrained", cfg.model.pretrained, trained(cfg.model.family), cfg.model.config)
 
 
 def check_shards(cfg: DictConfig) -> None:
@@ -40,6 +40,10 @@ def check_start(ckpt_path: str | None) -> None:
 def check_detection(cfg: DictConfig) -> None:
     _check_audited(cfg)
     _file("embedding", cfg.embedding, TORCHSCRIPT)
+    if cfg.base is not None:
+        check_pipeline("base", cfg.base, AUDITED)
+        if "anchored" not in cfg.scores:
+            raise ValueError(f"base={cfg.base} is for the anchored score; say scores=[anchored], or leave it out")
 
 
 def check_explanation(cfg: DictConfig) -> None:
@@ -58,7 +62,7 @@ def check_mitigation(cfg: DictConfig) -> None:
 
 def check_evaluation(cfg: DictConfig, models: list[str], loras: list[str | None]) -> None:
     for model in models:
-        check_pipeline("model", model, AUDITED)
+        check_pipeline("model", model, AUDITED, cfg.config if is_file(model) else None)
     for lora in loras:
         if lora is not None:
             check_lora("lora", lora)
@@ -84,7 +88,7 @@ def check_folder_of(option: str, file: Path) -> None:
 
 
 def _check_audited(cfg: DictConfig) -> None:
-    check_pipeline("model", cfg.model.pretrained, AUDITED)
+    check_pipeline("model", cfg.model.pretrained, AUDITED, cfg.model.config)
     if cfg.lora is not None:
         check_lora("lora", cfg.lora)
 

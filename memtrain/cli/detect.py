@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig
 
 from memtrain.audit.prompts import read_prompts, together
 from memtrain.cli.checks import check_detection
+
+if TYPE_CHECKING:  # torch is imported when what can be refused without it has been
+    from memtrain.audit.denoiser import Denoiser
+    from memtrain.audit.detect.anchored import Anchored
 
 
 def detect(cfg: DictConfig) -> None:
@@ -19,15 +25,17 @@ def detect(cfg: DictConfig) -> None:
 
     max_fprs = list(cfg.max_fpr) if isinstance(cfg.max_fpr, ListConfig) else [cfg.max_fpr]
     audit.check_max_fprs(max_fprs)
-    length = cfg.max_sequence_length
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, max_sequence_length=length)
+    denoiser = Denoiser.load(
+        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
+        max_sequence_length=cfg.max_sequence_length,
+    )  # fmt: skip
     out = Path(cfg.out).expanduser()
     detection = audit.detect(
         denoiser,
         prompts.texts,
         prompts.labels,
         prompts.groups,
-        scores=audit.named_scores(list(cfg.scores), cfg.embedding, denoiser.device),
+        scores=audit.named_scores(list(cfg.scores), cfg.embedding, denoiser.device, _anchored(cfg, denoiser)),
         num_images_per_prompt=cfg.num_images_per_prompt,
         num_scored_steps=cfg.num_scored_steps,
         num_inference_steps=cfg.num_inference_steps,
@@ -41,6 +49,7 @@ def detect(cfg: DictConfig) -> None:
     about = {
         "model": str(cfg.model.pretrained),
         "lora": cfg.lora,
+        "base": cfg.base,
         "source": prompts.source,
         "device": str(denoiser.device),
         "dtype": cfg.dtype,
@@ -51,6 +60,16 @@ def detect(cfg: DictConfig) -> None:
     print(
         f"\n{out}: scores.parquet, summary.json, steps.png, distributions.png" + (", roc.png" if prompts.labels else "")
     )
+
+
+def _anchored(cfg: DictConfig, denoiser: Denoiser) -> Callable[[], Anchored] | None:
+    """Makes the anchored score where there is something to compare with: `base`, else the model without `lora`."""
+    from memtrain.audit.denoiser import Denoiser
+    from memtrain.audit.detect.anchored import Anchored
+
+    if cfg.base is not None:
+        return lambda: Anchored.against(Denoiser.load(cfg.base, cfg.device, cfg.dtype, key="base"))
+    return None if cfg.lora is None else lambda: Anchored.without_adapter(denoiser)
 
 
 def _prompts(cfg: DictConfig):

@@ -76,6 +76,7 @@ def evaluate(cfg: DictConfig) -> None:
             draw=write_gallery,
             loras=loras,
             max_sequence_length=cfg.max_sequence_length,
+            config=cfg.config,
             advance=_bars(progress),
         )
     _write(out, results)

@@ -33,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(task=run)
         added.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
         added.add_argument("--top", type=int, default=20, help="rows on the terminal (%(default)s)")
+        added.add_argument(
+            "--score", choices=("magnitude", "anchored"), help="judge by this one of a run with score=both (its rule's)"
+        )
         return added
 
     summary = "write the keys of all samples of the pictures that look memorized, for data.exclude_keys"
@@ -48,14 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _suspects(run: Path, top: int, out: Path, false_positive_rate: float) -> None:
+def _suspects(run: Path, top: int, out: Path, false_positive_rate: float, score: str | None) -> None:
     check_new_file("--out", out)
     check_ledger(run)
     import pyarrow.parquet as pq
 
     from memtrain.audit.suspects import judge
 
-    judged = judge(run)
+    judged = judge(run, score)
     found = judged.suspects(false_positive_rate)
     listed = judged.every_sample(found, _unvisited(run, found["key"].to_pylist()))
     with written_aside(out, shared=True) as aside:
@@ -89,11 +92,11 @@ def _unvisited(run: Path, keys: list[str]):
         return None
 
 
-def _show(run: Path, top: int) -> None:
+def _show(run: Path, top: int, score: str | None) -> None:
     check_ledger(run)
     from memtrain.audit.suspects import judge
 
-    judged = judge(run)
+    judged = judge(run, score)
     _say(judged)
     _print_table(judged.table, top)
 

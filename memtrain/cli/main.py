@@ -105,6 +105,8 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
     _register_resolvers()
     if {"--help", "-h"} & set(overrides):
         _leave_the_groups_out()
+    if not any("hydra.mode" in word for word in overrides):
+        _take_the_mode_as_said()
     original = sys.argv
     several = bool({"-m", "--multirun"} & set(overrides))
     if several:
@@ -149,6 +151,13 @@ def composed(config_name: str, arguments: list[str]) -> DictConfig:
     _register_resolvers()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return compose(config_name, spelled(config_name, arguments))
+
+
+def _take_the_mode_as_said() -> None:
+    """Hydra composes the whole config once more beforehand, only to see whether it names a mode other than -m."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.get_mode = lambda self, config_name, overrides: None
 
 
 def _leave_the_groups_out() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -27,8 +27,11 @@ def mitigate(cfg: DictConfig) -> None:
 
     methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
-    length = cfg.max_sequence_length
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, max_sequence_length=length)
+    denoiser = Denoiser.load(
+        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
+        max_sequence_length=cfg.max_sequence_length,
+    ).guided(cfg.guidance_scale)  # fmt: skip
+    sampling = replace(sampling, guidance_scale=denoiser.guidance_scale)
     judges = Judges(
         originals=None if keys is None else _originals(cfg, denoiser, keys),
         max_rmse=cfg.max_rmse,

@@ -33,7 +33,6 @@ def _varied() -> type:
 
 # sections that a class takes, though they name none
 TAKEN_BY = {
-    "train.score": "memtrain.training.score_memory.Scoring",
     "train.loss": "memtrain.training.objective.Objective",
     "study.prune": "memtrain.sweep.pruning.MedianRule",
 }
@@ -45,6 +44,7 @@ TYPES = {
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
     "trainer.num_nodes": int,
     "trainer.gradient_clip_val": float | None,
+    **{f"{command}.guidance_scale": float | None for command in ("detect", "explain", "mitigate", "evaluate")},
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
     **{f"{command}.max_sequence_length": int | None for command in ("detect", "explain", "mitigate", "evaluate")},

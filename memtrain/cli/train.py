@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # torch is imported when what can be refused without it has b
     from memtrain.models.adapters import Adapter
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.optimizers import OptimizerConfig
+    from memtrain.training.score_memory import Scoring
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +48,15 @@ def train(cfg: DictConfig) -> None:
     ckpt_path = _start(cfg, past)
     check_accelerator(cfg.trainer.accelerator, cfg.trainer.devices)
     pl.seed_everything(cfg.seed, verbose=False)
-    # rule, optimizer, adapter and callbacks are built at once, so their errors come before shards and weights are read
+    # what reads neither shards nor weights is built at once, so that its errors come first
     rule, optimizer = instantiate(cfg.exclusion), instantiate(cfg.optimizer)
-    adapter = instantiate(cfg.adapter)
+    adapter, scoring = instantiate(cfg.adapter), instantiate(cfg.score)
     adapter.check_quantization(cfg.model.get("quantization"))
     signals, looks = Signals(), _looks(cfg)
     guard = _guard(looks)
     check_reference(rule, cfg.reference.count)
     data = _data(cfg)
-    module = _module(cfg, rule, optimizer, adapter)
+    module = _module(cfg, rule, optimizer, adapter, scoring)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     check_disk(Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg))
     trainer = _trainer(cfg, [signals, *looks.values()], _loggers(cfg, past))
@@ -123,10 +124,11 @@ def _data(cfg: DictConfig) -> DataModule:
     return data
 
 
-def _module(cfg: DictConfig, rule: ExclusionRule, optimizer: OptimizerConfig, adapter: Adapter) -> DiffusionTraining:
+def _module(
+    cfg: DictConfig, rule: ExclusionRule, optimizer: OptimizerConfig, adapter: Adapter, scoring: Scoring
+) -> DiffusionTraining:
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.objective import Objective
-    from memtrain.training.score_memory import Scoring
 
     return DiffusionTraining(
         instantiate(cfg.model),
@@ -137,7 +139,7 @@ def _module(cfg: DictConfig, rule: ExclusionRule, optimizer: OptimizerConfig, ad
         resolution=cfg.data.resolution,
         reference_every=cfg.reference.every,
         reference_batch=cfg.reference.batch_size,
-        scoring=Scoring(**cfg.score),
+        scoring=scoring,
         ema_decay=cfg.ema.decay,
         max_bad_steps=cfg.max_bad_steps,
         objective=Objective(**cfg.loss),

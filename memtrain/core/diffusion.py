@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +76,8 @@ class NoiseProcess(nn.Module, ABC):
         """
 
     @abstractmethod
-    def draw_timestep(self, generator: torch.Generator) -> Tensor:
-        """A timestep to train on. () int64"""
+    def draw_timestep(self, generator: torch.Generator, latent_shape: Sequence[int] = ()) -> Tensor:
+        """A timestep to train on, for a picture whose latents are (C, H, W). () int64"""
 
 
 class DDPM(NoiseProcess):
@@ -133,7 +133,7 @@ class DDPM(NoiseProcess):
             return snr.clamp(max=gamma) / (snr + 1)
         return (gamma / snr).clamp(max=1)
 
-    def draw_timestep(self, generator: torch.Generator) -> Tensor:
+    def draw_timestep(self, generator: torch.Generator, latent_shape: Sequence[int] = ()) -> Tensor:
         return torch.randint(self.num_timesteps, (), generator=generator)
 
 
@@ -149,6 +149,7 @@ class RectifiedFlow(NoiseProcess):
         logit_mean, logit_std: of the normal draw.
         mode_scale: of `mode`, in [-1, 2 / (pi - 2)].
         shift: sigma <- shift sigma / (1 + (shift - 1) sigma): more noise for larger pictures (there, section 5.3.2).
+            A number, or what gives it for the (C, H, W) of a picture's latents.
 
     Raises:
         ValueError: a density that there is not, a scale or shift out of range.
@@ -163,7 +164,7 @@ class RectifiedFlow(NoiseProcess):
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         mode_scale: float = 1.29,
-        shift: float = 1.0,
+        shift: float | Callable[[Sequence[int]], float] = 1.0,
     ):
         super().__init__()
         if density not in DENSITIES:
@@ -171,7 +172,7 @@ class RectifiedFlow(NoiseProcess):
         if not -1 <= mode_scale <= 2 / (math.pi - 2):
             raise ValueError(f"model.mode_scale must be in [-1, {2 / (math.pi - 2):.2f}], got {mode_scale:g}")
         for name, value in (("logit_std", logit_std), ("shift", shift)):
-            if not value > 0:
+            if not callable(value) and not value > 0:
                 raise ValueError(f"model.{name} must be > 0, got {value:g}")
         self.num_timesteps, self.density = num_timesteps, density
         self.logit_mean, self.logit_std, self.mode_scale, self.shift = logit_mean, logit_std, mode_scale, shift
@@ -205,14 +206,15 @@ class RectifiedFlow(NoiseProcess):
         sigma = self.noise_level(timesteps)
         return torch.minimum((1 - sigma).square(), gamma * sigma.square())
 
-    def draw_timestep(self, generator: torch.Generator) -> Tensor:
+    def draw_timestep(self, generator: torch.Generator, latent_shape: Sequence[int] = ()) -> Tensor:
         if self.density == "logit_normal":
             sigma = torch.sigmoid(self.logit_mean + self.logit_std * torch.randn((), generator=generator))
         else:
             sigma = torch.rand((), generator=generator)
         if self.density == "mode":  # Esser et al. 2024, section 3.1
             sigma = 1 - sigma - self.mode_scale * (torch.cos(math.pi / 2 * sigma).square() - 1 + sigma)
-        sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        shift = self.shift(latent_shape) if callable(self.shift) else self.shift
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return (sigma * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)
 
 
@@ -243,7 +245,7 @@ def draw(
         generator = torch.Generator().manual_seed(place_seed(seed, stream, step, place))
         rows.append(
             (
-                process.draw_timestep(generator),
+                process.draw_timestep(generator, latent_shape),
                 torch.randn(*latent_shape, generator=generator),
                 torch.randn(*latent_shape, generator=generator),
                 torch.randn(channels, 1, 1, generator=generator),

@@ -30,7 +30,7 @@ class Observations:
     picture: Tensor  # (B,) int64, position of the first sample of its duplicates; its own where it has none
     copies: Tensor  # (B,) int64, how many samples of the corpus show the same picture
     timesteps: Tensor  # (B,) int64
-    score: Tensor  # (B,) float32, text-conditional magnitude; 0 where it is not known
+    score: Tensor  # (B,) float32, the score that the rule goes by; 0 where it is not known
     loss: Tensor  # (B,) float32, unweighted
     group: Tensor  # (B,) int64, TRAINED, CANARY, REFERENCE or SACRIFICED
     captioned: Tensor  # (B,) bool, False for dropped or empty captions and unreadable samples: they say nothing
@@ -38,11 +38,18 @@ class Observations:
     known: Tensor  # (B,) bool, the score was taken at this visit or is remembered from an earlier one
     score_timesteps: Tensor  # (B,) int64, where the score was taken; `timesteps`, unless it is remembered
     latent_numel: Tensor  # (B,) int64, elements of the sample's latents; they differ between aspect-ratio buckets
+    second_score: Tensor  # (B,) float32, the one that is taken beside it (score=both); 0 where none is
 
     @classmethod
     def of_visit(cls, *, timesteps: Tensor, scored: Tensor, **rest: Tensor) -> Observations:
         """Rows of which nothing is remembered: a score is known if it was taken now."""
+        rest = {"second_score": torch.zeros_like(rest["score"])} | rest
         return cls(timesteps=timesteps, scored=scored, known=scored, score_timesteps=timesteps, **rest)
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether a row's loss and scores are. (B,) bool"""
+        return (self.loss + self.score + self.second_score).isfinite()
 
     @staticmethod
     def concatenate(parts: list[Observations]) -> Observations:

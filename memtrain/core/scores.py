@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MAGNITUDE, ANCHORED = "magnitude", "anchored"
+SCORES = (MAGNITUDE, ANCHORED)  # that training takes
+
 
 def text_conditional_magnitude(noise_pred_cond: Tensor, noise_pred_null: Tensor) -> Tensor:
     """d = || eps(x_t, t, c) - eps(x_t, t, null) ||_2 per sample, in float32 (Wen et al., ICLR 2024, eq. 2).
@@ -26,6 +29,20 @@ def text_conditional_magnitude(noise_pred_cond: Tensor, noise_pred_null: Tensor)
             f"{tuple(noise_pred_cond.shape)} and {tuple(noise_pred_null.shape)}"
         )
     return (noise_pred_cond.float() - noise_pred_null.float()).flatten(1).norm(dim=1)  # (B,)
+
+
+def anchored_magnitude(noise_pred: Tensor, noise_pred_base: Tensor) -> Tensor:
+    """a = || eps_theta(x_t, t, c) - eps_base(x_t, t, c) ||_2 per sample: what a run has learnt about a caption.
+
+    Args:
+        noise_pred: (B, ...) noise predicted with the caption.
+        noise_pred_base: (B, ...) by the weights that the run began with, at the same x_t, t and caption. Both are
+            converted from other parameterisations first, as for `text_conditional_magnitude`, whose norm this is.
+
+    Returns:
+        (B,) float32; 0 before anything is learnt.
+    """
+    return text_conditional_magnitude(noise_pred, noise_pred_base)
 
 
 def anisotropy(

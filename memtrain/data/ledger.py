@@ -1,8 +1,9 @@
 """The ledger: what happened to every scored sample at every step, as Parquet parts that each rank writes.
 
-`ledger/rank0-000001.parquet`: step, key, duplicate_of, group, timestep, score, loss, threshold, kept. A part appears
-under its name when it is whole. Parts are closed when a checkpoint is made, so that what precedes the checkpoint is
-on disk; rows at or past the step that a run begins at are of one that was broken off later, and are removed.
+`ledger/rank0-000001.parquet`: step, key, duplicate_of, group, timestep, score, loss, threshold, kept; and with
+score=both the second score, by its name. A part appears under its name when it is whole. Parts are closed when a
+checkpoint is made, so that what precedes it is on disk; rows at or past the step that a run begins at are of one that
+was broken off later, and are removed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 
 from memtrain.core.exclusion import GROUP_NAMES
 from memtrain.core.files import written_aside
+from memtrain.core.scores import MAGNITUDE, SCORES
 from memtrain.core.streams import Stream, place_seeds
 from memtrain.data.escaping import as_text
 from memtrain.data.paths import check_ledger, ledger_parts
@@ -36,7 +38,7 @@ SCHEMA = pa.schema(
         ("duplicate_of", pa.string()),  # key of the first sample of the same picture; null where that is this one
         ("group", pa.string()),  # train, canary, sacrificed or reference
         ("timestep", pa.int16()),  # of this visit
-        ("score", pa.float32()),  # text-conditional magnitude; null where it was not taken at this visit
+        ("score", pa.float32()),  # that the rule goes by, see `About`; null where it was not taken at this visit
         ("loss", pa.float32()),
         ("threshold", pa.float32()),  # what the sample was held against, in the rule's own unit
         ("kept", pa.bool_()),  # trained on (reference: would have been)
@@ -52,6 +54,21 @@ class About:
 
     num_timesteps: int  # of the schedule
     sample: float  # share of the rows that was written
+    score: str = MAGNITUDE  # which one the column is
+    second: str | None = None  # the one that was taken beside it, and the column that it is in; None: there is none
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, and this."""
+        schema = SCHEMA if self.second is None else SCHEMA.append(pa.field(self.second, pa.float32()))
+        return schema.with_metadata({_ABOUT: json.dumps(self.__dict__).encode()})
+
+    def column(self, score: str) -> str:
+        """The column of one of the scores. Raises ValueError where it was not taken."""
+        columns = {self.score: "score"} | ({} if self.second is None else {self.second: self.second})
+        if score not in columns:
+            raise ValueError(f"the ledger has no {score} score, only {', '.join(columns)}; train with score=both")
+        return columns[score]
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,7 @@ class LedgerRows:
     loss: np.ndarray  # (N,) float32
     threshold: np.ndarray  # (N,) float32
     kept: np.ndarray  # (N,) bool
+    second_score: np.ndarray  # (N,) float32, taken beside the score; 0 where none was
 
     def __len__(self) -> int:
         return len(self.step)
@@ -97,8 +115,7 @@ class LedgerWriter:
     """
 
     def __init__(self, folder: Path, rank: int, key: Callable[[int], str], about: About):
-        self.folder, self.rank, self.key = folder, rank, key
-        self.schema = SCHEMA.with_metadata({_ABOUT: json.dumps(about.__dict__).encode()})
+        self.folder, self.rank, self.key, self.about = folder, rank, key, about
         self.number = max((number for number, of, _ in ledger_parts(folder) if of == rank), default=0)
         self.buffer: list[LedgerRows] = []
 
@@ -128,7 +145,9 @@ class LedgerWriter:
             rows.threshold,
             rows.kept,
         ]
-        return pa.table(columns, schema=self.schema)
+        if self.about.second is not None:
+            columns.append(pa.array(rows.second_score, mask=rows.second_score == 0))
+        return pa.table(columns, schema=self.about.schema)
 
     def _keys(self, positions: np.ndarray) -> pa.Array:
         """Sample keys of positions; null of -1. (n,)"""
@@ -139,6 +158,7 @@ class LedgerWriter:
 
 def _write(table: pa.Table, path: Path) -> None:
     """Write a part as small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
+    names = table.schema.names
     with written_aside(path) as aside:
         pq.write_table(
             table,
@@ -146,7 +166,7 @@ def _write(table: pa.Table, path: Path) -> None:
             compression="zstd",
             compression_level=9,
             use_dictionary=["step", "duplicate_of", "group", "timestep", "threshold"],
-            column_encoding={"score": "BYTE_STREAM_SPLIT", "loss": "BYTE_STREAM_SPLIT"},
+            column_encoding={name: "BYTE_STREAM_SPLIT" for name in ("score", "loss", *SCORES) if name in names},
         )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from memtrain.core.streams import Stream, place_seed
+from memtrain.models.anchors import AdapterOff, Anchor, FrozenCopies, exchanged
 from memtrain.models.base import DiffusionModel
+from memtrain.models.kohya_flux import without_name
 from memtrain.models.lora_files import ADAPTER, FORMATS, write_lora
 from memtrain.models.quantized import check_kind, compute_in
 
@@ -40,6 +42,10 @@ class Adapter:
 
     def insert(self, model: DiffusionModel, seed: int) -> None:
         """The same, whatever weights the model has, or none."""
+
+    def anchor(self, model: DiffusionModel) -> Anchor:
+        """What gives the model back the weights that it has now; called after `attach`, before it learns."""
+        return FrozenCopies(model)
 
     def prepare_frozen(self, dtype: torch.dtype) -> None:
         """Cast to the training precision what this has frozen."""
@@ -125,6 +131,14 @@ class LowRank(Adapter):
         names = (model.network_name, *(model.trainable_encoder_names if self.text_encoder else ()))
         networks = {name: getattr(model, name) for name in names}
         layers = targets(networks, self.target_modules)
+        names_kohya = "kohya" in self.formats and not self.merge
+        is_flux = isinstance(model.network, FluxTransformer2DModel)
+        nameless = without_name(layers[model.network_name]) if names_kohya and is_flux else None
+        if nameless is not None:
+            raise ValueError(
+                f"adapter.formats=kohya: diffusers reads no {nameless} from there; leave it out, or say "
+                "adapter.target_modules=attention"
+            )
         model.requires_grad_(False)
         for place, (name, network) in enumerate(networks.items()):
             self.give(network, layers[name], place_seed(seed, Stream.ADAPTER, 0, place))
@@ -138,10 +152,18 @@ class LowRank(Adapter):
                 "model.train_text_encoder=true trains all weights of the text encoder, and an adapter leaves them as "
                 "they are; say adapter.text_encoder=true for an adapter there, or adapter=none"
             )
-        if "kohya" in self.formats and not self.merge and model.network_name != "unet":
+        names_kohya = "kohya" in self.formats and not self.merge
+        is_flux = isinstance(model.network, FluxTransformer2DModel)
+        if names_kohya and model.network_name != "unet" and not is_flux:
             raise ValueError(
-                f"adapter.formats=kohya is written for UNets, and this model has a {model.network_name}; leave it out"
+                f"adapter.formats=kohya is written for UNets and Flux.1, and this model has a {model.network_name} of "
+                "another kind; leave it out"
             )
+        if self.text_encoder:
+            model.check_trains_text("adapter.text_encoder")
+
+    def anchor(self, model: DiffusionModel) -> Anchor:
+        return AdapterOff(list(self._networks))
 
     def give(self, network: nn.Module, layers: list[str], seed: int) -> None:
         """Give a network an adapter at these layers."""
@@ -175,23 +197,11 @@ class LowRank(Adapter):
     def export(self, model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
         """Write the adapter for `load_lora_weights`, or a whole pipeline that has it in its weights."""
         if self.merge:
-            with self._merged(model):
+            with exchanged(model, {name: merged(getattr(model, name)) for name in self._networks}):
                 model.export(folder, dtype)
         else:
             networks = {name: getattr(model, name) for name in self._networks}
             write_lora(type(model.pipeline()), networks, self.alpha / self.rank, folder, dtype, self.formats)
-
-    @contextlib.contextmanager
-    def _merged(self, model: DiffusionModel) -> Iterator[None]:
-        """Put copies with the adapter in their weights in the place of the networks, while the context lasts."""
-        own = {name: getattr(model, name) for name in self._networks}
-        for name, network in own.items():
-            setattr(model, name, merged(network))
-        try:
-            yield
-        finally:
-            for name, network in own.items():
-                setattr(model, name, network)
 
 
 class TrainedDropout(nn.Dropout):

@@ -42,6 +42,7 @@ class DiffusionModel(nn.Module, ABC):
 
     vae: Any  # of diffusers; None where a pipeline in hand has none: then there are no pictures
     scheduler: Any  # of diffusers, the pipeline's own
+    own_guidance_scale: ClassVar[float] = 7.5  # that an audit draws with unless told another
     noise_process: NoiseProcess  # its schedule lies where the model computes
     sampler: Sampler  # how pictures are drawn, in an audit and by `pipeline()`
 
@@ -77,12 +78,18 @@ class DiffusionModel(nn.Module, ABC):
 
     @property
     def tokenizers(self) -> list[Any]:
-        """Those of transformers, one a text encoder; the first is also `tokenizer`."""
+        """Those of transformers, one a text encoder."""
         return [getattr(self, name) for name in self.tokenizer_names]
 
     @property
+    def caption_tokenizer(self) -> Any:
+        """The one in whose tokens captions are cut, rewritten and explained; its `model_max_length` is how many of
+        them, special ones included, a caption may have."""
+        return self.tokenizers[0]
+
+    @property
     def aligned_encoders(self) -> list[tuple[Any, Any]]:
-        """Tokenizer and text encoder of those that cut a caption into the first one's tokens."""
+        """Tokenizer and text encoder of those that cut a caption into the tokens of `caption_tokenizer`."""
         return list(zip(self.tokenizers, self.text_encoders, strict=True))
 
     @property
@@ -110,7 +117,12 @@ class DiffusionModel(nn.Module, ABC):
         """Train the network that predicts, freeze the VAE, freeze or train the text encoders.
 
         See `memtrain.models.pretrained.from_pretrained`; modules of a pipeline in somebody's hand are not for this.
+
+        Raises:
+            ValueError: the family has no text encoder that can be trained.
         """
+        if train_text_encoder:
+            self.check_trains_text("model.train_text_encoder")
         self.text_encoder_is_trained, self.compiled = train_text_encoder, compile
         self.requires_grad_(False)
         for module in self.trained_modules():
@@ -126,6 +138,11 @@ class DiffusionModel(nn.Module, ABC):
         if compile:
             self.network.compile()
         self.train()
+
+    def check_trains_text(self, key: str) -> None:
+        """Raises ValueError where no text encoder is trained, whatever `key` says."""
+        if not self.trainable_encoder_names:
+            raise ValueError(f"{key}=true: the text encoder of a {type(self).__name__} stays as it is; leave it out")
 
     def freeze_unseen(self) -> None:
         """Freeze weights of trained modules that no prediction depends on: they have no gradient, and ranks would wait
@@ -182,8 +199,22 @@ class DiffusionModel(nn.Module, ABC):
     # ---- captions
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """(B, L) int64 of the first tokenizer; longer captions are cut, shorter ones padded."""
-        return self._tokens(captions, self.tokenizers[0]).input_ids
+        """(B, L) int64 of `caption_tokenizer`; longer captions are cut, shorter ones padded."""
+        return self._tokens(captions, self.caption_tokenizer).input_ids
+
+    def caption_pieces(self, caption: str) -> list[tuple[int, int, int]]:
+        """What the tokens of a caption stand for: (place among those that `tokenize` gives, first character, end).
+
+        Tokens that stand for no text, such as start and end, have none.
+        """
+        tokenizer = self.caption_tokenizer
+        found = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return [
+            (place, start, end)
+            for place, (token, (start, end)) in enumerate(zip(found.input_ids, found.offset_mapping, strict=True))
+            if token not in ends and end > start
+        ]
 
     def encode(self, captions: list[str]) -> Conditioning:
         """Captions as the stock pipeline encodes them, with a gradient where text encoders are trained."""
@@ -232,8 +263,11 @@ class DiffusionModel(nn.Module, ABC):
         with ExitStack() as stack:
             for encoder, part in zip(encoders, inputs_embeds.split(widths, dim=-1), strict=True):
                 given = part.to(encoder.dtype)
-                hook = encoder.get_input_embeddings().register_forward_hook(lambda *_, given=given: given)
-                stack.callback(hook.remove)
+                table = encoder.get_input_embeddings().weight  # of a T5 it is in two modules, one of which is called
+                for module in encoder.modules():
+                    if isinstance(module, nn.Embedding) and module.weight is table:
+                        hook = module.register_forward_hook(lambda *_, given=given: given)
+                        stack.callback(hook.remove)
             return self._encode(captions)
 
     def _tokens(self, captions: list[str], tokenizer: Any) -> Any:
@@ -252,8 +286,8 @@ class DiffusionModel(nn.Module, ABC):
     def cut_captions(self, max_sequence_length: int) -> None:
         """Have captions be of so many tokens, padding included, where the stock pipeline's call takes the number."""
         raise ValueError(
-            f"max_sequence_length={max_sequence_length} is of a T5's captions, and this {type(self).__name__} has "
-            "none; leave it out"
+            f"max_sequence_length={max_sequence_length} is for Stable Diffusion 3 with a T5, which this "
+            f"{type(self).__name__} is not; leave it out"
         )
 
     @property
@@ -285,11 +319,23 @@ class DiffusionModel(nn.Module, ABC):
     def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's forward."""
 
+    def guidance_weight(self, guidance_scale: float) -> float:
+        """w of a step along null + w (cond - null), where the stock pipeline is given this `guidance_scale`."""
+        return guidance_scale
+
     # ---- what comes of it
 
     @abstractmethod
     def pipeline(self) -> DiffusionPipeline:
         """A stock diffusers pipeline over the current weights (shared, not copied), which draws as `sampler` does."""
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """Start noise (B, C, H, W) as that pipeline takes its `latents`."""
+        return latents
+
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Scaled latents (B, C, H, W) of what that pipeline gives as `latent` for pictures of this size in px."""
+        return latents
 
     @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype) -> None:

@@ -14,8 +14,9 @@ class Conditioning:
     """What the network is told about B captions; a family leaves out what its network does not take."""
 
     hidden: Tensor  # (B, L, D) encoder_hidden_states
-    pooled: Tensor | None = None  # (B, P), Stable Diffusion XL
+    pooled: Tensor | None = None  # (B, P), Stable Diffusion XL and 3, Flux
     time_ids: Tensor | None = None  # (B, 6), Stable Diffusion XL: original size, crop, target size
+    guidance: Tensor | None = None  # (B,), Flux.1 dev: the guidance scale that it was distilled to draw with
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         """The same change made to all that there is."""
@@ -28,6 +29,12 @@ class Conditioning:
         """The same captions, of pictures of these sizes, (B, 6); as they are where nothing is told of sizes."""
         is_told = self.time_ids is not None and time_ids is not None
         return replace(self, time_ids=time_ids) if is_told else self
+
+    def guided(self, guidance_scale: float) -> Conditioning:
+        """The same captions at this guidance scale; as they are where the network is told of none."""
+        if self.guidance is None:
+            return self
+        return replace(self, guidance=torch.full_like(self.guidance, guidance_scale))
 
     def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
         """These rows where a mask (B,) is True, elsewhere those of another."""

@@ -49,6 +49,12 @@ FAMILIES = {
         optional=("text_encoder_3", "tokenizer_3"),
         left_out=dict(image_encoder=None, feature_extractor=None),
     ),
+    "FluxPipeline": Family(
+        "memtrain.models.flux.Flux",
+        ("transformer", *_PARTS[1:], "text_encoder_2", "tokenizer_2"),
+        left_out=dict(image_encoder=None, feature_extractor=None),
+    ),
+    "Flux2KleinPipeline": Family("memtrain.models.flux2_klein.Flux2Klein", ("transformer", *_PARTS[1:])),
 }
 
 

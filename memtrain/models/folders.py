@@ -1,4 +1,4 @@
-"""Folders that a config names as models. Imports nothing slow: a wrong one is said before torch is loaded."""
+"""Folders and files that a config names as models. Imports nothing slow: a wrong one is said before torch is loaded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class Kind:
 
 AUDITED = Kind(
     list(FAMILIES),
-    "model takes a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 diffusers folder or a hub id",
+    "model takes a Stable Diffusion 1.x, 2.x, XL, 3, 3.5, Flux.1 or Flux.2 Klein folder, hub id or .safetensors file",
 )
 ANY = "auto"  # model=auto: of whatever family the folder or hub id is
 LORA = "name a run's export/ that an adapter made, or a .safetensors file in diffusers' or kohya-ss' form"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 KOHYA_FILE = "kohya/lora.safetensors"  # in a folder of its own: diffusers would not know which of two to take
+FILE = ".safetensors"
+CONFIG = "model.config takes a diffusers folder or a hub id of the file's family"
 CLIP = "name a CLIP folder or hub id, or leave it out"
 
 
@@ -35,7 +37,8 @@ def trained(family: str) -> Kind:
     if not chosen:
         known = ", ".join(one.choice for one in FAMILIES.values())
         raise ValueError(f"model.family must be one of {ANY}, {known}, got {family}")
-    return Kind(chosen, f"model.pretrained takes a diffusers folder or a hub id, of a {' or '.join(chosen)}")
+    what = f"a diffusers folder, a hub id or a {FILE} file"
+    return Kind(chosen, f"model.pretrained takes {what}, of a {' or '.join(chosen)}")
 
 
 def check_family(said: str, name: str, kind: Kind) -> None:
@@ -57,8 +60,25 @@ def check_folder(key: str, source: str, remedy: str) -> None:
         raise ValueError(f"{key}={source}: no such folder; {remedy}")
 
 
-def check_pipeline(key: str, source: str, kind: Kind) -> None:
-    """Raises ValueError where `source` is meant as a path, and is no folder with a pipeline of this kind."""
+def is_file(source: str) -> bool:
+    """Whether this is meant as one file with a model's weights."""
+    return Path(source).suffix in (FILE, ".ckpt", ".pt", ".bin") or Path(source).expanduser().is_file()
+
+
+def check_pipeline(key: str, source: str, kind: Kind, config: str | None = None) -> None:
+    """Raises ValueError where `source` is meant as a path, and is no folder or file with a pipeline of this kind.
+
+    Args:
+        config: what describes a file.
+    """
+    if is_file(source):
+        check_file(key, source, kind)
+        if config is not None:
+            check_folder("model.config", config, CONFIG)
+            check_pipeline("model.config", config, Kind(kind.families, CONFIG))
+        return
+    if config is not None:
+        raise ValueError(f"model.config={config} describes a {FILE} file, and {key}={source} is none; leave it out")
     check_folder(key, source, kind.remedy)
     if not is_folder(source):
         return
@@ -76,6 +96,27 @@ def check_pipeline(key: str, source: str, kind: Kind) -> None:
     for part in FAMILIES[name].parts:
         if not (folder / part).is_dir():
             raise ValueError(f"{said} has no {part}/; {kind.remedy}")
+
+
+def check_file(key: str, source: str, kind: Kind) -> dict[str, list[int]]:
+    """The shapes of a file's tensors, by name. Raises ValueError where it is none, or holds an adapter."""
+    path, said = Path(source).expanduser(), f"{key}={source}"
+    if not path.is_file():
+        raise ValueError(f"{said}: no such file; {kind.remedy}")
+    if path.suffix != FILE:
+        raise ValueError(f"{said} is no {FILE} file, and others may run code when they are read; convert it")
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size:
+                raise ValueError
+            header = json.loads(file.read(size))
+            shapes = {name: list(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{said} cannot be read as {FILE}; fetch it again") from None
+    if shapes and all("lora" in name or name.endswith((".alpha", "dora_scale")) for name in shapes):
+        raise ValueError(f"{said} is an adapter, not a model; name its base there, and say lora={source}")
+    return shapes
 
 
 def check_lora(key: str, source: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedModel
 
 from memtrain.models.folders import KOHYA_FILE, check_lora
+from memtrain.models.kohya_flux import to_kohya
 
 ADAPTER = "default"  # peft's name of the adapter in training
 FORMATS = ("diffusers", "kohya")
@@ -50,9 +52,17 @@ def write_lora(
     if "kohya" in formats:
         from diffusers.utils import convert_state_dict_to_kohya
 
-        state = convert_state_dict_to_kohya(
-            {f"{name}.{key}": tensor for name, state in layers.items() for key, tensor in state.items()}
+        transformer = layers.pop("transformer", None)  # Flux.1's
+        state = (
+            convert_state_dict_to_kohya(
+                {f"{name}.{key}": tensor for name, state in layers.items() for key, tensor in state.items()}
+            )
+            if layers
+            else {}
         )
+        if transformer is not None:
+            whole: Any = networks["transformer"]
+            state |= to_kohya(transformer, lambda layer: whole.get_submodule(layer).out_features)
         if "text_encoder_2" not in networks:  # the only one of a model has no number
             state = {key.replace("lora_te1_", "lora_te_"): tensor for key, tensor in state.items()}
         (folder / KOHYA_FILE).parent.mkdir(parents=True, exist_ok=True)

@@ -12,24 +12,30 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from memtrain.models.families import FAMILIES
-from memtrain.models.folders import Kind, check_family, check_pipeline, is_folder
+from memtrain.models.folders import Kind, check_family, check_pipeline, is_file, is_folder
+from memtrain.models.single_files import load_single_file
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # a bar a file says nothing here
 
 
-def load_pipeline(source: str, kind: Kind, dtype: torch.dtype, *, key: str) -> DiffusionPipeline:
+def load_pipeline(
+    source: str, kind: Kind, dtype: torch.dtype, *, key: str, config: str | None = None
+) -> DiffusionPipeline:
     """A pipeline on the CPU, without safety checker, offline where `source` is a folder.
 
     Args:
-        source: a diffusers folder or a hub id.
+        source: a diffusers folder, a hub id or a .safetensors file.
         kind: the pipelines that will do.
         key: what the user called `source`; for errors.
+        config: of a file; see `memtrain.models.single_files.load_single_file`.
 
     Raises:
         ValueError: `source` is neither, or a pipeline of another family.
     """
-    check_pipeline(key, source, kind)
+    check_pipeline(key, source, kind, config)
+    if is_file(source):
+        return load_single_file(source, kind, dtype, key=key, config=config)
     local = is_folder(source)
     where = str(Path(source).expanduser()) if local else source
     try:

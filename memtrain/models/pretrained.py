@@ -7,6 +7,7 @@ import torch
 from memtrain.core.diffusion import RectifiedFlow
 from memtrain.models.base import DiffusionModel
 from memtrain.models.families import FAMILIES
+from memtrain.models.flux import Flux
 from memtrain.models.folders import Kind, trained
 from memtrain.models.pipelines import load_pipeline
 from memtrain.models.quantized import quantize
@@ -19,26 +20,31 @@ def from_pretrained(
     gradient_checkpointing: bool,
     channels_last: bool,
     compile: bool,
+    config: str | None = None,
     quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a model whose predicting network is trained and whose VAE is frozen.
 
     Args:
-        pretrained: diffusers folder or hub id.
+        pretrained: diffusers folder, hub id or .safetensors file.
         family: that it has to be of, by its choice in conf/model; auto: any.
         train_text_encoder: train the text encoders too; else they are frozen.
         gradient_checkpointing: recompute activations in backward; slower, far less memory.
         channels_last: the network's memory format that convolutions prefer on recent GPUs.
         compile: `torch.compile` the network, for each size of picture twice: once for the forward that is trained, of
             one batch size, and once for forwards without a gradient, of any. Pipelines sample without it.
+        config: of a file: a diffusers folder or hub id of its family, with configs, tokenizers and what the file lacks.
         quantization: hold the network's linear layers in so many bits, see `memtrain.models.quantized`; for an adapter.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained`.
     """
-    model = _load(pretrained, trained(family))
+    model = _load(pretrained, trained(family), config)
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
-    return _quantized(model, quantization)
+    if quantization is not None:
+        quantize(model.network, quantization)
+        model.quantization = quantization
+    return model
 
 
 def flow_from_pretrained(
@@ -53,13 +59,15 @@ def flow_from_pretrained(
     logit_std: float,
     mode_scale: float,
     shift: float | None,
+    config: str | None = None,
     max_sequence_length: int | None = None,
     quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a model on a rectified flow, as `from_pretrained` does, and say how sigma is drawn in training.
 
     Args:
-        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile, quantization: as there.
+        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile, config, quantization:
+            as there.
         density, logit_mean, logit_std, mode_scale: see `memtrain.core.diffusion.RectifiedFlow`.
         shift: see there; None is that of the pipeline's scheduler.
         max_sequence_length: tokens of a caption in T5, padding included; None is as the stock pipeline has it.
@@ -67,7 +75,8 @@ def flow_from_pretrained(
     Raises:
         ValueError: in one line, what is wrong with `pretrained` or the density.
     """
-    model = _load(pretrained, trained(family))
+    switches = train_text_encoder, gradient_checkpointing, channels_last, compile
+    model = from_pretrained(pretrained, family, *switches, config, quantization)
     if max_sequence_length is not None:
         try:
             model.cut_captions(max_sequence_length)
@@ -78,19 +87,55 @@ def flow_from_pretrained(
     model.noise_process = RectifiedFlow(
         own.num_timesteps, density, logit_mean, logit_std, mode_scale, own.shift if shift is None else shift
     )
-    model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
-    return _quantized(model, quantization)
-
-
-def _quantized(model: DiffusionModel, kind: str | None) -> DiffusionModel:
-    if kind is not None:
-        quantize(model.network, kind)
-        model.quantization = kind
     return model
 
 
-def _load(pretrained: str, kind: Kind) -> DiffusionModel:
-    pipeline = load_pipeline(pretrained, kind, torch.float32, key="model.pretrained")
+def flux_from_pretrained(
+    pretrained: str,
+    family: str,
+    train_text_encoder: bool,
+    gradient_checkpointing: bool,
+    channels_last: bool,
+    compile: bool,
+    density: str,
+    logit_mean: float,
+    logit_std: float,
+    mode_scale: float,
+    shift: float | None,
+    guidance: float,
+    config: str | None = None,
+    quantization: str | None = None,
+) -> DiffusionModel:
+    """Load a Flux, as `flow_from_pretrained` does, and say which guidance scale it is told in training.
+
+    Args:
+        guidance: with the caption and with the empty one; see `memtrain.models.flux.Flux`. The others: as there.
+
+    Raises:
+        ValueError: in one line, what is wrong with `pretrained`, the density or the guidance.
+    """
+    if guidance < 0:
+        raise ValueError(f"model.guidance must be >= 0, got {guidance:g}; 1 is usual in training")
+    switches = train_text_encoder, gradient_checkpointing, channels_last, compile
+    model = flow_from_pretrained(
+        pretrained,
+        family,
+        *switches,
+        density,
+        logit_mean,
+        logit_std,
+        mode_scale,
+        shift,
+        config,
+        quantization=quantization,
+    )
+    assert isinstance(model, Flux)
+    model.guidance = guidance
+    return model
+
+
+def _load(pretrained: str, kind: Kind, config: str | None) -> DiffusionModel:
+    pipeline = load_pipeline(pretrained, kind, torch.float32, key="model.pretrained", config=config)
     try:
         return FAMILIES[type(pipeline).__name__].load()(pipeline)
     except ValueError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +121,12 @@ class Euler(Sampler):
     Args:
         process: of the model.
         config: of the pipeline's scheduler: its shift, and what else shapes its sigmas.
-        options: of `FlowMatchEulerDiscreteScheduler.set_timesteps`, as the stock pipeline gives them: `mu`.
+        schedule: num_inference_steps -> what the stock pipeline gives `FlowMatchEulerDiscreteScheduler.set_timesteps`:
+            that number or `sigmas`, maybe `mu`.
     """
 
-    def __init__(self, process: RectifiedFlow, config: Mapping[str, Any], options: Mapping[str, Any]):
-        self.process, self.config, self.options = process, config, options
+    def __init__(self, process: RectifiedFlow, config: Mapping[str, Any], schedule: Callable[[int], dict[str, Any]]):
+        self.process, self.config, self.schedule = process, config, schedule
         self.scheduler = self.stock_scheduler()
 
     def stock_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
@@ -133,7 +134,7 @@ class Euler(Sampler):
 
     def timesteps(self, num_inference_steps: int) -> list[float]:
         """t = sigma T - 1, which is exact in float32."""
-        self.scheduler.set_timesteps(num_inference_steps, **self.options)
+        self.scheduler.set_timesteps(**self.schedule(num_inference_steps))
         return (self.scheduler.timesteps - 1).tolist()
 
     def step(
@@ -150,4 +151,5 @@ class Euler(Sampler):
 
     def identity(self) -> bytes:
         config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
-        return json.dumps({**config, **self.options}, sort_keys=True).encode()
+        options = {name: value for name, value in self.schedule(50).items() if name != "num_inference_steps"}
+        return json.dumps({**config, **options}, sort_keys=True).encode()

@@ -26,6 +26,7 @@ class StableDiffusion(DiffusionModel):
     network_name = "unet"
     text_encoder_names: tuple[str, ...] = ("text_encoder",)
     tokenizer_names: tuple[str, ...] = ("tokenizer",)
+    packing: ClassVar[int] = 1  # latents of a channel that the network takes as channels of one place
     unet: Any
     text_encoder: Any
     tokenizer: Any
@@ -40,12 +41,12 @@ class StableDiffusion(DiffusionModel):
     def _check_channels(self, name: str) -> None:
         """Raises ValueError where the network of a pipeline of this class name takes more or other than latents."""
         config: Any = self.network.config
-        if config.in_channels != config.out_channels:
+        if config.in_channels != (config.out_channels or config.in_channels):
             raise ValueError(f"this {name} takes a picture too (inpainting, upscaling)")
-        if self.vae is not None and self.vae.config.latent_channels != config.in_channels:
+        given = None if self.vae is None else self.vae.config.latent_channels * self.packing
+        if given not in (None, config.in_channels):
             raise ValueError(
-                f"the {self.network_name} of this {name} takes {config.in_channels} channels and its VAE gives "
-                f"{self.vae.config.latent_channels}"
+                f"the {self.network_name} of this {name} takes {config.in_channels} channels and its VAE gives {given}"
             )
 
     def _set_process(self, name: str) -> None:

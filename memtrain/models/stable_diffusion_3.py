@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 from torch.nn.functional import pad
 
-from memtrain.core.diffusion import RectifiedFlow
 from memtrain.models.conditioning import Conditioning
-from memtrain.models.samplers import Euler
-from memtrain.models.stable_diffusion import StableDiffusion
+from memtrain.models.flow_transformer import FlowTransformer
 
 T5_TOKENS = 256  # of a caption, as the stock pipeline cuts and pads it unless told otherwise
 MOST_T5_TOKENS = 512  # that it can be told
 
 
-class StableDiffusion3(StableDiffusion):
-    """Stable Diffusion 3 and 3.5. Pictures are encoded and exported as in Stable Diffusion; all else is its own.
+class StableDiffusion3(FlowTransformer):
+    """Stable Diffusion 3 and 3.5.
 
     A pipeline without T5 (`text_encoder_3` None) is told zeros in its place, as by the stock pipeline.
     """
 
     pipeline_class = StableDiffusion3Pipeline
-    network_name = "transformer"
     text_encoder_names: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     tokenizer_names: tuple[str, ...] = ("tokenizer", "tokenizer_2")
-    transformer: Any
     text_encoder_2: Any
     text_encoder_3: Any
     tokenizer_3: Any
@@ -41,22 +37,14 @@ class StableDiffusion3(StableDiffusion):
             self.tokenizer_names = (*self.tokenizer_names, "tokenizer_3")
         super().__init__(pipeline)
 
-    def _set_process(self, name: str) -> None:
-        scheduler = self.scheduler.config
-        if "FlowMatch" not in type(self.scheduler).__name__:
-            raise ValueError(f"this {name} has a {type(self.scheduler).__name__}, which is of no rectified flow")
-        self.noise_process = RectifiedFlow(scheduler.num_train_timesteps, shift=scheduler.shift)
-        self.sampler = Euler(self.noise_process, scheduler, self._shift())
+    def _tokens_of(self, latent_shape: Sequence[int]) -> int:
+        patch = self.transformer.config.patch_size
+        return (latent_shape[1] // patch) * (latent_shape[2] // patch)
 
-    def _shift(self) -> dict[str, float]:
-        """The shift that the stock pipeline makes of the size of its pictures, where its scheduler asks for one."""
-        config = self.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return {}
-        _, height, width = self.own_shape
-        patches = (height // self.transformer.config.patch_size) * (width // self.transformer.config.patch_size)
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return {"mu": calculate_shift(patches, *(config[name] for name in names))}
+    def _schedule(self, num_inference_steps: int) -> dict[str, Any]:
+        is_shifted = self.scheduler.config.get("use_dynamic_shifting")
+        mu = {"mu": self._mu(self.own_shape, num_inference_steps)} if is_shifted else {}
+        return {"num_inference_steps": num_inference_steps, **mu}
 
     # ---- pictures
 
@@ -75,16 +63,6 @@ class StableDiffusion3(StableDiffusion):
             if side > largest:
                 raise ValueError(f"{name} must be at most {largest} for this model, got {side}")
         return self.vae.config.latent_channels, height // self.scale_factor, width // self.scale_factor
-
-    def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        return (mean + std * noise - self._vae_shift) * self.vae.config.scaling_factor
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        return latents / self.vae.config.scaling_factor + self._vae_shift
-
-    @property
-    def _vae_shift(self) -> float:
-        return self.vae.config.shift_factor or 0.0
 
     # ---- captions and predictions
 

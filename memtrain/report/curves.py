@@ -8,6 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from memtrain.core.scores import SCORES
+
 COLOURS = {"canary": "#c0392b", "sacrificed": "#d98e04", "train": "#2c7fb8", "reference": "#6b7280"}
 LABELS = {
     "canary": "canaries",
@@ -50,7 +52,8 @@ _PANELS = (  # title, {column: (label, colour)}, y limits, band of quantiles
             "auc_live": (f"AUC, {_LIVE}", "#e59a91"),
             "tpr_at_1pct_fpr": (f"TPR at 1 % FPR, {_FIXED}", "#1f5f8b"),
             "tpr_at_1pct_fpr_live": (f"TPR at 1 % FPR, {_LIVE}", "#9cc4e0"),
-        },
+        }
+        | {f"{score}_auc_canary_vs_reference": (f"AUC of the {score} score, {_FIXED}", "#5b2a86") for score in SCORES},
         (-0.02, 1.02),
         None,
     ),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memtrain.core.scores import SCORES
 from memtrain.report.curves import LABELS
 from memtrain.report.ledger import BINS, LedgerView
 from memtrain.report.run import Run
@@ -71,6 +72,11 @@ def _single(run: Run) -> Iterable[FigureData]:
         _by_group(run, "score_high_noise"),
         "Where memorized samples stand above the others.",
     )
+    for score in SCORES:  # one that is taken beside the rule's
+        yield FigureData(
+            f"{score}-high-noise", f"The other score, {score}, at high noise, live", step, "score",
+            _by_group(run, f"{score}_score_high_noise"), "Taken beside the one that the rule goes by.",
+        )  # fmt: skip
     yield FigureData(
         "excluded", "Excluded share of visits", step, "share", _by_group(run, "excluded"),
         "Reference samples are never trained on: theirs is the share that would have been excluded.", y_min=0,
@@ -93,6 +99,13 @@ def _single(run: Run) -> Iterable[FigureData]:
             "auc_live": ("AUC, live, one draw", "reference"),
             "tpr_at_1pct_fpr": ("found at 1 % false positives, fixed draws", "canary"),
             "tpr_at_1pct_fpr_live": ("found at 1 % false positives, live", "sacrificed"),
+        } | {
+            f"{score}_{column}": (f"{name} of the {score} score", colour)
+            for score in SCORES
+            for column, name, colour in (
+                ("auc_canary_vs_reference", "AUC, fixed draws,", "ink"),
+                ("auc_live", "AUC, live,", "alarm"),
+            )
         }),
         "An AUC of 0.5 is chance.", y_min=0, y_max=1,
     )  # fmt: skip

@@ -61,7 +61,7 @@ class Accumulation:
         gradients = [p.grad for p in parameters if p.grad is not None]
         parts = zip(self._observed, self._valid, strict=True)
         # rows of this rank, of all micro-batches, whose numbers are not finite: (N,) bool
-        suspect = torch.cat([valid & ~(observed.loss + observed.score).isfinite() for observed, valid in parts])
+        suspect = torch.cat([valid & ~observed.finite for observed, valid in parts])
         reported = self.stops.report(suspect.any(), ~are_finite([strategy.own_part(g) for g in gradients]))
         # one sum over the ranks tells all there is: samples kept, samples decoded, and what each has to report
         keep_masks = torch.cat([decision.keep_mask for decision in self._decisions])

@@ -60,6 +60,7 @@ def measure(
     dtype: torch.dtype,
     gradient_checkpointing: bool,
     quantization: str | None = None,
+    anchored: bool = False,
     shards: int = 1,
 ) -> Memory:
     """What training this model holds on one GPU.
@@ -70,6 +71,7 @@ def measure(
         dtype: the training precision; what is trained is float32 whatever it is.
         gradient_checkpointing: as `make_trainable` was told.
         quantization: of the network's linear layers.
+        anchored: the anchored magnitude is scored, for which trained networks are copied where they have no adapter.
         shards: ranks that trained networks, gradients, optimizer and average are cut over; 1: each has all.
     """
     adapter.insert(model, seed=0)
@@ -81,6 +83,8 @@ def measure(
         name: _bytes(network.parameters()) // (shards if id(network) in cut else 1)
         for name, network in ((name, getattr(model, name)) for name in model.network_names)
     }
+    if anchored and type(adapter) is Adapter:
+        weights["frozen copies"] = sum(_bytes(network.parameters()) for network in model.trained_modules())
     if quantization is not None:
         weights[model.network_name] -= sum(
             layer.weight.numel() * layer.weight.element_size() - packed_bytes(layer.weight.shape, quantization)

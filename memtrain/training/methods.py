@@ -78,7 +78,7 @@ class CaptionRewriting(Method, ABC):
         for caption, generator in zip(captions, generators, strict=True):
             words = caption.split()
             if words and generator.random() < self.probability:
-                caption = " ".join(self.rewrite(words, generator, model.tokenizer))
+                caption = " ".join(self.rewrite(words, generator, model.caption_tokenizer))
             rewritten.append(caption)
         return rewritten
 

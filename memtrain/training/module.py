@@ -7,6 +7,7 @@ predict and score (predictor.py) -> exclude -> loss -> one optimizer step out of
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from memtrain.core import losses
 from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
+from memtrain.core.scores import ANCHORED, MAGNITUDE
 from memtrain.core.streams import Stream
 from memtrain.data.batches import Batch
 from memtrain.data.datamodule import data_of
@@ -38,6 +40,8 @@ from memtrain.training.score_memory import ScoreMemory, Scoring
 from memtrain.training.step_record import DecidedRows, StepRecord
 from memtrain.training.stops import Stops
 
+log = logging.getLogger(__name__)
+
 FROZEN_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -52,7 +56,7 @@ class DiffusionTraining(pl.LightningModule):
         seed: of noise, timesteps and caption dropout; a row's draws depend on (seed, step, place) alone.
         resolution: side of the pictures, px.
         objective: how captions, noise and losses are weighed.
-        scoring: which visits are scored.
+        scoring: how visits are scored, and which of them.
         reference_every: score reference samples after every k-th step.
         reference_batch: how many of them, over all ranks; None: half the global batch, if the rule needs them.
         ema_decay: of the averaged weights, with warm-up; 0 keeps no average, and neither does an optimizer that has one
@@ -89,10 +93,12 @@ class DiffusionTraining(pl.LightningModule):
         self.adapter = adapter or Adapter()
         self.adapter.check_quantization(model.quantization)
         self.adapter.attach(model, seed)
+        # before a checkpoint is loaded: a run that goes on compares with what it began with
+        self.anchor = self.adapter.anchor(model) if ANCHORED in scoring.kinds else None
         self.seed = seed
         self.latent_shape = model.latent_shape(resolution, resolution)
         self.objective, self.scoring = objective, scoring
-        self.predictor = Predictor(model, method, objective, seed)
+        self.predictor = Predictor(model, method, objective, seed, scoring, self.anchor)
         self.memory: ScoreMemory | None = None
         self.reference = ReferenceSet(reference_every, reference_batch)
         self.ema = AveragedWeights(0.0 if optimizer.averages else ema_decay)
@@ -154,6 +160,8 @@ class DiffusionTraining(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.ema.to(self.device)
+        if self.anchor is not None:
+            log.info("the anchored score compares with the weights that the run began with: %s", self.anchor.cost())
         if self.scoring.every and self.reference_size == 0:
             say_unscored(len(data_of(self.trainer).groups.reference))
 
@@ -278,9 +286,31 @@ class DiffusionTraining(pl.LightningModule):
             "exclusion": self.exclusion.state_dict(),
             "scores": self.memory.state_dict() if self.memory else None,
             "ema": self.ema.state_dict(),
-            "base": self.adapter.base,
+            "base": self._base,
+            "rule_score": self.scoring.rule,
             **self.accumulation.state_dict(),
         }
+
+    @property
+    def _base(self) -> dict[str, str]:
+        """A hash of the weights of each network that a run must begin with to go on with this one's checkpoints."""
+        return {**self.adapter.base, **(self.anchor.fingerprint if self.anchor else {})}
+
+    def _check_base(self, base: dict[str, str]) -> None:
+        """Raises ValueError where a checkpoint's base is another than this run's."""
+        other = [name for name, own in self._base.items() if base.get(name) != own]
+        if not other:
+            return
+        if self.anchor and not base:
+            raise ValueError(
+                "the checkpoint's run took no anchored score, so it does not say what its base was, which that score "
+                "compares with; go on with score=magnitude"
+            )
+        whose = "of an adapter for another base" if self.adapter.base else "scored against another base"
+        raise ValueError(
+            f"the checkpoint is {whose}, whose {', '.join(other)} had other weights; name that base with "
+            "model.pretrained="
+        )
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -289,11 +319,12 @@ class DiffusionTraining(pl.LightningModule):
             lacking = missing[0] if missing else "memtrain's state"
             raise ValueError(f"ckpt_path is not a checkpoint of this model: it lacks {lacking}")
         state = checkpoint["memtrain"]
-        other = [name for name, own in self.adapter.base.items() if state.get("base", {}).get(name) != own]
-        if other:
+        self._check_base(state.get("base", {}))
+        rule_score = state.get("rule_score", MAGNITUDE)
+        if rule_score != self.scoring.rule and self.exclusion.needs_score:
             raise ValueError(
-                f"the checkpoint is of an adapter for another base, whose {', '.join(other)} had other weights; name "
-                "that base with model.pretrained="
+                f"the checkpoint's exclusion rule went by score.rule={rule_score}, whose scores are no measure for "
+                f"those of {self.scoring.rule}; resume with score={rule_score}, or score=both score.rule={rule_score}"
             )
         self.exclusion.load_state_dict(state["exclusion"])
         if self.memory and state["scores"]:

@@ -1,14 +1,15 @@
 """What the model says of samples: their draws, their encoded captions, the loss of the prediction and its score.
 
-encode -> noise -> predict with the caption -> predict with the empty caption -> score
+encode -> noise -> predict with the caption -> predict with the empty caption, or by the run's base -> score
 
 Training, validation and the reference set share it. It knows no trainer: the step and the rank's rows are arguments.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,18 +18,42 @@ from torch import Tensor
 from memtrain.core import diffusion, losses
 from memtrain.core.diffusion import Draws
 from memtrain.core.exclusion import Observations
-from memtrain.core.scores import text_conditional_magnitude
+from memtrain.core.scores import ANCHORED, anchored_magnitude, text_conditional_magnitude
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.batches import Batch
+from memtrain.models.anchors import Anchor
 from memtrain.models.base import DiffusionModel
 from memtrain.models.conditioning import Conditioning
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
+from memtrain.training.score_memory import Scoring
 from memtrain.training.stopwatch import Stopwatch
 
 # (B,) first samples of the rows' pictures, (B,) timesteps, (B,) whose caption is not empty -> (B,) bool on the CPU,
 # which rows are scored; None: all of them
 Due = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Told:
+    """B captions as the networks are told them, and as the networks that the run began with are."""
+
+    own: Conditioning
+    base: Conditioning  # the same, but where text encoders are trained
+
+    def map(self, change: Callable[[Conditioning], Conditioning]) -> Told:
+        """The same change made to both."""
+        own = change(self.own)
+        return Told(own, own if self.base is self.own else change(self.base))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came of B predictions, (B,) float32 each."""
+
+    loss: Tensor  # with a graph
+    score: Tensor  # that the exclusion rule goes by; 0 where it was not taken
+    second_score: Tensor  # that is taken beside it; 0 where none is
 
 
 class Predictor:
@@ -39,11 +64,22 @@ class Predictor:
         method: what is done to captions and embeddings.
         objective: how captions and noise are weighed.
         seed: of noise, timesteps and caption dropout; a row's draws depend on (seed, step, place) alone.
+        scoring: which scores are taken.
+        anchor: gives the model its base back; needed for the anchored score alone.
     """
 
-    def __init__(self, model: DiffusionModel, method: Method, objective: Objective, seed: int):
+    def __init__(
+        self,
+        model: DiffusionModel,
+        method: Method,
+        objective: Objective,
+        seed: int,
+        scoring: Scoring,
+        anchor: Anchor | None,
+    ):
         self.model, self.method, self.objective, self.seed = model, method, objective, seed
-        self.scoring_time = Stopwatch()  # of the forward pass with the empty caption, and of the reference set
+        self.scoring, self.anchor = scoring, anchor
+        self.scoring_time = Stopwatch()  # of the forward passes that scores take, and of the reference set
 
     @property
     def device(self) -> torch.device:
@@ -67,23 +103,25 @@ class Predictor:
         mean, std = self.model.encode_posterior(batch.images) if cached is None else cached.unbind(1)
         draws = self.draw(stream, step, batch.place.tolist(), mean.shape[1:])
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
-        conditioning, has_caption = self._caption(batch, draws, step, stream)
+        told, has_caption = self._caption(batch, draws, step, stream)
 
         noise = draws.noise + self.objective.noise_offset * draws.offset_noise  # (B, C, h, w) + (B, C, 1, 1)
         rows_due = None if due is None else due(batch.picture, draws.timesteps, has_caption)
-        loss, score = self.predict_and_score(latents, noise, draws.timesteps, conditioning, rows_due)
+        found = self.predict_and_score(latents, noise, draws.timesteps, told, rows_due)
 
         captioned = has_caption.to(self.device) & batch.valid
         # rows that are not due have a score of 0, and so have those at which no caption could change a thing:
-        # v-prediction where abar_t = 0, words that the tokenizer does not know. None of them says anything
-        scored = captioned & (score != 0)
-        return loss, Observations.of_visit(
+        # v-prediction where abar_t = 0, words that the tokenizer does not know; an anchored score where nothing is
+        # learnt yet. None of them says anything
+        scored = captioned & (found.score != 0)
+        return found.loss, Observations.of_visit(
             sample_index=batch.sample_index,
             picture=batch.picture,
             copies=batch.copies,
             timesteps=draws.timesteps,
-            score=torch.where(scored, score, 0.0),
-            loss=loss.detach(),
+            score=torch.where(scored, found.score, 0.0),
+            second_score=torch.where(captioned, found.second_score, 0.0),
+            loss=found.loss.detach(),
             group=batch.group,
             captioned=captioned,
             scored=scored,
@@ -95,8 +133,16 @@ class Predictor:
         process = self.model.noise_process
         return diffusion.draw(self.seed, stream, step, places, latent_shape, process).to(self.device)
 
-    def _caption(self, batch: Batch, draws: Draws, step: int, stream: Stream) -> tuple[Conditioning, Tensor]:
-        """What the network is told about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
+    def encode(self, captions: list[str], encode: Callable[[list[str]], Conditioning]) -> Told:
+        """Captions as the model's text encoders give them by this function of its, and as those of its base do."""
+        own = encode(captions)
+        if self.anchor is None or not self.model.text_encoder_is_trained:
+            return Told(own, own)
+        with torch.no_grad(), self.scoring_time.running(self.device), self.anchor.in_place(self.model):
+            return Told(own, encode(captions))
+
+    def _caption(self, batch: Batch, draws: Draws, step: int, stream: Stream) -> tuple[Told, Tensor]:
+        """What the networks are told about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
         trained = stream == Stream.TRAIN
         dropout = self.objective.caption_dropout if trained else 0.0
         method = Stream.METHOD if trained else Stream.REFERENCE_METHOD
@@ -111,42 +157,68 @@ class Predictor:
         # embeddings of a cache serve where they are what the text encoder would give
         if batch.hidden is not None and not self.model.text_encoder_is_trained and not self.method.rewrites:
             null = self.model.null(len(captions)).map(Tensor.float)
-            conditioning = replace(null, hidden=batch.hidden, pooled=batch.pooled).where(captioned, null)
+            own = replace(null, hidden=batch.hidden, pooled=batch.pooled).where(captioned, null)
+            told = Told(own, own)
         else:
-            conditioning = self.model.encode_or_null(captions)
-        hidden = self.method.embeddings(conditioning.hidden, captioned, generators)
-        return replace(conditioning, hidden=hidden).sized(batch.sizes), has_caption
+            told = self.encode(captions, self.model.encode_or_null)
+
+        def embedded(conditioning: Conditioning, generators: list[np.random.Generator]) -> Conditioning:
+            hidden = self.method.embeddings(conditioning.hidden, captioned, generators)
+            return replace(conditioning, hidden=hidden).sized(batch.sizes)
+
+        again = copy.deepcopy(generators) if told.base is not told.own else None  # for the same draws
+        own = embedded(told.own, generators)
+        return Told(own, own if again is None else embedded(told.base, again)), has_caption
 
     def predict_and_score(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning, due: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Loss, with a graph, and text-conditional magnitude, without one; both (B,) float32.
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, told: Told, due: Tensor | None = None
+    ) -> Prediction:
+        """Loss, with a graph, and scores, without one.
 
-        The second forward pass shares x_t and t with the first and sees the empty caption.
+        Each score is of one more forward pass, which shares x_t and t with the first: with the empty caption, or with
+        the same one by the weights that the run began with.
 
         Args:
             latents, noise: (B, C, h, w), of which x_t is made.
             timesteps: (B,) int64.
-            conditioning: the B encoded captions.
-            due: (B,) bool, on the CPU; only these rows have a second forward pass, the others' score is 0.
+            told: the B encoded captions.
+            due: (B,) bool, on the CPU; only these rows have more forward passes, the others' scores are 0.
         """
         model = self.model
         noisy = model.noise_process.add_noise(latents, noise, timesteps)
-        prediction = model.predict(noisy, timesteps, conditioning)
+        prediction = model.predict(noisy, timesteps, told.own)
         loss = losses.denoising_loss(prediction, model.noise_process.target(latents, noise, timesteps))
         with torch.no_grad(), self.scoring_time.running(noisy.device):
             if due is None:
-                return loss, self._score(noisy, timesteps, prediction, conditioning)
-            score = torch.zeros_like(loss)
+                return Prediction(loss, *self._scores(noisy, timesteps, prediction, told))
+            scores = loss.new_zeros(2, len(loss))
             rows = due.nonzero()[:, 0].to(noisy.device)  # (D,), D of the B rows
             if len(rows):  # a UNet cannot have a batch of none
-                score[rows] = self._score(noisy[rows], timesteps[rows], prediction[rows], conditioning.index(rows))
-            return loss, score
+                told = told.map(lambda conditioning: conditioning.index(rows))
+                scores[:, rows] = self._scores(noisy[rows], timesteps[rows], prediction[rows], told)
+            return Prediction(loss, *scores)
 
-    def _score(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor, conditioning: Conditioning) -> Tensor:
-        """Text-conditional magnitude of B rows, given the prediction (B, C, h, w) with their captions. (B,)"""
+    def _scores(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor, told: Told) -> Tensor:
+        """The rule's score and the second one of B rows, given the prediction (B, C, h, w) with their captions. (2, B)
+
+        The second one is 0 where there is none.
+        """
+        noise_pred = self.model.to_noise(prediction.detach().float(), noisy, timesteps)
+        taken = [
+            self._score(kind, noise_pred, noisy, timesteps, told)
+            for kind in (self.scoring.rule, self.scoring.second)
+            if kind is not None
+        ]
+        return torch.stack([*taken, torch.zeros_like(taken[0])][:2])
+
+    def _score(self, kind: str, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor, told: Told) -> Tensor:
+        """One score of B rows, given the noise (B, C, h, w) predicted with their captions. (B,)"""
         model = self.model
-        null = model.null(len(noisy)).sized(conditioning.time_ids)  # of the same pictures
+        if kind == ANCHORED:
+            assert self.anchor is not None
+            with self.anchor.in_place(model):
+                base = model.predict(noisy, timesteps, told.base)
+            return anchored_magnitude(noise_pred, model.to_noise(base.float(), noisy, timesteps))
+        null = model.null(len(noisy)).sized(told.own.time_ids)  # of the same pictures
         null_prediction = model.predict(noisy, timesteps, null)
-        cond, uncond = (model.to_noise(p.float(), noisy, timesteps) for p in (prediction.detach(), null_prediction))
-        return text_conditional_magnitude(cond, uncond)
+        return text_conditional_magnitude(noise_pred, model.to_noise(null_prediction.float(), noisy, timesteps))

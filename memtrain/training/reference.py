@@ -86,7 +86,7 @@ class ReferenceSet:
         ):
             batch = self._batch(trainer, predictor.model, step, number, size).to(predictor.device)
             _, observed = predictor.visit(batch, step, Stream.REFERENCE_ROW)
-        finite = (observed.loss + observed.score).isfinite()
+        finite = observed.finite
         self._report(data_of(trainer), step, observed.sample_index[batch.valid & ~finite].tolist())
         return only_finite(observed), batch.valid & finite
 

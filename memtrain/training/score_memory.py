@@ -8,29 +8,45 @@ import torch
 from torch import Tensor
 
 from memtrain.core.exclusion import Observations
+from memtrain.core.scores import MAGNITUDE, SCORES
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Which visits are scored; the others act on the sample's last score.
+    """How visits are scored, and which of them; the others act on the sample's last score.
 
     Args:
+        kinds: the scores that are taken, of `magnitude` and `anchored`.
+        rule: the one of them that the exclusion rule goes by, and all else that acts on a single one.
         every: score at every k-th optimizer step; 0 never, for rules that need no score.
         every_visits: score a sample at every k-th of its visits, 1 to 255.
         timesteps: score only where lo <= t < hi; None: everywhere.
     """
 
+    kinds: tuple[str, ...] = (MAGNITUDE,)
+    rule: str = MAGNITUDE
     every: int = 1
     every_visits: int = 1
     timesteps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or not set(self.kinds) <= set(SCORES):
+            raise ValueError(f"score.kinds must be some of {', '.join(SCORES)}, got {list(self.kinds)}")
+        if self.rule not in self.kinds:
+            raise ValueError(
+                f"score.rule must be one of score.kinds={list(self.kinds)}, got {self.rule}; score=both takes both"
+            )
         if self.every < 0:
             raise ValueError(f"score.every must be >= 0, got {self.every}; 0 is never")
         if not 1 <= self.every_visits <= 255:
             raise ValueError(f"score.every_visits must be in 1 to 255, got {self.every_visits}")
         if self.timesteps is not None and not (len(self.timesteps) == 2 and 0 <= self.timesteps[0] < self.timesteps[1]):
             raise ValueError(f"score.timesteps must be [lo, hi] with 0 <= lo < hi, got {list(self.timesteps)}")
+
+    @property
+    def second(self) -> str | None:
+        """The score that is taken beside that of the rule; None: there is none."""
+        return next((kind for kind in self.kinds if kind != self.rule), None)
 
     @property
     def remembers(self) -> bool:

@@ -115,10 +115,11 @@ def are_finite(gradients: list[Tensor]) -> Tensor:
 
 def only_finite(observed: Observations) -> Observations:
     """Rows as they are, but for those that are not finite: they say nothing, and enter no curve, rule or ledger."""
-    finite = (observed.loss + observed.score).isfinite()
+    finite = observed.finite
     return replace(
         observed,
         score=torch.where(finite, observed.score, 0.0),
+        second_score=torch.where(finite, observed.second_score, 0.0),
         loss=torch.where(finite, observed.loss, 0.0),
         captioned=observed.captioned & finite,
         scored=observed.scored & finite,

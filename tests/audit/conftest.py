@@ -1,5 +1,7 @@
 """Tiny pipelines in hand, of both families."""
 
+from pathlib import Path
+
 import pytest
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -7,6 +9,11 @@ from memtrain.audit.denoiser import Denoiser
 from tests.support.families import stable_diffusion, stable_diffusion_xl
 
 PROMPTS = ["fox on a teal background", "<script>alert('x')</script>", "two-hump camel on a white background"]
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(deep_folder) -> Path:
+    return deep_folder
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def test_from_zero_signal_the_path_is_the_stock_pipelines_and_v_itself_is_compar
     own = stable_diffusion(pipelines["v_prediction"])
     own.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     own.scheduler = DDIMScheduler.from_config(own.scheduler.config, clip_sample=False)
-    found, latents = Denoiser.of(own), torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    found, latents = Denoiser.of(own), torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected, end = stock_predictions(own, PROMPTS, latents, 4, 7.5)
     path = SamplingPath(found, latents, found.encode(PROMPTS), 7.5, 4)
     with torch.no_grad():
@@ -119,8 +119,8 @@ def test_attention_is_read_without_a_trace(denoiser):
             watched = denoiser.predict_pair(latents, 500, cond, null)
     assert torch.equal(plain.cond, watched.cond) and torch.equal(plain.null, watched.null)
     torch.testing.assert_close(seen.token_means().sum(dim=1), torch.ones(2))  # probabilities
-    end_map = seen.end_map(16, 16)
-    assert end_map.shape == (2, 16, 16) and (end_map > 0).all() and (end_map < 1).all()
+    end_map = seen.end_map(8, 8)
+    assert end_map.shape == (2, 8, 8) and (end_map > 0).all() and (end_map < 1).all()
     assert unet.__dict__.keys() == before.keys() and dict(unet.attn_processors) == processors
     assert not any(module._forward_hooks for module in unet.modules())
 

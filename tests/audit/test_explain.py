@@ -34,7 +34,7 @@ def test_token_significance_equals_a_finite_difference(pipelines, prediction_typ
     norms, scores = token_gradients(denoiser, [PROMPT], [1], ScoredPath((0,), 4, 7.5))
     (gradient,) = torch.autograd.grad(score(embeds.requires_grad_(True)), embeds)
     assert scores.item() == pytest.approx(score(embeds).item(), rel=1e-4)
-    for token in words_of(PROMPT, denoiser.model.tokenizer)[0].tokens:
+    for token in words_of(PROMPT, denoiser.model.caption_pieces(PROMPT))[0].tokens:
         direction = torch.zeros_like(embeds)
         direction[:, token] = gradient[:, token] / gradient[:, token].norm()
         step = 0.02 / gradient[:, token].norm()  # d moves by about 0.04, far above rounding
@@ -52,17 +52,19 @@ def test_pieces_are_joined_and_start_end_and_padding_left_out(denoiser):
     ends = (denoiser.model.tokenizer.bos_token_id, denoiser.model.tokenizer.eos_token_id)
     assert shown == [place for place, token in enumerate(ids.tolist()) if token not in ends]
     own = {token.position: token.significance for token in explanation.tokens}
-    for word, found in zip(words_of(PROMPT, denoiser.model.tokenizer), explanation.words, strict=True):
+    for word, found in zip(words_of(PROMPT, denoiser.model.caption_pieces(PROMPT)), explanation.words, strict=True):
         parts = [own[place] for place in word.tokens]
         assert max(parts) * 0.999 <= found.significance <= sum(parts) * 1.001  # a norm over the pieces
 
 
 def test_words_of_odd_prompts(denoiser):
-    tokenizer = denoiser.model.tokenizer
-    assert words_of("", tokenizer) == words_of("   ", tokenizer) == []
-    odd = words_of("don't-stop, 狐 café!", tokenizer)
+    def words_in(prompt):
+        return words_of(prompt, denoiser.model.caption_pieces(prompt))
+
+    assert words_in("") == words_in("   ") == []
+    odd = words_in("don't-stop, 狐 café!")
     assert [word.text for word in odd] == ["don't-stop", ",", "狐", "café", "!"]
-    long = words_of("fox " * 60, tokenizer)
+    long = words_in("fox " * 60)
     assert len(long) == 60 and long[0].tokens and not long[-1].tokens  # beyond what the text encoder reads
     assert explain(denoiser, "fox " * 60, num_images_per_prompt=1, **FEW).words[-1].significance is None
 

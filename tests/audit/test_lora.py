@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.detect.anchored import Anchored
 from memtrain.audit.detect.detection import SCORE_NAMES, detect
 from memtrain.cli.main import main
 from memtrain.models.lora_files import load_lora, write_lora
@@ -46,7 +47,7 @@ def plain_loop(pipeline, prompt: str, seed: int) -> list[float]:
     hook = pipeline.unet.register_forward_hook(
         lambda unet, inputs, output: found.append((output[0][1] - output[0][0]).norm().item())
     )
-    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     pipeline(prompt, latents=start, num_inference_steps=4, guidance_scale=7.5, output_type="latent")
     hook.remove()
     return found[:2]
@@ -129,3 +130,45 @@ def test_an_adapter_for_another_family_is_named_by_its_first_key(xl_pipeline, ex
         assert detect(own, ["fox"], **SHORT).scores == pytest.approx(detect(xl_pipeline, ["fox"], **SHORT).scores)
         with pytest.raises(ValueError, match=r"lora=.*does not fit: .*; it was made for another base"):
             Denoiser.load(exported[1], "cpu", lora=str(source))
+
+
+def anchored_loop(pipeline, base, prompt: str, seed: int) -> list[float]:
+    """||noise predicted by the pipeline - by the base||, both with the prompt, at the pipeline's first two steps."""
+    found, states = (
+        [],
+        base.text_encoder(base.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids)[0],
+    )
+
+    def compare(unet, inputs, output):
+        with torch.no_grad():
+            found.append((output[0][1] - base.unet(inputs[0][1:], inputs[1], states).sample[0]).norm().item())
+
+    hook = pipeline.unet.register_forward_hook(compare)
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    pipeline(prompt, latents=start, num_inference_steps=4, guidance_scale=7.5, output_type="latent")
+    hook.remove()
+    return found[:2]
+
+
+def test_the_anchored_score_is_the_distance_to_the_pipeline_without_it(pipeline_folder, exported, with_lora, pipeline):
+    own = Denoiser.of(with_lora)
+    expected = [[anchored_loop(with_lora, pipeline, p, seed) for seed in generation_seeds(p, 2, 0)] for p in PROMPTS]
+    found = detect(own, PROMPTS, scores=[Anchored.without_adapter(own)], **SHORT)
+    np.testing.assert_allclose(found.steps["anchored"], expected, atol=1e-5, rtol=1e-5)
+    assert found.evaluations == 2 * (2 * 2 + 2)  # a generation and step: the pair, and one more
+    merged = Denoiser.load(str(exported[1]), "cpu")  # the same, of a whole model and its base
+    found = detect(merged, PROMPTS, scores=[Anchored.against(pipeline), "magnitude"], **SHORT)
+    np.testing.assert_allclose(found.steps["anchored"], expected, atol=1e-4, rtol=1e-4)
+    assert detect(pipeline, PROMPTS[:1], scores=[Anchored.against(pipeline)], **SHORT).scores < 1e-4
+
+
+def test_the_command_takes_a_base_or_the_adapter_off(pipeline_folder, exported, corpus, tmp_path, capsys):
+    lora, merged = exported
+    found = audit("detect", pipeline_folder, corpus, tmp_path / "off", f"lora={lora}", "scores=[anchored]")
+    against = audit("detect", merged, corpus, tmp_path / "base", f"base={pipeline_folder}", "scores=[anchored]")
+    np.testing.assert_allclose(found, against, atol=1e-4, rtol=1e-4)
+    assert min(found) > 1e-2
+    model = f"model={pipeline_folder}", f"prompts={tmp_path}/off.txt", f"out={tmp_path}/none"
+    assert "say base=FOLDER or lora=PATH" in fails(capsys, "detect", *model, "scores=[anchored]")
+    assert "base=/nowhere: no such" in fails(capsys, "detect", *model, "scores=[anchored]", "base=/nowhere")
+    assert "is for the anchored score" in fails(capsys, "detect", *model, f"base={merged}")

@@ -52,10 +52,10 @@ def test_guidance_that_is_set_counts_from_this_step_on(denoiser, whole):
     path = path_of(denoiser)
     for step in path:
         if step.index == 1:
-            path.guidance_scale = torch.tensor([3.0, 0.0, 3.0]).reshape(-1, 1, 1, 1)  # the second row: none
+            path.weight = torch.tensor([3.0, 0.0, 3.0]).reshape(-1, 1, 1, 1)  # the second row: none
     unguided = path_of(denoiser)
     for step in unguided:
-        unguided.guidance_scale = 0.0 if step.index >= 1 else 3.0
+        unguided.weight = 0.0 if step.index >= 1 else 3.0
     assert torch.equal(path.latents[[0, 2]], whole[1][[0, 2]])
     torch.testing.assert_close(path.latents[1], unguided.latents[1])
     assert not torch.equal(path.latents[1], whole[1][1])

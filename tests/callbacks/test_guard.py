@@ -33,7 +33,8 @@ def quick(corpus, pipeline, tmp_path) -> list[str]:
 
 
 def test_no_canary_need_be_shown(pipeline_folder, corpus, tmp_path):
-    main([*quick(corpus, pipeline_folder, tmp_path), "callbacks.copies.shown=0"])
+    few = ("callbacks.copies.shown=0", "callbacks.copies.reference=2", "callbacks.memorized_table=null")
+    main([*small(corpus, pipeline_folder, tmp_path), *few, "trainer.max_steps=2"])
     run = tmp_path / "runs/demo/one"
     assert not (run / "samples.png").exists()
     assert {path.name for path in run.iterdir()} >= {"export", "summary.json", "curves.png", "grids", "report.html"}
@@ -145,8 +146,8 @@ def test_what_would_fail_in_the_end_is_refused_at_the_start(pipeline_folder, cor
 def test_two_ranks_go_on_where_the_first_cannot_draw(forks, pipeline_folder, corpus, tmp_path):
     run = tmp_path / "runs/demo/one"
     (run / "samples.png").mkdir(parents=True)
-    (run / "grids/step-000002.png").mkdir(parents=True)
-    settings = quick(corpus, pipeline_folder, tmp_path)
+    (run / "grids/step-000001.png").mkdir(parents=True)
+    settings = [*quick(corpus, pipeline_folder, tmp_path), "trainer.max_steps=2"]
     ranks = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "data.batch_size=2"]
     command = [forks.python, "-m", "memtrain.cli.main", *settings, *ranks]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)

@@ -134,16 +134,16 @@ class Stop(pl.Callback):
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("saved", [3, 4])  # one step before, or three
+@pytest.mark.parametrize("saved", [3, 4])  # two steps before, or one
 def test_after_a_kill_no_row_is_doubled_or_lost(pipeline_folder, corpus, tmp_path, saved):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(pipeline_folder, corpus, whole, 8)
+    train(pipeline_folder, corpus, whole, 6)
     ledger = Ledger(1.0, 7)
     with pytest.raises(RuntimeError, match="killed"):
-        train(pipeline_folder, corpus, killed, 8, saved, ledger=ledger, callbacks=[Stop(7)])
+        train(pipeline_folder, corpus, killed, 6, saved, ledger=ledger, callbacks=[Stop(5)])
     ledger.writer.close_part()  # rows past the checkpoint on disk, too
     (killed / "ledger" / ".rank0-000009.parquet").write_bytes(b"half a part")
-    train(pipeline_folder, corpus, killed, 8, saved, ckpt_path=last(killed))
+    train(pipeline_folder, corpus, killed, 6, saved, ckpt_path=last(killed))
     assert rows(killed) == rows(whole)
     assert all(path.name.startswith("rank0-") for path in (killed / "ledger").iterdir())
 
@@ -151,20 +151,20 @@ def test_after_a_kill_no_row_is_doubled_or_lost(pipeline_folder, corpus, tmp_pat
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of the checkpoints: meant
 def test_a_run_that_goes_on_elsewhere_takes_the_ledger_along(pipeline_folder, corpus, tmp_path):
     whole, first, second, moved = (tmp_path / name for name in ("whole", "first", "second", "moved"))
-    train(pipeline_folder, corpus, whole, 8)
-    train(pipeline_folder, corpus, first, 6, every=6)
+    train(pipeline_folder, corpus, whole, 4)
+    train(pipeline_folder, corpus, first, 3, every=3)
     before = rows(first)
     for _ in range(2):  # the second time into a folder with a past of its own
-        train(pipeline_folder, corpus, second, 8, 6, ckpt_path=last(first))
+        train(pipeline_folder, corpus, second, 4, 3, ckpt_path=last(first))
         assert rows(second) == rows(whole)
     assert rows(first) == before
     first.rename(moved)
-    train(pipeline_folder, corpus, tmp_path / "third", 8, 6, ckpt_path=last(moved))
+    train(pipeline_folder, corpus, tmp_path / "third", 4, 3, ckpt_path=last(moved))
     assert rows(tmp_path / "third") == rows(whole)
 
 
 def test_a_run_from_the_start_keeps_no_rows_of_an_earlier_one(pipeline_folder, corpus, tmp_path):
-    train(pipeline_folder, corpus, tmp_path, 6)
+    train(pipeline_folder, corpus, tmp_path, 4)
     observed = train(pipeline_folder, corpus, tmp_path, 2)
     assert rows(tmp_path) == ordered(observed)
 
@@ -206,8 +206,8 @@ def test_training_is_the_same_with_a_ledger(pipeline_folder, corpus, tmp_path):
     from tests.conftest import weights
 
     plain, watched = build_module(pipeline_folder), build_module(pipeline_folder)
-    fit(plain, build_data(corpus), tmp_path, 4)
-    fit(watched, build_data(corpus), tmp_path, 4, callbacks=[Ledger(1.0, 7)])
+    fit(plain, build_data(corpus), tmp_path, 2)
+    fit(watched, build_data(corpus), tmp_path, 2, callbacks=[Ledger(1.0, 7)])
     assert (weights(plain) == weights(watched)).all()
 
 
@@ -220,21 +220,24 @@ def test_a_wrong_share_is_named(share):
 # ---- two ranks and one
 
 
-def train_a_rank(pipeline: str, corpus: str, run: str, ranks: int, steps: int, ckpt_path: str | None) -> None:
+def train_part(pipeline: str, corpus: str, run: str, ranks: int, steps: int, ckpt_path: str | None = None) -> None:
     module = build_module(pipeline, FixedThreshold(THRESHOLD))
-    callbacks = [Ledger(1.0, 7), checkpoint(4, f"{run}/checkpoints")]
+    callbacks = [Ledger(1.0, 7), checkpoint(3, f"{run}/checkpoints")]
     fit(module, build_data(corpus, 4 // ranks), run, steps, callbacks=callbacks, ckpt_path=ckpt_path, ranks=ranks)
+
+
+def train_a_rank(pipeline: str, corpus: str, two: str, changed: str) -> None:
+    train_part(pipeline, corpus, two, 2, 6)
+    train_part(pipeline, corpus, changed, 2, 4)
 
 
 @pytest.mark.slow
 def test_two_ranks_and_one_have_the_same_rows(forks, pipeline_folder, corpus, tmp_path):
     """Begun on two and gone on with on one, past a step that both have made, too."""
     one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
-    for run, parts in ((one, [(1, 8)]), (two, [(2, 8)]), (changed, [(2, 6), (1, 8)])):
-        run.mkdir()
-        for number, (ranks, steps) in enumerate(parts):
-            arguments = (pipeline_folder, corpus, run, ranks, steps, last(run) if number else None)
-            forks.call(train_a_rank, *arguments, log=run / "log", ranks=ranks)
+    forks.call(train_a_rank, pipeline_folder, corpus, two, changed, log=tmp_path / "log", ranks=2)
+    train_part(pipeline_folder, corpus, one, 1, 6)
+    train_part(pipeline_folder, corpus, changed, 1, 6, last(changed))
     expected = rows(one)
     exact = ("step", "key", "group", "timestep", "threshold", "kept")
     for run in (two, changed):

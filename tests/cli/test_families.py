@@ -7,17 +7,21 @@ import pytest
 from omegaconf import OmegaConf
 
 from memtrain.cli.main import main
+from tests.support.flows import few_tokens  # noqa: F401
 from tests.support.program import small_run
 
 FAMILIES = {
     "stable_diffusion": "pipeline_folder", "stable_diffusion_xl": "xl_folder", "stable_diffusion_3": "flow_folder",
+    "flux": "flux_folder", "flux2_klein": "klein_folder",
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("few_tokens")
 QUICK = ["num_images_per_prompt=1", "num_inference_steps=2", "device=cpu"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, corpus, tmp_path_factory) -> tuple[Path, Path, Path]:
     """Cached, and trained from the cache, by its own choice: the corpus, its run, the model that the run exported."""
+    corpus = corpus / "00000.tar"
     folder, pipeline = tmp_path_factory.mktemp(request.param), request.getfixturevalue(FAMILIES[request.param])
     model = [f"model={request.param}", f"model.pretrained={pipeline}"]
     main(["cache", *model, f"data.shards={corpus}", "data.resolution=64", "data.num_workers=0", f"out={folder}/cache"])

@@ -95,7 +95,7 @@ def test_joblib_stops_all_jobs_and_goes_on_with_each(jobs_of):
     assert "the same command with MEMTRAIN_RUN_ID=mine goes on" in said and "Traceback" not in said
     stopped = [several.saved(job)[-1] for job in (0, 1)]
     steps = max(stopped) + 2
-    more = [f"trainer.max_steps={steps}", "resume.allow=[trainer.max_steps]"]
+    more = [f"trainer.max_steps={steps}", "resume.allow=[trainer.max_steps]", "logger=csv"]
     assert several.start("exclusion.threshold=1,3,-2", *more).wait(PATIENCE) == 2
     said = several.log.read_text()
     assert all(f"mine-{job}/checkpoints/step-{step:08d}.ckpt" in said for job, step in enumerate(stopped))

@@ -45,6 +45,7 @@ def simulated(
     rows = LedgerRows(
         step, index, index, group.astype(np.int8), timestep.astype(np.int16), score, np.ones(len(index), bool),
         np.full(len(index), 0.1, np.float32), np.full(len(index), 3, np.float32), score < 3,
+        np.zeros(len(index), np.float32),
     )  # fmt: skip
     return rows.where(order)
 

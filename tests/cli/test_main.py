@@ -1,6 +1,7 @@
 """The program as a user meets it: help, composition, wrong things in one line."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -16,12 +17,15 @@ from memtrain.cli import schema
 from memtrain.cli.errors import one_line
 from memtrain.cli.main import config_folder, main
 from memtrain.core.exclusion import ExclusionRule
+from memtrain.models.adapters import Adapter, LowRank
 from tests.support.forks import PATIENCE
 from tests.support.program import fails, small
 
 CONF = config_folder()
 CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "study")  # of train
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+EXPERIMENTS, RULES, ADAPTERS = (
+    [path.stem for path in CHOICES if path.parent.name == group] for group in ("experiment", "exclusion", "adapter")
+)
 
 
 def test_help_says_what_to_type_next(capsys):
@@ -52,22 +56,32 @@ def test_every_experiment_composes_and_says_what_it_costs(experiment):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("rule", sorted(path.stem for path in (config_folder() / "exclusion").glob("*.yaml")))
-def test_every_rule_goes_with_every_experiment(experiment, rule):
+def test_every_rule_and_every_adapter_goes_with_every_experiment(experiment):
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"experiment={experiment}", f"exclusion={rule}"])
-    assert isinstance(instantiate(cfg.exclusion), ExclusionRule)
+        for rule, adapter in zip(RULES, itertools.cycle(ADAPTERS), strict=False):  # more rules than adapters
+            cfg = compose("train", [f"experiment={experiment}", f"exclusion={rule}", f"adapter={adapter}"])
+            assert isinstance(instantiate(cfg.exclusion), ExclusionRule)
+            built = instantiate(cfg.adapter)
+            assert type(built) is (Adapter if adapter == "none" else LowRank)
+            assert getattr(built, "use_dora", False) == (adapter == "dora")
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [f"{p.parent.name}={p.stem}" for p in CHOICES if p.parent.name != "experiment"],
-)
-def test_every_choice_composes(choice):
+def rounds() -> list[list[str]]:
+    """Words that choose a file of every group at once, as often as it takes for each to be chosen."""
+    groups = [list(files) for _, files in itertools.groupby(CHOICES, key=lambda path: path.parent.name)]
+    groups = [files for files in groups if files[0].parent.name != "experiment"]
+    return [
+        [f"{files[turn % len(files)].parent.name}={files[turn % len(files)].stem}" for files in groups]
+        for turn in range(max(map(len, groups)))
+    ]
+
+
+@pytest.mark.parametrize("choices", rounds(), ids=" ".join)
+def test_every_choice_composes(choices):
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        compose("train", [choice])
+        compose("train", choices)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +137,7 @@ def test_wrong_things_end_in_one_line(capsys, corpus, pipeline_folder, tmp_path,
 
 def test_a_reader_that_has_seen_enough_is_no_error(forks, corpus):
     check = subprocess.Popen(
-        [forks.python, "-m", "memtrain.cli.main", "shards", "check", str(corpus), "--json"],
+        [forks.python, "-m", "memtrain.cli.main", "shards", "check", str(corpus), "--json", "--workers=1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     check.stdout.close()
@@ -195,9 +209,17 @@ def test_a_run_leaves_everything_that_is_promised(capsys, corpus, pipeline_folde
     assert image.size == (64, 64)
 
     # and it resumes: from step 4 to 6, without a second validation of step 0
+    looks = ("copies", "sample_grid", "memorized_table", "export", "report")
     main(
-        [arg for arg in argv if not arg.startswith(("run_id", "trainer.max_steps"))]
-        + ["run_id=two", "trainer.max_steps=6", f"ckpt_path={run}/checkpoints/last.ckpt"]
+        [
+            arg
+            for arg in argv
+            if not arg.startswith(
+                ("run_id", "trainer.max_steps", "logger", "callbacks.copies", "callbacks.sample_grid")
+            )
+        ]
+        + ["run_id=two", "trainer.max_steps=6", f"ckpt_path={run}/checkpoints/last.ckpt", "logger=tensorboard"]
+        + [f"callbacks.{look}=null" for look in looks]
     )
     summary = json.loads((run.parent / "two" / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["samples_seen"] == 24
@@ -232,8 +254,8 @@ def test_yaml_spells_infinity_with_a_dot(capsys):
     assert re.search(r"threshold: \.?inf", capsys.readouterr().out)
 
 
-def test_a_class_of_the_users_own_folder_is_found_by_the_console_script(tmp_path):
-    """As README says: it stands in mine.py, where the program is started."""
+def test_a_class_of_the_users_own_folder_is_found_by_the_console_script(capsys, tmp_path, monkeypatch):
+    """As README says: it stands in mine.py, where the program is started; the script's Python does not look there."""
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom memtrain.core.exclusion import Decision, ExclusionRule\n"
         "class LowLoss(ExclusionRule):\n"
@@ -242,13 +264,16 @@ def test_a_class_of_the_users_own_folder_is_found_by_the_console_script(tmp_path
         "        return Decision(keep_mask=observed.loss > threshold, threshold=threshold)\n"
         "print('mine is imported')\n"
     )
-    program = Path(sys.executable).parent / "memtrain"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
     words = ["exclusion=none", "exclusion._target_=mine.LowLoss", "trainer=cpu", "logger=csv"]
     (tmp_path / "empty.tar").touch()
-    argv = [program, "train", "experiment=demo", *words, "data.shards=empty.tar"]
-    ended = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert "mine is imported" in ended.stdout, ended.stderr  # the rule was built: what comes after it is wrong
-    assert ended.returncode == 2 and "empty.tar" in ended.stderr
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "experiment=demo", *words, "data.shards=empty.tar"])
+    said = capsys.readouterr()
+    assert "mine is imported" in said.out, said.err  # the rule was built: what comes after it is wrong
+    assert stopped.value.code == 2 and "empty.tar" in said.err
+    monkeypatch.delitem(sys.modules, "mine")
 
 
 def test_a_rule_of_ones_own_has_a_file_of_its_own_and_a_misspelt_key_of_it_is_named(capsys, tmp_path):

@@ -79,9 +79,7 @@ def test_canaries_are_no_formulas_and_are_read_back(tmp_path):
     captions = [text.strip() for text in EVIL if text != "b\udcff"]
     (tmp_path / "shards").mkdir()
     for name in ("=a", "b"):  # a shard's name begins each key of it
-        parts = [
-            sample(EVIL[n], encode(textured(n + len(name) * 100)), caption) for n, caption in enumerate(captions)
-        ]
+        parts = [sample(EVIL[n], encode(textured(n + len(name) * 100)), caption) for n, caption in enumerate(captions)]
         write_tar(tmp_path / "shards" / f"{name}.tar", [member for part in parts for member in part])
     options = dict(seed=0, repeats=2, reference=1)
     data = from_shards(str(tmp_path / "shards"), 64, 1, 0, canaries=2 * len(captions) - 2, **options)

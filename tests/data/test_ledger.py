@@ -110,7 +110,7 @@ def test_a_folder_without_a_ledger_is_named(tmp_path):
 
 def test_the_three_questions_of_the_readme(tmp_path):
     def row(step, index, timestep, score, kept, group=TRAINED):
-        return (step, index, index, group, timestep, score, score == score, 0.1, 2.0, kept)
+        return (step, index, index, group, timestep, score, score == score, 0.1, 2.0, kept, 0.0)
 
     nan = float("nan")
     table = [
@@ -119,7 +119,19 @@ def test_the_three_questions_of_the_readme(tmp_path):
         row(0, 1, 900, 1.0, True), row(2, 1, 950, 2.0, True),
         row(0, 2, 900, 8.0, False, REFERENCE),
     ]  # fmt: skip
-    kinds = (np.int64, np.int64, np.int64, np.int8, np.int16, np.float32, bool, np.float32, np.float32, bool)
+    kinds = (
+        np.int64,
+        np.int64,
+        np.int64,
+        np.int8,
+        np.int16,
+        np.float32,
+        bool,
+        np.float32,
+        np.float32,
+        bool,
+        np.float32,
+    )
     columns = [np.array(column, kind) for column, kind in zip(zip(*table, strict=True), kinds, strict=True)]
     write(tmp_path, LedgerRows(*columns), key="abc".__getitem__)
     ledger = read_ledger(tmp_path)

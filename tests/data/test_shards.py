@@ -181,12 +181,15 @@ def test_what_borders_on_a_break_is_lost_and_its_neighbours_are_not(tmp_path, tw
 def test_a_tar_may_end_as_it_likes(tmp_path, two, end):
     """Where the file ends behind a member, what is there is whole."""
     data = two[0].read_bytes().rstrip(b"\0")
-    data += bytes(-len(data) % 512) + {
-        "no mark": b"",
-        "one block": bytes(512),
-        "two blocks": bytes(1024),
-        "half a header": data[:300],
-    }[end]
+    data += (
+        bytes(-len(data) % 512)
+        + {
+            "no mark": b"",
+            "one block": bytes(512),
+            "two blocks": bytes(1024),
+            "half a header": data[:300],
+        }[end]
+    )
     (tmp_path / "x.tar").write_bytes(data)
     assert seen_in(tmp_path)[0] == {f"x.tar/{n:09d}": f"one {n}" for n in range(3)}
 

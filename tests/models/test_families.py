@@ -11,6 +11,8 @@ from memtrain.audit.denoiser import generation_seeds
 from memtrain.core.scores import text_conditional_magnitude
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import FAMILIES, family_of
+from memtrain.models.flux import Flux
+from memtrain.models.flux2_klein import Flux2Klein
 from memtrain.models.folders import ANY, AUDITED, trained
 from memtrain.models.stable_diffusion import StableDiffusion
 from memtrain.models.stable_diffusion_3 import StableDiffusion3
@@ -174,7 +176,8 @@ def test_rows_of_what_the_network_is_told():
 
 
 def test_the_table_knows_the_classes():
-    assert [family.load() for family in FAMILIES.values()] == [StableDiffusion, StableDiffusionXL, StableDiffusion3]
+    classes = [StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Flux2Klein]
+    assert [family.load() for family in FAMILIES.values()] == classes
     for name, family in FAMILIES.items():
         kind = family.load()
         assert kind.pipeline_class.__name__ == name

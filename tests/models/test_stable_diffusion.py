@@ -15,11 +15,11 @@ def build(folder, **options):
 
 def test_images_survive_the_way_to_latents_and_shapes_are_told(pipeline_folder):
     model = build(pipeline_folder)
-    assert model.latent_shape(64, 64) == (4, 16, 16) and model.latent_shape(128, 64) == (4, 32, 16)
+    assert model.latent_shape(64, 64) == (4, 8, 8) and model.latent_shape(128, 64) == (4, 16, 8)
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     latents = model.sample_latents(*model.encode_posterior(images), noise)
-    assert latents.shape == (3, 4, 16, 16) and not latents.requires_grad
+    assert latents.shape == (3, 4, 8, 8) and not latents.requires_grad
     posterior = model.vae.encode(images.float() / 127.5 - 1).latent_dist
     expected = (posterior.mean + posterior.std * noise) * model.vae.config.scaling_factor
     torch.testing.assert_close(latents, expected.detach())
@@ -27,7 +27,7 @@ def test_images_survive_the_way_to_latents_and_shapes_are_told(pipeline_folder):
 
 @pytest.mark.parametrize("resolution", [0, 60, 20, -64])
 def test_a_resolution_that_the_unet_cannot_take_is_named(pipeline_folder, resolution):
-    with pytest.raises(ValueError, match=rf"data.resolution must be a multiple of 8.*got {resolution}"):
+    with pytest.raises(ValueError, match=rf"data.resolution must be a multiple of 16.*got {resolution}"):
         build(pipeline_folder).latent_shape(resolution, resolution)
 
 
@@ -86,7 +86,10 @@ def test_only_what_is_asked_for_is_trained(pipeline_folder):
         (lambda f: (f / "model_index.json").unlink(), "is not a pipeline"),
         (lambda f: (f / "model_index.json").write_text("{"), "names no pipeline"),
         (lambda f: (f / "unet" / "config.json").write_text("{"), "cannot be loaded"),
-        (lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"})), "is a Flux"),
+        (
+            lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"})),
+            "is a PixArt",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_named(pipeline_folder, tmp_path, spoil, says):

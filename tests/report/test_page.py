@@ -109,7 +109,7 @@ def write_ledger(run, excludes: bool, with_reference: bool, fixed: bool) -> None
             LedgerRows(
                 np.full(24, step), index, index, group.astype(np.int8), timestep.astype(np.int16),
                 score.astype(np.float32), scored, np.full(24, 0.1, np.float32),
-                threshold.astype(np.float32), kept,
+                threshold.astype(np.float32), kept, np.zeros(24, np.float32),
             )
         )  # fmt: skip
     writer.close_part()

@@ -1,8 +1,9 @@
-"""`python -m tests.support.fork_server FD`: forks of a process that has imported everything, for who connects to FD.
+"""A process that has imported everything, and makes a fork of itself for each who connects to its socket.
 
 A request is one message: JSON with the keys of `Request`, and the descriptors of the files that it is to have open.
 The server answers with the process' id, and with its exit code once it has ended; where the connection is closed
-the process is killed, if it goes on, and forgotten. The server ends when its standard input does.
+the process is killed, if it goes on, and forgotten. The server ends when its lifeline does: a pipe
+whose other end whoever made it holds.
 """
 
 import atexit
@@ -10,6 +11,7 @@ import fcntl
 import gc
 import importlib
 import json
+import logging
 import os
 import resource
 import runpy
@@ -19,8 +21,11 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from contextlib import suppress
-from typing import TypedDict
+from typing import NoReturn, TypedDict
+
+import torch
 
 MESSAGE = 1 << 20  # bytes, at most
 FILES = 64  # a request's, at most
@@ -44,7 +49,7 @@ class Request(TypedDict):
 
 
 IMPORTED = """
-    tests.conftest memtrain.callbacks.canaries memtrain.callbacks.curves memtrain.callbacks.ledger
+    memtrain.callbacks.canaries memtrain.callbacks.curves memtrain.callbacks.ledger
     memtrain.callbacks.logging memtrain.callbacks.summary memtrain.callbacks.validation memtrain.cli.jobs
     memtrain.cli.schema memtrain.cli.sweep memtrain.cli.train memtrain.core.evidence memtrain.sweep.study
     memtrain.training.checkpoint memtrain.training.checks memtrain.training.signals
@@ -57,14 +62,12 @@ EXTRAS = "joblib submitit hydra_plugins.hydra_joblib_launcher hydra_plugins.hydr
 
 def import_everything() -> None:
     """What a training, a job of Hydra's launchers or a test's own function imports."""
-    cache = os.environ.get("MEMTRAIN_CACHE", "")
     for name in IMPORTED.split():
         importlib.import_module(name)
     for name in EXTRAS.split():
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
     importlib.import_module("hydra.core.plugins").Plugins.instance()  # looks for them once
-    os.environ["MEMTRAIN_CACHE"] = cache  # tests.conftest has made one
     gc.freeze()  # children need not look through all of this for garbage, and copy its pages
 
 
@@ -109,15 +112,33 @@ def work(request: Request) -> int:
     return 0
 
 
-def serve(listener: socket.socket) -> None:
+def live(listener: socket.socket, lifeline: int) -> NoReturn:
+    """The life of a server, which has just been forked."""
+    try:
+        atexit._clear()  # what is to be done at the other process' end
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for file in (0, 1):
+            os.dup2(nothing, file)
+        importlib.reload(warnings)  # those of pytest are errors
+        logging.getLogger().handlers.clear()  # nor is this process' log pytest's
+        torch.set_num_threads(1)
+        import_everything()
+        serve(listener, lifeline)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)  # there is nothing to tidy up
+
+
+def serve(listener: socket.socket, lifeline: int) -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
-    selector.register(sys.stdin, selectors.EVENT_READ)
+    selector.register(lifeline, selectors.EVENT_READ)
     going: dict[socket.socket, int] = {}  # and not said to have ended
     known: dict[socket.socket, int] = {}
     while True:
         for key, _ in selector.select(0.02):
-            if key.fileobj is sys.stdin:
+            if key.fileobj == lifeline:
                 for child in known.values():
                     os.kill(child, signal.SIGKILL)
                 return
@@ -127,6 +148,7 @@ def serve(listener: socket.socket) -> None:
                 child = os.fork()
                 if child == 0:
                     selector.close()
+                    os.close(lifeline)
                     for each in (listener, connection, *known):
                         each.close()
                     return run(json.loads(message), files)
@@ -163,9 +185,3 @@ def run(request: Request, files: list[int]) -> None:
         sys.stdout.flush()
     finally:
         os._exit(code)
-
-
-if __name__ == "__main__":
-    import_everything()
-    serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # there is nothing to tidy up

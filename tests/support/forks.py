@@ -1,19 +1,18 @@
 """Runs the program, or a function, in processes of their own, without paying for the imports each time: a fork each,
-of tests/support/fork_server.py.
+of a fork of this process that does nothing else (tests/support/fork_server.py).
 """
 
 import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.fork_server import Request
+from tests.support.fork_server import Request, live
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 1200.0  # s, for whatever a test waits for: nothing may depend on how fast a machine is
@@ -23,10 +22,12 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 class Forks:
     """`with Forks() as forks: forks.start([...], log); forks.wait()`. One job at a time, of one or several ranks.
 
+    To be made before anything has been computed, for children have of this process what it was then.
+
     `forks.python` is a program that does what `python` does; modules that import much run in a fork, too.
     """
 
-    def __enter__(self) -> "Forks":
+    def __init__(self):
         self.going: list[tuple[int, socket.socket]] = []
         self.folder = Path(tempfile.mkdtemp(prefix="memtrain-forks-"))
         self.address = str(self.folder / "socket")
@@ -36,20 +37,23 @@ class Forks:
             f'#!/bin/sh\nexec "{sys.executable}" -IS "{client}" "{self.address}" "{self.python}" "$@"\n'
         )
         self.python.chmod(0o755)
+        end, self.lifeline = os.pipe()
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(self.address)
             listener.listen(64)
-            self.server = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.fork_server", str(listener.fileno())],
-                stdin=subprocess.PIPE, pass_fds=[listener.fileno()], cwd=ROOT,
-                env=os.environ | ONE_THREAD,
-            )  # fmt: skip
+            self.server = os.fork()
+            if self.server == 0:
+                os.close(self.lifeline)
+                live(listener, end)
+        os.close(end)
+
+    def __enter__(self) -> "Forks":
         return self
 
     def __exit__(self, *_) -> None:
         self._forget()
-        self.server.stdin.close()
-        self.server.wait()
+        os.close(self.lifeline)
+        os.waitpid(self.server, 0)
         shutil.rmtree(self.folder)
 
     def start(

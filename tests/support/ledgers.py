@@ -21,6 +21,7 @@ def visits(count: int, batch: int = 32, first: int = 0, seed: int = 0, samples: 
         loss=draw.gamma(2, 0.05, count).astype(np.float32),
         threshold=np.full(count, 2, np.float32),
         kept=draw.random(count) < 0.97,
+        second_score=np.zeros(count, np.float32),
     )
 
 
@@ -29,9 +30,9 @@ def laion_key(index: int) -> str:
     return f"{shard:05d}.tar/{shard:05d}{index % 10_000:04d}"
 
 
-def write(run, *parts: LedgerRows, rank: int = 0, key=laion_key, sample: float = 1.0):
+def write(run, *parts: LedgerRows, rank: int = 0, key=laion_key, sample: float = 1.0, **about):
     (run / "ledger").mkdir(parents=True, exist_ok=True)
-    writer = LedgerWriter(run / "ledger", rank, key, About(1000, sample))
+    writer = LedgerWriter(run / "ledger", rank, key, About(1000, sample, **about))
     for rows in parts:
         writer.add(rows)
         writer.close_part()

@@ -14,8 +14,10 @@ from memtrain.callbacks.export import Export
 from memtrain.callbacks.sample_grid import SampleGrid
 from memtrain.callbacks.validation import Validation
 from memtrain.core.exclusion import Decision, ExclusionRule, FixedThreshold, KeepAll
+from memtrain.core.scores import SCORES
 from memtrain.training import ranks
 from memtrain.training.checkpoint import checkpoint
+from memtrain.training.score_memory import Scoring
 from memtrain.training.strategy import FullySharded, own_part, whole
 from tests.conftest import build_data, build_module
 from tests.support.rules import KeepNothing, quick_evidence
@@ -93,7 +95,8 @@ def train(pipeline: str, corpus: str, out: str, job: dict, world: int) -> None:
     if job["sharded"] and not job["resume"]:  # they run the networks outside of a step, on one rank or on all
         callbacks += [Validation(3, 3, 2, 0.7, 4), SampleGrid(0, ["fox"], 2, 2, 2.0), Export("float32")]
         callbacks += [checkpoint(3, f"{out}/sharded")]
-    module = build_module(pipeline, RULES[job["rule"]](), caption_dropout=0.0, reference_batch=4)
+    scoring = Scoring() if counting else Scoring(kinds=SCORES)
+    module = build_module(pipeline, RULES[job["rule"]](), caption_dropout=0.0, reference_batch=4, scoring=scoring)
     before = flat(module.trained_parameters())
     data = build_data(corpus, GLOBAL_BATCH // world // job["accumulate"])
     trainer = pl.Trainer(
@@ -120,6 +123,7 @@ def train(pipeline: str, corpus: str, out: str, job: dict, world: int) -> None:
         weights=flat(module.trained_parameters()),
         average=flat(module.ema.shadow_params),
         held=sum(own_part(p).numel() for p in module.trained_parameters()),
+        anchored=module.last_step.trained.observed.second_score.sum(),
         seen=module.accumulation.samples_seen,
         skipped=module.accumulation.updates_skipped,
         alone_with_nothing=steps.alone_with_nothing,

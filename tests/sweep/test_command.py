@@ -22,7 +22,7 @@ from memtrain.report.curves import read_metrics
 from memtrain.sweep.space import merged, quoted
 from memtrain.training.checks import check_reference
 from tests.support.forks import PATIENCE, ROOT
-from tests.support.program import fails, small
+from tests.support.program import fails, small, small_run
 
 
 def test_what_is_said_beside_the_sweeps_own_keys_is_for_the_trials():
@@ -87,6 +87,7 @@ def test_a_sweep_of_real_trainings_killed_and_resumed(forks, corpus, pipeline_fo
     ]
     command = [forks.python, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
     command += ["callbacks.copies.reference=4", "callbacks.curves.every=1", "study.prune=null", "trainer.max_steps=8"]
+    command += [f"callbacks.{look}=null" for look in ("sample_grid", "memorized_table", "export")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     study = tmp_path / "runs" / "thresholds"
     run = study / "trial_000"
@@ -120,18 +121,12 @@ def test_a_sweep_of_real_trainings_killed_and_resumed(forks, corpus, pipeline_fo
 
 def test_train_with_several_values_makes_a_run_of_each(corpus, pipeline_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MEMTRAIN_RUN_ID", "many")
-    options = [option for option in small(corpus, pipeline_folder, tmp_path)[1:] if not option.startswith("run_id")]
-    quick = [
-        "callbacks.copies=null",
-        "callbacks.report=null",
-        "callbacks.export=null",
-        "callbacks.memorized_table=null",
-    ]
-    main(["train", "-m", *options, *quick, "exclusion=fixed", "exclusion.threshold=1,3", "trainer.max_steps=1"])
-    runs = sorted(path.name for path in (tmp_path / "runs" / "demo").glob("many-*"))
+    options = small_run(corpus, pipeline_folder, tmp_path / "runs", "exclusion=fixed", steps=1)[1:]
+    main(["train", "-m", *options, "exclusion.threshold=1,3"])
+    runs = sorted(path.name for path in (tmp_path / "runs" / "faults").glob("many-*"))
     assert runs == ["many-0", "many-1"]
     for run, threshold in zip(runs, (1, 3), strict=True):
-        config = yaml.safe_load((tmp_path / "runs" / "demo" / run / "config.yaml").read_text())
+        config = yaml.safe_load((tmp_path / "runs" / "faults" / run / "config.yaml").read_text())
         assert config["exclusion"]["threshold"] == threshold and config["run_id"] == run
-    first, second = ((tmp_path / "runs" / "demo" / run / "run.log").read_text() for run in runs)
+    first, second = ((tmp_path / "runs" / "faults" / run / "run.log").read_text() for run in runs)
     assert first.count("step 1 of 1") == second.count("step 1 of 1") == 1

@@ -36,7 +36,7 @@ def test_a_run_compiles_two_graphs_and_is_the_run_that_is_not_compiled(pipeline_
         trained.append(weights(module))
     torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
     for rows in (1, 7):
-        inputs = torch.randn(rows, 4, 16, 16), torch.arange(rows) * 100, module.model.null(1)
+        inputs = torch.randn(rows, 4, 8, 8), torch.arange(rows) * 100, module.model.null(1)
         for spread in (inputs[2].expand(rows), inputs[2].index([0] * rows)):  # another layout
             with torch.no_grad():
                 found = module.model.predict(*inputs[:2], spread)

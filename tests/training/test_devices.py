@@ -88,6 +88,7 @@ def test_score_memory_curves_and_table_look_on():
             module = SimpleNamespace(
                 num_timesteps=1000, device=device, last_step=StepRecord(0, trained, None),
                 predictor=SimpleNamespace(scoring_time=SimpleNamespace(take=lambda: 0.0)), reference_size=4,
+                scoring=Scoring(),
                 accumulation=SimpleNamespace(samples_seen=32, updates_skipped=0),
             )  # fmt: skip
             curves, memory = MemorizationCurves(every=9, high_noise=0.5), ScoreMemory(32, Scoring(every_visits=2))

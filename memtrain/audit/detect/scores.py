@@ -23,6 +23,7 @@ from memtrain.models.conditioning import Conditioning
 class ScoredStep(PathStep):
     """One scored step of B rows, and what was shown to the network."""
 
+    prompts: list[str]  # B
     cond: Conditioning
     null: Conditioning
     attention: CrossAttention | None  # where a score reads it

@@ -28,7 +28,7 @@ class DetectionSettings:
     num_images_per_prompt: int = 4
     num_scored_steps: int = 1  # scored, from the first on
     num_inference_steps: int = 50  # of the schedule
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None  # the family's own
     seed: int = 0
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ class Scored:
 
 @torch.no_grad()
 def follow(
-    denoiser: Denoiser, plan: Plan, cond: Conditioning, end_places: Tensor, seeds: list[int]
+    denoiser: Denoiser, plan: Plan, prompts: list[str], cond: Conditioning, end_places: Tensor, seeds: list[int]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """B generations along their paths, each from its seed, as far as the plan needs.
 
@@ -99,6 +99,7 @@ def follow(
         Each step score, (B, k), and the latents (B, C, H, W), finished ones where densities are asked for.
     """
     settings, null = plan.settings, denoiser.model.null(len(cond))
+    denoiser = denoiser.guided(settings.guidance_scale)
     ending = [score for score in plan.step_scores if score.to_the_end]
     stepwise = [score for score in plan.step_scores if not score.to_the_end]
     read = any(score.reads_attention for score in stepwise)
@@ -113,11 +114,11 @@ def follow(
 
     values: dict[str, list[Tensor]] = {score.name: [] for score in plan.step_scores}
     differences: list[Tensor] = []
-    schedule = settings.guidance_scale, settings.num_inference_steps
+    schedule = denoiser.guidance_scale, settings.num_inference_steps
     path = SamplingPath(denoiser, denoiser.noise(seeds), cond, *schedule, plan.steps_run, predict)
     for shown in path:
         if shown.index < settings.num_scored_steps:
-            step = ScoredStep(**vars(shown), cond=cond, null=null, attention=attention)
+            step = ScoredStep(**vars(shown), prompts=prompts, cond=cond, null=null, attention=attention)
             for score in stepwise:
                 values[score.name].append(score.at(denoiser, step))
             if ending:
@@ -136,9 +137,11 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
         first = rows.start // n
         texts = list(prompts[first : (rows.stop - 1) // n + 1])
         places = torch.tensor([row // n - first for row in rows], device=denoiser.device)
-        ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.tokenizer.eos_token_id).to(denoiser.device)
+        ends = end_positions(denoiser.model.tokenize(texts), denoiser.model.caption_tokenizer.eos_token_id)
+        ends = ends.to(denoiser.device)
         cond = denoiser.encode(texts).index(places)
-        found, latents = follow(denoiser, plan, cond, ends[places], seeds[rows.start : rows.stop])
+        shown = [texts[place] for place in places.tolist()]
+        found, latents = follow(denoiser, plan, shown, cond, ends[places], seeds[rows.start : rows.stop])
         images = denoiser.model.decode(latents) if plan.densities else None
         return {name: value.cpu().numpy() for name, value in found.items()}, images
 

@@ -42,7 +42,7 @@ class Settings:
 
     num_images_per_prompt: int
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | None  # None: the family's own
     timesteps_per_sample: int
     fid_samples: int  # pictures of the shards
     gallery: int  # pairs

@@ -34,6 +34,7 @@ from memtrain.audit.evaluate.one_model import (
 from memtrain.audit.training_samples import TrainingSamples
 from memtrain.core.files import written_aside
 from memtrain.data.samples import ShardSamples
+from memtrain.models.folders import is_file
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def evaluate(
     draw: DrawGallery,
     loras: Sequence[str | None] | None = None,
     max_sequence_length: int | None = None,
+    config: str | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> list[ModelResult]:
     """One result a model, in the order given; each is written to `out`/NAME once it is whole, and kept.
@@ -62,6 +64,7 @@ def evaluate(
     A model that was evaluated before with the same weights, samples and settings is not evaluated again.
 
     Args:
+        config: of models that are files; see `memtrain.models.single_files.load_single_file`.
         loras: for each model a folder or file with an adapter to load into it, or None; None: none has one.
         max_sequence_length: see `Denoiser.load`.
 
@@ -71,12 +74,16 @@ def evaluate(
     results = []
     loras = loras or [None] * len(models)
     for source, lora, name in zip(models, loras, short_names(named_by(models, loras)), strict=True):
-        denoiser = Denoiser.load(source, device, dtype, lora=lora, max_sequence_length=max_sequence_length)
-        identity = _identity(denoiser, samples, chosen, measures, settings)
+        denoiser = Denoiser.load(
+            source, device, dtype, lora=lora, max_sequence_length=max_sequence_length,
+            config=config if is_file(source) else None,
+        )  # fmt: skip
+        own = replace(settings, guidance_scale=denoiser.guided(settings.guidance_scale).guidance_scale)
+        identity = _identity(denoiser, samples, chosen, measures, own)
         result = _read_result(out / name, identity)
         if result is None:
             tell = partial(_of_model, advance, name)
-            evaluation = Evaluation(denoiser, samples, chosen, measures, settings, ShrinkingBatches(batch_size), tell)
+            evaluation = Evaluation(denoiser, samples, chosen, measures, own, ShrinkingBatches(batch_size), tell)
             found = evaluation.run(name, source, identity)
             _write_found(out / name, found, draw)
             result = found.result

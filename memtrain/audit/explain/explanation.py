@@ -68,7 +68,7 @@ def explain(
     num_images_per_prompt: int = 4,
     steps: Sequence[int] = FIRST_STEPS,
     num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     suggest: int = 0,
@@ -81,6 +81,7 @@ def explain(
 
     Args:
         prompts: one prompt gives one explanation, a list gives a list.
+        guidance_scale: of the path; None is 7.5, of Flux.1 3.5.
         suggest: drop and replace so many of the most significant words, and score each of these prompts.
         progress: wraps what is iterated over, `(items, total)`.
 
@@ -114,7 +115,7 @@ def _explain_one(
         )
     )
     norms, scores = (torch.cat(column) for column in zip(*parts, strict=True))  # (R, S, L), (R, S)
-    words = words_of(prompt, denoiser.model.tokenizer)
+    words = words_of(prompt, denoiser.model.caption_pieces(prompt))
     ids = denoiser.model.tokenize([prompt])[0].tolist()
     places = sorted({place for word in words for place in word.tokens})
     return Explanation(
@@ -142,11 +143,12 @@ def _edits(
     count: int,
 ) -> list[Edit]:
     """The prompt without each of its top words, and with others in their place; lowest score first."""
-    prompt, table = explanation.prompt, denoiser.model.text_encoders[0].get_input_embeddings().weight.detach()
+    prompt, (tokenizer, encoder) = explanation.prompt, denoiser.model.aligned_encoders[0]
+    table = encoder.get_input_embeddings().weight.detach()
     tried: list[tuple[str, str, str | None]] = []
     for word in explanation.ranked()[:count]:
         tried.append((without(prompt, word), word.text, None))
-        alternatives = neighbours(word.text, denoiser.model.tokenizer, table, _ALTERNATIVES)
+        alternatives = neighbours(word.text, tokenizer, table, _ALTERNATIVES)
         for other in alternatives if word.text[0].isalpha() else ():  # a mark has no other word
             tried.append((replaced(prompt, word, other), word.text, other))
     scores = mean_scores(denoiser, [text for text, _, _ in tried], [seeds] * len(tried), path, batches)
@@ -178,7 +180,7 @@ def check_words(
     num_images_per_prompt: int = 4,
     steps: Sequence[int] = FIRST_STEPS,
     num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
 ) -> list[WordCheck]:
@@ -210,14 +212,16 @@ def check_words(
 
 def _said(denoiser: Denoiser, token: int) -> str:
     """A token's own spelling, also where it is but a piece of a character."""
-    text = denoiser.model.tokenizer.decode([token]).strip()
-    return text if text and "�" not in text else denoiser.model.tokenizer.convert_ids_to_tokens(token)
+    tokenizer = denoiser.model.caption_tokenizer
+    text = tokenizer.decode([token]).strip()
+    return text if text and "�" not in text else tokenizer.convert_ids_to_tokens(token)
 
 
 def token_gradients(
     denoiser: Denoiser, prompts: list[str], seeds: list[int], path: ScoredPath
 ) -> tuple[Tensor, Tensor]:
     """‖∂d/∂e_i‖₂ (R, S, L) and d (R, S), on the CPU; how the path itself depends on e is not followed."""
+    denoiser = denoiser.guided(path.guidance_scale)
     cond, null, norms, scores = denoiser.encode(prompts), denoiser.model.null(len(prompts)), [], []
 
     def predict(index: int, t: float, latents: Tensor) -> Predictions:

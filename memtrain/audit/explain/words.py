@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,18 +25,12 @@ class Word:
     tokens: tuple[int, ...]  # their positions in the padded prompt; none where it lies beyond the tokenizer's length
 
 
-def words_of(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[Word]:
+def words_of(prompt: str, pieces: Sequence[tuple[int, int, int]]) -> list[Word]:
     """The words of a prompt in their order; sub-word pieces belong to the word that they touch.
 
-    BOS, EOS and padding belong to none.
+    Args:
+        pieces: the model's `caption_pieces` of the prompt: place of a token, and the characters that it stands for.
     """
-    found = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_offsets_mapping=True)
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    pieces = [
-        (place, start, end)
-        for place, (token, (start, end)) in enumerate(zip(found.input_ids, found.offset_mapping, strict=True))
-        if token not in ends and end > start
-    ]
     return [
         Word(
             match.group(),

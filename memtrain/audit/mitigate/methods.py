@@ -74,8 +74,9 @@ class Embedding(Mitigation):
         self.lr, self.iterations = _checked(lr, iterations)
 
     def apply(self, denoiser, start, t, target, generators):
-        null, bos = denoiser.model.null(len(start.prompts)), start.cond.hidden[:, :1]
-        free = start.cond.hidden[:, 1:].float().clone()
+        null = denoiser.model.null(len(start.prompts))
+        held = int(denoiser.model.caption_tokenizer.bos_token_id is not None)  # a T5 has no BOS
+        bos, free = start.cond.hidden[:, :held], start.cond.hidden[:, held:].float().clone()
 
         def conditioning(free: Tensor) -> Conditioning:
             return replace(start.cond, hidden=torch.cat([bos, free.to(bos.dtype)], dim=1))
@@ -199,7 +200,7 @@ class Rewriting(Mitigation):
         """What is put into a prompt of these words."""
 
     def apply(self, denoiser, start, t, target, generators):
-        tokenizer, prompts = denoiser.model.tokenizer, []
+        tokenizer, prompts = denoiser.model.caption_tokenizer, []
         for prompt, generator in zip(start.prompts, generators, strict=True):
             words = prompt.split()
             if words:  # the empty prompt has nothing to hide

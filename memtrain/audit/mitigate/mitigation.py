@@ -27,7 +27,7 @@ class Sampling:
     """How generations are drawn, each from a seed."""
 
     num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None  # the family's own
 
     def __post_init__(self):
         if self.num_inference_steps < 1:
@@ -102,7 +102,7 @@ def mitigate(
     reference: Sequence[str] | None = None,
     num_images_per_prompt: int = 4,
     num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
 ) -> Mitigated:
@@ -111,6 +111,7 @@ def mitigate(
     Args:
         target: for methods that descend a score: d at the first step, per generation; or `"q0.9"`, that
             quantile of the scores of the `reference` prompts.
+        guidance_scale: None is 7.5, of Flux.1 3.5.
         method: of `memtrain.audit.mitigate.methods`; None is `Embedding()`.
 
     Raises:
@@ -183,6 +184,7 @@ def generate(
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> Generations:
     """One generation a prompt and seed, with a mitigation or as it is."""
+    denoiser = denoiser.guided(sampling.guidance_scale)
     first = denoiser.model.sampler.timesteps(sampling.num_inference_steps)[0]
 
     def work(rows: range) -> Generations:
@@ -206,6 +208,7 @@ def follow(denoiser: Denoiser, start: Start, sampling: Sampling, holds_guidance:
     guided_from = torch.full((rows,), steps if holds_guidance else 0, device=start.latents.device)
     path = SamplingPath(denoiser, start.latents, start.cond, sampling.guidance_scale, steps)
     first = denoiser.model.sampler.timesteps(steps)[0]
+    guided = path.weight
     is_all_noise = bool(denoiser.model.noise_process.is_all_noise(torch.tensor(first)))
     for step in path:
         scores.append(step.predicted.magnitude)
@@ -213,7 +216,7 @@ def follow(denoiser: Denoiser, start: Start, sampling: Sampling, holds_guidance:
             is_past_minimum = (scores[-3] > scores[-2]) & (scores[-2] < scores[-1])
             guided_from = torch.where(is_past_minimum, guided_from.clamp(max=step.index), guided_from)
         held = (guided_from > step.index).reshape(-1, 1, 1, 1)
-        path.guidance_scale = torch.where(held, 0.0, sampling.guidance_scale)  # 0 is the unconditional one
+        path.weight = torch.where(held, 0.0, guided)  # 0 is the unconditional one
     pooled = start.cond.pooled
     return Generations(
         prompts=start.prompts,
