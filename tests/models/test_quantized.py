@@ -90,9 +90,7 @@ def test_a_run_leaves_the_weights_in_few_bits_as_they_are_and_goes_on_bit_for_bi
 def test_what_cannot_be_had_is_refused_in_a_line(pipeline_folder, monkeypatch):
     with pytest.raises(ValueError, match=r"quantization=nf4 is of weights that stay .* say adapter=lora, or leave it"):
         Adapter().check_quantization("nf4")
-    with pytest.raises(
-        ValueError, match=r"adapter.merge=true would add .*quantization=int8\); export it as it"
-    ):
+    with pytest.raises(ValueError, match=r"adapter.merge=true would add .*quantization=int8\); export it as it"):
         low_rank(merge=True).check_quantization("int8")
     with pytest.raises(ValueError, match=r"model.quantization must be one of nf4, int8, or null, got fp8"):
         low_rank().check_quantization("fp8")
