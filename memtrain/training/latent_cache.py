@@ -133,8 +133,10 @@ def write_latents(
         )
         tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        said = {**header, "flip": flip, TOKENS: tensors["hidden"].shape[1], **shard_state(samples, number)}
-        tensors["hidden"] = without_last_zeros(tensors["hidden"])
+        said = {**header, "flip": flip, **shard_state(samples, number)}
+        if "hidden" in tensors:  # an empty shard has none
+            said[TOKENS] = tensors["hidden"].shape[1]
+            tensors["hidden"] = without_last_zeros(tensors["hidden"])
         with written_aside(path, shared=True) as aside:
             save_file(tensors, aside, metadata={"memtrain": json.dumps(said)})
 

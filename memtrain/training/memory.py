@@ -187,7 +187,7 @@ class AsOnGpu(TorchFunctionMode):
                 args, kwargs = _cast(args, self.dtype), {key: _cast(value, self.dtype) for key, value in kwargs.items()}
             elif func in _FLOAT32:
                 args, kwargs = _cast(args, torch.float32), {k: _cast(v, torch.float32) for k, v in kwargs.items()}
-        if func is functional.scaled_dot_product_attention and args[0].device.type == "meta":
+        if func is functional.scaled_dot_product_attention and (*args, *kwargs.values())[0].device.type == "meta":
             return _fused_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
