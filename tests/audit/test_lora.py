@@ -144,7 +144,7 @@ def anchored_loop(pipeline, base, prompt: str, seed: int) -> list[float]:
             found.append((output[0][1] - base.unet(inputs[0][1:], inputs[1], states).sample[0]).norm().item())
 
     hook = pipeline.unet.register_forward_hook(compare)
-    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     pipeline(prompt, latents=start, num_inference_steps=4, guidance_scale=7.5, output_type="latent")
     hook.remove()
     return found[:2]

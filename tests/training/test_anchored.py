@@ -19,7 +19,7 @@ from tests.support.adapters import low_rank
 from tests.support.callbacks import validation
 from tests.support.training import Record
 
-THRESHOLD = 4.4  # keeps some
+THRESHOLD = 2.4  # keeps some
 
 
 def build(pipeline, exclusion=None, rule=ANCHORED, kinds=SCORES, **options):
