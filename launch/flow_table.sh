@@ -12,8 +12,8 @@ export OMP_NUM_THREADS=1 PATH="$venv/bin:$PATH"
 [ -d data/demo_table ] || memtrain demo data/demo_table num_samples=1196 copies=66
 settings=(
     "none exclusion=none"
-    "evidence exclusion=evidence"
-    "evidence_anchored exclusion=evidence score.rule=anchored"
+    "evidence exclusion=evidence score.rule=anchored"
+    "evidence_by_magnitude exclusion=evidence_by_magnitude"
 )
 mkdir -p runs/flow_table
 commands() {

@@ -141,6 +141,7 @@ QUICK = {  # exclusions within ten steps
     "calibrated": ["exclusion.false_positive_rate=0.2", "exclusion.warmup=4", "exclusion.num_bins=2"],
     "iet_agc": ["exclusion.ratio=1.02", "exclusion.warmup=2", "exclusion.num_bins=2"],
     "evidence": ["exclusion.warmup=2", "exclusion.num_bins=2", "exclusion.false_positive_rate=0.5"],
+    "evidence_by_magnitude": ["exclusion.warmup=2", "exclusion.num_bins=2", "exclusion.false_positive_rate=0.5"],
     "z_scores": [
         "exclusion.warmup=2", "exclusion.num_bins=2", "exclusion.enter=0.1", "exclusion.leave=0.05",
         "exclusion.min_timestep=0.3",
@@ -154,7 +155,7 @@ def ruled(rule: str, *more: str) -> list[str]:
 
 RUNS = {
     **{f"rule_{rule}": ruled(rule) for rule in ("none", "fixed", "calibrated", "evidence", "z_scores")},
-    **{f"rule_{rule}": ruled(rule, *UNWATCHED) for rule in ("normalized", "quantile")},
+    **{f"rule_{rule}": ruled(rule, *UNWATCHED) for rule in ("normalized", "quantile", "evidence_by_magnitude")},
     "rule_agc": ruled("iet_agc", *UNWATCHED),  # as older recordings call it
     **{
         f"method_{name}": ruled("fixed", f"method={name}", "method.probability=0.7", *UNWATCHED)

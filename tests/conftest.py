@@ -157,7 +157,7 @@ def klein_folder(pipeline_folder, tmp_path_factory) -> Path:
 
 
 def build_module(
-    pipeline: Path, exclusion=None, model: dict | None = None, method=None, **options
+    pipeline: Path, exclusion=None, model: dict | None = None, method=None, optimizer=None, **options
 ) -> DiffusionTraining:
     from memtrain.core.exclusion import KeepAll
     from memtrain.models.pretrained import from_pretrained
@@ -182,7 +182,7 @@ def build_module(
         from_pretrained(str(pipeline), "auto", **(model_options | (model or {}))),
         exclusion or KeepAll(),
         # a large eps: with 1e-8 Adam turns gradients that are rounding noise into steps of the full rate
-        AdamW(1e-3, (0.9, 0.999), 0.01, 1e-3, "constant", 0, eight_bit=False),
+        optimizer or AdamW(1e-3, (0.9, 0.999), 0.01, 1e-3, "constant", 0, eight_bit=False),
         method or Method(),
         objective=Objective(**objective),
         **(defaults | options),

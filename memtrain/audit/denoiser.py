@@ -62,11 +62,13 @@ class Denoiser:
         dtype: str = "float32",
         key: str = "model",
         lora: str | None = None,
+        max_sequence_length: int | None = None,
         config: str | None = None,
     ) -> Denoiser:
         """A diffusers folder (read offline), a hub id or a .safetensors file; device None is the GPU where there is
-        one. `key`: what the user called it. `lora`: an adapter to load into it, a folder or a file. `config`: of a
-        file, see `memtrain.models.single_files.load_single_file`.
+        one. `key`: what the user called it. `lora`: an adapter to load into it, a folder or a file.
+        `max_sequence_length`: tokens of a prompt in T5, as it was trained with; None: as the stock pipeline has it.
+        `config`: of a file, see `memtrain.models.single_files.load_single_file`.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
@@ -81,7 +83,10 @@ class Denoiser:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"device={device} cannot be used: {reason}; leave it out, or say device=cpu") from error
-        return Denoiser(pipeline)
+        denoiser = Denoiser(pipeline)
+        if max_sequence_length is not None:
+            denoiser.model.cut_captions(max_sequence_length)
+        return denoiser
 
     def guided(self, guidance_scale: float | None) -> Denoiser:
         """The same model, asked for the pairs of pictures that are drawn with this scale; None: the family's own."""
@@ -147,6 +152,8 @@ class Denoiser:
         digest.update(f" {self.latent_shape} {self.dtype}".encode())
         for hashed in model.fingerprint(model.network_name, *model.text_encoder_names).values():
             digest.update(hashed.encode())
+        for option in model.call_options.items():
+            digest.update(str(option).encode())
         return digest.hexdigest()
 
 

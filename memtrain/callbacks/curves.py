@@ -93,10 +93,11 @@ class MemorizationCurves(AfterEachStep):
         if self.step_at_log >= trainer.max_steps / 2:
             self.late += point.sums
         self.seconds, self.seconds_scoring = self.seconds + seconds, self.seconds_scoring + scoring
+        optimizer = trainer.optimizers[0].param_groups[0]
         metrics = point.metrics() | {
             "samples_per_second": (pl_module.accumulation.samples_seen - self.samples_at_log) / seconds,
             "scoring_share": scoring / seconds,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": optimizer["lr"] * optimizer.get("d", 1.0),  # d: what Prodigy has found
             "updates_skipped": float(pl_module.accumulation.updates_skipped),
         }
         histograms = point.score_histograms()

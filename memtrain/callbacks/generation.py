@@ -58,6 +58,7 @@ def generate(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             output_type="latent",
+            **model.call_options,
         ).images
     return model.from_pipeline(latents.float(), height, width).cpu()
 

@@ -37,6 +37,12 @@ def bench(argv: list[str]) -> None:
     detection.add_argument("--rounds", type=int, default=3, metavar="N", help="(default 3)")
     detection.add_argument("--json", action="store_true", help="print the figures as JSON")
     detection.set_defaults(run=_detect)
+    memory = commands.add_parser("memory", help="what a run holds on a GPU, from configs alone, without weights")
+    memory.add_argument(
+        "words", nargs="*", metavar="KEY=VALUE", help="as of memtrain train: model=… adapter=… data.batch_size=…"
+    )
+    memory.add_argument("--json", action="store_true", help="print the figures as JSON")
+    memory.set_defaults(run=_memory)
     args = parser.parse_args(argv)
     args.run(args)
 
@@ -113,4 +119,63 @@ def _detect(args: argparse.Namespace) -> None:
         f"medians of {speed.rounds} rounds\n"
         f"memtrain {speed.memtrain:.2f} prompts/s: {speed.against_whole_loop:.0f}x a loop of all "
         f"{speed.num_inference_steps} steps with decoding, {speed.against_stopped_loop:.2f}x the loop stopped there"
+    )
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from memtrain.cli.main import composed
+
+    cfg = composed("train", args.words)
+    from hydra.utils import instantiate
+
+    from memtrain.models.folders import trained
+    from memtrain.training.architectures import architecture
+    from memtrain.training.memory import CARDS, RESERVED, measure
+    from memtrain.training.module import FROZEN_DTYPES
+
+    adapter, optimizer = instantiate(cfg.adapter), instantiate(cfg.optimizer)
+    adapter.check_quantization(cfg.model.get("quantization"))
+    if cfg.trainer.precision not in FROZEN_DTYPES:
+        raise ValueError(f"trainer.precision must be one of {', '.join(FROZEN_DTYPES)}, got {cfg.trainer.precision}")
+    shards = 1
+    if cfg.trainer.strategy == "fsdp":
+        shards = cfg.trainer.devices
+        if not isinstance(shards, int) or shards < 1:
+            raise ValueError(f"trainer=fsdp: say among how many GPUs, trainer.devices=8, got {shards}")
+    model = architecture(cfg.model.pretrained, trained(cfg.model.family)).model()
+    if cfg.model.get("max_sequence_length") is not None:
+        model.cut_captions(cfg.model.max_sequence_length)
+    checkpointing = cfg.model.gradient_checkpointing
+    model.make_trainable(cfg.model.train_text_encoder, checkpointing, channels_last=False, compile=False)
+    found = measure(
+        model,
+        adapter,
+        optimizer,
+        resolution=cfg.data.resolution,
+        batch_size=cfg.data.batch_size,
+        ema=cfg.ema.decay > 0,
+        dtype=FROZEN_DTYPES[cfg.trainer.precision],
+        gradient_checkpointing=checkpointing,
+        quantization=cfg.model.get("quantization"),
+        anchored="anchored" in cfg.score.kinds,
+        shards=shards,
+    )
+    rows = {f"weights, {name}": size for name, size in found.weights.items()}
+    rows |= {"gradients": found.gradients, "optimizer": found.optimizer, "average (ema)": found.average}
+    rows |= {"activations": found.activations, "all": found.total}
+    fits = {card: found.fits(card) for card in CARDS}
+    if args.json:
+        print(json.dumps({"trained": found.trained, "bytes": rows, "fits_gib": fits}, indent=2))
+        return
+    print(
+        f"{cfg.model.pretrained}: {found.trained / 1e6:,.1f} M trained weights, {cfg.data.batch_size} pictures of "
+        f"{cfg.data.resolution} px, {cfg.trainer.precision}"
+        f"{', gradient checkpointing' if checkpointing else ''}{f', a GPU of {shards}' if shards > 1 else ''}\n"
+    )
+    for name, size in rows.items():
+        print(f"{name:<26}{size / 2**30:>8.2f} GiB")
+    cards = ", ".join(f"{card} GB card: {'fits' if fit else 'does not fit'}" for card, fit in fits.items())
+    print(
+        f"\n{cards}; {RESERVED / 2**30:.0f} GiB of each left free. Not counted: what the forward without a gradient, "
+        "the backward, the VAE and drawing need for a moment, and DDP's second copy of the gradients."
     )

@@ -18,7 +18,14 @@ def cache(cfg: DictConfig) -> None:
     check_training(cfg)
     import torch
 
-    from memtrain.training.latent_cache import DTYPES, check_captions, made_with, missing_shards
+    from memtrain.training.latent_cache import (
+        DTYPES,
+        check_captions,
+        check_room,
+        made_with,
+        missing_shards,
+        sample_bytes,
+    )
 
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype}")
@@ -26,7 +33,8 @@ def cache(cfg: DictConfig) -> None:
     samples, model = _samples(cfg), instantiate(cfg.model)
     missing = missing_shards(samples, cfg.out, made_with(model, samples), cfg.data.flip > 0, cfg.overwrite)
     check_captions(samples, missing)
-    print(f"{len(samples.shards)} shards, {len(missing)} to encode: {cfg.out}", flush=True)
+    size = check_room(samples, missing, cfg.out, sample_bytes(model, samples, cfg.dtype, cfg.data.flip > 0))
+    print(f"{len(samples.shards)} shards, {len(missing)} to encode: {cfg.out}, {size}", flush=True)
     if missing and cfg.processes == 1:
         _encode(0, plain, missing)
     elif missing:

@@ -25,7 +25,10 @@ def detect(cfg: DictConfig) -> None:
 
     max_fprs = list(cfg.max_fpr) if isinstance(cfg.max_fpr, ListConfig) else [cfg.max_fpr]
     audit.check_max_fprs(max_fprs)
-    denoiser = Denoiser.load(cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config)
+    denoiser = Denoiser.load(
+        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
+        max_sequence_length=cfg.max_sequence_length,
+    )  # fmt: skip
     out = Path(cfg.out).expanduser()
     detection = audit.detect(
         denoiser,

@@ -75,6 +75,7 @@ def evaluate(cfg: DictConfig) -> None:
             dtype=cfg.dtype,
             draw=write_gallery,
             loras=loras,
+            max_sequence_length=cfg.max_sequence_length,
             config=cfg.config,
             advance=_bars(progress),
         )

@@ -29,8 +29,9 @@ def explain(cfg: DictConfig) -> None:
         batch_size=cfg.batch_size,
     )
     denoiser = Denoiser.load(
-        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config
-    ).guided(cfg.guidance_scale)
+        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
+        max_sequence_length=cfg.max_sequence_length,
+    ).guided(cfg.guidance_scale)  # fmt: skip
     sampling["guidance_scale"] = denoiser.guidance_scale
     found = audit.explain(
         denoiser, texts, **sampling, suggest=cfg.suggest_words if cfg.suggest else 0, progress=progress_bar

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from memtrain.cli.arguments import spelled
 from memtrain.cli.errors import one_line
@@ -14,6 +15,9 @@ from memtrain.cli.launcher import new_run_id, nodes, processes_per_node
 from memtrain.cli.terminal import quiet
 from memtrain.data.escaping import printable
 from memtrain.data.paths import config_folder
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 HELP = """memtrain: fine-tune text-to-image diffusion models without memorizing them
 
@@ -29,7 +33,7 @@ Usage: memtrain COMMAND [key=value …]
   evaluate  copies, alignment and quality of one or several models
   shards    check, index, pack shards, find duplicates in them: memtrain shards check PATH
   cache     encode a corpus once: latents and text embeddings beside its shards
-  bench     measure: memtrain bench data | startup | score | detect
+  bench     measure: memtrain bench data | startup | score | detect | memory
   demo      write the demo corpus: memtrain demo OUT
 
   memtrain COMMAND --help        keys, groups and examples
@@ -135,6 +139,18 @@ def _run(task: Callable, config_name: str, overrides: list[str]) -> None:
         sys.argv = original
     if failures:
         raise failures[0]
+
+
+def composed(config_name: str, arguments: list[str]) -> DictConfig:
+    """The config that a command would be run with."""
+    from hydra import compose, initialize_config_dir
+
+    from memtrain.cli import schema
+
+    schema.register()
+    _register_resolvers()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose(config_name, spelled(config_name, arguments))
 
 
 def _take_the_mode_as_said() -> None:

@@ -28,8 +28,9 @@ def mitigate(cfg: DictConfig) -> None:
     methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
     denoiser = Denoiser.load(
-        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config
-    ).guided(cfg.guidance_scale)
+        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
+        max_sequence_length=cfg.max_sequence_length,
+    ).guided(cfg.guidance_scale)  # fmt: skip
     sampling = replace(sampling, guidance_scale=denoiser.guidance_scale)
     judges = Judges(
         originals=None if keys is None else _originals(cfg, denoiser, keys),

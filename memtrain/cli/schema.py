@@ -47,6 +47,7 @@ TYPES = {
     **{f"{command}.guidance_scale": float | None for command in ("detect", "explain", "mitigate", "evaluate")},
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
+    **{f"{command}.max_sequence_length": int | None for command in ("detect", "explain", "mitigate", "evaluate")},
     "mitigate.method": Any,  # names: one, a list or all; and each method's settings
     "mitigate.target": Any,  # a score, or q0.1
     "evaluate.models": Any,  # one, or a list

@@ -18,5 +18,6 @@ def quiet() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it could be faster; imported by diffusers
     logging.getLogger("memtrain").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|torch|wandb)\b")

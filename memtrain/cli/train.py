@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is imported when what can be refused without it has b
     from memtrain.data.datamodule import DataModule
     from memtrain.models.adapters import Adapter
     from memtrain.training.module import DiffusionTraining
-    from memtrain.training.optimizers import AdamW
+    from memtrain.training.optimizers import OptimizerConfig
     from memtrain.training.score_memory import Scoring
 
 log = logging.getLogger(__name__)
@@ -51,13 +51,14 @@ def train(cfg: DictConfig) -> None:
     # what reads neither shards nor weights is built at once, so that its errors come first
     rule, optimizer = instantiate(cfg.exclusion), instantiate(cfg.optimizer)
     adapter, scoring = instantiate(cfg.adapter), instantiate(cfg.score)
+    adapter.check_quantization(cfg.model.get("quantization"))
     signals, looks = Signals(), _looks(cfg)
     guard = _guard(looks)
     check_reference(rule, cfg.reference.count)
     data = _data(cfg)
     module = _module(cfg, rule, optimizer, adapter, scoring)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
-    check_disk(Path(cfg.run_dir), module.trained_parameters(), _checkpoints_kept(cfg))
+    check_disk(Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg))
     trainer = _trainer(cfg, [signals, *looks.values()], _loggers(cfg, past))
     _check_ranks(cfg, past, ckpt_path, trainer)
     _begin(cfg, past, ckpt_path, data)
@@ -124,7 +125,7 @@ def _data(cfg: DictConfig) -> DataModule:
 
 
 def _module(
-    cfg: DictConfig, rule: ExclusionRule, optimizer: AdamW, adapter: Adapter, scoring: Scoring
+    cfg: DictConfig, rule: ExclusionRule, optimizer: OptimizerConfig, adapter: Adapter, scoring: Scoring
 ) -> DiffusionTraining:
     from memtrain.training.module import DiffusionTraining
     from memtrain.training.objective import Objective

@@ -112,8 +112,9 @@ class DataModule(pl.LightningDataModule):
         """Raise where the cached latents are not those that this run would compute."""
         if isinstance(self.cache, LatentCache):
             made_with = {**fingerprint(), **self.cache.samples.described()}
-            encoders = tuple(name for name in made_with if name.startswith("text_encoder"))
-            self.cache.check(made_with, ignored=encoders if text_encoder_is_trained else ())
+            encoders = [name for name in made_with if name.startswith("text_encoder")]
+            unread = (*encoders, "max_sequence_length") if text_encoder_is_trained else ()
+            self.cache.check(made_with, ignored=unread)
 
     def setup(self, stage: str) -> None:
         if self.trainer.is_global_zero:

@@ -25,6 +25,7 @@ BESIDE = "beside"  # data.cache: the files lie beside the shards
 _OPEN_FILES = 32
 _SUFFIX = ".latents.safetensors"
 _OPTIONAL = ("pooled", "sizes")  # columns that some families have
+TOKENS = "hidden_tokens"  # in a header: L, where the zeros at the end of `hidden` are not in the file
 
 # What a cache must have in common with the run that reads it, and what a person would call it.
 MADE_WITH = {
@@ -37,6 +38,7 @@ MADE_WITH = {
     "crop": "data.crop",
     "caption": "data.caption",
     "where": "data.where",
+    "max_sequence_length": "model.max_sequence_length",
 }
 
 
@@ -150,7 +152,10 @@ class LatentCache:
             return self._shapes
         file = self._file(int(self.samples.counts.argmax()))
         names = ["posterior", "hidden", *(name for name in _OPTIONAL if name in file.keys())]  # noqa: SIM118
-        return {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
+        shapes = {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
+        tokens, width = shapes["hidden"]
+        shapes["hidden"] = (int(json.loads(file.metadata()["memtrain"]).get(TOKENS, tokens)), width)
+        return shapes
 
     def get(self, index: int, flip: bool) -> CachedSample:
         """What is cached of the sample at a position. Raises BadSample where its picture could not be decoded."""
@@ -162,6 +167,9 @@ class LatentCache:
         caption = file.get_slice("captions")[int(start) : int(end)].tobytes().decode("utf-8")
         stored = {name: "posterior_flipped" if flip and name == "posterior" else name for name in self.shapes()}
         columns = {name: file.get_slice(column)[row : row + 1][0] for name, column in stored.items()}
+        tokens = self.shapes()["hidden"][0] - len(columns["hidden"])
+        if tokens:  # zeros, that the file leaves out
+            columns["hidden"] = np.pad(columns["hidden"], ((0, tokens), (0, 0)))
         if flip and "sizes" in columns:
             columns["sizes"] = np.array(Sizes(*columns["sizes"].tolist()).mirrored())
         return CachedSample({name: values.astype(np.float32) for name, values in columns.items()}, caption)

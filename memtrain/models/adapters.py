@@ -16,6 +16,7 @@ from memtrain.models.anchors import AdapterOff, Anchor, FrozenCopies, exchanged
 from memtrain.models.base import DiffusionModel
 from memtrain.models.kohya_flux import without_name
 from memtrain.models.lora_files import ADAPTER, FORMATS, write_lora
+from memtrain.models.quantized import check_kind, compute_in
 
 KINDS = ("attention", "linear")  # of layers that adapter.target_modules may name
 
@@ -26,8 +27,21 @@ class Adapter:
     def __init__(self) -> None:
         self.base: dict[str, str] = {}  # a hash of each network's weights, which an adapter is for; none: for any
 
+    def check_quantization(self, kind: str | None) -> None:
+        """Raises ValueError where this cannot be had of a model whose weights are in few bits."""
+        if kind is not None:
+            check_kind(kind)
+            raise ValueError(
+                f"model.quantization={kind} is of weights that stay as they are, and adapter=none trains them; say "
+                "adapter=lora, or leave it out"
+            )
+
     def attach(self, model: DiffusionModel, seed: int) -> None:
         """Make the model train what this is about; called once, before anything else sees the model."""
+        self.insert(model, seed)
+
+    def insert(self, model: DiffusionModel, seed: int) -> None:
+        """The same, whatever weights the model has, or none."""
 
     def anchor(self, model: DiffusionModel) -> Anchor:
         """What gives the model back the weights that it has now; called after `attach`, before it learns."""
@@ -90,12 +104,49 @@ class LowRank(Adapter):
         self.merge, self.formats = merge, tuple(formats)
         self._networks: dict[str, nn.Module] = {}  # those that have an adapter
 
+    def check_quantization(self, kind: str | None) -> None:
+        if kind is None:
+            return
+        check_kind(kind)
+        if self.merge:
+            raise ValueError(
+                f"adapter.merge=true would add the adapter to weights in few bits (model.quantization={kind}); export "
+                "it as it is, and merge it into the base in full precision"
+            )
+
     def attach(self, model: DiffusionModel, seed: int) -> None:
+        """Note whose adapter it will be, then insert it."""
+        self._check(model)
+        self.base = model.fingerprint(*model.network_names)
+        self.insert(model, seed)
+
+    def insert(self, model: DiffusionModel, seed: int) -> None:
         """Freeze the model and give its networks an adapter, which begins as a function of the seed.
 
         Raises:
             ValueError: the text encoder is trained already, `target_modules` match nothing, or a format is not for it.
         """
+        self._check(model)
+        model.text_encoder_is_trained = self.text_encoder
+        names = (model.network_name, *(model.trainable_encoder_names if self.text_encoder else ()))
+        networks = {name: getattr(model, name) for name in names}
+        layers = targets(networks, self.target_modules)
+        names_kohya = "kohya" in self.formats and not self.merge
+        is_flux = isinstance(model.network, FluxTransformer2DModel)
+        nameless = without_name(layers[model.network_name]) if names_kohya and is_flux else None
+        if nameless is not None:
+            raise ValueError(
+                f"adapter.formats=kohya: diffusers reads no {nameless} from there; leave it out, or say "
+                "adapter.target_modules=attention"
+            )
+        model.requires_grad_(False)
+        for place, (name, network) in enumerate(networks.items()):
+            self.give(network, layers[name], place_seed(seed, Stream.ADAPTER, 0, place))
+        self._networks = networks
+        model.freeze_unseen()
+        model.train()
+
+    def _check(self, model: DiffusionModel) -> None:
         if model.text_encoder_is_trained:
             raise ValueError(
                 "model.train_text_encoder=true trains all weights of the text encoder, and an adapter leaves them as "
@@ -110,23 +161,6 @@ class LowRank(Adapter):
             )
         if self.text_encoder:
             model.check_trains_text("adapter.text_encoder")
-        self.base = model.fingerprint(*model.network_names)
-        model.text_encoder_is_trained = self.text_encoder
-        names = (model.network_name, *(model.trainable_encoder_names if self.text_encoder else ()))
-        networks = {name: getattr(model, name) for name in names}
-        layers = targets(networks, self.target_modules)
-        nameless = without_name(layers[model.network_name]) if names_kohya and is_flux else None
-        if nameless is not None:
-            raise ValueError(
-                f"adapter.formats=kohya: diffusers reads no {nameless} from there; leave it out, or say "
-                "adapter.target_modules=attention"
-            )
-        model.requires_grad_(False)
-        for place, (name, network) in enumerate(networks.items()):
-            self.give(network, layers[name], place_seed(seed, Stream.ADAPTER, 0, place))
-        self._networks = networks
-        model.freeze_unseen()
-        model.train()
 
     def anchor(self, model: DiffusionModel) -> Anchor:
         return AdapterOff(list(self._networks))
@@ -152,11 +186,13 @@ class LowRank(Adapter):
                     layer.lora_dropout[ADAPTER] = TrainedDropout(self.dropout)
 
     def prepare_frozen(self, dtype: torch.dtype) -> None:
-        """Cast the weights that the adapter stands beside to the training precision; its own stay float32."""
+        """Cast the weights that the adapter stands beside to the training precision, but those in few bits; its own
+        stay float32."""
         for network in self._networks.values():
             for parameter in network.parameters():
-                if not parameter.requires_grad:
+                if not parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
+            compute_in(network, dtype)
 
     def export(self, model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
         """Write the adapter for `load_lora_weights`, or a whole pipeline that has it in its weights."""

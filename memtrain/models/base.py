@@ -56,6 +56,7 @@ class DiffusionModel(nn.Module, ABC):
             setattr(self, part, getattr(pipeline, part))
         self.scale_factor = pipeline.vae_scale_factor  # px of a latent's side
         self.text_encoder_is_trained = self.compiled = False
+        self.quantization: str | None = None  # of the network's linear layers
         self._null: Conditioning | None = None
 
     # ---- its parts
@@ -281,6 +282,18 @@ class DiffusionModel(nn.Module, ABC):
             max_length=tokenizer.model_max_length,
             return_tensors="pt",
         )
+
+    def cut_captions(self, max_sequence_length: int) -> None:
+        """Have captions be of so many tokens, padding included, where the stock pipeline's call takes the number."""
+        raise ValueError(
+            f"max_sequence_length={max_sequence_length} is for Stable Diffusion 3 with a T5, which this "
+            f"{type(self).__name__} is not; leave it out"
+        )
+
+    @property
+    def call_options(self) -> dict[str, int]:
+        """What the stock pipeline is called with, so that it encodes captions as `encode` does."""
+        return {}
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> Conditioning:

@@ -10,6 +10,7 @@ from memtrain.models.families import FAMILIES
 from memtrain.models.flux import Flux
 from memtrain.models.folders import Kind, trained
 from memtrain.models.pipelines import load_pipeline
+from memtrain.models.quantized import quantize
 
 
 def from_pretrained(
@@ -20,6 +21,7 @@ def from_pretrained(
     channels_last: bool,
     compile: bool,
     config: str | None = None,
+    quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a model whose predicting network is trained and whose VAE is frozen.
 
@@ -32,12 +34,16 @@ def from_pretrained(
         compile: `torch.compile` the network, for each size of picture twice: once for the forward that is trained, of
             one batch size, and once for forwards without a gradient, of any. Pipelines sample without it.
         config: of a file: a diffusers folder or hub id of its family, with configs, tokenizers and what the file lacks.
+        quantization: hold the network's linear layers in so many bits, see `memtrain.models.quantized`; for an adapter.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained`.
     """
     model = _load(pretrained, trained(family), config)
     model.make_trainable(train_text_encoder, gradient_checkpointing, channels_last, compile)
+    if quantization is not None:
+        quantize(model.network, quantization)
+        model.quantization = quantization
     return model
 
 
@@ -54,19 +60,28 @@ def flow_from_pretrained(
     mode_scale: float,
     shift: float | None,
     config: str | None = None,
+    max_sequence_length: int | None = None,
+    quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a model on a rectified flow, as `from_pretrained` does, and say how sigma is drawn in training.
 
     Args:
-        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile, config: as there.
+        pretrained, family, train_text_encoder, gradient_checkpointing, channels_last, compile, config, quantization:
+            as there.
         density, logit_mean, logit_std, mode_scale: see `memtrain.core.diffusion.RectifiedFlow`.
         shift: see there; None is that of the pipeline's scheduler.
+        max_sequence_length: tokens of a caption in T5, padding included; None is as the stock pipeline has it.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained` or the density.
     """
     switches = train_text_encoder, gradient_checkpointing, channels_last, compile
-    model = from_pretrained(pretrained, family, *switches, config)
+    model = from_pretrained(pretrained, family, *switches, config, quantization)
+    if max_sequence_length is not None:
+        try:
+            model.cut_captions(max_sequence_length)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
     own = model.noise_process
     assert isinstance(own, RectifiedFlow)
     model.noise_process = RectifiedFlow(
@@ -89,6 +104,7 @@ def flux_from_pretrained(
     shift: float | None,
     guidance: float,
     config: str | None = None,
+    quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a Flux, as `flow_from_pretrained` does, and say which guidance scale it is told in training.
 
@@ -102,7 +118,16 @@ def flux_from_pretrained(
         raise ValueError(f"model.guidance must be >= 0, got {guidance:g}; 1 is usual in training")
     switches = train_text_encoder, gradient_checkpointing, channels_last, compile
     model = flow_from_pretrained(
-        pretrained, family, *switches, density, logit_mean, logit_std, mode_scale, shift, config
+        pretrained,
+        family,
+        *switches,
+        density,
+        logit_mean,
+        logit_std,
+        mode_scale,
+        shift,
+        config,
+        quantization=quantization,
     )
     assert isinstance(model, Flux)
     model.guidance = guidance

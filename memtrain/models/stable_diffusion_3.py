@@ -14,7 +14,8 @@ from memtrain.models.conditioning import Conditioning
 from memtrain.models.flow_transformer import FlowTransformer
 from memtrain.models.joint_attention import count_zero_tokens
 
-T5_TOKENS = 256  # of a caption, as the stock pipeline cuts and pads it
+T5_TOKENS = 256  # of a caption, as the stock pipeline cuts and pads it unless told otherwise
+MOST_T5_TOKENS = 512  # that it can be told
 
 
 class StableDiffusion3(FlowTransformer):
@@ -29,6 +30,7 @@ class StableDiffusion3(FlowTransformer):
     text_encoder_2: Any
     text_encoder_3: Any
     tokenizer_3: Any
+    max_sequence_length = T5_TOKENS
 
     def __init__(self, pipeline: DiffusionPipeline):
         if pipeline.text_encoder_3 is not None:
@@ -73,6 +75,21 @@ class StableDiffusion3(FlowTransformer):
     def trainable_encoder_names(self) -> tuple[str, ...]:
         return self.text_encoder_names[:2]  # a T5 stays as it is: with its dropout no step could be made again
 
+    def cut_captions(self, max_sequence_length: int) -> None:
+        if "text_encoder_3" not in self.text_encoder_names:
+            super().cut_captions(max_sequence_length)
+        if not 1 <= max_sequence_length <= MOST_T5_TOKENS:
+            raise ValueError(f"max_sequence_length must be in [1, {MOST_T5_TOKENS}], got {max_sequence_length}")
+        self.max_sequence_length = max_sequence_length
+
+    @property
+    def call_options(self) -> dict[str, int]:
+        has_t5 = "text_encoder_3" in self.text_encoder_names
+        return {"max_sequence_length": self.max_sequence_length} if has_t5 else {}
+
+    def fingerprint(self, *names: str) -> dict[str, Any]:
+        return super().fingerprint(*names) | ({} if names else self.call_options)
+
     def _encode(self, captions: list[str]) -> Conditioning:
         outputs = [
             encoder(self._tokens(captions, tokenizer).input_ids.to(self.device), output_hidden_states=True)
@@ -86,12 +103,16 @@ class StableDiffusion3(FlowTransformer):
         return Conditioning(torch.cat([clip, self._encode_t5(captions).to(clip)], dim=1), pooled)
 
     def _encode_t5(self, captions: list[str]) -> Tensor:
-        """(B, T5_TOKENS, D)"""
+        """(B, max_sequence_length, D); of all rows, padding too: T5 sees no mask, nor does the network."""
         if "text_encoder_3" not in self.text_encoder_names:
             width = self.transformer.config.joint_attention_dim
             return torch.zeros(len(captions), T5_TOKENS, width, device=self.device)
         tokens = self.tokenizer_3(
-            list(captions), padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
+            list(captions),
+            padding="max_length",
+            max_length=self.max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
         )
         return self.text_encoder_3(tokens.input_ids.to(self.device))[0]
 

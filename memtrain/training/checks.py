@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,27 +17,30 @@ from memtrain.core.exclusion import ExclusionRule
 from memtrain.data.datamodule import DataModule
 from memtrain.data.escaping import as_text
 from memtrain.data.paths import CHECKPOINT, check_file
+from memtrain.training.optimizers import OptimizerConfig
 from memtrain.training.resume import CHECKPOINTS, checkpoints_in, whole_checkpoint
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_BYTES_PER_PARAMETER = 16  # float32 weights, two Adam moments and the average
+CHECKPOINT_BYTES_PER_PARAMETER = 8  # float32 weights and the average; the optimizer's state comes on top
 EXPORT_BYTES_PER_PARAMETER = 8
 LOGS_BYTES = 50_000_000
 _KEYS_NAMED = 8
 
 
-def check_disk(run_dir: Path, parameters: Iterable[nn.Parameter], keep: int) -> None:
+def check_disk(run_dir: Path, parameters: Iterable[nn.Parameter], optimizer: OptimizerConfig, keep: int) -> None:
     """Raises OSError where the disk has no room for the checkpoints, the export and the logs of a run.
 
     Args:
         keep: checkpoints that stay; while a new one is written, one more lies on disk. 0: the run writes none.
     """
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    count = sum(parameter.numel() for parameter in parameters)
+    shapes = [parameter.shape for parameter in parameters]
+    count = sum(map(math.prod, shapes))
+    checkpoint = count * CHECKPOINT_BYTES_PER_PARAMETER + sum(map(optimizer.state_bytes, shapes))
     checkpoints = keep + 1 if keep else 0
     there = sum(path.stat().st_size for path in checkpoints_in(run_dir / CHECKPOINTS).values())  # will be replaced
-    needed = max(checkpoints * count * CHECKPOINT_BYTES_PER_PARAMETER - there, 0)
+    needed = max(checkpoints * checkpoint - there, 0)
     needed += count * EXPORT_BYTES_PER_PARAMETER + LOGS_BYTES
     free = shutil.disk_usage(existing).free
     if free < needed:

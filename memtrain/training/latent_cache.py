@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,13 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 from memtrain.core.files import written_aside
 from memtrain.data.batches import Batch, BatchDecoder
 from memtrain.data.groups import Groups
-from memtrain.data.latents import cache_path, difference, is_of_state, read_header, shard_state
+from memtrain.data.latents import TOKENS, cache_path, difference, is_of_state, read_header, shard_state
 from memtrain.data.samples import ShardSamples
 from memtrain.models.base import DiffusionModel
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_CAPTION_BYTES = 100  # of a usual one
+_ROW_BYTES = 8 + 1  # where its caption ends, whether it is valid
 
 
 def made_with(model: DiffusionModel, samples: ShardSamples) -> dict:
@@ -61,6 +66,44 @@ def check_captions(samples: ShardSamples, numbers: Iterable[int]) -> None:
             )
 
 
+@torch.no_grad()
+def sample_bytes(model: DiffusionModel, samples: ShardSamples, dtype: str, flip: bool) -> int:
+    """What a sample with a usual caption takes in a cache."""
+    latents = math.prod(model.latent_shape(*samples.sizes[0]))
+    told = model.encode(["a caption"])
+    numbers = 2 * latents * (2 if flip else 1) + without_last_zeros(told.hidden).numel()
+    numbers += 0 if told.pooled is None else told.pooled.numel()
+    sizes = 0 if told.time_ids is None else told.time_ids.numel() * torch.int32.itemsize
+    return numbers * DTYPES[dtype].itemsize + sizes + _CAPTION_BYTES + _ROW_BYTES
+
+
+def check_room(samples: ShardSamples, numbers: Iterable[int], out: str, bytes_of_one: int) -> str:
+    """Say how large the caches of these shards will be. What is overwritten makes room, file by file.
+
+    Raises:
+        OSError: a disk has less free than they take.
+    """
+    by_disk: dict[int, list[tuple[Path, int]]] = {}  # of each: a file, and by how much it grows
+    count = 0
+    for number in numbers:
+        shard = samples.shards[number]
+        path, rows = cache_path(out, shard.url, shard.name), int(samples.counts[number])
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        grows = rows * bytes_of_one - (path.stat().st_size if path.exists() else 0)
+        by_disk.setdefault(folder.stat().st_dev, []).append((folder, grows))
+        count += rows
+    said = f"{count:,} samples of {bytes_of_one / 1e3:,.1f} kB, {count * bytes_of_one / 1e9:,.2f} GB in all"
+    for files in by_disk.values():
+        folder, grows = files[0][0], sum(grows for _, grows in files)
+        free = shutil.disk_usage(folder).free
+        if grows > free:
+            raise OSError(
+                f"the disk is too full for the cache: {said}, and {folder} has {free / 1e9:,.2f} GB free; free some "
+                "space, or name another out=FOLDER"
+            )
+    return said
+
+
 def write_latents(
     model: DiffusionModel,
     samples: ShardSamples,
@@ -91,6 +134,9 @@ def write_latents(
         tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)
         path.parent.mkdir(parents=True, exist_ok=True)
         said = {**header, "flip": flip, **shard_state(samples, number)}
+        if "hidden" in tensors:  # an empty shard has none
+            said[TOKENS] = tensors["hidden"].shape[1]
+            tensors["hidden"] = without_last_zeros(tensors["hidden"])
         with written_aside(path, shared=True) as aside:
             save_file(tensors, aside, metadata={"memtrain": json.dumps(said)})
 
@@ -132,6 +178,16 @@ def _encode(
     text = bytearray(b"".join(captions) + b"\0")  # safetensors refuses a slice that starts at the end
     tensors["captions"] = torch.frombuffer(text, dtype=torch.uint8)
     return tensors
+
+
+def without_last_zeros(hidden: torch.Tensor) -> torch.Tensor:
+    """(N, L, D) embeddings without the last tokens, where these are zeros in all rows: Stable Diffusion 3's without T5.
+
+    Of a T5 none are: it sees no mask, so that what stands for padding depends on the caption and is different at each
+    place, and the network attends to all of it.
+    """
+    lengths = hidden.ne(0).any(dim=(0, 2)).nonzero()  # the places at which something stands
+    return hidden[:, : int(lengths.max()) + 1 if len(lengths) else 1].contiguous()
 
 
 class _Rows(Dataset[tuple[int, int, int]]):

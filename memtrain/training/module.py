@@ -32,9 +32,10 @@ from memtrain.training.average import AveragedWeights
 from memtrain.training.encoded import EncodedSamples, encode_samples
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
-from memtrain.training.optimizers import AdamW
+from memtrain.training.optimizers import OptimizerConfig
 from memtrain.training.predictor import Predictor
 from memtrain.training.reference import ReferenceSet, say_unscored
+from memtrain.training.schedule_free import ScheduleFreeAdamW
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from memtrain.training.step_record import DecidedRows, StepRecord
 from memtrain.training.stops import Stops
@@ -58,7 +59,8 @@ class DiffusionTraining(pl.LightningModule):
         scoring: how visits are scored, and which of them.
         reference_every: score reference samples after every k-th step.
         reference_batch: how many of them, over all ranks; None: half the global batch, if the rule needs them.
-        ema_decay: of the averaged weights, with warm-up; 0 keeps no average.
+        ema_decay: of the averaged weights, with warm-up; 0 keeps no average, and neither does an optimizer that has one
+            of its own.
         max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
         adapter: what is trained in place of the model's own weights; None: these.
     """
@@ -67,7 +69,7 @@ class DiffusionTraining(pl.LightningModule):
         self,
         model: DiffusionModel,
         exclusion: ExclusionRule,
-        optimizer: AdamW,
+        optimizer: OptimizerConfig,
         method: Method,
         *,
         seed: int,
@@ -89,6 +91,7 @@ class DiffusionTraining(pl.LightningModule):
             raise ValueError(f"score.timesteps ends at {last} at most, got {scoring.timesteps[1]}")
         self.model, self.exclusion, self.optimizer_config = model, exclusion, optimizer
         self.adapter = adapter or Adapter()
+        self.adapter.check_quantization(model.quantization)
         self.adapter.attach(model, seed)
         # before a checkpoint is loaded: a run that goes on compares with what it began with
         self.anchor = self.adapter.anchor(model) if ANCHORED in scoring.kinds else None
@@ -98,7 +101,7 @@ class DiffusionTraining(pl.LightningModule):
         self.predictor = Predictor(model, method, objective, seed, scoring, self.anchor)
         self.memory: ScoreMemory | None = None
         self.reference = ReferenceSet(reference_every, reference_batch)
-        self.ema = AveragedWeights(ema_decay)
+        self.ema = AveragedWeights(0.0 if optimizer.averages else ema_decay)
         self.stops = Stops(max_bad_steps)
         self.accumulation = Accumulation(objective.denominator, self.stops)
         self.last_step: StepRecord | None = None  # the newest that is over; for those who look on
@@ -141,8 +144,13 @@ class DiffusionTraining(pl.LightningModule):
         if self.device_mesh is not None:
             if self.memory:
                 raise ValueError("trainer=fsdp scores every row or none; set score.every_visits=1 score.timesteps=null")
-            if self.optimizer_config.eight_bit:
-                raise ValueError("trainer=fsdp cannot shard optimizer=adamw8bit; use optimizer=adamw")
+            if not self.optimizer_config.shards:
+                raise ValueError("trainer=fsdp shards optimizer=adamw, and no other; use that one, or trainer=ddp")
+            if self.model.quantization is not None:
+                raise ValueError(
+                    f"trainer=fsdp does not shard model.quantization={self.model.quantization}; leave it out, or use "
+                    "trainer=ddp"
+                )
             bones = strategy.shard_trained(self.model, self.device_mesh["data_parallel"])
         self.ema.begin(self.model, bones)
 
@@ -264,6 +272,9 @@ class DiffusionTraining(pl.LightningModule):
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Put the averaged weights in the place of the trained ones for a while; all ranks enter together."""
+        [optimizer] = self.trainer.optimizers
+        if isinstance(optimizer, ScheduleFreeAdamW):
+            return optimizer.averaged()
         return self.ema.in_place()
 
     # ---- checkpoints

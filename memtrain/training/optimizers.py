@@ -1,10 +1,13 @@
-"""AdamW and the learning rate over steps."""
+"""Optimizers, each with its learning rate over steps."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import warnings
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +29,58 @@ def learning_rate_factor(step: int, schedule: str, warmup_steps: int, num_steps:
     return (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-@dataclass(frozen=True)
-class AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with a schedule; `eight_bit` needs bitsandbytes.
+class OptimizerConfig(ABC):
+    """What `optimizer=` chooses: a dataclass with the settings of one optimizer.
 
     `warmup_steps` below 1 is a share of the run.
     """
+
+    averages = False  # it keeps an average of the weights, by which it is to be judged
+    lr: float
+    schedule: str
+    warmup_steps: float
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr must be > 0, got {self.lr:g}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}")
+
+    @property
+    def shards(self) -> bool:
+        """Whether it works on the sharded weights of trainer=fsdp."""
+        return False
+
+    def build(self, parameters: Iterable[nn.Parameter], num_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """The optimizer of these weights, and its learning rate over a run of `num_steps`."""
+        optimizer = self.make(list(parameters), num_steps)
+        # the schedule counts steps, those that the fp16 scaler skips too
+        warnings.filterwarnings("ignore", r"Detected call of .lr_scheduler\.step\(\). before", UserWarning)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, num_steps))
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """Share of the full rate at a step of a run of `num_steps`."""
+        return learning_rate_factor(step, self.schedule, self.warmup(num_steps), num_steps)
+
+    def warmup(self, num_steps: int) -> int:
+        """Over how many steps of a run of `num_steps` the rate rises."""
+        return round(self.warmup_steps * num_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
+
+    @abstractmethod
+    def make(self, parameters: list[nn.Parameter], num_steps: int) -> torch.optim.Optimizer:
+        """The optimizer of these weights, without a schedule."""
+
+    @abstractmethod
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        """What it keeps of float32 weights of this shape, beside them and their gradient."""
+
+
+@dataclass(frozen=True)
+class AdamW(OptimizerConfig):
+    """AdamW (Loshchilov & Hutter 2019); `eight_bit` keeps its moments in 8 bits (Dettmers et al. 2022), and needs
+    bitsandbytes."""
 
     lr: float
     betas: tuple[float, float]
@@ -42,22 +91,25 @@ class AdamW:
     eight_bit: bool
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr must be > 0, got {self.lr:g}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}")
+        super().__post_init__()
+        if self.eight_bit:
+            _eight_bit_adamw()
 
-    def build(self, parameters: Iterable[nn.Parameter], num_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """The optimizer of these weights, and its learning rate over a run of `num_steps`."""
+    @property
+    def shards(self) -> bool:
+        return not self.eight_bit
+
+    def make(self, parameters: list[nn.Parameter], num_steps: int) -> torch.optim.Optimizer:
         kind = _eight_bit_adamw() if self.eight_bit else torch.optim.AdamW
         first, second = self.betas  # a config gives a list
-        optimizer = kind(parameters, lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, eps=self.eps)
-        # the schedule counts steps, those that the fp16 scaler skips too
-        warnings.filterwarnings("ignore", r"Detected call of .lr_scheduler\.step\(\). before", UserWarning)
-        warmup = round(self.warmup_steps * num_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
-        return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, self.schedule, warmup, num_steps))
+        return kind(parameters, lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, eps=self.eps)
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        count = math.prod(shape)
+        if not self.eight_bit or count < 4096:  # bitsandbytes keeps small ones whole
+            return 2 * 4 * count
+        blocks = math.ceil(count / 256)
+        return 2 * (count + 4 * blocks)  # a scale a block
 
 
 def _eight_bit_adamw() -> type[torch.optim.AdamW]:
@@ -68,3 +120,137 @@ def _eight_bit_adamw() -> type[torch.optim.AdamW]:
             "optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes, or use optimizer=adamw"
         ) from None
     return AdamW8bit
+
+
+@dataclass(frozen=True)
+class Prodigy(OptimizerConfig):
+    """Prodigy (Mishchenko & Defazio 2024), by its authors' package: AdamW that finds its own learning rate.
+
+    Args:
+        lr: multiplies the rate that is found.
+        d0: the rate to begin with.
+        d_coef: multiplies the estimate of the rate; what to tune, where anything.
+        safeguard_warmup: leave the schedule's factor out of the estimate, for it would be too large after a warm-up.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
+    d0: float
+    d_coef: float
+    use_bias_correction: bool
+    safeguard_warmup: bool
+    schedule: str
+    warmup_steps: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.1 <= self.lr <= 10:
+            raise ValueError(
+                f"optimizer.lr of prodigy multiplies the rate that it finds, and {self.lr:g} is one of AdamW's; say "
+                "optimizer.lr=1, and tune optimizer.d_coef"
+            )
+
+    def make(self, parameters: list[nn.Parameter], num_steps: int) -> torch.optim.Optimizer:
+        from prodigyopt import Prodigy
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that its weight decay is decoupled
+            return Prodigy(
+                parameters,
+                lr=self.lr,
+                betas=tuple(self.betas),
+                weight_decay=self.weight_decay,
+                eps=self.eps,
+                d0=self.d0,
+                d_coef=self.d_coef,
+                use_bias_correction=self.use_bias_correction,
+                safeguard_warmup=self.safeguard_warmup,
+            )
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        return 4 * 4 * math.prod(shape)  # two moments, the gradients' weighted sum, the weights it began with
+
+
+@dataclass(frozen=True)
+class Adafactor(OptimizerConfig):
+    """Adafactor (Shazeer & Stern 2018) by transformers, at the rate that is said: of a matrix's second moment it keeps
+    the sums over rows and columns alone, and no first moment.
+
+    Args:
+        eps: added to squared gradients; least root mean square of weights, where `scale_parameter`.
+        clip_threshold: largest root mean square of an update before the rate.
+        decay_rate: the second moment's memory at step t is 1 − t^decay_rate.
+        scale_parameter: multiply the rate by the root mean square of the weights.
+    """
+
+    lr: float
+    eps: tuple[float, float]
+    clip_threshold: float
+    decay_rate: float
+    weight_decay: float
+    scale_parameter: bool
+    schedule: str
+    warmup_steps: float
+
+    def make(self, parameters: list[nn.Parameter], num_steps: int) -> torch.optim.Optimizer:
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            parameters,
+            lr=self.lr,
+            eps=tuple(self.eps),
+            clip_threshold=self.clip_threshold,
+            decay_rate=self.decay_rate,
+            weight_decay=self.weight_decay,
+            scale_parameter=self.scale_parameter,
+            relative_step=False,
+            warmup_init=False,
+        )
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        if len(shape) < 2:
+            return 4 * math.prod(shape)
+        *outer, rows, columns = shape
+        return 4 * math.prod(outer) * (rows + columns)
+
+
+@dataclass(frozen=True)
+class ScheduleFree(OptimizerConfig):
+    """Schedule-free AdamW (Defazio et al. 2024), by its authors' package: an average of the weights takes the place of
+    a falling rate. Its warm-up is its own, linear: the average weighs a step by its rate."""
+
+    averages = True
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
+    schedule: str
+    warmup_steps: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule != "constant":
+            raise ValueError(
+                f"optimizer=schedule_free takes no optimizer.schedule, got {self.schedule}; say "
+                "optimizer.schedule=constant"
+            )
+
+    def factor(self, step: int, num_steps: int) -> float:
+        return 1.0
+
+    def make(self, parameters: list[nn.Parameter], num_steps: int) -> torch.optim.Optimizer:
+        from memtrain.training.schedule_free import ScheduleFreeAdamW
+
+        first, second = self.betas
+        return ScheduleFreeAdamW(
+            parameters,
+            lr=self.lr,
+            betas=(first, second),
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            warmup_steps=self.warmup(num_steps),
+        )
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        return 2 * 4 * math.prod(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -30,6 +31,23 @@ class FullySharded(ModelParallelStrategy):
         # otherwise Lightning shards single tensors within a machine, which a UNet is not made for
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.model is not None
+        check_numbering(Path(checkpoint_path), self.model)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+def check_numbering(checkpoint: Path, module: nn.Module) -> None:
+    """Raises ValueError where a checkpoint's optimizer numbers other weights than sharded ones are numbered: these are
+    counted among all of the module's, frozen ones too, others among those that are trained."""
+    trained = {number for number, parameter in enumerate(module.parameters()) if parameter.requires_grad}
+    [optimizer] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["optimizer_states"]
+    if not optimizer["state"].keys() <= trained:
+        raise ValueError(
+            f"{checkpoint} is of a run that was not sharded, and trainer=fsdp cannot read its optimizer, which knows "
+            "an adapter's weights by other numbers; go on with trainer=ddp, or begin a new run"
+        )
 
 
 def trainer(strategy: str, **settings: Any) -> pl.Trainer:

@@ -85,6 +85,24 @@ def test_every_choice_composes(choices):
 
 
 @pytest.mark.parametrize(
+    ("choices", "score", "own_visits"),
+    [
+        ("exclusion=evidence", "anchored", 0),
+        ("exclusion=evidence score=magnitude", "magnitude", 0),
+        ("exclusion=evidence score=both score.rule=anchored", "anchored", 0),
+        ("exclusion=evidence_by_magnitude", "magnitude", 6),
+        ("experiment=demo", "anchored", 0),
+        ("experiment=demo exclusion=fixed", "magnitude", None),
+    ],
+)
+def test_a_rule_brings_the_score_that_it_goes_by_and_a_choice_of_score_wins(choices, score, own_visits):
+    schema.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", choices.split())
+    assert (cfg.score.rule, cfg.exclusion.get("own_visits")) == (score, own_visits)
+
+
+@pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (

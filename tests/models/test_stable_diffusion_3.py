@@ -47,6 +47,26 @@ def test_captions_and_the_null_caption_are_the_stock_pipelines(pipeline):
     torch.testing.assert_close(embedded.pooled, pooled)
 
 
+def test_a_t5_is_told_as_many_tokens_as_the_stock_pipelines_call_says(pipeline_folder):
+    pipeline = stable_diffusion_3(stable_diffusion(pipeline_folder), t5=True)
+    model = StableDiffusion3(pipeline)
+    whole = model.encode(CAPTIONS).hidden
+    model.cut_captions(9)
+    cond, uncond, *_ = pipeline.encode_prompt(CAPTIONS, None, None, device="cpu", max_sequence_length=9)
+    torch.testing.assert_close(model.encode(CAPTIONS).hidden, cond)
+    torch.testing.assert_close(model.null(3).hidden, uncond)
+    assert model.call_options == {"max_sequence_length": 9}
+    clip = pipeline.tokenizer.model_max_length
+    # cutting rows off is no way there: what stands for padding is seen by the tokens before it, and differs by place
+    assert not torch.allclose(whole[0, clip : clip + 9], cond[0, clip:], atol=1e-3)
+    padding = whole[0, clip + 6 :]
+    assert (padding - padding[0])[1:].norm(dim=1).min() > 1e-3
+    with pytest.raises(ValueError, match=r"max_sequence_length must be in \[1, 512\], got 513"):
+        model.cut_captions(513)
+    with pytest.raises(ValueError, match="max_sequence_length=9 is for Stable Diffusion 3 with a T5, which this"):
+        StableDiffusion3(stable_diffusion_3(stable_diffusion(pipeline_folder))).cut_captions(9)
+
+
 def test_scores_equal_a_plain_loop_over_the_pipelines_own_modules(pipeline):
     """At sigma = 1 the predictions' distance, below it that of the noises that they stand for."""
     seed = generation_seeds(CAPTIONS[0], 1, 0)[0]

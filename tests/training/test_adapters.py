@@ -10,7 +10,7 @@ from memtrain.callbacks.validation import Validation
 from memtrain.core.streams import Stream
 from memtrain.models.base import trained_parameters
 from memtrain.training.checkpoint import checkpoint
-from memtrain.training.strategy import FullySharded
+from memtrain.training.strategy import FullySharded, check_numbering
 from tests.conftest import build_data, build_module, fit, weights
 from tests.support.adapters import low_rank
 from tests.support.rules import quick_evidence
@@ -84,6 +84,9 @@ def test_the_base_stays_and_a_resumed_run_goes_on_bit_for_bit(pipeline_folder, c
 
 def test_a_checkpoint_of_another_base_is_refused(pipeline_folder, corpus, tmp_path):
     fit(build(pipeline_folder), build_data(corpus), tmp_path, 1, callbacks=[checkpoint(1, str(tmp_path))])
+    whole = build(pipeline_folder)
+    with pytest.raises(ValueError, match="was not sharded, and trainer=fsdp cannot read its optimizer"):
+        check_numbering(tmp_path / "last.ckpt", whole)
     other = build_module(pipeline_folder)
     with torch.no_grad():
         other.model.unet.conv_in.weight[0, 0, 0, 0] += 1e-3

@@ -32,7 +32,7 @@ def test_a_disk_that_holds_what_a_run_has_at_its_most_is_large_enough_and_a_smal
     module = build_module(pipeline_folder)
     fit(module, build_data(corpus), tmp_path / "run", 5, callbacks=[checkpoint(1, str(folder), keep)])
     count = sum(parameter.numel() for parameter in module.trained_parameters())
-    counted = (keep + 1) * count * CHECKPOINT_BYTES_PER_PARAMETER
+    counted = (keep + 1) * count * (CHECKPOINT_BYTES_PER_PARAMETER + 8)  # AdamW's two moments
     assert counted <= max(sizes) < 1.5 * counted  # names and small state come on top, and count for a tiny model
     shutil.rmtree(folder)
 
@@ -42,11 +42,11 @@ def test_a_disk_that_holds_what_a_run_has_at_its_most_is_large_enough_and_a_smal
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2 * bytes_, bytes_, bytes_))
 
     free(needed)
-    check_disk(tmp_path / "run", module.trained_parameters(), keep)
+    check_disk(tmp_path / "run", module.trained_parameters(), module.optimizer_config, keep)
     free(needed - 1)
     says = rf"too full for a run.* {keep + 1} checkpoints \(callbacks.checkpoint.keep={keep}"
     with pytest.raises(OSError, match=says):
-        check_disk(tmp_path / "run", module.trained_parameters(), keep)
+        check_disk(tmp_path / "run", module.trained_parameters(), module.optimizer_config, keep)
 
 
 def test_a_run_that_goes_on_needs_no_room_for_the_checkpoints_that_it_has(
@@ -55,12 +55,14 @@ def test_a_run_that_goes_on_needs_no_room_for_the_checkpoints_that_it_has(
     module = build_module(pipeline_folder)
     count = sum(parameter.numel() for parameter in module.trained_parameters())
     fit(module, build_data(corpus), tmp_path, 3, callbacks=[checkpoint(1, str(tmp_path / "checkpoints"), 2)])
-    free = count * (CHECKPOINT_BYTES_PER_PARAMETER + EXPORT_BYTES_PER_PARAMETER) + LOGS_BYTES
+    free = count * (CHECKPOINT_BYTES_PER_PARAMETER + 8 + EXPORT_BYTES_PER_PARAMETER) + LOGS_BYTES
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
-    check_disk(tmp_path, module.trained_parameters(), keep=2)
+    check_disk(tmp_path, module.trained_parameters(), module.optimizer_config, keep=2)
     with pytest.raises(OSError, match="3 checkpoints"):
-        check_disk(tmp_path / "another", module.trained_parameters(), keep=2)
-    check_disk(tmp_path / "another", module.trained_parameters(), keep=0)  # callbacks.checkpoint=null
+        check_disk(tmp_path / "another", module.trained_parameters(), module.optimizer_config, keep=2)
+    check_disk(
+        tmp_path / "another", module.trained_parameters(), module.optimizer_config, keep=0
+    )  # callbacks.checkpoint=null
 
 
 def test_the_sacrificed_are_named_with_the_remedy(corpus, caplog):

@@ -1,5 +1,7 @@
 """Training from cached latents is training from pictures."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,8 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from memtrain.data.datamodule import from_shards
 from memtrain.data.samples import ShardSamples
-from memtrain.training.latent_cache import check_captions, made_with, missing_shards, write_latents
+from memtrain.training.latent_cache import (
+    check_captions,
+    check_room,
+    made_with,
+    missing_shards,
+    sample_bytes,
+    write_latents,
+)
+from memtrain.training.score_memory import Scoring
 from tests.conftest import build_module, fit, weights
+from tests.support.families import stable_diffusion, stable_diffusion_3
 from tests.support.tars import picture, sample, write_tar
 from tests.support.training import Record
 
@@ -207,3 +218,52 @@ def test_a_header_that_says_nothing_is_refused(pipeline_folder, corpus, tmp_path
     save_file(load_file(path), path, metadata={"memtrain": header})
     with pytest.raises(ValueError, match=r"00001\.tar\.latents\.safetensors"):
         batches_of(corpus, tmp_path, model)
+
+
+@pytest.fixture(scope="module")
+def t5_folder(pipeline_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t5") / "pipeline"
+    stable_diffusion_3(stable_diffusion(pipeline_folder), t5=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "length", "stored"), [("flow", None, 24), ("t5", None, 24 + 256), ("t5", 9, 24 + 9)])
+def test_a_flow_is_trained_from_a_cache_as_without(request, corpus, tmp_path, name, length, stored):
+    """Without T5 its zeros are not stored; with one all its tokens are, of which `max_sequence_length` says the count.
+
+    And the corpus' cache is as large as was said."""
+    pipeline, runs = request.getfixturevalue(f"{name}_folder"), []
+    samples = ShardSamples(str(corpus), 64)
+    for cache in (None, str(tmp_path)):
+        module = build_module(pipeline, scoring=Scoring(every=0))
+        if length:
+            module.model.cut_captions(length)
+        if cache:
+            write_latents(
+                module.model, samples, range(len(samples.shards)), cache, dtype="float32", flip=False, batch_size=16,
+                num_workers=0, device=torch.device("cpu"), progress=False,
+            )  # fmt: skip
+        batches = data(corpus, cache=cache)
+        batches.check_cache(module.model.fingerprint, False)
+        fit(module, batches, tmp_path / "run", 1)
+        runs.append(weights(module))
+    torch.testing.assert_close(runs[1], runs[0], atol=1e-6, rtol=0)
+    files = sorted(tmp_path.glob("*.latents.safetensors"))
+    assert {load_file(file)["hidden"].shape[1] for file in files} == {stored}
+    said = len(samples) * sample_bytes(module.model, samples, "float32", False)
+    assert sum(file.stat().st_size for file in files) == pytest.approx(said, rel=0.02)
+    if length:
+        other = build_module(pipeline).model
+        with pytest.raises(ValueError, match=r"made with model.max_sequence_length=9, not 256"):
+            data(corpus, cache=str(tmp_path)).check_cache(other.fingerprint, False)
+
+
+def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_written(corpus, tmp_path, monkeypatch):
+    samples, free = ShardSamples(str(corpus), 64), 1000 * 16
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10 * free, 0, free))
+    assert check_room(samples, [0], str(tmp_path / "new"), 1000) == "16 samples of 1.0 kB, 0.00 GB in all"
+    with pytest.raises(OSError, match=r"too full for the cache: 32 samples of 1.0 kB.* free; free some space, or name"):
+        check_room(samples, [0, 1], str(tmp_path / "new"), 1000)
+    for number in (0, 1):  # to be overwritten
+        (tmp_path / f"0000{number}.tar.latents.safetensors").write_bytes(bytes(free))
+    check_room(samples, [0, 1], str(tmp_path), 1000)

@@ -55,6 +55,7 @@ def evaluate(
     dtype: str,
     draw: DrawGallery,
     loras: Sequence[str | None] | None = None,
+    max_sequence_length: int | None = None,
     config: str | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> list[ModelResult]:
@@ -65,6 +66,7 @@ def evaluate(
     Args:
         config: of models that are files; see `memtrain.models.single_files.load_single_file`.
         loras: for each model a folder or file with an adapter to load into it, or None; None: none has one.
+        max_sequence_length: see `Denoiser.load`.
 
     Raises:
         ValueError: a model cannot be loaded, or is named twice.
@@ -72,7 +74,10 @@ def evaluate(
     results = []
     loras = loras or [None] * len(models)
     for source, lora, name in zip(models, loras, short_names(named_by(models, loras)), strict=True):
-        denoiser = Denoiser.load(source, device, dtype, lora=lora, config=config if is_file(source) else None)
+        denoiser = Denoiser.load(
+            source, device, dtype, lora=lora, max_sequence_length=max_sequence_length,
+            config=config if is_file(source) else None,
+        )  # fmt: skip
         own = replace(settings, guidance_scale=denoiser.guided(settings.guidance_scale).guidance_scale)
         identity = _identity(denoiser, samples, chosen, measures, own)
         result = _read_result(out / name, identity)
