@@ -86,8 +86,8 @@ class Run:
 @cache
 def rule_names() -> dict[str, str]:
     """The class of each exclusion rule, by its path -> the name under which it is chosen, its file in conf/."""
-    files = sorted((config_folder() / "exclusion").glob("*.yaml"))
-    return {OmegaConf.load(file).get("_target_"): file.stem for file in files}
+    files = {file.stem: OmegaConf.load(file) for file in sorted((config_folder() / "exclusion").glob("*.yaml"))}
+    return {file["_target_"]: name for name, file in files.items() if "_target_" in file}  # others vary one of these
 
 
 def read_run(folder: Path) -> Run:
