@@ -14,8 +14,8 @@ from tests.support.rules import quick_rules
 
 
 def test_every_rule_of_conf_that_learns_is_tested_here():
-    files = [OmegaConf.load(file) | {"name": file.stem} for file in (config_folder() / "exclusion").glob("*.yaml")]
-    rules = {file["name"]: get_class(file["_target_"]) for file in files if "_target_" in file}
+    files = {file.stem: OmegaConf.load(file) for file in (config_folder() / "exclusion").glob("*.yaml")}
+    rules = {name: get_class(file["_target_"]) for name, file in files.items() if "_target_" in file}
     learning = {name: rule for name, rule in rules.items() if rule.learns}
     assert {name: type(rule) for name, rule in quick_rules().items()} == learning
 
