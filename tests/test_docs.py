@@ -253,7 +253,8 @@ def test_the_readmes_table_is_a_part_of_the_results():
     headline = rows(read(REPO / "README.md"), "<!-- headline: begin -->", "<!-- headline: end -->")
     results = rows(read(REPO / "docs/results.md"), BEGIN, END)
     places = [results[0].index(column) for column in headline[0]]
-    assert headline[2:] == [[row[place] for place in places] for row in results[2:]]
+    assert len(headline) > 3
+    assert all(row in [[one[place] for place in places] for one in results[2:]] for row in headline[2:])
 
 
 def test_the_results_have_a_place_for_each_table():
