@@ -17,14 +17,13 @@ import pyarrow.compute as pc
 import torch
 
 from memtrain.core.exclusion import GROUP_NAMES, REFERENCE, TRAINED
-from memtrain.core.visits import columns_of, evidence, log_ratio, sums_of
+from memtrain.core.visits import COUNTED_FROM, columns_of, evidence, log_ratio, sums_of
 from memtrain.data.escaping import as_text
 from memtrain.data.find_pictures import find_pictures, read_pictures_from
 from memtrain.data.ledger import KeyNumbers, batches, read_about, read_ledger
 from memtrain.data.samples import ShardSamples
 from memtrain.data.sources import find_sources
 
-HIGH_NOISE = 0.7  # share of the schedule from which memorized samples stand out
 NUM_BINS = 10  # of timesteps, over the whole schedule
 _PERIOD_ROWS = 50  # rows to compare with that each bin of a period has, on average
 _MAX_PERIODS = 50
@@ -34,7 +33,7 @@ _MAX_PERIODS = 50
 class Judged:
     """What a ledger says of its pictures; samples that are duplicates of one another are one."""
 
-    # key (of the first sample), samples (that the ledger names), group, visits, high_noise_visits, evidence, p_value,
+    # key (of the first sample), samples (that the ledger names), group, visits, counted_visits, evidence, p_value,
     # mean_score, excluded_share; a row a picture, worst first
     table: pa.Table
     keys: pa.Table  # key, duplicate_of (a key of `table`): the other samples of pictures that have several
@@ -82,13 +81,13 @@ class Judged:
 
 
 def judge(run: str | Path, score: str | None = None) -> Judged:
-    """Evidence against every picture of a run that was scored at high noise.
+    """Evidence against every picture of a run that was scored, by magnitude at high noise.
 
     Args:
         score: by which of the scores that the run took; None: by the one that its rule went by.
 
     Raises:
-        ValueError: there is no ledger, or no such score at high noise in it.
+        ValueError: there is no ledger, or no such score in it that counts.
     """
     about = read_about(run)
     visits = _read(run, "score" if score is None else about.column(score))
@@ -96,15 +95,15 @@ def judge(run: str | Path, score: str | None = None) -> Judged:
     group = np.zeros(len(keys), dtype=np.int64)  # of each picture
     group[picture] = visits.group
 
-    high = scored & (visits.timestep >= HIGH_NOISE * about.num_timesteps)
-    has_reference = bool((group[picture[high]] == REFERENCE).any())
+    counted = scored & (visits.timestep >= COUNTED_FROM[score or about.score] * about.num_timesteps)
+    has_reference = bool((group[picture[counted]] == REFERENCE).any())
     compared = group == (REFERENCE if has_reference else TRAINED)
-    if not (high & compared[picture]).any():
-        raise ValueError(f"{run}: the ledger has no scores at high noise to compare with; train longer")
-    high_visits, found = _evidence(visits, high, compared, about.num_timesteps)
-    judged = high_visits > 0
+    if not (counted & compared[picture]).any():
+        raise ValueError(f"{run}: the ledger has no scores that count to compare with; train longer")
+    counted_visits, found = _evidence(visits, counted, compared, about.num_timesteps)
+    judged = counted_visits > 0
     if not (judged & compared).any():
-        raise ValueError(f"{run}: too few scores at high noise to compare with; train longer")
+        raise ValueError(f"{run}: too few scores that count to compare with; train longer")
     null = np.sort(found[judged & compared])
     above = len(null) - np.searchsorted(null, found, side="left")
     named = judged & (group != REFERENCE)
@@ -122,7 +121,7 @@ def judge(run: str | Path, score: str | None = None) -> Judged:
         "samples": sizes[order],
         "group": pa.array(GROUP_NAMES).take(pa.array(group[order])),
         "visits": all_visits[order],
-        "high_noise_visits": high_visits[order],
+        "counted_visits": counted_visits[order],
         "evidence": found[order],
         "p_value": p_value[order],
         "mean_score": total[order] / all_scored[order],
@@ -185,12 +184,12 @@ def _read(run: str | Path, score: str) -> _Visits:
 
 
 def _evidence(
-    visits: _Visits, high: np.ndarray, compared: np.ndarray, num_timesteps: int
+    visits: _Visits, counted: np.ndarray, compared: np.ndarray, num_timesteps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Visits that count and evidence of each picture, from the rows `high` (N,) bool. (pictures,), (pictures,)"""
-    of, step = visits.picture[high], visits.step[high]
-    x = log_ratio(torch.tensor(visits.score[high]), torch.tensor(visits.loss[high])).numpy()
-    bins = visits.timestep[high].astype(np.int32) * NUM_BINS // num_timesteps
+    """Visits that count and evidence of each picture, from the rows `counted` (N,) bool. (pictures,), (pictures,)"""
+    of, step = visits.picture[counted], visits.step[counted]
+    x = log_ratio(torch.tensor(visits.score[counted]), torch.tensor(visits.loss[counted])).numpy()
+    bins = visits.timestep[counted].astype(np.int32) * NUM_BINS // num_timesteps
     cells = _periods(step, compared[of], len(np.unique(bins))).astype(np.int32) * NUM_BINS + bins
     z, counts = z_scores(x, of, cells, compared)
     of, z = of[counts], z[counts]

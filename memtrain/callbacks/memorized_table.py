@@ -16,7 +16,7 @@ from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.copies import checked_max_rmse
 from memtrain.core.exclusion import GROUP_NAMES, Observations
 from memtrain.core.statistics import BinnedMoments, timestep_bin
-from memtrain.core.visits import SUMS, columns_of, evidence, log_ratio
+from memtrain.core.visits import COUNTED_FROM, SUMS, columns_of, evidence, log_ratio
 from memtrain.data.escaping import as_text
 from memtrain.report.pictures import draw_samples, samples_of_picture
 from memtrain.training import ranks
@@ -73,14 +73,14 @@ class MemorizedTable(AfterEachStep):
     """Shows the trained pictures that stand out most beside their nearest generation: W&B table, `memorized.png`.
 
     They are ranked by the evidence of `core.visits`, as `memtrain ledger` and the report rank them after the run.
-    A visit counts at high noise, as a z-score against what the reference set showed of late in its timestep bin
+    A visit counts as a z-score against what the reference set showed of late in its timestep bin
     (where no reference set is scored: all trained pictures). All ranks gather what they saw.
 
     Args:
         every: optimizer steps between two tables; 0 makes one at the end alone.
         samples: rows of the table.
         num_images_per_prompt: of each, of which the nearest is shown.
-        high_noise: visits at timesteps from this share of the schedule on count.
+        counted_from: visits at timesteps from this share of the schedule on count; None is as the score wants it.
         num_inference_steps, guidance_scale: of the stock pipeline's sampler.
         max_rmse: a generation this near is framed as a copy.
         batch_size: generations at a time.
@@ -91,7 +91,7 @@ class MemorizedTable(AfterEachStep):
         every: int,
         samples: int,
         num_images_per_prompt: int,
-        high_noise: float,
+        counted_from: float | None,
         num_inference_steps: int,
         guidance_scale: float,
         max_rmse: float,
@@ -107,7 +107,7 @@ class MemorizedTable(AfterEachStep):
         ):
             if value < 1:
                 raise ValueError(f"callbacks.memorized_table.{name} must be >= 1, got {value}")
-        self.every, self.samples, self.high_noise = every, samples, high_noise
+        self.every, self.samples, self.counted_from = every, samples, counted_from
         self.num_images_per_prompt = num_images_per_prompt
         self.options = (num_inference_steps, guidance_scale, batch_size)
         self.max_rmse = checked_max_rmse(max_rmse, "callbacks.memorized_table.max_rmse")
@@ -162,10 +162,11 @@ class MemorizedTable(AfterEachStep):
         return timestep_bin(observed.timesteps.cpu(), pl_module.num_timesteps, _BINS)
 
     def _count(self, visited: VisitedSamples, time: Tensor, observed: Observations, pl_module) -> None:
-        """Add V visits to the sums of their pictures; those that count, scored at high noise, with what they showed."""
+        """Add V visits to the sums of their pictures; those that count, with what they showed."""
         bins = self._bins(observed, pl_module)
         z = (log_ratio(observed.score, observed.loss) - self.moments.mean[bins]) / self.moments.std[bins]
-        counts = observed.scored.cpu() & (observed.timesteps.cpu() >= self.high_noise * pl_module.num_timesteps)
+        counted_from = COUNTED_FROM[pl_module.scoring.rule] if self.counted_from is None else self.counted_from
+        counts = observed.scored.cpu() & (observed.timesteps.cpu() >= counted_from * pl_module.num_timesteps)
         counts &= self.moments.count[bins] >= _WARM
         captioned, score = observed.captioned.cpu(), observed.score.cpu().double()
         # (1 + SUMS, V), 0 where a visit does not count; then (2 + SUMS, V) with a row of ones, for all that are visits
@@ -205,7 +206,7 @@ class MemorizedTable(AfterEachStep):
             group, key = GROUP_NAMES[groups[n]], as_text(data.samples.key(int(positions[n])))
             caption, rmse = as_text(captions[n]), nearest[n].rmse
             table.append((originals[n], caption, key, size, group, score, strength[row], visits, images[n], rmse))
-            said = [group, samples_of_picture(size), f"d {score:.2f}", f"{visits} visits"]
+            said = [group, samples_of_picture(size), f"score {score:.2f}", f"{visits} visits"]
             label = f"{', '.join(filter(None, said))}: {caption}"
             pictures.append((label, originals[n], images[n : n + 1], [rmse]))
         log_table(trainer, "memorized_samples", COLUMNS, table)

@@ -124,7 +124,7 @@ def _print_table(found, top: int) -> None:
     from rich.text import Text
 
     table = Table("key", "group", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("samples", "visits", "at high\nnoise", "evidence", "p", "mean\nscore", "excluded"):
+    for heading in ("samples", "visits", "counted", "evidence", "p", "mean\nscore", "excluded"):
         table.add_column(heading, justify="right")
     for row in found.slice(0, top).to_pylist():
         table.add_row(
@@ -132,7 +132,7 @@ def _print_table(found, top: int) -> None:
             row["group"],
             str(row["samples"]),
             str(row["visits"]),
-            str(row["high_noise_visits"]),
+            str(row["counted_visits"]),
             f"{row['evidence']:.2f}",
             f"{row['p_value']:.2g}",
             f"{row['mean_score']:.3g}",

@@ -1,11 +1,11 @@
 """How strongly a picture's visits say that it is memorized: one statistic, for a run that goes on and for its ledger.
 
-A visit at high noise gives a z-score: how far x = log(d / sqrt(loss)), the statistic of `exclusion=evidence`, lies
-above what the reference set showed at about the same time and timestep, in its standard deviations. Two things are
-asked of a picture's z-scores: whether they are high, the later the more (memorization grows), and whether they have
-risen since its first visits. How far either strays by chance depends on the visits: a coefficient's variance is
-a + b / (sum of squares of what it is a coefficient of), with a, between pictures, and b, between visits, estimated
-on the reference set. A picture's evidence is the larger of the two in standard deviations.
+A visit gives a z-score: how far x = log(score / sqrt(loss)), the statistic of `exclusion=evidence`, lies above what
+the reference set showed at about the same time and timestep, in its standard deviations. By magnitude only visits at
+high noise count. Two things are asked of a picture's z-scores: whether they are high, the later the more (memorization
+grows), and whether they have risen since its first visits. How far either strays by chance depends on the visits: a
+coefficient's variance is a + b / (sum of squares of what it is a coefficient of), with a, between pictures, and b,
+between visits, estimated on the reference set. A picture's evidence is the larger of the two in standard deviations.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ import torch
 from torch import Tensor
 
 from memtrain.core.exclusion import log_score
+from memtrain.core.scores import ANCHORED, MAGNITUDE
 
+# share of the schedule from which a visit counts: d stands out at high noise alone, the anchored score everywhere
+COUNTED_FROM = {MAGNITUDE: 0.7, ANCHORED: 0.0}
+CLIP = 3.0  # no visit says more: the logarithm of an anchored score, which grows from 0, has no floor
 SUMS = 6  # of each picture: visits, and sums over them of z, z^2, time, time^2 and time * z
 
 
 def log_ratio(score: Tensor, loss: Tensor) -> Tensor:
-    """What a visit shows, x = log(d / sqrt(loss)), finite where one is 0. (B,), (B,) -> (B,) float64, on the CPU"""
+    """What a visit shows, x = log(score / sqrt(loss)), finite where one is 0. (B,), (B,) -> (B,) float64, on the CPU"""
     return log_score(score) - log_score(loss) / 2
 
 
 def columns_of(z: Tensor, time: Tensor) -> Tensor:
     """What each visit adds to the sums of its picture. (V,), (V,) -> (SUMS, V) float64"""
-    z, time = z.double(), time.double()
+    z, time = z.double().clamp(-CLIP, CLIP), time.double()
     return torch.stack([torch.ones_like(z), z, z.square(), time, time.square(), time * z])
 
 

@@ -37,7 +37,7 @@ class LedgerView:
 
     rows: int
     num_timesteps: int
-    judged: Judged | None  # None without scores at high noise
+    judged: Judged | None  # None without scores that count
     excluded: list[dict]  # key, group, samples, visits, excluded (visits) of the pictures that were excluded most often
     points: dict[str, Points]
     threshold: np.ndarray | None  # (BINS,) median; None where it is not held against the score itself

@@ -109,19 +109,20 @@ def test_suspects_are_the_memorized_at_the_rate_asked_for(tmp_path, capsys):
 def test_the_rate_holds_for_samples_of_few_visits_and_of_many(tmp_path, spread):
     write(tmp_path, simulated(1, memorized_by=0.0, spread=spread), key=key)
     table = judge(tmp_path).table
-    p, visits = table["p_value"].to_numpy(), table["high_noise_visits"].to_numpy()
+    p, visits = table["p_value"].to_numpy(), table["counted_visits"].to_numpy()
     for some in (visits == 1, (visits > 1) & (visits < 10), visits >= 10):
         share = (p[some] <= 0.1).mean()
         assert abs(share - 0.1) < 0.04 + 2 * (0.09 / some.sum()) ** 0.5
 
 
-def test_columns_are_what_they_say(tmp_path):
+@pytest.mark.parametrize(("score", "counted_from"), [("magnitude", 700), ("anchored", 0)])
+def test_columns_are_what_they_say(tmp_path, score, counted_from):
     rows = simulated()
-    write(tmp_path, rows, key=key)
+    write(tmp_path, rows, key=key, score=score)
     for row in judge(tmp_path).table.slice(0, 5).to_pylist():
         mine = rows.sample_index == int(row["key"].split("/")[1])
-        noisy = mine & (rows.timestep >= 700)
-        assert (row["visits"], row["high_noise_visits"]) == (mine.sum(), noisy.sum())
+        counted = mine & (rows.timestep >= counted_from)
+        assert (row["visits"], row["counted_visits"]) == (mine.sum(), counted.sum())
         assert row["mean_score"] == pytest.approx(rows.score[mine].mean(), rel=1e-5)
         assert row["excluded_share"] == pytest.approx((~rows.kept[mine]).mean())
 
@@ -182,7 +183,7 @@ def test_wrong_requests_are_named(tmp_path):
 def test_a_ledger_without_scores_is_named(tmp_path):
     rows = simulated()
     write(tmp_path, LedgerRows(**rows.__dict__ | {"scored": rows.scored & False}), key=key)
-    with pytest.raises(ValueError, match="no scores at high noise"):
+    with pytest.raises(ValueError, match="no scores that count"):
         judge(tmp_path)
 
 

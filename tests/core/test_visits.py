@@ -30,6 +30,18 @@ def test_strength_is_in_standard_deviations_of_chance_whatever_the_visits(told):
     assert not told(summed(z, time, picture), nobody).any()  # nobody to compare with
 
 
+def test_a_score_that_began_next_to_nothing_has_not_risen_beyond_measure():
+    """An anchored score's logarithm has no floor: a first visit at -12 deviations is one at -3."""
+    draw, visits = np.random.default_rng(0), 8
+    z = draw.normal(size=(300, visits))
+    z[:2, 0] = -12.0, -3.0
+    z[1, 1:] = z[0, 1:]
+    time = np.tile(np.arange(1, visits + 1) / visits, 300)
+    null = torch.arange(300) >= 100
+    found = evidence(summed(z.ravel(), time, np.repeat(np.arange(300), visits)), null)
+    assert found[0] == found[1] < 4
+
+
 def test_of_single_visits_only_the_level_is_told():
     z = np.random.default_rng(0).normal(size=200)
     sums, everybody = summed(z, np.ones(200), np.arange(200)), torch.ones(200, dtype=torch.bool)

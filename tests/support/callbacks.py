@@ -21,7 +21,7 @@ def copies(**options) -> Copies:
 
 
 def table(**options) -> MemorizedTable:
-    defaults = dict(every=0, samples=4, num_images_per_prompt=2, high_noise=0.3, num_inference_steps=2,
+    defaults = dict(every=0, samples=4, num_images_per_prompt=2, counted_from=0.3, num_inference_steps=2,
                     guidance_scale=2.0, max_rmse=0.5,
                     batch_size=8)  # fmt: skip
     return MemorizedTable(**(defaults | options))
