@@ -116,44 +116,36 @@ def deep_folder(pipelines, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def xl_folder(pipeline_folder, tmp_path_factory) -> Path:
-    """An untrained Stable Diffusion XL."""
+def folder_of(family: str, pipeline_folder: Path, tmp_path_factory) -> Path:
+    """An untrained pipeline of this function of `tests.support.families`, saved."""
     from tests.support import families
 
-    folder = tmp_path_factory.mktemp("xl") / "pipeline"
-    families.stable_diffusion_xl(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp(family) / "pipeline"
+    getattr(families, family)(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def xl_folder(pipeline_folder, tmp_path_factory) -> Path:
+    return folder_of("stable_diffusion_xl", pipeline_folder, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def flow_folder(pipeline_folder, tmp_path_factory) -> Path:
     """An untrained Stable Diffusion 3."""
-    from tests.support import families
-
-    folder = tmp_path_factory.mktemp("flow") / "pipeline"
-    families.stable_diffusion_3(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
-    return folder
+    return folder_of("stable_diffusion_3", pipeline_folder, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def flux_folder(pipeline_folder, tmp_path_factory) -> Path:
     """An untrained Flux.1 dev."""
-    from tests.support import families
-
-    folder = tmp_path_factory.mktemp("flux") / "pipeline"
-    families.flux(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
-    return folder
+    return folder_of("flux", pipeline_folder, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def klein_folder(pipeline_folder, tmp_path_factory) -> Path:
     """An untrained Flux.2 Klein."""
-    from tests.support import families
-
-    folder = tmp_path_factory.mktemp("klein") / "pipeline"
-    families.flux2_klein(families.stable_diffusion(pipeline_folder)).save_pretrained(folder)
-    return folder
+    return folder_of("flux2_klein", pipeline_folder, tmp_path_factory)
 
 
 def build_module(

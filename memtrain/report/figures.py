@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memtrain.core.scores import SCORES
+from memtrain.core.scores import ANCHORED, MAGNITUDE, SCORES
 from memtrain.report.curves import LABELS
 from memtrain.report.ledger import BINS, LedgerView
 from memtrain.report.run import Run
@@ -70,7 +70,7 @@ def _single(run: Run) -> Iterable[FigureData]:
         step,
         "score",
         _by_group(run, "score_high_noise"),
-        "Where memorized samples stand above the others.",
+        f"The {run.score} score, by which memorized samples come to stand above the others.",
     )
     for score in SCORES:  # one that is taken beside the rule's
         yield FigureData(
@@ -184,6 +184,14 @@ def plane(runs: list[Run]) -> FigureData:
     )  # fmt: skip
 
 
+SHOWS = {  # where each score stands out
+    MAGNITUDE: "By the magnitude, memorized samples lie above the reference at high noise, and of a UNet below it in "
+    "the middle.",
+    ANCHORED: "By the anchored score, how far the run has moved the prediction, memorized samples lie above the "
+    "reference at every timestep.",
+}
+
+
 def scatter(run: Run, view: LedgerView) -> FigureData:
     """Score against timestep: some visits of each group, its median, and what they were held against."""
     centres = [(b + 0.5) * view.num_timesteps / BINS for b in range(BINS)]
@@ -203,8 +211,7 @@ def scatter(run: Run, view: LedgerView) -> FigureData:
         series.append(Series("threshold, median", "alarm", *line, dashed=True))
     return FigureData(
         "scatter", "Score against timestep", "timestep (right: more noise)", "score", series,
-        "Visits drawn at random over the whole run. Memorized samples lie above the reference at high noise, "
-        "and below it in the middle.", scatter=True,
+        f"Visits drawn at random over the whole run. {SHOWS[run.score]}", scatter=True,
     )  # fmt: skip
 
 

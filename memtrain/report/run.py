@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from memtrain.core.scores import MAGNITUDE
 from memtrain.data.escaping import of_cell
 from memtrain.data.paths import check_run, config_folder
 from memtrain.report.curves import read_metrics
@@ -48,6 +49,11 @@ class Run:
         """The exclusion rule as it is chosen in the config; of one's own rule, the class."""
         target = str(self.config.get("exclusion", {}).get("_target_", "unknown"))
         return rule_names().get(target, target.rsplit(".", 1)[-1])
+
+    @property
+    def score(self) -> str:
+        """The score that the rule goes by."""
+        return self.config.get("score", {}).get("rule", MAGNITUDE)
 
     @property
     def method(self) -> str:
