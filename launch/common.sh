@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it. `install_memtrain [EXTRA]` makes .venv and installs memtrain into it with
 # the versions of constraints.txt; where that was done before, it does nothing. Afterwards $repo is this
-# repository and $python the interpreter of its .venv. `let_ranks_stop` sets what torchrun reads.
+# repository and $python the interpreter of its .venv. `let_ranks_stop` sets what torchrun reads. `train_settings` makes
+# the runs of a table.
 
 unset CDPATH
 repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -158,4 +159,28 @@ install_memtrain() {
 let_ranks_stop() {
     export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}"
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}"
+}
+
+# Short runs of the demo for a table: one of every setting, "NAME WORDS…" in the array `settings`, and every seed of
+# SEEDS (0 1 2), as runs/FOLDER/NAME_seedN; JOBS (2) at a time, a core each. A run that is finished is not made again.
+# Arguments: FOLDER, then what every run is told. Afterwards the array `runs` names the folders of all.
+train_settings() {
+    local folder="$1" seed setting
+    shift
+    cd "$repo"
+    export OMP_NUM_THREADS=1 PATH="$venv/bin:$PATH"
+    [ -d data/demo_table ] || memtrain demo data/demo_table num_samples=1196 copies=66
+    mkdir -p "runs/$folder"
+    for seed in ${SEEDS:-0 1 2}; do
+        for setting in "${settings[@]}"; do
+            [ -e "runs/$folder/${setting%% *}_seed$seed/summary.json" ] ||
+                printf '%s run_id=%s_seed%s seed=%s\n' "${setting#* }" "${setting%% *}" "$seed" "$seed"
+        done
+    done | xargs -P "${JOBS:-2}" -I '{}' bash -c \
+        'log="$1"; shift; memtrain train experiment=demo_table logger=csv {} "$@" >>"$log" 2>&1' \
+        bash "runs/$folder/log" "name=$folder" "$@"
+    runs=()
+    for setting in "${settings[@]}"; do
+        runs+=(runs/"$folder"/"${setting%% *}"_seed*/)
+    done
 }

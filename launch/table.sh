@@ -6,9 +6,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 install_memtrain
-cd "$repo"
-export OMP_NUM_THREADS=1 PATH="$venv/bin:$PATH"
-[ -d data/demo_table ] || memtrain demo data/demo_table num_samples=1196 copies=66
 settings=(
     "none exclusion=none"
     "evidence exclusion=evidence"
@@ -26,21 +23,6 @@ settings=(
     "words_repeated exclusion=none method=words_repeated"
     "embedding_noise exclusion=none method=embedding_noise"
 )
-mkdir -p runs/table
-commands() {
-    local seed setting
-    for seed in ${SEEDS:-0 1 2}; do
-        for setting in "${settings[@]}"; do
-            [ -e "runs/table/${setting%% *}_seed$seed/summary.json" ] ||
-                printf '%s run_id=%s_seed%s seed=%s\n' "${setting#* }" "${setting%% *}" "$seed" "$seed"
-        done
-    done
-}
-commands | xargs -P "${JOBS:-2}" -I '{}' bash -c \
-    'memtrain train experiment=demo_table name=table logger=csv {} "$@" >>runs/table/log 2>&1' bash "$@"
-runs=()
-for setting in "${settings[@]}"; do
-    runs+=(runs/table/"${setting%% *}"_seed*/)
-done
+train_settings table "$@"
 "$python" -m memtrain.report.table --over-seeds "${runs[@]}" --into docs/results.md
 "$python" -m memtrain.report.table --over-seeds "${runs[@]}"
