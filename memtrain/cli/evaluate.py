@@ -25,6 +25,7 @@ def evaluate(cfg: DictConfig) -> None:
         raise ValueError("data is missing; name the shards that the model was trained on: data=FOLDER")
     check_evaluation(cfg, models, loras)
     import torch
+    from hydra.utils import instantiate
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -48,6 +49,7 @@ def evaluate(cfg: DictConfig) -> None:
         fid_samples=cfg.fid_samples,
         gallery=cfg.gallery,
         seed=cfg.seed,
+        attack=instantiate(cfg.attack),
     )
     room.short_names(room.named_by(models, loras))  # here: a model that is named twice costs nothing yet
     measures = _measures(cfg, torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -178,7 +180,8 @@ def _print(results: list[ModelResult], out: Path) -> None:
     models, groups = [result.model for result in results], [group.group for group in first.groups]
     for name, cells in (("model", models), ("group", groups)):
         table.add_column(name, overflow="fold", min_width=min(16, max(map(len, cells))))
-    figures = ("samples", "copies", "samples copied", first.measure)
+    is_attacked = first.memorization.copy_rate_attacked is not None
+    figures = ("samples", "copies", *(("under attack",) if is_attacked else ()), "samples copied", first.measure)
     figures += (
         *(("CLIP score",) if has_clip else ()),
         "loss",
@@ -193,6 +196,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
                 escape(group.group),
                 f"{group.samples}",
                 f"{group.copy_rate:.1%}",
+                *([f"{group.copy_rate_attacked:.1%}"] if is_attacked else []),
                 f"{group.samples_copied:.1%}",
                 f"{group.similarity:.3f}",
             ]
@@ -205,6 +209,11 @@ def _print(results: list[ModelResult], out: Path) -> None:
     console = Console()
     console.print(table)
     notes = ["Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."]
+    if is_attacked:
+        notes.append(
+            f"Under attack: copies among generations after {first.attack}; what it brings back of the group reference, "
+            "which was never trained on, it has described by itself."
+        )
     if first.frechet_distance is not None:
         notes.append(
             f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} "

@@ -6,8 +6,8 @@ Shapes: N training samples, G generations of each, K timesteps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
+from memtrain.audit.attack import Attack
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.evaluate.fid import Features, FrechetDistance
@@ -27,6 +28,7 @@ from memtrain.core.diffusion import draw
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
+from memtrain.models.conditioning import Conditioning
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ REFERENCE_GROUP, CANARY_GROUP = "reference", "canary"  # as training names them 
 T = TypeVar("T")
 
 Advance = Callable[[str, int, int], None]  # told after each batch: what, pictures done, of how many
+Encode = Callable[[Sequence[int]], Conditioning]  # what the network is told, of these of the N samples
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Settings:
     fid_samples: int  # pictures of the shards
     gallery: int  # pairs
     seed: int
+    attack: Attack = field(default_factory=Attack)  # what brings pictures back, beside captions
 
     def __post_init__(self):
         for name in ("num_images_per_prompt", "num_inference_steps", "timesteps_per_sample"):
@@ -74,6 +78,8 @@ class GroupResult:
     similarity: float  # mean
     clip_score: float | None
     denoising_loss: float
+    copy_rate_attacked: float | None = None  # of generations from what an attack found; None: there was none
+    samples_copied_attacked: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class ModelResult:
     frechet_real: int
     identity: str
     lora: str | None = None  # a folder or file that was loaded into it
+    attack: str = "none"  # in words
 
     @property
     def memorization(self) -> GroupResult:
@@ -109,6 +116,7 @@ class Match:
     original: np.ndarray
     said: str  # how near they are
     is_copy: bool
+    attacked: bool = False  # made from what an attack found, not from the caption
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,10 @@ class Evaluation:
 
     def run(self, name: str, source: str, identity: str) -> Found:
         latents, originals = self._look_at_originals()
-        rows, nearest = self._generate(originals, self._losses(latents))
+        rows, nearest = self._generate(latents, originals, self._told_of_captions)
+        rows_attacked, nearest_attacked = self._attack(latents, originals)
+        nearest += [(len(rows) + number, image) for number, image in nearest_attacked]
+        rows += rows_attacked
         self._look_at_real_pictures()
         groups = [self._summarise(rows, group) for group in dict.fromkeys(self.chosen.groups)]
         result = ModelResult(
@@ -160,6 +171,7 @@ class Evaluation:
             frechet_generated=self.frechet.counts[False],
             frechet_real=self.frechet.counts[True],
             identity=identity,
+            attack=str(self.settings.attack),
         )
         return Found(result, pa.Table.from_pylist(rows), self._pairs(rows, nearest))
 
@@ -185,8 +197,24 @@ class Evaluation:
         parts = list(self._over("training images", len(self.chosen), work))
         return torch.cat([latents for latents, _ in parts]), torch.cat([features for _, features in parts])
 
+    def _told_of_captions(self, numbers: Sequence[int]) -> Conditioning:
+        return self.denoiser.encode([self.chosen.captions[n] for n in numbers])
+
+    def _attack(self, latents: Tensor, originals: Tensor) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
+        """As `_generate`, from the same starts, but from what the attack found in place of the captions."""
+        found = self.settings.attack.search(
+            self.denoiser, latents, self.chosen.captions, self.settings.seed,
+            ShrinkingBatches(self.batches.batch_size), lambda done, total: self.advance("attack", done, total),
+        )  # fmt: skip
+        if found is None:
+            return [], []
+        device = self.denoiser.device
+        return self._generate(
+            latents, originals, lambda numbers: found.index(list(numbers)).map(lambda value: value.to(device)), True
+        )
+
     @torch.no_grad()
-    def _losses(self, latents: Tensor) -> list[float]:
+    def _losses(self, latents: Tensor, encode: Encode, said: str) -> list[float]:
         """Mean squared error of the noise, mean over K fixed timesteps and noises, of each sample (N,).
 
         In noise whatever the network predicts, so that models are comparable; for noise prediction and the
@@ -199,7 +227,7 @@ class Evaluation:
 
         def work(rows: range) -> Tensor:
             clean = latents[rows.start : rows.stop].to(denoiser.device)
-            cond = denoiser.encode(chosen.captions[rows.start : rows.stop])
+            cond = encode(rows)
             losses = []
             for number, t in enumerate(timesteps):
                 noise = torch.cat(
@@ -213,10 +241,14 @@ class Evaluation:
                 losses.append((denoiser.predict_noise(noisy, t, cond) - noise).square().flatten(1).mean(dim=1))
             return torch.stack(losses, dim=1).mean(dim=1).cpu()
 
-        return torch.cat(list(self._over("denoising loss", len(chosen), work))).tolist()
+        return torch.cat(list(self._over(f"denoising loss{said}", len(chosen), work))).tolist()
 
-    def _generate(self, originals: Tensor, losses: list[float]) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
+    def _generate(
+        self, latents: Tensor, originals: Tensor, encode: Encode, attacked: bool = False
+    ) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
         """A row a generation, and (row, pixels) of those nearest to their training image, nearest first."""
+        said = " under attack" if attacked else ""
+        losses = self._losses(latents, encode, said)
         settings, chosen, similarity = self.settings, self.chosen, self.measures.similarity
         wanted = [(n, g) for n in range(len(chosen)) for g in range(settings.num_images_per_prompt)]
         seeds = [generation_seeds(text, settings.num_images_per_prompt, settings.seed) for text in chosen.captions]
@@ -224,7 +256,7 @@ class Evaluation:
         def work(rows: range):
             part = wanted[rows.start : rows.stop]
             captions = [chosen.captions[n] for n, _ in part]
-            cond, own = self.denoiser.encode(captions), [seeds[n][g] for n, g in part]
+            cond, own = encode([n for n, _ in part]), [seeds[n][g] for n, g in part]
             latents = generate(self.denoiser, cond, own, settings.num_inference_steps, settings.guidance_scale)
             pictures = Pictures(latents.float().cpu(), self.denoiser.model.decode(latents))
             values = similarity.compare(similarity.features(pictures), originals[[n for n, _ in part]])
@@ -236,7 +268,7 @@ class Evaluation:
         rows: list[dict] = []
         nearest: list[tuple[float, int, np.ndarray]] = []
         has_reference = REFERENCE_GROUP in chosen.groups
-        for part, pixels, values, clip, features in self._over("generations", len(wanted), work):
+        for part, pixels, values, clip, features in self._over(f"generations{said}", len(wanted), work):
             for (n, g), image, value, score in zip(part, pixels, values, clip, strict=True):
                 nearest.append((-similarity.nearness(value), len(rows), image))
                 rows.append(
@@ -245,6 +277,7 @@ class Evaluation:
                         "caption": chosen.captions[n],
                         "group": chosen.groups[n],
                         "generation": g,
+                        "attacked": attacked,
                         "seed": seeds[n][g],
                         similarity.column: value,
                         "is_copy": bool(similarity.is_copy(np.float64(value))),
@@ -257,7 +290,7 @@ class Evaluation:
             nearest = [(*place, np.array(image)) for *place, image in nearest]
             # quality is judged on captions that were never trained on, where there are any
             counted = [not has_reference or chosen.groups[n] == REFERENCE_GROUP for n, _ in part]
-            if any(counted):
+            if any(counted) and not attacked:
                 self.frechet.add(features[counted], real=False)
         return rows, [(row, image) for _, row, image in nearest]
 
@@ -278,8 +311,11 @@ class Evaluation:
             self.frechet.add(features, real=True)
 
     def _summarise(self, rows: list[dict], group: str) -> GroupResult:
-        mine = [row for row in rows if row["group"] == group]
-        copies = np.array([row["is_copy"] for row in mine]).reshape(-1, self.settings.num_images_per_prompt)  # (N, G)
+        ways = [[row for row in rows if row["group"] == group and row["attacked"] == way] for way in (False, True)]
+        mine, attacked = ways
+        copies, copies_attacked = (  # (N, G) each
+            np.array([row["is_copy"] for row in way]).reshape(-1, self.settings.num_images_per_prompt) for way in ways
+        )
 
         def mean(column: str) -> float:
             return float(np.mean([row[column] for row in mine]))
@@ -293,21 +329,25 @@ class Evaluation:
             similarity=mean(self.measures.similarity.column),
             clip_score=None if self.measures.alignment is None else mean("clip_score"),
             denoising_loss=mean("denoising_loss"),
+            copy_rate_attacked=float(copies_attacked.mean()) if attacked else None,
+            samples_copied_attacked=float(copies_attacked.any(axis=1).mean()) if attacked else None,
         )
 
     def _pairs(self, rows: list[dict], nearest: list[tuple[int, np.ndarray]]) -> list[Match]:
         similarity, pairs = self.measures.similarity, []
+        nearest = sorted(nearest, key=lambda entry: -similarity.nearness(rows[entry[0]][similarity.column]))
         for number, image in nearest:
-            row, position = rows[number], self.chosen.positions[number // self.settings.num_images_per_prompt]
+            row, sample = rows[number], number // self.settings.num_images_per_prompt % len(self.chosen)
             pairs.append(
                 Match(
                     caption=row["caption"],
                     key=row["key"],
                     group=row["group"],
                     generated=image,
-                    original=read_pictures(self.samples, [position], self.size)[0],
+                    original=read_pictures(self.samples, [self.chosen.positions[sample]], self.size)[0],
                     said=f"{similarity.name} {row[similarity.column]:.3f}",
                     is_copy=row["is_copy"],
+                    attacked=row["attacked"],
                 )
             )
         return pairs
