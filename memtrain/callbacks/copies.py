@@ -54,7 +54,7 @@ class Copies(AfterEachStep):
         num_inference_steps, guidance_scale: of the stock pipeline's sampler.
         max_rmse: no generation beyond this distance is a copy.
         false_copies: the share of the reference captions' generations that may count as copies.
-        nearest: training pictures that are searched for the nearest one; of more, so many drawn by seed and all canaries.
+        nearest: training pictures that are searched; of more, so many drawn by seed, and all canaries.
         min_repeats: canaries with fewer are not counted in the rates, only in `copies.csv` and `doses.png`.
         batch_size: generations at a time.
         shown: canaries in the picture; 0 draws none.
