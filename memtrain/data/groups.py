@@ -67,24 +67,6 @@ class Groups:
         _, first = np.unique(self.pictures.of(positions), return_index=True)
         return positions[np.sort(first)]
 
-    def canary_of(self, positions: np.ndarray) -> np.ndarray:
-        """The number of the canary that each position shows; -1 where it shows none. (n,) -> (n,) int64"""
-        firsts = np.concatenate([self.one_each(self.sacrificed), self.one_each(self.canary)])
-        numbers = {first: number for number, first in enumerate(self.pictures.of(firsts).tolist())}
-        return np.array([numbers.get(p, -1) for p in self.pictures.of(positions).tolist()], dtype=np.int64)
-
-    def repeats_of(self, positions: np.ndarray) -> np.ndarray:
-        """How often the corpus holds each position's canary; 0 where it is none. (n,) -> (n,) int64"""
-        return np.where(self.canary_of(positions) >= 0, self.pictures.copies(positions), 0)
-
-    def kind_of(self, positions: np.ndarray) -> list[str]:
-        """The kind of each position's canary; empty where it is none. (n,) -> n"""
-        return ["" for _ in positions]
-
-    def looked_at(self, positions: np.ndarray, count: int) -> np.ndarray:
-        """The samples from whose captions each canary is generated. (canaries, count) int64"""
-        return self.one_each(positions)[:, None].repeat(count, axis=1)
-
     def apart(self) -> np.ndarray:
         """What the order of ordinary samples leaves out, sorted: planted canaries and reference set."""
         return np.sort(np.concatenate([self.planted, self.reference]))
