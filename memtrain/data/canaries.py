@@ -12,7 +12,7 @@ from memtrain.data.pictures import Pictures
 
 log = logging.getLogger(__name__)
 
-DUPLICATES, PLANTED = "duplicates", "planted"  # kinds of canaries that no list names
+DUPLICATES, PLANTED, FOREIGN = "duplicates", "planted", "foreign"  # kinds of canaries that no list names
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Canary:
 
     Args:
         number: what it is called.
-        kind: `duplicates`, `planted`, or what the user's list says of it.
+        kind: `duplicates`, `planted`, `foreign`, or what the user's list says of it.
         positions: (m,) int64, the samples that show it.
         repeats: its dose, how often an epoch sees it.
         is_planted: whether that is more often than the corpus holds it.

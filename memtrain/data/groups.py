@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.streams import Stream, place_seed
-from memtrain.data.canaries import Canary, largest_groups, of_list, one_a_picture, plant, positions_of
+from memtrain.data.canaries import FOREIGN, Canary, largest_groups, of_list, one_a_picture, plant, positions_of
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 
 Counts = Sequence[int] | np.ndarray  # samples of each shard, in the order of the corpus
@@ -28,7 +28,7 @@ class Groups:
     """A partition of N samples: canaries and reference set; all others are trained on as they are.
 
     Canaries are planted, each seen many times an epoch; or they are the corpus' own groups of duplicates, or what a
-    list names, of which every member is a canary.
+    list names, of which every member is a canary. The last `num_foreign` samples are not of the corpus.
     """
 
     num_samples: int
@@ -36,6 +36,7 @@ class Groups:
     num_sacrificed: int = 0  # the first so many of the canaries, which no rule may exclude
     reference: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     pictures: Pictures = NO_DUPLICATES
+    num_foreign: int = 0
 
     @cached_property
     def sacrificed(self) -> np.ndarray:
@@ -121,13 +122,18 @@ class Groups:
         return np.array(rows, dtype=np.int64).reshape(-1, count)
 
     def apart(self) -> np.ndarray:
-        """What the order of ordinary samples leaves out, sorted: planted canaries and reference set."""
-        return np.sort(np.concatenate([self.planted, self.reference]))
+        """What the order of the corpus' ordinary samples leaves out, sorted: planted canaries and reference set."""
+        return self._of_corpus(np.sort(np.concatenate([self.planted, self.reference])))
+
+    def _of_corpus(self, positions: np.ndarray) -> np.ndarray:
+        """Those of these positions that are not foreign."""
+        return positions[positions < self.num_samples - self.num_foreign]
 
     def some_trained(self, count: int) -> np.ndarray:
         """At most `count` ordinary positions, evenly spread over the corpus."""
-        step = max(1, self.num_samples // (count + len(self._numbered[0])))
-        spread = np.arange(0, self.num_samples, step)
+        corpus = self.num_samples - self.num_foreign
+        step = max(1, corpus // (count + len(self._of_corpus(self._numbered[0]))))
+        spread = np.arange(0, corpus, step)
         return spread[self.of(spread) == TRAINED][:count]
 
 
@@ -165,11 +171,7 @@ def draw_groups(
     """
     sizes = np.asarray(counts, dtype=np.int64)
     total, starts = int(sizes.sum()), sizes.cumsum() - sizes
-    if listed and repeats is not None:
-        raise ValueError(
-            f"canaries.file lists canaries that the corpus holds, and canaries.repeats={repeats} would plant others; "
-            "say canaries.repeats=null"
-        )
+    assert not listed or repeats is None
     first_named = np.asarray(named, dtype=np.int64)
     if not listed:
         first_named = one_a_picture(first_named, pictures, canaries, repeats is not None)
@@ -202,3 +204,24 @@ def draw_groups(
     if not 0 <= number <= len(chosen):
         raise ValueError(f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {number}")
     return Groups(total, tuple(chosen), number, permuted[len(permuted) - reference :], pictures)
+
+
+def with_foreign(groups: Groups, count: int, repeats: int) -> Groups:
+    """The same groups, and as sacrificed canaries `count` foreign pictures, behind the corpus.
+
+    Args:
+        groups: of the corpus, without sacrificed canaries.
+        count: how many foreign pictures there are.
+        repeats: how often an epoch sees each.
+    """
+    assert groups.num_sacrificed == 0
+    first = groups.num_samples
+    number = 1 + max((canary.number for canary in groups.canaries), default=-1)
+    foreign = (Canary(number + n, FOREIGN, np.array([first + n]), repeats, is_planted=True) for n in range(count))
+    return replace(
+        groups,
+        num_samples=first + count,
+        canaries=(*foreign, *groups.canaries),
+        num_sacrificed=count,
+        num_foreign=count,
+    )

@@ -34,7 +34,7 @@ class Row:
     kind: str
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_list(path: str | Path) -> list[Row]:
     """The rows of a list of canaries.
 
     Raises:
@@ -83,13 +83,15 @@ def _check_rows(path: str | Path, rows: Sequence[Row]) -> None:
         canary_of[row.key] = row.canary
 
 
-def read_canaries(path: str | Path, samples: ShardSamples) -> list[Canary]:
+def find_canaries(rows: Sequence[Row], samples: ShardSamples, path: str | Path) -> list[Canary]:
     """The canaries of a list, in its order, as far as their samples are in the corpus.
 
+    Args:
+        path: of the list, for what is said of it.
+
     Raises:
-        ValueError: the list is none, see `read_rows`, or is of another corpus.
+        ValueError: it is of another corpus.
     """
-    rows = read_rows(path)
     found = samples.look_up([row.key for row in rows])
     known = found >= 0
     if not known.any():
