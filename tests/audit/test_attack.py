@@ -118,5 +118,5 @@ def test_settings_out_of_range_are_refused(name):
 
 
 def test_an_embedding_that_is_not_finite_is_said(denoiser, latents):
-    with pytest.raises(ValueError, match="not finite after 3 Adam steps at 0.1.*; take dtype=float32"):
+    with pytest.raises(ValueError, match=r"not finite after 3 Adam steps at 0\.1.*; take dtype=float32"):
         search_embeddings(denoiser, latents * float("inf"), CAPTIONS, FEW)

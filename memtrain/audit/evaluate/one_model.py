@@ -19,11 +19,14 @@ from memtrain.audit.alignment import ClipScore
 from memtrain.audit.attack import Attack
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.evaluate.fid import Features, FrechetDistance
+from memtrain.audit.evaluate.fid import Distances, Features
+from memtrain.audit.evaluate.judging import GroupResult, judge, note_nearest, summarise
 from memtrain.audit.evaluate.similarity import Pictures, Similarity
 from memtrain.audit.pictures import encode_images
 from memtrain.audit.sampling import generate
+from memtrain.audit.training_pictures import TrainingPictures
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
+from memtrain.core.copies import checked_false_copies
 from memtrain.core.diffusion import draw
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.images import BadSample
@@ -48,6 +51,8 @@ class Settings:
     guidance_scale: float | None  # None: the family's own
     timesteps_per_sample: int
     fid_samples: int  # pictures of the shards
+    false_copies: float  # share of the generations of the group reference that may count as copies
+    nearest: int | None  # training pictures that are searched; None: all
     gallery: int  # pairs
     seed: int
     attack: Attack = field(default_factory=Attack)  # what brings pictures back, beside captions
@@ -59,27 +64,14 @@ class Settings:
         for name in ("fid_samples", "gallery"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        checked_false_copies(self.false_copies)
 
 
 @dataclass(frozen=True)
 class Measures:
     similarity: Similarity
-    features: Features  # of the Fréchet distance
+    features: Features  # of the distances between many pictures
     alignment: ClipScore | None
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    group: str
-    samples: int
-    generations: int
-    copy_rate: float  # share of the generations that are copies
-    samples_copied: float  # share of the samples with at least one copy
-    similarity: float  # mean
-    clip_score: float | None
-    denoising_loss: float
-    copy_rate_attacked: float | None = None  # of generations from what an attack found; None: there was none
-    samples_copied_attacked: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,10 +80,14 @@ class ModelResult:
     source: str  # folder or hub id
     measure: str  # of similarity
     copy_rule: str
+    cut: float  # of the measure, and what set it
+    cut_is: str
+    searched: int  # training pictures
     groups: list[GroupResult]
     heldout_loss: float | None  # of the reference group; None: there is none
     frechet_name: str
     frechet_distance: float | None
+    kernel_distance: float | None  # on the same features
     frechet_generated: int  # pictures on either side
     frechet_real: int
     identity: str
@@ -149,27 +145,39 @@ class Evaluation:
         self.measures, self.settings = measures, settings
         self.batches, self.advance = batches, advance
         self.size = denoiser.model.own_size
-        self.frechet = FrechetDistance()
+        held_out = [p for p, group in zip(chosen.positions, chosen.groups, strict=True) if group == REFERENCE_GROUP]
+        self.pictures = TrainingPictures(samples, held_out, settings.nearest, chosen.positions, settings.seed)
+        self.distances = Distances()
 
     def run(self, name: str, source: str, identity: str) -> Found:
         latents, originals = self._look_at_originals()
-        rows, nearest = self._generate(latents, originals, self._told_of_captions)
-        rows_attacked, nearest_attacked = self._attack(latents, originals)
-        nearest += [(len(rows) + number, image) for number, image in nearest_attacked]
-        rows += rows_attacked
+        rows, features, nearest = self._generate(latents, originals, self._told_of_captions)
+        if (found := self._attack(latents)) is not None:
+            attacked, features_attacked, near = self._generate(latents, originals, found, attacked=True)
+            nearest += [(len(rows) + number, image) for number, image in near]
+            rows, features = rows + attacked, torch.cat([features, features_attacked])
+        searched = self._search(rows, features)
+        never_seen = [row["group"] == REFERENCE_GROUP and not row["attacked"] for row in rows]
+        cut = judge(rows, never_seen, self.measures.similarity, self.settings.false_copies)
         self._look_at_real_pictures()
-        groups = [self._summarise(rows, group) for group in dict.fromkeys(self.chosen.groups)]
+        similarity = self.measures.similarity
+        per_sample = self.settings.num_images_per_prompt
+        groups = [summarise(rows, group, per_sample, similarity) for group in dict.fromkeys(self.chosen.groups)]
         result = ModelResult(
             model=name,
             source=source,
-            measure=self.measures.similarity.name,
-            copy_rule=self.measures.similarity.rule,
+            measure=similarity.name,
+            copy_rule=similarity.rule(similarity.in_own_terms(cut.distance)),
+            cut=similarity.in_own_terms(cut.distance),
+            cut_is=cut.why,
+            searched=searched,
             groups=groups,
             heldout_loss=next((g.denoising_loss for g in groups if g.group == REFERENCE_GROUP), None),
             frechet_name=self.measures.features.name,
-            frechet_distance=self.frechet.value(),
-            frechet_generated=self.frechet.counts[False],
-            frechet_real=self.frechet.counts[True],
+            frechet_distance=self.distances.frechet(),
+            kernel_distance=self.distances.kernel(),
+            frechet_generated=self.distances.counts[False],
+            frechet_real=self.distances.counts[True],
             identity=identity,
             attack=str(self.settings.attack),
         )
@@ -200,18 +208,14 @@ class Evaluation:
     def _told_of_captions(self, numbers: Sequence[int]) -> Conditioning:
         return self.denoiser.encode([self.chosen.captions[n] for n in numbers])
 
-    def _attack(self, latents: Tensor, originals: Tensor) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
-        """As `_generate`, from the same starts, but from what the attack found in place of the captions."""
+    def _attack(self, latents: Tensor) -> Encode | None:
+        """What the network is told after an attack on the samples' pictures; None where there is none."""
         found = self.settings.attack.search(
             self.denoiser, latents, self.chosen.captions, self.settings.seed,
             ShrinkingBatches(self.batches.batch_size), lambda done, total: self.advance("attack", done, total),
         )  # fmt: skip
-        if found is None:
-            return [], []
         device = self.denoiser.device
-        return self._generate(
-            latents, originals, lambda numbers: found.index(list(numbers)).map(lambda value: value.to(device)), True
-        )
+        return None if found is None else lambda rows: found.index(list(rows)).map(lambda value: value.to(device))
 
     @torch.no_grad()
     def _losses(self, latents: Tensor, encode: Encode, said: str) -> list[float]:
@@ -245,8 +249,8 @@ class Evaluation:
 
     def _generate(
         self, latents: Tensor, originals: Tensor, encode: Encode, attacked: bool = False
-    ) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
-        """A row a generation, and (row, pixels) of those nearest to their training image, nearest first."""
+    ) -> tuple[list[dict], Tensor, list[tuple[int, np.ndarray]]]:
+        """A row a generation, what they are compared by (Q, …), and (row, pixels) of those nearest to their own."""
         said = " under attack" if attacked else ""
         losses = self._losses(latents, encode, said)
         settings, chosen, similarity = self.settings, self.chosen, self.measures.similarity
@@ -259,16 +263,19 @@ class Evaluation:
             cond, own = encode([n for n, _ in part]), [seeds[n][g] for n, g in part]
             latents = generate(self.denoiser, cond, own, settings.num_inference_steps, settings.guidance_scale)
             pictures = Pictures(latents.float().cpu(), self.denoiser.model.decode(latents))
-            values = similarity.compare(similarity.features(pictures), originals[[n for n, _ in part]])
+            compared = similarity.features(pictures)
+            values = similarity.compare(compared, originals[[n for n, _ in part]])
             clip = [None] * len(part)
             if self.measures.alignment is not None:
                 clip = self.measures.alignment.scores(pictures.pixels, captions).tolist()
-            return part, pictures.pixels, values.tolist(), clip, self.measures.features(pictures)
+            return part, pictures.pixels, compared, values.tolist(), clip, self.measures.features(pictures)
 
         rows: list[dict] = []
+        all_compared: list[Tensor] = []
         nearest: list[tuple[float, int, np.ndarray]] = []
         has_reference = REFERENCE_GROUP in chosen.groups
-        for part, pixels, values, clip, features in self._over(f"generations{said}", len(wanted), work):
+        for part, pixels, compared, values, clip, features in self._over(f"generations{said}", len(wanted), work):
+            all_compared.append(compared)
             for (n, g), image, value, score in zip(part, pixels, values, clip, strict=True):
                 nearest.append((-similarity.nearness(value), len(rows), image))
                 rows.append(
@@ -280,7 +287,6 @@ class Evaluation:
                         "attacked": attacked,
                         "seed": seeds[n][g],
                         similarity.column: value,
-                        "is_copy": bool(similarity.is_copy(np.float64(value))),
                         "clip_score": score,
                         "denoising_loss": losses[n],
                     }
@@ -291,8 +297,21 @@ class Evaluation:
             # quality is judged on captions that were never trained on, where there are any
             counted = [not has_reference or chosen.groups[n] == REFERENCE_GROUP for n, _ in part]
             if any(counted) and not attacked:
-                self.frechet.add(features[counted], real=False)
-        return rows, [(row, image) for _, row, image in nearest]
+                self.distances.add(features[counted], real=False)
+        return rows, torch.cat(all_compared), [(row, image) for _, row, image in nearest]
+
+    def _search(self, rows: list[dict], features: Tensor) -> int:
+        """Say in each row which training picture is the nearest, and how near; how many could be searched."""
+        read: list[int] = []
+
+        def seen(pixels: np.ndarray) -> Tensor:
+            self.advance("nearest training pictures", len(read), len(self.pictures))
+            latents = encode_images(self.denoiser, pixels, self.batches)
+            return self.measures.similarity.features(Pictures(latents, pixels))
+
+        blocks = self.pictures.blocks(self.size, seen, read)
+        note_nearest(rows, features, self.measures.similarity, blocks, lambda place: self.samples.key(read[place]))
+        return len(read)
 
     def _look_at_real_pictures(self) -> None:
         """As many pictures of the shards as are wanted, drawn by seed; what cannot be read is left out."""
@@ -308,30 +327,7 @@ class Evaluation:
             return self.measures.features(self._pictures(readable[rows.start : rows.stop]))
 
         for features in self._over("shards' pictures", len(readable), work):
-            self.frechet.add(features, real=True)
-
-    def _summarise(self, rows: list[dict], group: str) -> GroupResult:
-        ways = [[row for row in rows if row["group"] == group and row["attacked"] == way] for way in (False, True)]
-        mine, attacked = ways
-        copies, copies_attacked = (  # (N, G) each
-            np.array([row["is_copy"] for row in way]).reshape(-1, self.settings.num_images_per_prompt) for way in ways
-        )
-
-        def mean(column: str) -> float:
-            return float(np.mean([row[column] for row in mine]))
-
-        return GroupResult(
-            group=group,
-            samples=len(copies),
-            generations=copies.size,
-            copy_rate=float(copies.mean()),
-            samples_copied=float(copies.any(axis=1).mean()),
-            similarity=mean(self.measures.similarity.column),
-            clip_score=None if self.measures.alignment is None else mean("clip_score"),
-            denoising_loss=mean("denoising_loss"),
-            copy_rate_attacked=float(copies_attacked.mean()) if attacked else None,
-            samples_copied_attacked=float(copies_attacked.any(axis=1).mean()) if attacked else None,
-        )
+            self.distances.add(features, real=True)
 
     def _pairs(self, rows: list[dict], nearest: list[tuple[int, np.ndarray]]) -> list[Match]:
         similarity, pairs = self.measures.similarity, []
