@@ -200,8 +200,8 @@ class Copies(AfterEachStep):
             metrics[f"copy_rate_nearest/{group}"] = found.rate
             metrics[f"copy_rmse/{group}"] = float(np.median([row.rmse for row in rows if row.group == group]))
         kinds = rates_by_kind(rows)
-        if len(kinds) > 1:
-            metrics |= {f"copy_rate/{kind}": found.rate for kind, found in kinds.items()}
+        if len(kinds) > 1:  # a kind that is called as a group is has no column of its own
+            metrics = {f"copy_rate/{kind}": found.rate for kind, found in kinds.items()} | metrics
         metrics["memorized_canaries"] = self.curves(trainer)["memorized_canaries"][1][-1]
         log_metrics(trainer, metrics)
 
@@ -240,12 +240,13 @@ class Copies(AfterEachStep):
         shown = list(dict.fromkeys(canary.tolist()))[: self.shown]
         first = np.array([int(np.argmax(canary == number)) for number in shown])  # rows of the samples
         originals = data.decode(positions[first].tolist()).images.permute(0, 2, 3, 1).numpy()
-        sizes, repeats = groups.pictures.copies(positions), groups.repeats_of(positions)
+        sizes, kinds = groups.pictures.copies(positions), groups.kind_of(positions)
+        repeats = groups.repeats_of(positions)
         rows = []
         for number, original, row in zip(shown, originals, first.tolist(), strict=True):
             of = [one for one in found if canary[one.sample] == number][:4]
             images = pl_module.model.decode(torch.stack([one.latents for one in of]))
-            said = samples_of_picture(sizes[row]) or f"{repeats[row]} repeats"
+            said = samples_of_picture(sizes[row]) or f"{kinds[row]}, {repeats[row]} repeats"
             rows.append((f"{said}: {samples.captions[row]}", original, images, [one.rmse for one in of]))
         path = Path(trainer.default_root_dir) / "samples.png"
         draw_samples(path, rows, self.cut.distance)

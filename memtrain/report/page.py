@@ -171,6 +171,11 @@ def _pictures(run: Run) -> list[Picture]:
         for path, title, about in (
             (run.folder / "samples.png", "Canaries and generations", "Training images beside generations."),
             (
+                run.folder / "doses.png",
+                "Copies by repeats",
+                "Share of a canary's generations that copy its picture, with 95 % intervals over canaries.",
+            ),
+            (
                 run.folder / "memorized.png",
                 "Most memorized, generated",
                 "Training images beside generations.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from memtrain.core.dose import DoseCurve
 from memtrain.core.scores import MAGNITUDE
+from memtrain.data.copies_file import read_copies
 from memtrain.data.escaping import of_cell
 from memtrain.data.paths import check_run, config_folder
+from memtrain.report.copies import doses_by_kind
 from memtrain.report.curves import Curve, read_metrics
 from memtrain.report.ledger import LedgerView, view_ledger
 
@@ -77,6 +80,12 @@ class Run:
         """The excluded share of a group's visits: over the run; while it is going on, at the newest point."""
         found = self.summary.get("score", {}).get(group, {}).get("excluded_fraction")
         return self.last(f"excluded/{group}") if found is None else found
+
+    @cached_property
+    def doses(self) -> dict[str, DoseCurve]:
+        """The dose curve of all canaries, and of each kind where there are several; {} where nothing was written."""
+        path = self.folder / "copies.csv"
+        return doses_by_kind(read_copies(path)) if path.is_file() else {}
 
     @property
     def copies(self) -> dict[str, Any]:
