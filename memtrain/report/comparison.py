@@ -7,7 +7,7 @@ from memtrain.report.run import Run, settings
 COLUMNS = (
     "run",
     "rule",
-    "copy rate, canaries (95 % over canaries)",
+    "copy rate, canaries",
     "copy rate, reference",
     "excluded, canaries",
     "excluded, others",

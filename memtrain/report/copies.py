@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from matplotlib.axes import Axes
@@ -127,7 +127,7 @@ def half_in_words(curve: DoseCurve) -> str:
     return f"half copied {where}" + (f" ({' to '.join(bounds)})" if bounds[0] != bounds[1] else "")
 
 
-def draw_doses(path: Path, curves: Mapping[str, DoseCurve], chance: float | None = None) -> None:
+def draw_doses(path: Path | BinaryIO, curves: Mapping[str, DoseCurve], chance: float | None = None) -> None:
     """Draw copy rate against repeats, a line each, such as kinds of one run, or one kind of several runs.
 
     Bars are 95 % intervals over canaries; the legend has the dose at which half of the generations are copies.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Run:
     curves: dict[str, Curve]  # column of metrics.csv -> steps and values
     summary: dict[str, Any]  # {} while the run is going on
     canaries: dict[str, dict[str, str]]  # key -> its row of canaries.csv
+    doses: dict[str, DoseCurve]  # of all canaries, and of each kind where there are several; {} while it is going on
     ledger: LedgerView | None
     remarks: list[str] = field(default_factory=list)
 
@@ -80,12 +81,6 @@ class Run:
         """The excluded share of a group's visits: over the run; while it is going on, at the newest point."""
         found = self.summary.get("score", {}).get(group, {}).get("excluded_fraction")
         return self.last(f"excluded/{group}") if found is None else found
-
-    @cached_property
-    def doses(self) -> dict[str, DoseCurve]:
-        """The dose curve of all canaries, and of each kind where there are several; {} where nothing was written."""
-        path = self.folder / "copies.csv"
-        return doses_by_kind(read_copies(path)) if path.is_file() else {}
 
     @property
     def copies(self) -> dict[str, Any]:
@@ -140,7 +135,18 @@ def read_run(folder: Path) -> Run:
     else:
         remarks += ledger.remarks
     name = f"{folder.parent.name}/{folder.name}"
-    return Run(folder, name, config, curves, summary, canaries, ledger, remarks)
+    return Run(folder, name, config, curves, summary, canaries, _doses(folder / "copies.csv", remarks), ledger, remarks)
+
+
+def _doses(path: Path, remarks: list[str]) -> dict[str, DoseCurve]:
+    """The curves of copies by repeats; where the file cannot be read {}, with a remark."""
+    if not path.is_file():
+        return {}
+    try:
+        return doses_by_kind(read_copies(path))
+    except (OSError, ValueError) as error:
+        remarks.append(f"No copies by repeats: {error}.")
+        return {}
 
 
 def _config(path: Path, remarks: list[str]) -> dict[str, Any]:
