@@ -138,15 +138,21 @@ def test_the_copy_rate_of_a_case_by_hand():
             "nearest_latent_rmse": nearest,
             "denoising_loss": 1.0,
             "clip_score": None,
+            "attacked": False,
         }
         for own, nearest in ((0.1, 0.1), (0.3, 0.15), (0.21, 0.21), (0.5, 0.4))
     ]
-    rows.append({"group": "reference", "latent_rmse": 0.1, "nearest_latent_rmse": 0.2, "denoising_loss": 9.0})
+    under_attack = [row | {"attacked": True, "latent_rmse": 0.01} for row in rows[:3]] + [rows[3] | {"attacked": True}]
+    reference = {"group": "reference", "latent_rmse": 0.1, "nearest_latent_rmse": 0.2, "denoising_loss": 9.0}
+    rows += [*under_attack, reference | {"clip_score": None, "attacked": False}]
     cut = judge(rows, [row["group"] == "reference" for row in rows], similarity, 0.01)
     assert 0.1999 < cut.distance < 0.2
     found = summarise(rows, "canary", 2, similarity)
     assert (found.copy_rate, found.copy_rate_nearest, found.samples_copied) == (0.25, 0.5, 0.5)
     assert (found.copy_rate_low, found.copy_rate_high) == (0, 0.5)
+    assert found.copy_rate_attacked == 0.75
+    assert (found.copy_rate_attacked_low, found.copy_rate_attacked_high) == (0.5, 1)
+    assert summarise(rows, "reference", 1, similarity).copy_rate_attacked is None
     assert found.similarity == pytest.approx(0.2775) and found.similarity_nearest == pytest.approx(0.1075)
 
 
@@ -309,6 +315,7 @@ def config(**changed) -> DictConfig:
     """conf/evaluate.yaml, as Hydra would compose it."""
     plain = OmegaConf.load(config_folder() / "evaluate.yaml")
     values = {name: value for name, value in plain.items() if name not in ("defaults", "hydra")}
+    values["attack"] = OmegaConf.load(config_folder() / "attack" / "none.yaml")
     return OmegaConf.merge(values, changed)
 
 
