@@ -15,6 +15,15 @@ from memtrain.cli.checks import check_evaluation
 if TYPE_CHECKING:
     from memtrain.audit.evaluate.one_model import Measures, ModelResult
 
+_HEADS = {  # of the table: eighty columns hold it
+    "samples": "n",
+    "of any": "of\nany",
+    "samples copied": "n with\ncopies",
+    "RMSE of latents": "RMSE of\nlatents",
+    "nearest": "near-\nest",
+    "under attack": "under\nattack",
+    "CLIP score": "CLIP\nscore",
+}
 _CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
 
 
@@ -178,11 +187,11 @@ def _print(results: list[ModelResult], out: Path) -> None:
 
     first = results[0]
     has_clip = any(group.clip_score is not None for group in first.groups)
-    title = "Copies of a generation's own picture (95 % over samples), and of any training picture"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = "Copies of a generation's own picture (95 %\nover samples), and of any training picture"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     models, groups = [result.model for result in results], [group.group for group in first.groups]
     for name, cells in (("model", models), ("group", groups)):
-        table.add_column(name, overflow="fold", min_width=min(16, max(map(len, cells))))
+        table.add_column(name, overflow="fold", min_width=min(10, max(map(len, cells))))
     figures = ("samples", "copies", "of any", "samples copied", first.measure, "nearest")
     figures += (
         *(("CLIP score",) if has_clip else ()),
@@ -191,7 +200,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
         "kernel",
     )
     for name in figures:
-        table.add_column(name, justify="right")
+        table.add_column(_HEADS.get(name, name), justify="right", overflow="fold")
     for result in results:
         for number, group in enumerate(result.groups):
             cells = [
@@ -231,5 +240,5 @@ def _print(results: list[ModelResult], out: Path) -> None:
 
 
 def _with_interval(rate: float, low: float | None, high: float | None) -> str:
-    """A share with its interval, in percent: `12.5% (5-20)`."""
-    return f"{rate:.1%}" if low is None or high is None else f"{rate:.1%} ({100 * low:.0f}-{100 * high:.0f})"
+    """A share, and below it its interval in percent."""
+    return f"{rate:.1%}" if low is None or high is None else f"{rate:.1%}\n{100 * low:.0f}-{100 * high:.0f}"
