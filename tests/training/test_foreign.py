@@ -7,10 +7,12 @@ import torch
 from memtrain.core.exclusion import SACRIFICED
 from memtrain.data.batches import CachedBatches
 from memtrain.data.foreign import LatentsWithForeign, is_foreign
+from memtrain.data.images import decode_image
 from memtrain.data.view import View
 from memtrain.demo.foreign import ForeignComposites, foreign_pictures
 from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit, weights
+from tests.support.corpora import encode, sample, textured, write_tar
 from tests.support.rules import quick_evidence
 from tests.support.training import Record
 from tests.training.test_latent_cache import write
@@ -41,6 +43,25 @@ def test_the_corpus_is_as_without_them(corpus, options):
     assert seen[:count].tolist() == np.bincount(rows(without), minlength=count).tolist()
     keys = [data.samples.key(position) for position in range(count + 2)]
     assert keys[count:] == ["foreign/000000", "foreign/000001"] and not any(map(is_foreign, keys[:count]))
+
+
+def test_a_shard_of_the_users_gives_its_first_pictures(corpus, tmp_path):
+    write_tar(tmp_path / "few/0.tar", sample("a", encode(textured(1)), "mine") + sample("b", b"<html>", "broken"))
+
+    def of(shards, count):
+        foreign = foreign_pictures("foreign", str(shards), count, 64, seed=0)
+        return build_data(corpus, sacrificed=count, foreign=foreign)
+
+    batch = of(tmp_path / "few", 1).decode([48])
+    assert batch.captions == ["mine"] and batch.group.tolist() == [SACRIFICED]
+    assert np.array_equal(batch.images[0], decode_image(encode(textured(1)), 64, 64))
+    for shards, count, says in (
+        (tmp_path / "few", 3, r"canaries\.foreign has 2 pictures, not canaries\.sacrificed=3"),
+        (tmp_path / "few", 2, r"canaries\.foreign: 0\.tar/b cannot be used \(image"),
+        (tmp_path, 1, r"canaries\.foreign=.*no \.tar in it"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            of(shards, count)
 
 
 def test_packaged_ones_are_scaled_and_mirrored_and_drawn_by_seed():
