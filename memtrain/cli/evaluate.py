@@ -19,7 +19,7 @@ _HEADS = {  # of the table: eighty columns hold it
     "samples": "n",
     "of any": "of\nany",
     "samples copied": "n with\ncopies",
-    "RMSE of latents": "RMSE of\nlatents",
+    "RMSE of latents": "RMSE",
     "nearest": "near-\nest",
     "under attack": "under\nattack",
     "CLIP score": "CLIP\nscore",
@@ -188,7 +188,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
     first = results[0]
     has_clip = any(group.clip_score is not None for group in first.groups)
     title = "Copies of a generation's own picture (95 %\nover samples), and of any training picture"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     models, groups = [result.model for result in results], [group.group for group in first.groups]
     for name, cells in (("model", models), ("group", groups)):
         table.add_column(name, overflow="fold", min_width=min(10, max(map(len, cells))))

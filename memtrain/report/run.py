@@ -35,9 +35,7 @@ class Run:
     canaries: dict[str, dict[str, str]]  # key -> its row of canaries.csv
     ledger: LedgerView | None
     remarks: list[str] = field(default_factory=list)
-    doses: dict[str, DoseCurve] = field(
-        default_factory=dict
-    )  # of all canaries, and of each kind where there are several
+    doses: dict[str, DoseCurve] = field(default_factory=dict)  # of all canaries, of kinds where several
 
     @property
     def finished(self) -> bool:
