@@ -45,6 +45,7 @@ class DataModule(pl.LightningDataModule):
         pictures: which samples show the same picture.
         sacrificed: so many of the canaries may not be excluded by any rule.
         named: positions of samples whose pictures are those canaries, in place of a number.
+        max_visits_per_group: so often at most an epoch sees a group of duplicates, or a planted canary; None: no limit.
     """
 
     trainer: pl.Trainer  # given by Lightning, before it asks for anything
@@ -67,6 +68,7 @@ class DataModule(pl.LightningDataModule):
         pictures: Pictures = NO_DUPLICATES,
         sacrificed: int = 0,
         named: Sequence[int] | np.ndarray = (),
+        max_visits_per_group: int | None = None,
     ):
         super().__init__()
         for name, value, least in (
@@ -96,10 +98,10 @@ class DataModule(pl.LightningDataModule):
         weights = [1.0] * len(samples.counts) if weights is None else weights
         order = (samples.counts, self.groups, repeats or 1, seed, weights, mix_shards)
         if len(samples.sizes) == 1:
-            self.order = EpochOrder(*order)
+            self.order = EpochOrder(*order, max_visits_per_group)
         else:
             assert isinstance(samples, ShardSamples), "only pictures in shards come in buckets"
-            self.order = BucketedOrder(*order, samples.buckets)
+            self.order = BucketedOrder(*order, samples.buckets, max_visits_per_group)
         self.problems: dict[str, str] = {}  # sample key -> why it could not be used
         self._restored: int | None = None  # rows that were consumed before this run was resumed
         self._first_step = 0
@@ -222,6 +224,7 @@ def from_shards(
     mix_shards: int = 8,
     max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
+    max_visits_per_group: int | None = None,
     repeats: int | None,
     sacrificed_keys: Sequence[str] = (),
     **groups: int,
@@ -264,6 +267,7 @@ def from_shards(
         cache=latents,
         pictures=pictures,
         named=samples.find(sacrificed_keys),
+        max_visits_per_group=max_visits_per_group,
         **groups,
     )
 
