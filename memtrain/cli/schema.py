@@ -34,6 +34,7 @@ def _varied() -> type:
 # sections that a class takes, though they name none
 TAKEN_BY = {
     "train.loss": "memtrain.training.objective.Objective",
+    "train.stop_early": "memtrain.training.stop_early.StopEarly",
     "study.prune": "memtrain.sweep.pruning.MedianRule",
 }
 OPTIONAL = {"study.prune"}  # sections that may be null, beside those that name a class
