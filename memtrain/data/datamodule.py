@@ -34,8 +34,8 @@ class DataModule(pl.LightningDataModule):
         num_workers: decoding processes; 0 decodes in the training process.
         seed: of the order, of the groups and of the views.
         canaries: how many pictures are canaries.
-        repeats: how often an epoch sees each of them, planted; None: as often as the corpus holds them, the largest
-            groups of duplicates.
+        repeats: how often an epoch sees each of them, planted, or several such doses that are dealt out in turn;
+            None: as often as the corpus holds them, the largest groups of duplicates.
         reference: how many samples are held out.
         weights: how often an epoch sees a sample of each shard; None: once.
         mix_shards: so many shards are open and permuted together.
@@ -57,7 +57,7 @@ class DataModule(pl.LightningDataModule):
         num_workers: int,
         seed: int,
         canaries: int,
-        repeats: int | None,
+        repeats: int | Sequence[int] | None,
         reference: int,
         weights: Sequence[float] | None = None,
         mix_shards: int = 8,
@@ -71,12 +71,13 @@ class DataModule(pl.LightningDataModule):
         max_visits_per_group: int | None = None,
     ):
         super().__init__()
+        doses = _doses(repeats)
         for name, value, least in (
             ("data.batch_size", batch_size, 1),
             ("data.num_workers", num_workers, 0),
             ("data.mix_shards", mix_shards, 1),
             ("canaries.count", canaries, 0),
-            ("canaries.repeats", 1 if repeats is None else repeats, 1),
+            *(("canaries.repeats", dose, 1) for dose in doses or ()),
             ("reference.count", reference, 0),
         ):
             if value < least:
@@ -91,12 +92,12 @@ class DataModule(pl.LightningDataModule):
             canaries,
             reference,
             pictures=pictures,
-            planted=repeats is not None,
+            repeats=doses,
             sacrificed=sacrificed,
             named=named,
         )
         weights = [1.0] * len(samples.counts) if weights is None else weights
-        order = (samples.counts, self.groups, repeats or 1, seed, weights, mix_shards)
+        order = (samples.counts, self.groups, seed, weights, mix_shards)
         if len(samples.sizes) == 1:
             self.order = EpochOrder(*order, max_visits_per_group)
         else:
@@ -225,7 +226,7 @@ def from_shards(
     max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
     max_visits_per_group: int | None = None,
-    repeats: int | None,
+    repeats: int | Sequence[int] | None,
     sacrificed_keys: Sequence[str] = (),
     **groups: int,
 ) -> DataModule:
@@ -275,6 +276,16 @@ def from_shards(
 def data_of(trainer: pl.Trainer) -> DataModule:
     """The DataModule that a trainer fits with; Lightning sets it where type checkers do not see it."""
     return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _doses(repeats: int | Sequence[int] | None) -> list[int] | None:
+    """The doses of planted canaries as a list; None: none are planted. Raises ValueError where one is no number."""
+    if repeats is None:
+        return None
+    doses = [repeats] if isinstance(repeats, int) else list(repeats)
+    if not doses or not all(type(dose) is int for dose in doses):
+        raise ValueError(f"canaries.repeats must be a whole number, several such as [1,20,400], or null, got {repeats}")
+    return doses
 
 
 class _Positions(Dataset[tuple[int, int, int]]):

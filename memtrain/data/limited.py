@@ -16,14 +16,14 @@ class LimitedGroups:
 
     Args:
         groups: who is planted, and which samples show the same picture.
-        repeats: how often an epoch sees each planted canary, at most `max_visits` times; these visits count first.
+        doses: how often an epoch sees each of `groups.planted`, at most `max_visits` times; these visits count first.
         times: (M,) int64, how often an epoch would see each of `groups.pictures.positions`.
         max_visits: of a group in an epoch; None: any number, so that no group is limited.
         generator: mixes the members of a group.
     """
 
     def __init__(
-        self, groups: Groups, repeats: int, times: np.ndarray, max_visits: int | None, generator: np.random.Generator
+        self, groups: Groups, doses: np.ndarray, times: np.ndarray, max_visits: int | None, generator: np.random.Generator
     ):
         self.visits = self.places = self.sizes = self.taken = np.zeros(0, np.int64)
         if max_visits is None or len(groups.pictures.positions) == 0:
@@ -31,7 +31,11 @@ class LimitedGroups:
         ordinary = ~np.isin(groups.pictures.positions, groups.planted)
         visits, picture = _mixed(groups.pictures, np.where(ordinary, times, 0), generator)
         _, group, sizes = np.unique(picture, return_inverse=True, return_counts=True)
-        planted = np.isin(picture, groups.pictures.of(groups.planted)) * repeats
+        planted = np.zeros(len(visits), dtype=np.int64)  # of each visit, how often its picture's planted canary is seen
+        repeated = np.isin(groups.planted, groups.pictures.positions)  # those that have duplicates, a few
+        firsts = groups.pictures.of(groups.planted[repeated]).tolist()
+        for first, dose in zip(firsts, doses[repeated].tolist(), strict=True):
+            planted[picture == first] += dose
         taken = (max_visits - planted).clip(min=0)
         limited = taken < sizes[group]
         starts = sizes.cumsum() - sizes

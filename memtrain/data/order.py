@@ -38,13 +38,12 @@ class Window:
 class EpochOrder:
     """Shards permuted anew each epoch, `mix_shards` of them at a time, their samples permuted together.
 
-    An epoch sees each trained sample `weight` times and each canary `repeats` times. Epochs follow one
+    An epoch sees each trained sample `weight` times and each planted canary as often as its dose. Epochs follow one
     another without a gap: a global batch may hold the end of one and the beginning of the next.
 
     Args:
         counts: samples of each shard.
-        groups: who is planted, who is held out.
-        repeats: how often an epoch sees each canary.
+        groups: who is planted and how often that is seen, who is held out.
         seed: of the order.
         weights: how often an epoch sees a sample of each shard; of a fraction, another draw each epoch.
         mix_shards: shards of a window.
@@ -56,7 +55,6 @@ class EpochOrder:
         self,
         counts: Counts,
         groups: Groups,
-        repeats: int,
         seed: int,
         weights: Sequence[float] | None = None,
         mix_shards: int = 8,
@@ -65,7 +63,7 @@ class EpochOrder:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = self.counts.cumsum() - self.counts
         self.groups, self.seed, self.mix_shards = groups, seed, mix_shards
-        self.repeats = repeats if max_visits is None else min(repeats, max_visits)
+        self.doses = groups.doses if max_visits is None else groups.doses.clip(max=max_visits)  # of `groups.planted`
         self.limited = self._limit(max_visits, weights)
         self.apart = np.union1d(groups.apart(), self.limited.positions)
         bounds = np.searchsorted(self.apart, np.append(self.starts, self.counts.sum()))
@@ -79,7 +77,7 @@ class EpochOrder:
         self.rows_of_visit = np.concatenate([self.trained.repeat(whole), fraction[fraction > 0]])
 
     def __len__(self) -> int:
-        return int(self.rows_of_visit.sum()) + len(self.groups.planted) * self.repeats + len(self.limited)
+        return int(self.rows_of_visit.sum()) + int(self.doses.sum()) + len(self.limited)
 
     def _limit(self, max_visits: int | None, weights: Sequence[float] | None) -> LimitedGroups:
         """The groups of duplicates that are seen less often than the corpus holds them."""
@@ -92,7 +90,7 @@ class EpochOrder:
         times = np.ones(len(self.counts)) if weights is None else np.asarray(weights)
         shards = self._shard_of(self.groups.pictures.positions)
         generator = _generator(self.seed, Stream.LIMITED_GROUPS)
-        return LimitedGroups(self.groups, self.repeats, times[shards].astype(np.int64), max_visits, generator)
+        return LimitedGroups(self.groups, self.doses, times[shards].astype(np.int64), max_visits, generator)
 
     def _shard_of(self, positions: np.ndarray) -> np.ndarray:
         """The number of the shard in which each position lies. (n,) -> (n,) int64"""
@@ -101,7 +99,7 @@ class EpochOrder:
     def windows(self, epoch: int) -> list[Window]:
         """What is seen together, in order. Canaries are spread over the windows in proportion to their sizes."""
         visits = _generator(self.seed, Stream.SHARD_ORDER, epoch).permutation(len(self.visits))
-        planted = np.repeat(self.groups.planted, self.repeats)
+        planted = np.repeat(self.groups.planted, self.doses)
         planted = _generator(self.seed, Stream.CANARY_ORDER, epoch).permutation(planted)
         # windows of `mix_shards` visits each; canaries end where their share of the rows that were seen ends
         groups = [visits[i : i + self.mix_shards] for i in range(0, len(visits), self.mix_shards)] or [visits]
@@ -176,14 +174,13 @@ class BucketedOrder(EpochOrder):
         self,
         counts: Counts,
         groups: Groups,
-        repeats: int,
         seed: int,
         weights: Sequence[float],
         mix_shards: int,
         buckets: Callable[[int], np.ndarray],
         max_visits: int | None = None,
     ):
-        super().__init__(counts, groups, repeats, seed, weights, mix_shards, max_visits)
+        super().__init__(counts, groups, seed, weights, mix_shards, max_visits)
         if any(weight % 1 for weight in weights):
             raise ValueError(
                 f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1"
@@ -198,8 +195,8 @@ class BucketedOrder(EpochOrder):
         shards = self._shard_of(self.apart).tolist()
         for bucket, number in zip(self.bucket_of(self.apart).tolist(), shards, strict=True):
             rows[bucket] -= int(weights[number])
-        for bucket in self.bucket_of(groups.planted).tolist():
-            rows[bucket] += self.repeats
+        for bucket, dose in zip(self.bucket_of(groups.planted).tolist(), self.doses.tolist(), strict=True):
+            rows[bucket] += dose
         self.rows_of_bucket = rows
 
     def bucket_of(self, positions: np.ndarray) -> np.ndarray:

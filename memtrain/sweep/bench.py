@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from memtrain.core.files import written_aside
 from memtrain.report.curves import read_metrics
-from memtrain.sweep.protocol import ATTACKED, Planned, Record, Stage, Standing, is_trained, next_stage
+from memtrain.sweep.protocol import EVALUATED, Planned, Protocol, Record, Stage, Standing, is_trained, next_stage
 from memtrain.sweep.trial import Process, environment_of, spoken
 
 log = logging.getLogger(__name__)
 
+CANARY, REFERENCE = "canary", "reference"  # groups, as training names them in its lists
 _LOOK = 0.2  # s between two looks at the runs that are going on
 _STOPPED = (75, 130, 143)  # exit codes of a run that somebody told to end: it wrote a checkpoint
 
@@ -110,7 +112,7 @@ class Bench:
             record.words = list(run.words)
             words = ["train", *run.to_train()]
         else:
-            write_attacked(run)
+            write_evaluated(run)
             words = ["evaluate", *run.to_evaluate()]
         record.write(run.folder)
         environment = environment_of(slot, self.workers, self.cores, self.devices)
@@ -124,7 +126,7 @@ class Bench:
         record = Record.read(run)
         record.seconds = going.seconds
         if going.stage is Stage.EVALUATE and code == 0:
-            record.evaluated = list(run.evaluate)
+            record.evaluated = list(run.protocol.evaluate)
         record.write(run.folder)
         said = going.process.last_words()
         over = is_trained(run.folder) if going.stage is Stage.TRAIN else code == 0
@@ -168,6 +170,30 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
-def write_attacked(run: Planned) -> None:
-    """Write the list of the samples that a finished model is evaluated on, `attacked.csv`: of the run's canaries with
-    enough repeats, evenly spread, and of its reference set."""
+def write_evaluated(run: Planned) -> None:
+    """Write `evaluated.csv`, the samples that a finished model is evaluated on, from what the run says of its own."""
+    there = [run.folder / name for name in ("copies.csv", "canaries.csv")]
+    with next(path for path in there if path.is_file()).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with (
+        written_aside(run.folder / EVALUATED) as aside,
+        aside.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, ("key", "caption", "group"), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(evaluated(rows, run.protocol))
+
+
+def evaluated(rows: Sequence[dict[str, str]], protocol: Protocol) -> list[dict[str, str]]:
+    """Which rows of a run's `copies.csv`, or of `canaries.csv`, name what is evaluated: one a sample.
+
+    Of the canaries with enough repeats so many as the protocol says, evenly spread, each by its first sample; of the
+    reference set the first. Sacrificed canaries are not protected, and not evaluated.
+    """
+    enough = [row for row in rows if int(row.get("repeats") or protocol.min_repeats) >= protocol.min_repeats]
+    canaries = {row.get("canary") or row["key"]: row for row in reversed(enough) if row["group"] == CANARY}
+    ordered = list(reversed(canaries.values()))  # by the first row of each
+    count = min(len(ordered), protocol.canaries)
+    spread = [ordered[number * len(ordered) // count] for number in range(count)]
+    reference = {row["key"]: row for row in rows if row["group"] == REFERENCE}
+    return [*spread, *list(reference.values())[: protocol.reference]]

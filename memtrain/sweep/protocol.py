@@ -19,7 +19,7 @@ from memtrain.sweep.space import key_of, merged, quoted
 
 RUNS = "runs"  # in the table's folder
 EVALUATION = "evaluation"  # these three in a run's folder
-ATTACKED = "attacked.csv"
+EVALUATED = "evaluated.csv"
 _RECORD = "bench.json"
 # what the bench says itself to each of its runs
 _OWN = ("run_id", "run_dir", "name", "runs_dir", "resume", "resume.run", "resume.allow", "seed", "data.shards")
@@ -73,15 +73,14 @@ class Planned:
 
     Args:
         words: all overrides of `memtrain train`, but for those that say which run it is.
-        evaluate: overrides of `memtrain evaluate` on its model; (): it is not evaluated.
         folder: of the run.
     """
 
     row: str
     seed: int
     words: tuple[str, ...]
-    evaluate: tuple[str, ...]
     folder: Path
+    protocol: Protocol
 
     @property
     def name(self) -> str:
@@ -102,8 +101,8 @@ class Planned:
         if not (export / "model_index.json").is_file():
             model = [f"model={config['model']['pretrained']}", f"lora={export}"]
         shards = config["data"]["shards"]
-        where = [f"data={shards}", f"samples={self.folder / ATTACKED}", f"out={self.folder / EVALUATION}"]
-        return [*model, *where, *self.evaluate]
+        where = [f"data={shards}", f"samples={self.folder / EVALUATED}", f"out={self.folder / EVALUATION}"]
+        return [*model, *where, *self.protocol.evaluate]
 
 
 def plan(
@@ -139,8 +138,7 @@ def plan(
         for row in rows or protocol.rows:
             which = [f"seed={seed}", f"data.shards={quoted(protocol.corpus)}"]
             words = tuple(merged(protocol.words, overrides, protocol.rows[row], which))
-            folder = out.absolute() / RUNS / f"{row}_seed{seed}"
-            planned.append(Planned(row, seed, words, tuple(protocol.evaluate), folder))
+            planned.append(Planned(row, seed, words, out.absolute() / RUNS / f"{row}_seed{seed}", protocol))
     return planned
 
 
@@ -194,7 +192,7 @@ def next_stage(run: Planned) -> Stage:
     """What is left to do for a run, by what its folder holds."""
     if not is_trained(run.folder):
         return Stage.TRAIN
-    if run.evaluate and Record.read(run).evaluated != list(run.evaluate):
+    if run.protocol.evaluate and Record.read(run).evaluated != list(run.protocol.evaluate):
         return Stage.EVALUATE
     return Stage.NOTHING
 

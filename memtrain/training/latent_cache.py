@@ -120,7 +120,7 @@ def write_latents(
     """Encode the shards of these numbers into a file each, written aside and renamed: what is there is whole."""
     header = made_with(model, samples)
     model.to(device)
-    numbers, none = list(numbers), np.zeros(0, np.int64)
+    numbers = list(numbers)
     for number in track(numbers, "Encoding shards", disable=not progress):
         shard = samples.shards[number]
         path = cache_path(out, shard.url, shard.name)
@@ -128,7 +128,7 @@ def write_latents(
         loader = DataLoader(
             _Rows(positions),
             batch_size=batch_size,
-            collate_fn=BatchDecoder(samples, Groups(len(samples), none, none, none), views=None),
+            collate_fn=BatchDecoder(samples, Groups(len(samples)), views=None),
             num_workers=num_workers,
         )
         tensors = _encode(model, loader, len(positions), flip, DTYPES[dtype], device)

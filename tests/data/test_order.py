@@ -14,8 +14,8 @@ COUNTS = (13, 0, 20, 1, 16)  # 50 samples in unequal shards, one of them empty
 
 
 def order(seed=0, counts=COUNTS, canaries=3, repeats=5, reference=7, weights=None, mix_shards=2):
-    groups = draw_groups(counts, seed, canaries, reference)
-    return EpochOrder(counts, groups, repeats, seed, weights, mix_shards)
+    groups = draw_groups(counts, seed, canaries, reference, repeats=repeats)
+    return EpochOrder(counts, groups, seed, weights, mix_shards)
 
 
 def batches(order, batch_size, accumulate=1, world=1, steps=6, first=0, consumed=None):
@@ -133,9 +133,9 @@ def test_groups_that_leave_nothing_are_named():
 
 def bucketed(seed=0, counts=COUNTS, repeats=5, mix_shards=2):
     """Every third sample of a shard is in bucket 1, every seventh in bucket 2."""
-    groups = draw_groups(counts, seed, 3, 7)
+    groups = draw_groups(counts, seed, 3, 7, repeats=repeats)
     buckets = [np.array([2 if i % 7 == 6 else i % 3 == 2 for i in range(count)], dtype=np.int16) for count in counts]
-    return BucketedOrder(counts, groups, repeats, seed, [1.0] * len(counts), mix_shards, buckets.__getitem__)
+    return BucketedOrder(counts, groups, seed, [1.0] * len(counts), mix_shards, buckets.__getitem__)
 
 
 def test_a_global_batch_holds_one_bucket_and_an_epoch_loses_less_than_a_batch_of_each():
@@ -177,8 +177,9 @@ def limited_orders(draw):
     pictures = Pictures.labelled(np.array(positions, dtype=np.int64), np.array(labels, dtype=np.int64))
     weights = draw(st.lists(st.integers(1, 2), min_size=len(counts), max_size=len(counts)))
     named = draw(st.lists(st.sampled_from(positions or [0]), max_size=1))  # a canary that may have duplicates
-    groups = draw_groups(counts, seed, 2, 2, pictures=pictures, named=named)
-    max_visits, rest = draw(st.integers(1, 5)), (draw(st.integers(1, 4)), seed, weights, draw(st.integers(1, 3)))
+    doses = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    groups = draw_groups(counts, seed, 2, 2, pictures=pictures, repeats=doses, named=named)
+    max_visits, rest = draw(st.integers(1, 5)), (seed, weights, draw(st.integers(1, 3)))
     return EpochOrder(counts, groups, *rest, max_visits), EpochOrder(counts, groups, *rest), max_visits
 
 
@@ -201,7 +202,7 @@ def test_an_epoch_sees_no_picture_more_often_than_is_allowed(orders):
 def test_which_members_of_a_group_are_seen_goes_round():
     pictures = Pictures.labelled(np.array([0, 5, 13, 30, 40, 2, 20]), np.array([0, 0, 0, 0, 0, 1, 1]))
     groups = draw_groups(COUNTS, 0, 0, 3, pictures=pictures)
-    o = EpochOrder(COUNTS, groups, 1, 0, mix_shards=2, max_visits=2)
+    o = EpochOrder(COUNTS, groups, 0, mix_shards=2, max_visits=2)
     assert len(o) == 50 - 3 - (5 - 2)  # the pair is no more than is allowed
     seen = Counter(row for epoch in epochs(o, 5) for row in epoch if row in (0, 5, 13, 30, 40))
     assert seen == Counter({0: 2, 5: 2, 13: 2, 30: 2, 40: 2})
@@ -214,8 +215,8 @@ def test_buckets_are_continued_where_groups_are_limited():
     def made():
         o = bucketed()
         pictures = Pictures.labelled(np.arange(4, 40, 3), np.arange(12) % 2)
-        groups = draw_groups(COUNTS, 0, 3, 7, pictures=pictures)
-        return BucketedOrder(COUNTS, groups, 5, 0, [1.0] * len(COUNTS), 2, o.buckets, max_visits=2)
+        groups = draw_groups(COUNTS, 0, 3, 7, pictures=pictures, repeats=5)
+        return BucketedOrder(COUNTS, groups, 0, [1.0] * len(COUNTS), 2, o.buckets, max_visits=2)
 
     whole = batches(made(), 3, steps=60)
     assert len({made().batches_of_epoch(3, epoch) for epoch in range(6)}) > 1  # members lie in several buckets
@@ -231,4 +232,4 @@ def test_buckets_are_continued_where_groups_are_limited():
 def test_a_limit_that_makes_no_sense_is_named(max_visits, weights, said):
     groups = draw_groups(COUNTS, 0, 0, 3)
     with pytest.raises(ValueError, match=rf"data\.max_visits_per_group .*{said}"):
-        EpochOrder(COUNTS, groups, 1, 0, weights, max_visits=max_visits)
+        EpochOrder(COUNTS, groups, 0, weights, max_visits=max_visits)
