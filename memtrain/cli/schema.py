@@ -55,6 +55,9 @@ TYPES = {
     "evaluate.lora": Any,  # one for all models, or a list with one or null for each
     "evaluate.data.shards": Any,  # as data.shards of train
     "sweep.patience": float | None,
+    "bench_mitigation.seeds": int | None,
+    "bench_mitigation.workers": Any,  # a number, or auto
+    **{f"protocol.{name}.rows": dict[str, list[str]] for name in ("demo", "imagenette", "laion10k", "wen2024")},
     "study.space": dict[str, _varied()],
 }
 _ASKS = re.compile(r"/schema/(\S+)@_here_")
