@@ -40,6 +40,7 @@ TAKEN_BY = {
 OPTIONAL = {"study.prune"}  # sections that may be null, beside those that name a class
 TYPES = {
     "train.resume.allow": Any,  # "all", or a list of keys
+    "train.canaries.count": int | None,
     "train.canaries.repeats": Any,  # a number, a list of them, or null
     "train.reference.batch_size": int | None,
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     METHOD = 4  # what a method does to the caption of a row that is trained on
     REFERENCE_METHOD = 5  # the same of a row of the reference set
     ADAPTER = 6  # first weights of a network's adapter
+    SEARCHED = 7  # training pictures that generations are held against, where they are not all
     # data
     HOME_SHARDS = 16  # shards that planted canaries and the reference set come from
     GROUPS = 17  # which of their samples those are
@@ -29,7 +30,8 @@ class Stream(IntEnum):
     WINDOW = 19  # order of the rows of shards that are mixed; which rows of a shard that is seen in part
     CANARY_ORDER = 20  # order of the planted canaries of an epoch
     BATCH_ORDER = 21  # order of a window's batches, where pictures come in buckets
-    LIMITED_GROUPS = 24  # order in which epochs see the members of a group of duplicates
+    FOREIGN = 22  # foreign pictures that are sacrificed
+    LIMITED_GROUPS = 23  # order in which epochs see the members of a group of duplicates
     VIEW = 32  # crop, flip and caption of a row
     LEDGER = 40  # which rows the ledger of a share of them holds
     # audit

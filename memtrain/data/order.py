@@ -200,10 +200,10 @@ class BucketedOrder(EpochOrder):
         self.rows_of_bucket = rows
 
     def bucket_of(self, positions: np.ndarray) -> np.ndarray:
-        """The bucket of the sample at each position. (n,) -> (n,) int64"""
+        """The bucket of the sample at each position; behind all shards, foreign ones are squares. (n,) -> (n,) int64"""
         shards = self._shard_of(positions)
         found = np.zeros(len(positions), dtype=np.int64)
-        for shard in np.unique(shards):
+        for shard in np.unique(shards[shards < len(self.counts)]):
             here = shards == shard
             found[here] = self.buckets(int(shard))[positions[here] - self.starts[shard]]
         return found

@@ -16,10 +16,8 @@ from yaml import YAMLError
 from memtrain.core.scores import MAGNITUDE
 from memtrain.data.escaping import of_cell
 from memtrain.data.paths import check_run, config_folder
-from memtrain.report.curves import read_metrics
+from memtrain.report.curves import Curve, read_metrics
 from memtrain.report.ledger import LedgerView, view_ledger
-
-Curve = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,11 @@ class Run:
         return self.last(f"excluded/{group}") if found is None else found
 
     @property
+    def copies(self) -> dict[str, Any]:
+        """What a copy was, and rates with their intervals; {} while the run is going on, and of older runs."""
+        return self.summary.get("copies") or {}
+
+    @property
     def memorized_at(self) -> dict[str, int | None]:
         """Key of each canary looked at -> the step at which half of its generations were first copies."""
         return self.summary.get("memorized_at") or {}
@@ -113,6 +116,10 @@ def read_run(folder: Path) -> Run:
     summary: dict[str, Any] = {}
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    # looks in the middle were logged before the run knew what a copy is
+    curves |= {
+        name: (steps, values) for name, (steps, values) in (summary.get("copies") or {}).get("looks", {}).items()
+    }
     canaries: dict[str, dict[str, str]] = {}
     if (folder / "canaries.csv").is_file():
         with (folder / "canaries.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:

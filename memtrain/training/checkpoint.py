@@ -96,7 +96,10 @@ class Checkpoints(Checkpoint):
 
     def _write_state(self, trainer: pl.Trainer, finished_at: int | None, stopped_early: bool = False) -> None:
         """Write `run.json`: what a later run must know of this one beside the checkpoint."""
-        state = RunState(self.wandb_id, finished_at, data_of(trainer).global_batch_size, stopped_early)
+        data = data_of(trainer)
+        state = RunState(
+            self.wandb_id, finished_at, data.global_batch_size, data.canaries_digest(), stopped_early=stopped_early
+        )
         state.write(trainer.default_root_dir)
 
     def _save(self, trainer: pl.Trainer) -> None:
