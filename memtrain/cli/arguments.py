@@ -70,6 +70,8 @@ def spelled(command: str, arguments: list[str]) -> list[str]:
         arguments = [f"out={arguments[0]}", *arguments[1:]]
     if command in _OWN:
         arguments = _for_every_run(arguments, _OWN[command])
+    if command == "bench_mitigation":
+        arguments = [_with_quoted_words(argument) for argument in arguments]
     keys = _TEXT.get(command, {})
     if command == "evaluate" and {"model", "models"} <= {argument.partition("=")[0] for argument in arguments}:
         raise ValueError("say model=PATH, or models=[A,B,…] for several, not both")
@@ -102,6 +104,15 @@ def _is_override(argument: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def _with_quoted_words(argument: str) -> str:
+    """`protocol.rows.mine=[exclusion=fixed,score=both]`: words of a row, which Hydra's grammar takes in quotes alone."""
+    listed = re.fullmatch(r"(\+?protocol\.(?:rows\.[^=]+|words|make|evaluate)=)\[(.*)\]", argument)
+    if listed is None or "'" in listed[2] or '"' in listed[2]:
+        return argument
+    words = re.findall(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+", listed[2])  # at commas, but for those in brackets
+    return f"{listed[1]}[{','.join(map(quoted, words))}]"
 
 
 def _for_every_run(arguments: list[str], own_keys: str) -> list[str]:

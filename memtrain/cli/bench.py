@@ -43,7 +43,7 @@ def bench(argv: list[str]) -> None:
     )
     memory.add_argument("--json", action="store_true", help="print the figures as JSON")
     memory.set_defaults(run=_memory)
-    commands.add_parser("mitigation", help="rules and baselines against one another: `memtrain bench mitigation --help`")
+    commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -60,7 +60,8 @@ def bench_mitigation(cfg: DictConfig) -> None:
     if bench.failed:
         for name, said in bench.failed.items():
             print(f"{name}: {said}", file=sys.stderr)
-        raise ValueError(f"{len(bench.failed)} of {len(runs)} runs failed; see trial.log in {runs[0].folder.parent}/NAME")
+        where = runs[0].folder.parent / "NAME"
+        raise ValueError(f"{len(bench.failed)} of {len(runs)} runs failed; see trial.log in {where}")
 
 
 def _check_into(into: Path) -> None:

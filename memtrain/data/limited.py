@@ -23,7 +23,12 @@ class LimitedGroups:
     """
 
     def __init__(
-        self, groups: Groups, doses: np.ndarray, times: np.ndarray, max_visits: int | None, generator: np.random.Generator
+        self,
+        groups: Groups,
+        doses: np.ndarray,
+        times: np.ndarray,
+        max_visits: int | None,
+        generator: np.random.Generator,
     ):
         self.visits = self.places = self.sizes = self.taken = np.zeros(0, np.int64)
         if max_visits is None or len(groups.pictures.positions) == 0:

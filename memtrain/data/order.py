@@ -63,7 +63,10 @@ class EpochOrder:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = self.counts.cumsum() - self.counts
         self.groups, self.seed, self.mix_shards = groups, seed, mix_shards
-        self.doses = groups.doses if max_visits is None else groups.doses.clip(max=max_visits)  # of `groups.planted`
+        self.doses = groups.doses  # of `groups.planted`
+        if max_visits is not None:  # foreign pictures are no duplicates of anybody's
+            foreign = groups.planted >= self.counts.sum()
+            self.doses = np.where(foreign, groups.doses, groups.doses.clip(max=max_visits))
         self.limited = self._limit(max_visits, weights)
         self.apart = np.union1d(groups.apart(), self.limited.positions)
         bounds = np.searchsorted(self.apart, np.append(self.starts, self.counts.sum()))

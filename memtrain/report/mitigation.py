@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from memtrain.core.copies import is_copy
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE
 from memtrain.core.files import written_aside
 from memtrain.data.copies_file import CopyRow, read_copies
@@ -32,6 +30,7 @@ class Figures:
     nearest: float | None  # of canaries' generations, that are copies of any training picture
     heldout_loss: float | None
     distance: float | None  # Fréchet distance of generations to the training pictures
+    kernel_distance: float | None  # the same without a bias
     excluded: float | None  # visits of ordinary samples
     excluded_canaries: float | None
     steps_per_second: float | None
@@ -70,6 +69,7 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
             nearest=judged.get("nearest", {}).get(_CANARY, {}).get("rate"),
             heldout_loss=summary["heldout_loss"],
             distance=model.get("frechet_distance"),
+            kernel_distance=model.get("kernel_distance"),
             excluded=summary["score"]["train"]["excluded_fraction"],
             excluded_canaries=summary["score"][_CANARY]["excluded_fraction"],
             steps_per_second=per_second * summary["steps"] / seen if seen else None,
@@ -89,7 +89,7 @@ COLUMNS = {  # heading -> figure and its format
     "reference under attack": ("reference_attacked", ".1%"),
     "copies of any training picture": ("nearest", ".1%"),
     "held-out loss": ("heldout_loss", ".4f"),
-    "Fréchet distance": ("distance", ".3f"),
+    "kernel distance": ("kernel_distance", ".4f"),
     "excluded, ordinary samples": ("excluded", ".2%"),
     "excluded, canaries": ("excluded_canaries", ".1%"),
     "steps/s": ("steps_per_second", ".2f"),

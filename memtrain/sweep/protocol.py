@@ -1,4 +1,4 @@
-"""What a table of baselines is made of: rows of settings over seeds, each a run of its own, and how far each of them is.
+"""What a table of baselines is made of: rows of settings over seeds, each a run of its own, and how far each is.
 
 A run's folder says all: there is no other record of a table, so that it goes on wherever it was stopped or killed.
 """
@@ -6,6 +6,7 @@ A run's folder says all: there is no other record of a table, so that it goes on
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -59,7 +60,10 @@ class Protocol:
             if getattr(self, name) < 1:
                 raise ValueError(f"protocol.{name} must be >= 1, got {getattr(self, name)}")
         if not self.rows:
-            raise ValueError("protocol.rows is empty; name at least one row and its overrides: {none: [exclusion=none]}")
+            raise ValueError("protocol.rows is empty; name at least one row with its words: {none: [exclusion=none]}")
+        odd = [name for name in self.rows if not re.fullmatch(r"[\w.-]+", name)]
+        if odd:
+            raise ValueError(f"protocol.rows: {odd[0]!r} names a folder too; use letters, digits, _, - and .")
         if not self.minutes > 0:
             raise ValueError(f"protocol.minutes must be > 0, got {self.minutes:g}")
         wrong = [name for name in self.curves if name not in self.rows]
@@ -89,7 +93,7 @@ class Planned:
     def to_train(self) -> list[str]:
         """Overrides of the training: a new run, or from the last checkpoint of one that was cut off."""
         table = self.folder.parent.parent
-        named = [f"runs_dir={quoted(str(table))}", f"name={RUNS}", f"run_id={quoted(self.name)}"]
+        named = [f"runs_dir={quoted(str(table))}", f"name={RUNS}", f"run_id={self.name}"]
         goes_on = [f"resume={quoted(str(self.folder))}"] if (self.folder / "config.yaml").exists() else []
         return [*self.words, *named, *goes_on]
 
@@ -183,8 +187,8 @@ def check_words(runs: Sequence[Planned]) -> None:
         if begun != now and (run.folder / "config.yaml").exists():
             other = [word for word in (*begun, *now) if (word in begun) != (word in now)]
             raise ValueError(
-                f"{run.folder} was begun with other words ({', '.join(other) or 'in another order'}); out=FOLDER begins "
-                "a new table, or delete that folder"
+                f"{run.folder} was begun with other words ({', '.join(other) or 'in another order'}); delete that "
+                "folder, or begin a new table with out=FOLDER"
             )
 
 
