@@ -107,7 +107,7 @@ def _is_override(argument: str) -> bool:
 
 
 def _with_quoted_words(argument: str) -> str:
-    """`protocol.rows.mine=[exclusion=fixed,score=both]`: words of a row, which Hydra's grammar takes in quotes alone."""
+    """`protocol.rows.mine=[exclusion=fixed,score=both]`: words of a row, which Hydra's grammar wants in quotes."""
     listed = re.fullmatch(r"(\+?protocol\.(?:rows\.[^=]+|words|make|evaluate)=)\[(.*)\]", argument)
     if listed is None or "'" in listed[2] or '"' in listed[2]:
         return argument

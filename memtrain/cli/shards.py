@@ -170,7 +170,9 @@ def _draw(paths: list[str], out: Path, count: int, **options) -> None:
     from memtrain.data.samples import ShardSamples
 
     passed = draw(ShardSamples(paths, _DRAWN_SIDE), out, count, **options, progress=_progress("Drawing"))
-    print(f"wrote {count} samples: {shown(str(out))}" + (f"; passed over {passed} that cannot be read" if passed else ""))
+    print(
+        f"wrote {count} samples: {shown(str(out))}" + (f"; passed over {passed} that cannot be read" if passed else "")
+    )
 
 
 def _duplicates(paths: list[str], workers: int, out: Path, distance: int) -> None:
