@@ -6,6 +6,7 @@ import logging
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 1.0  # s between two looks that are shown
 _PROGRAM = [sys.executable, "-m", "memtrain.cli.main"]
 
 
@@ -129,8 +131,16 @@ def _watched(bench: Bench, minutes: float) -> None:
     if not console.is_terminal:
         bench.run()
         return
-    with Live(console=console, refresh_per_second=2, transient=True) as live:
-        bench.run(lambda: live.update(_shown(bench, minutes)))
+    shown_at = 0.0
+
+    def look() -> None:
+        nonlocal shown_at
+        if time.monotonic() - shown_at > _SHOWN:
+            shown_at = time.monotonic()
+            live.update(_shown(bench, minutes), refresh=True)
+
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        bench.run(look)
 
 
 def _shown(bench: Bench, minutes: float):

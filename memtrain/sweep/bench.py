@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,16 +71,17 @@ class Bench:
         self.cores, self.devices, self.changed = cores, devices, changed
         self.going: dict[int, Going] = {}  # by worker
         self.failed: dict[str, str] = {}  # a run's name -> its last words
-        self.finished = [run for run in self.runs if next_stage(run) is Stage.NOTHING]
-        self._waiting = [run for run in self.runs if run not in self.finished]
+        done = [run for run in self.runs if next_stage(run) is Stage.NOTHING]
+        self.finished = {run.name: Record.read(run).seconds for run in done}  # a run's name -> seconds that it took
+        self._waiting = [run for run in self.runs if run.name not in self.finished]
         self.stopped = False  # set by whoever wants `run` to return
 
     @property
     def standing(self) -> Standing:
         """How far the table is."""
-        seconds = [Record.read(run).seconds for run in self.finished]
         left = len(self.runs) - len(self.finished) - len(self.failed)
-        return Standing(len(self.runs), left, dict(self.failed), [one for one in seconds if one > 0])
+        seconds = [one for one in self.finished.values() if one > 0]
+        return Standing(len(self.runs), left, dict(self.failed), seconds)
 
     def run(self, look: Callable[[], None] = lambda: None) -> None:
         """Begin and look after the runs until each is finished or has failed.
@@ -108,13 +110,17 @@ class Bench:
     def _start(self, slot: int, run: Planned) -> None:
         """Begin what is next for a run, or go on with it."""
         stage, record = next_stage(run), Record.read(run)
-        if stage is Stage.TRAIN:
-            record.words = list(run.words)
-            words = ["train", *run.to_train()]
-        else:
-            write_evaluated(run)
-            words = ["evaluate", *run.to_evaluate()]
-        record.write(run.folder)
+        try:
+            if stage is Stage.TRAIN:
+                record.words = list(run.words)
+                words = ["train", *run.to_train()]
+            else:
+                write_evaluated(run)
+                words = ["evaluate", *run.to_evaluate()]
+            record.write(run.folder)
+        except (OSError, ValueError) as error:  # of this run's folder
+            self._fails(run, f"{stage.value}: {error}")
+            return
         environment = environment_of(slot, self.workers, self.cores, self.devices)
         self.going[slot] = Going(run, stage, Process([*self.command, *words], run.folder, environment), record.seconds)
         log.info("%s: %s", run.name, stage.value)
@@ -132,17 +138,21 @@ class Bench:
         over = is_trained(run.folder) if going.stage is Stage.TRAIN else code == 0
         if not over:
             told = " (somebody told it to end; the same command goes on)" if code in _STOPPED else ""
-            self.failed[run.name] = f"{going.stage.value}, exit code {code}: {said}{told}"
-            log.warning("%s failed: %s", run.name, self.failed[run.name])
+            self._fails(run, f"{going.stage.value}, exit code {code}: {said}{told}")
         elif code:  # trained and exported, but a look failed: its figures are there
             log.warning("%s: %s", run.name, said)
         if over and next_stage(run) is not Stage.NOTHING:
             self._start(slot, run)
             return
         if over:
-            self.finished.append(run)
+            self.finished[run.name] = record.seconds
+            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # what is finished is not gone on with
             log.info("%s: finished, in %s", run.name, spoken(record.seconds))
         self.changed()
+
+    def _fails(self, run: Planned, said: str) -> None:
+        self.failed[run.name] = said
+        log.warning("%s failed: %s", run.name, said)
 
     def _stop(self) -> None:
         """End what is going on, all of it at once, and keep what time it took."""
@@ -172,8 +182,10 @@ def alone(out: Path) -> Iterator[None]:
 
 def write_evaluated(run: Planned) -> None:
     """Write `evaluated.csv`, the samples that a finished model is evaluated on, from what the run says of its own."""
-    there = [run.folder / name for name in ("copies.csv", "canaries.csv")]
-    with next(path for path in there if path.is_file()).open(newline="", encoding="utf-8") as file:
+    there = [run.folder / name for name in ("copies.csv", "canaries.csv") if (run.folder / name).is_file()]
+    if not there:
+        raise ValueError("it lists no canaries; leave callbacks.canaries as it is, or say protocol.evaluate=[]")
+    with there[0].open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     with (
         written_aside(run.folder / EVALUATED) as aside,

@@ -183,12 +183,11 @@ class Record:
 def check_words(runs: Sequence[Planned]) -> None:
     """Raises ValueError where a run was begun with other words: two different experiments make no row."""
     for run in runs:
-        begun, now = Record.read(run).words, list(run.words)
-        if begun != now and (run.folder / "config.yaml").exists():
-            other = [word for word in (*begun, *now) if (word in begun) != (word in now)]
+        other = sorted(set(Record.read(run).words) ^ set(run.words))
+        if other and (run.folder / "config.yaml").exists():
             raise ValueError(
-                f"{run.folder} was begun with other words ({', '.join(other) or 'in another order'}); delete that "
-                "folder, or begin a new table with out=FOLDER"
+                f"{run.folder} was begun with other words ({', '.join(other)}); delete that folder, or begin a new "
+                "table with out=FOLDER"
             )
 
 
