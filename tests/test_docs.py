@@ -105,11 +105,13 @@ class Understood(Exception):
 def test_a_command_composes(hydra, monkeypatch, command):
     name, *arguments = command
     assert name in COMMANDS
-    if name in WITH_HYDRA:
-        flags = {"-m", "--multirun", "--help", "--cfg", "job", "--config-dir", "DIR", "study=mine"}
+    if command[:2] == ("bench", "mitigation"):
+        name, *arguments = "bench_mitigation", *command[2:]
+    if name in (*WITH_HYDRA, "bench_mitigation"):
+        flags = {"-m", "--multirun", "--help", "--cfg", "job", "--config-dir", "DIR", "study=mine", "protocol=mine"}
         overrides = spelled(name, [argument for argument in arguments if argument not in flags])
         composed = compose(name, first_of_each(overrides))
-        if name == "sweep":  # what it says of every trial is for `train`
+        if name in ("sweep", "bench_mitigation"):  # what it says of every trial is for `train`
             compose("train", list(composed.overrides))
     elif len(arguments) < 2:  # named, not used
         with pytest.raises(SystemExit, match="0"):
@@ -167,7 +169,7 @@ def unknown(said: str) -> list[str]:
             passed = ("", "any", "joblib", "submitit_local", "basic")  # these launchers are Hydra's own
             choices = [choice.strip() for choice in value.strip("[]").split(",")]
             wrong += [f"{key}={c}" for c in choices if c not in passed and not (group / f"{c}.yaml").exists()]
-        elif key not in known_keys() and not key.startswith(("hydra.launcher.", "exclusion._target_")):
+        elif key not in known_keys() and not key.startswith(("hydra.launcher.", "exclusion._target_", "protocol.rows.")):
             wrong.append(key)
     return wrong
 

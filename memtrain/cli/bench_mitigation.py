@@ -76,13 +76,15 @@ def _check_into(into: Path) -> None:
 
 
 def _check_composed(runs: Sequence[Planned]) -> None:
-    """Raises ValueError where a row's words are wrong, before anything is started."""
-    for run in runs:
+    """Raises ValueError where a row's words are wrong, or those of the evaluation, before anything is started."""
+    commands = [(f"row {run.row}", "train", run.to_train()) for run in runs]
+    commands.append(("protocol.evaluate", "evaluate", list(runs[0].protocol.evaluate)))
+    for what, command, words in commands:
         try:
-            compose("train", spelled("train", run.to_train()))
+            compose(command, spelled(command, words))
         except Exception as error:
             said = str(error).splitlines()[0]
-            raise ValueError(f"row {run.row}: {said}") from error
+            raise ValueError(f"{what}: {said}") from error
 
 
 def _workers(asked: str | int) -> tuple[int, int, list[str]]:

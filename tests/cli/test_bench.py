@@ -44,6 +44,7 @@ def test_a_plan_is_printed_and_nothing_is_started(capsys, tmp_path):
         (["rows=[nine]"], "rows names nine, which the protocol has not; it has none, "),
         (["rows=[none]", "trainer.max_stepz=3"], "row none: "),
         (["rows=[none]", "run_id=x"], "run_id=x: the bench names its runs itself"),
+        (["rows=[none]", "protocol.evaluate=[atack=embedding]"], "protocol.evaluate: "),
         (["protocol=wen2024"], "the protocol has no corpus of its own; name yours with shards=FOLDER"),
         (["workers=many", "rows=[none]"], "workers must be >= 1 or auto, got many"),
         (["into=nowhere.md"], "into=nowhere.md has no line <!-- mitigation: begin -->"),
@@ -66,7 +67,7 @@ def test_a_published_protocol_runs_from_its_corpus_to_its_table(
     if protocol == "laion10k":
         words.append(f"protocol.make=[shards,draw,{corpus},{out}/corpus,--count,40]")
     main(["bench", "mitigation", *words, "workers=1", f"model.pretrained={pipeline_folder}", *TINY])
-    [row] = csv.DictReader((out / "results.csv").open())
+    [row] = csv.DictReader((out / "results.csv").read_text().splitlines())
     assert row["row"] == "none" and float(row["heldout_loss"]) > 0 and float(row["kernel_distance"]) is not None
     assert "| none | 1 |" in text.read_text() and text.read_text().endswith("after\n")
     assert (out / "plane.png").is_file() and (out / "table.md").read_text().strip() in capsys.readouterr().out

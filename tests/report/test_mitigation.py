@@ -69,7 +69,7 @@ def test_seeds_share_their_canaries(results):
 def test_table_csv_plane_and_dose_curves_are_written(results, tmp_path):
     text = write(tmp_path, results, ["none", "evidence", "fixed"], 2, ["none", "evidence"], "said")
     assert (tmp_path / "table.md").read_text() == text + "\n" and text.endswith("\n\nsaid")
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [(row["row"], row["seed"], row["copies"], row["attacked"]) for row in rows] == [
         ("none", "0", "1.0", "1.0"), ("none", "1", "0.5", "0.75"), ("evidence", "0", "0.0", "")
     ]  # fmt: skip
