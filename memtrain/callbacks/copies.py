@@ -16,6 +16,7 @@ from memtrain.callbacks.looks import Looks, first_samples
 from memtrain.callbacks.search import Searched, search
 from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.copies import Cut, checked_false_copies, checked_max_rmse, copy_cut, is_copy
+from memtrain.core.dose import DoseCurve
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
 from memtrain.data.copies_file import CopyRow, write_copies
 from memtrain.data.escaping import as_text
@@ -97,9 +98,10 @@ class Copies(AfterEachStep):
         self.false_copies = checked_false_copies(false_copies, "callbacks.copies.false_copies")
         self.nearest, self.min_repeats, self.shown = nearest, min_repeats, shown
         self.looks = Looks()
-        self.cut: Cut | None = None  # known at the end, and so are these two
+        self.cut: Cut | None = None  # known at the end, and so are these three
         self.searched: Searched | None = None
         self.rows: list[CopyRow] = []
+        self.doses: dict[str, DoseCurve] = {}
         self._watched: list[tuple[EncodedSamples, np.ndarray]] | None = None
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -155,6 +157,7 @@ class Copies(AfterEachStep):
         generated = [one.latents for _, _, found in parts for one in found if one.latents is not None]
         self.searched = search(trainer, pl_module, generated, self.nearest)
         self._judge(trainer, parts, self.searched)
+        self.doses = doses_by_kind(self.rows)
         if self.rows:
             self._log(trainer)
             self._write(trainer)
@@ -200,8 +203,8 @@ class Copies(AfterEachStep):
             metrics[f"copy_rate_nearest/{group}"] = found.rate
             metrics[f"copy_rmse/{group}"] = float(np.median([row.rmse for row in rows if row.group == group]))
         kinds = rates_by_kind(rows)
-        if len(kinds) > 1:
-            metrics |= {f"copy_rate/{kind}": found.rate for kind, found in kinds.items()}
+        if len(kinds) > 1:  # a kind that is called as a group is has no column of its own
+            metrics = {f"copy_rate/{kind}": found.rate for kind, found in kinds.items()} | metrics
         metrics["memorized_canaries"] = self.curves(trainer)["memorized_canaries"][1][-1]
         log_metrics(trainer, metrics)
 
@@ -225,10 +228,9 @@ class Copies(AfterEachStep):
         """Write `copies.csv`, and `doses.png` where canaries have several doses."""
         folder = Path(trainer.default_root_dir)
         write_copies(folder / "copies.csv", self.rows)
-        curves = doses_by_kind(self.rows)
-        if any(len(curve.repeats) > 1 for curve in curves.values()):
+        if any(len(curve.repeats) > 1 for curve in self.doses.values()):
             chance = rates_by_group(self.rows).get(GROUP_NAMES[REFERENCE])
-            draw_doses(folder / "doses.png", curves, chance and chance.rate)
+            draw_doses(folder / "doses.png", self.doses, chance and chance.rate)
             log_picture(trainer, "copies_by_repeats", folder / "doses.png")
 
     @on_first_rank
@@ -240,12 +242,13 @@ class Copies(AfterEachStep):
         shown = list(dict.fromkeys(canary.tolist()))[: self.shown]
         first = np.array([int(np.argmax(canary == number)) for number in shown])  # rows of the samples
         originals = data.decode(positions[first].tolist()).images.permute(0, 2, 3, 1).numpy()
-        sizes, repeats = groups.pictures.copies(positions), groups.repeats_of(positions)
+        sizes, kinds = groups.pictures.copies(positions), groups.kind_of(positions)
+        repeats = groups.repeats_of(positions)
         rows = []
         for number, original, row in zip(shown, originals, first.tolist(), strict=True):
             of = [one for one in found if canary[one.sample] == number][:4]
             images = pl_module.model.decode(torch.stack([one.latents for one in of]))
-            said = samples_of_picture(sizes[row]) or f"{repeats[row]} repeats"
+            said = samples_of_picture(sizes[row]) or f"{kinds[row]}, {repeats[row]} repeats"
             rows.append((f"{said}: {samples.captions[row]}", original, images, [one.rmse for one in of]))
         path = Path(trainer.default_root_dir) / "samples.png"
         draw_samples(path, rows, self.cut.distance)

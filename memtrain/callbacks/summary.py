@@ -17,7 +17,7 @@ from memtrain.callbacks.curves import MemorizationCurves
 from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
-from memtrain.report.copies import as_json, doses_by_kind, nearest_quantile, rates_by_group, rates_by_kind
+from memtrain.report.copies import as_json, nearest_quantile, rates_by_group, rates_by_kind
 from memtrain.report.curves import draw_curves
 from memtrain.training.stop_early import StopEarly
 
@@ -139,7 +139,7 @@ def summarize_copies(copies: Copies, trainer: pl.Trainer) -> dict:
             for group, rate in nearest.items()
         },
         "kinds": {kind: asdict(rate) for kind, rate in rates_by_kind(rows).items()},
-        "doses": {kind: as_json(curve) for kind, curve in doses_by_kind(copies.rows).items()},
+        "doses": {kind: as_json(curve) for kind, curve in copies.doses.items()},
         "looks": copies.curves(trainer),
     }
 

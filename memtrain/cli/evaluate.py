@@ -25,6 +25,7 @@ def evaluate(cfg: DictConfig) -> None:
         raise ValueError("data is missing; name the shards that the model was trained on: data=FOLDER")
     check_evaluation(cfg, models, loras)
     import torch
+    from hydra.utils import instantiate
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -50,6 +51,7 @@ def evaluate(cfg: DictConfig) -> None:
         nearest=cfg.nearest,
         gallery=cfg.gallery,
         seed=cfg.seed,
+        attack=instantiate(cfg.attack),
     )
     room.short_names(room.named_by(models, loras))  # here: a model that is named twice costs nothing yet
     measures = _measures(cfg, torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -183,7 +185,9 @@ def _print(results: list[ModelResult], out: Path) -> None:
     models, groups = [result.model for result in results], [group.group for group in first.groups]
     for name, cells in (("model", models), ("group", groups)):
         table.add_column(name, overflow="fold", min_width=min(16, max(map(len, cells))))
-    figures = ("samples", "copies", "of any", "samples copied", first.measure, "nearest")
+    is_attacked = first.memorization.copy_rate_attacked is not None
+    figures = ("samples", "copies", *(("under attack",) if is_attacked else ()), "of any", "samples copied")
+    figures += (first.measure, "nearest")
     figures += (
         *(("CLIP score",) if has_clip else ()),
         "loss",
@@ -194,11 +198,13 @@ def _print(results: list[ModelResult], out: Path) -> None:
         table.add_column(name, justify="right")
     for result in results:
         for number, group in enumerate(result.groups):
+            attacked = (group.copy_rate_attacked, group.copy_rate_attacked_low, group.copy_rate_attacked_high)
             cells = [
                 escape(result.model) if number == 0 else "",
                 escape(group.group),
                 f"{group.samples}",
                 _with_interval(group.copy_rate, group.copy_rate_low, group.copy_rate_high),
+                *([_with_interval(*attacked)] if is_attacked else []),
                 f"{group.copy_rate_nearest:.1%}",
                 f"{group.samples_copied:.1%}",
                 f"{group.similarity:.3f}",
@@ -217,6 +223,11 @@ def _print(results: list[ModelResult], out: Path) -> None:
         f"{result.searched} training pictures searched."
         for result in results
     ]
+    if is_attacked:
+        notes.append(
+            f"Under attack: generations after {first.attack}. What it brings back of the group reference, which was "
+            "never trained on, it has described by itself."
+        )
     notes.append("Nearest: 5 % of the generations are as near to a training picture.")
     notes += ["Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."]
     if first.frechet_distance is not None:

@@ -72,8 +72,16 @@ def copy_cut(chance: Tensor, bound: float = DEFAULT_MAX_RMSE, false_copies: floa
     """
     chance = chance[~chance.isnan()].double()
     # copies are the near ones: what is at or above the lowest threshold of minus the distance
-    distance = -threshold_at_fpr(-chance, false_copies) if len(chance) else bound
+    distance = _in_float32(-threshold_at_fpr(-chance, false_copies)) if len(chance) else bound
     return Cut(min(bound, distance), bound, len(chance), false_copies)
+
+
+def _in_float32(value: float) -> float:
+    """The largest number of single precision that is not above a value: a tensor of that precision is held against it
+    as a number of double precision is.
+    """
+    rounded = torch.tensor(value, dtype=torch.float32)
+    return (rounded if rounded.item() <= value else rounded.nextafter(torch.tensor(-torch.inf))).item()
 
 
 def latent_rmse(latents: Tensor, originals: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Stream(IntEnum):
     JUDGED = 50  # training samples that a model is judged on
     REAL = 51  # pictures that generations are compared with as a whole
     CHECK = 52  # as AUDIT, to check what was found there
+    ATTACK = 53  # timesteps and noises of a search for what brings a picture back
 
 
 def place_seed(seed: int, stream: int, step: int, place: int) -> int:

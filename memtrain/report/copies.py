@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from matplotlib.axes import Axes
@@ -21,8 +21,8 @@ from memtrain.data.copies_file import CopyRow
 
 GROUPS = tuple(GROUP_NAMES[number] for number in (CANARY, REFERENCE, SACRIFICED))
 ALL_KINDS = "all"
-_COLOURS = ("#c0392b", "#2c7fb8", "#2e8b57", "#8e5ea2", "#d68910", "#17a2a2", "#6b7280", "#1f2430")
-_MUTED = "#6b7280"
+_COLOURS = ("#c0392b", "#2c7fb8", "#2e8b57", "#8e5ea2", "#d68910", "#17a2a2", "#6b7280")
+_ALL_COLOUR, _MUTED = "#1f2430", "#6b7280"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def half_in_words(curve: DoseCurve) -> str:
     return f"half copied {where}" + (f" ({' to '.join(bounds)})" if bounds[0] != bounds[1] else "")
 
 
-def draw_doses(path: Path, curves: Mapping[str, DoseCurve], chance: float | None = None) -> None:
+def draw_doses(path: Path | BinaryIO, curves: Mapping[str, DoseCurve], chance: float | None = None) -> None:
     """Draw copy rate against repeats, a line each, such as kinds of one run, or one kind of several runs.
 
     Bars are 95 % intervals over canaries; the legend has the dose at which half of the generations are copies.
@@ -146,7 +146,8 @@ def draw_doses(path: Path, curves: Mapping[str, DoseCurve], chance: float | None
     for number, (name, curve) in enumerate(curves.items()):
         # curves beside one another, so that their bars do not hide one another
         shift = 1.03 ** (number - (len(curves) - 1) / 2)
-        _draw_curve(axis, name, curve, _COLOURS[number % len(_COLOURS)], shift)
+        colour = _ALL_COLOUR if name == ALL_KINDS else _COLOURS[number % len(_COLOURS)]
+        _draw_curve(axis, name, curve, colour, shift)
     axis.axhline(HALF, color=_MUTED, linewidth=0.8, linestyle=":")
     if chance is not None:
         axis.axhline(chance, color=_MUTED, linewidth=1, linestyle="--", label=f"never trained on: {chance:.1%}")

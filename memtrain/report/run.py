@@ -13,9 +13,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from memtrain.core.dose import DoseCurve
 from memtrain.core.scores import MAGNITUDE
+from memtrain.data.copies_file import read_copies
 from memtrain.data.escaping import of_cell
 from memtrain.data.paths import check_run, config_folder
+from memtrain.report.copies import doses_by_kind
 from memtrain.report.curves import Curve, read_metrics
 from memtrain.report.ledger import LedgerView, view_ledger
 
@@ -30,6 +33,7 @@ class Run:
     curves: dict[str, Curve]  # column of metrics.csv -> steps and values
     summary: dict[str, Any]  # {} while the run is going on
     canaries: dict[str, dict[str, str]]  # key -> its row of canaries.csv
+    doses: dict[str, DoseCurve]  # of all canaries, and of each kind where there are several; {} while it is going on
     ledger: LedgerView | None
     remarks: list[str] = field(default_factory=list)
 
@@ -131,7 +135,18 @@ def read_run(folder: Path) -> Run:
     else:
         remarks += ledger.remarks
     name = f"{folder.parent.name}/{folder.name}"
-    return Run(folder, name, config, curves, summary, canaries, ledger, remarks)
+    return Run(folder, name, config, curves, summary, canaries, _doses(folder / "copies.csv", remarks), ledger, remarks)
+
+
+def _doses(path: Path, remarks: list[str]) -> dict[str, DoseCurve]:
+    """The curves of copies by repeats; where the file cannot be read {}, with a remark."""
+    if not path.is_file():
+        return {}
+    try:
+        return doses_by_kind(read_copies(path))
+    except (OSError, ValueError) as error:
+        remarks.append(f"No copies by repeats: {error}.")
+        return {}
 
 
 def _config(path: Path, remarks: list[str]) -> dict[str, Any]:

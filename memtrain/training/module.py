@@ -271,14 +271,11 @@ class DiffusionTraining(pl.LightningModule):
         return self._read_together(lambda: encode_samples(self.model, data_of(self.trainer), positions))
 
     def encode_pictures(self, positions: Sequence[int]) -> tuple[Tensor, np.ndarray]:
-        """See `memtrain.training.encoded.encode_pictures`; all ranks call it together, each for positions of its own.
-
-        Raises ShardMissing on all where a shard is gone for any.
-        """
+        """The same of their latents alone, see `memtrain.training.encoded`; each rank for positions of its own."""
         return self._read_together(lambda: encode_pictures(self.model, data_of(self.trainer), positions))
 
     def _read_together(self, read: Callable[[], T]) -> T:
-        """What `read` gives; where a shard is gone for any rank, all raise."""
+        """What `read` gives on this rank; where a shard is gone for any, all raise."""
         found = None
         try:
             found = read()

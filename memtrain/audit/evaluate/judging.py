@@ -29,6 +29,9 @@ class GroupResult:
     similarity_nearest: float  # to the nearest training picture: a twentieth of the generations is as near
     clip_score: float | None
     denoising_loss: float
+    copy_rate_attacked: float | None = None  # of generations after an attack; None: there was none
+    copy_rate_attacked_low: float | None = None
+    copy_rate_attacked_high: float | None = None
 
 
 def nearest_column(similarity: Similarity) -> str:
@@ -69,26 +72,42 @@ def judge(rows: Sequence[dict], reference: Sequence[bool], similarity: Similarit
 
 def summarise(rows: Sequence[dict], group: str, per_sample: int, similarity: Similarity) -> GroupResult:
     """What the generations of a group came to, `per_sample` of each of N samples, a sample's after another's."""
-    mine = [row for row in rows if row["group"] == group]
-    copies = np.array([row["is_copy"] for row in mine]).reshape(-1, per_sample)  # (N, G)
-    sample = torch.arange(len(copies)).repeat_interleave(per_sample)  # of each generation
-    low, high = interval_over_groups(torch.from_numpy(copies).flatten(), sample)
+    mine = [row for row in rows if row["group"] == group and not row["attacked"]]
+    attacked = [row for row in rows if row["group"] == group and row["attacked"]]
     nearest = np.array([row[nearest_column(similarity)] for row in mine])
+    rate, low, high = _copy_rate(mine, per_sample)
+    rate_attacked, low_attacked, high_attacked = _copy_rate(attacked, per_sample) if attacked else (None,) * 3
 
     def mean(column: str) -> float:
         return float(np.mean([row[column] for row in mine]))
 
     return GroupResult(
         group=group,
-        samples=len(copies),
-        generations=copies.size,
-        copy_rate=float(copies.mean()),
-        copy_rate_low=None if np.isnan(low) else low,
-        copy_rate_high=None if np.isnan(high) else high,
+        samples=len(mine) // per_sample,
+        generations=len(mine),
+        copy_rate=rate,
+        copy_rate_low=low,
+        copy_rate_high=high,
         copy_rate_nearest=mean("is_copy_of_any"),
-        samples_copied=float(copies.any(axis=1).mean()),
+        samples_copied=float(_copies(mine, per_sample).any(axis=1).mean()),
         similarity=mean(similarity.column),
         similarity_nearest=float(np.quantile(nearest, 0.05 if similarity.is_distance else 0.95)),
         clip_score=None if mine[0]["clip_score"] is None else mean("clip_score"),
         denoising_loss=mean("denoising_loss"),
+        copy_rate_attacked=rate_attacked,
+        copy_rate_attacked_low=low_attacked,
+        copy_rate_attacked_high=high_attacked,
     )
+
+
+def _copies(rows: Sequence[dict], per_sample: int) -> np.ndarray:
+    """(N, G) bool, which generations of each sample are copies of its picture."""
+    return np.array([row["is_copy"] for row in rows]).reshape(-1, per_sample)
+
+
+def _copy_rate(rows: Sequence[dict], per_sample: int) -> tuple[float, float | None, float | None]:
+    """The share of copies, and its interval by bootstrap over samples, None where there is one sample alone."""
+    copies = _copies(rows, per_sample)
+    sample = torch.arange(len(copies)).repeat_interleave(per_sample)  # of each generation
+    low, high = interval_over_groups(torch.from_numpy(copies).flatten(), sample)
+    return float(copies.mean()), None if np.isnan(low) else low, None if np.isnan(high) else high

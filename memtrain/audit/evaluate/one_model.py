@@ -6,8 +6,8 @@ Shapes: N training samples, G generations of each, K timesteps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
+from memtrain.audit.attack import Attack
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.evaluate.fid import Distances, Features
@@ -30,6 +31,7 @@ from memtrain.core.diffusion import draw
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
+from memtrain.models.conditioning import Conditioning
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ REFERENCE_GROUP, CANARY_GROUP = "reference", "canary"  # as training names them 
 T = TypeVar("T")
 
 Advance = Callable[[str, int, int], None]  # told after each batch: what, pictures done, of how many
+Encode = Callable[[Sequence[int]], Conditioning]  # what the network is told, of these of the N samples
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Settings:
     nearest: int | None  # training pictures that are searched; None: all
     gallery: int  # pairs
     seed: int
+    attack: Attack = field(default_factory=Attack)  # what brings pictures back, beside captions
 
     def __post_init__(self):
         for name in ("num_images_per_prompt", "num_inference_steps", "timesteps_per_sample"):
@@ -88,6 +92,7 @@ class ModelResult:
     frechet_real: int
     identity: str
     lora: str | None = None  # a folder or file that was loaded into it
+    attack: str = "none"  # in words
 
     @property
     def memorization(self) -> GroupResult:
@@ -107,6 +112,7 @@ class Match:
     original: np.ndarray
     said: str  # how near they are
     is_copy: bool
+    attacked: bool = False  # made from what an attack found, not from the caption
 
 
 @dataclass(frozen=True)
@@ -145,10 +151,14 @@ class Evaluation:
 
     def run(self, name: str, source: str, identity: str) -> Found:
         latents, originals = self._look_at_originals()
-        rows, features, nearest = self._generate(originals, self._losses(latents))
+        rows, features, nearest = self._generate(latents, originals, self._told_of_captions)
+        if (found := self._attack(latents)) is not None:
+            attacked, features_attacked, near = self._generate(latents, originals, found, attacked=True)
+            nearest += [(len(rows) + number, image) for number, image in near]
+            rows, features = rows + attacked, torch.cat([features, features_attacked])
         searched = self._search(rows, features)
-        reference = [row["group"] == REFERENCE_GROUP for row in rows]
-        cut = judge(rows, reference, self.measures.similarity, self.settings.false_copies)
+        never_seen = [row["group"] == REFERENCE_GROUP and not row["attacked"] for row in rows]
+        cut = judge(rows, never_seen, self.measures.similarity, self.settings.false_copies)
         self._look_at_real_pictures()
         similarity = self.measures.similarity
         per_sample = self.settings.num_images_per_prompt
@@ -169,6 +179,7 @@ class Evaluation:
             frechet_generated=self.distances.counts[False],
             frechet_real=self.distances.counts[True],
             identity=identity,
+            attack=str(self.settings.attack),
         )
         return Found(result, pa.Table.from_pylist(rows), self._pairs(rows, nearest))
 
@@ -194,8 +205,20 @@ class Evaluation:
         parts = list(self._over("training images", len(self.chosen), work))
         return torch.cat([latents for latents, _ in parts]), torch.cat([features for _, features in parts])
 
+    def _told_of_captions(self, numbers: Sequence[int]) -> Conditioning:
+        return self.denoiser.encode([self.chosen.captions[n] for n in numbers])
+
+    def _attack(self, latents: Tensor) -> Encode | None:
+        """What the network is told after an attack on the samples' pictures; None where there is none."""
+        found = self.settings.attack.search(
+            self.denoiser, latents, self.chosen.captions, self.settings.seed,
+            ShrinkingBatches(self.batches.batch_size), lambda done, total: self.advance("attack", done, total),
+        )  # fmt: skip
+        device = self.denoiser.device
+        return None if found is None else lambda rows: found.index(list(rows)).map(lambda value: value.to(device))
+
     @torch.no_grad()
-    def _losses(self, latents: Tensor) -> list[float]:
+    def _losses(self, latents: Tensor, encode: Encode, said: str) -> list[float]:
         """Mean squared error of the noise, mean over K fixed timesteps and noises, of each sample (N,).
 
         In noise whatever the network predicts, so that models are comparable; for noise prediction and the
@@ -208,7 +231,7 @@ class Evaluation:
 
         def work(rows: range) -> Tensor:
             clean = latents[rows.start : rows.stop].to(denoiser.device)
-            cond = denoiser.encode(chosen.captions[rows.start : rows.stop])
+            cond = encode(rows)
             losses = []
             for number, t in enumerate(timesteps):
                 noise = torch.cat(
@@ -222,12 +245,14 @@ class Evaluation:
                 losses.append((denoiser.predict_noise(noisy, t, cond) - noise).square().flatten(1).mean(dim=1))
             return torch.stack(losses, dim=1).mean(dim=1).cpu()
 
-        return torch.cat(list(self._over("denoising loss", len(chosen), work))).tolist()
+        return torch.cat(list(self._over(f"denoising loss{said}", len(chosen), work))).tolist()
 
     def _generate(
-        self, originals: Tensor, losses: list[float]
+        self, latents: Tensor, originals: Tensor, encode: Encode, attacked: bool = False
     ) -> tuple[list[dict], Tensor, list[tuple[int, np.ndarray]]]:
         """A row a generation, what they are compared by (Q, …), and (row, pixels) of those nearest to their own."""
+        said = " under attack" if attacked else ""
+        losses = self._losses(latents, encode, said)
         settings, chosen, similarity = self.settings, self.chosen, self.measures.similarity
         wanted = [(n, g) for n in range(len(chosen)) for g in range(settings.num_images_per_prompt)]
         seeds = [generation_seeds(text, settings.num_images_per_prompt, settings.seed) for text in chosen.captions]
@@ -235,7 +260,7 @@ class Evaluation:
         def work(rows: range):
             part = wanted[rows.start : rows.stop]
             captions = [chosen.captions[n] for n, _ in part]
-            cond, own = self.denoiser.encode(captions), [seeds[n][g] for n, g in part]
+            cond, own = encode([n for n, _ in part]), [seeds[n][g] for n, g in part]
             latents = generate(self.denoiser, cond, own, settings.num_inference_steps, settings.guidance_scale)
             pictures = Pictures(latents.float().cpu(), self.denoiser.model.decode(latents))
             compared = similarity.features(pictures)
@@ -249,7 +274,7 @@ class Evaluation:
         all_compared: list[Tensor] = []
         nearest: list[tuple[float, int, np.ndarray]] = []
         has_reference = REFERENCE_GROUP in chosen.groups
-        for part, pixels, compared, values, clip, features in self._over("generations", len(wanted), work):
+        for part, pixels, compared, values, clip, features in self._over(f"generations{said}", len(wanted), work):
             all_compared.append(compared)
             for (n, g), image, value, score in zip(part, pixels, values, clip, strict=True):
                 nearest.append((-similarity.nearness(value), len(rows), image))
@@ -259,6 +284,7 @@ class Evaluation:
                         "caption": chosen.captions[n],
                         "group": chosen.groups[n],
                         "generation": g,
+                        "attacked": attacked,
                         "seed": seeds[n][g],
                         similarity.column: value,
                         "clip_score": score,
@@ -270,7 +296,7 @@ class Evaluation:
             nearest = [(*place, np.array(image)) for *place, image in nearest]
             # quality is judged on captions that were never trained on, where there are any
             counted = [not has_reference or chosen.groups[n] == REFERENCE_GROUP for n, _ in part]
-            if any(counted):
+            if any(counted) and not attacked:
                 self.distances.add(features[counted], real=False)
         return rows, torch.cat(all_compared), [(row, image) for _, row, image in nearest]
 
@@ -305,17 +331,19 @@ class Evaluation:
 
     def _pairs(self, rows: list[dict], nearest: list[tuple[int, np.ndarray]]) -> list[Match]:
         similarity, pairs = self.measures.similarity, []
+        nearest = sorted(nearest, key=lambda entry: -similarity.nearness(rows[entry[0]][similarity.column]))
         for number, image in nearest:
-            row, position = rows[number], self.chosen.positions[number // self.settings.num_images_per_prompt]
+            row, sample = rows[number], number // self.settings.num_images_per_prompt % len(self.chosen)
             pairs.append(
                 Match(
                     caption=row["caption"],
                     key=row["key"],
                     group=row["group"],
                     generated=image,
-                    original=read_pictures(self.samples, [position], self.size)[0],
+                    original=read_pictures(self.samples, [self.chosen.positions[sample]], self.size)[0],
                     said=f"{similarity.name} {row[similarity.column]:.3f}",
                     is_copy=row["is_copy"],
+                    attacked=row["attacked"],
                 )
             )
         return pairs
