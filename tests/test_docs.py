@@ -157,6 +157,9 @@ def known_keys() -> frozenset[str]:
     return frozenset(found)
 
 
+FREE = ("hydra.launcher.", "exclusion._target_", "protocol.rows.")  # keys below these are the user's
+
+
 def unknown(said: str) -> list[str]:
     """The keys of `key=value …` that nothing has, and choices that there are not; [] where `said` is something else."""
     matches = [OVERRIDE.fullmatch(word) for word in words(said)]
@@ -169,7 +172,7 @@ def unknown(said: str) -> list[str]:
             passed = ("", "any", "joblib", "submitit_local", "basic")  # these launchers are Hydra's own
             choices = [choice.strip() for choice in value.strip("[]").split(",")]
             wrong += [f"{key}={c}" for c in choices if c not in passed and not (group / f"{c}.yaml").exists()]
-        elif key not in known_keys() and not key.startswith(("hydra.launcher.", "exclusion._target_", "protocol.rows.")):
+        elif key not in known_keys() and not key.startswith(FREE):
             wrong.append(key)
     return wrong
 

@@ -52,7 +52,8 @@ def draw(
             raise ValueError(f"{name} must be >= 1, got {value}")
     check_empty(out)
     order = _order(samples.counts, count, seed)
-    chosen, passed = [], 0
+    chosen: list[int] = []
+    passed = 0
     for position in progress(order.tolist(), count):
         if len(chosen) == count:
             break
