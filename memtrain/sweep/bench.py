@@ -25,7 +25,7 @@ _STOPPED = (75, 130, 143)  # exit codes of a run that somebody told to end: it w
 
 
 @dataclass(frozen=True)
-class Going:
+class Running:
     """A run that is going on."""
 
     run: Planned
@@ -69,7 +69,7 @@ class Bench:
     ):
         self.runs, self.command, self.workers = list(runs), list(command), workers
         self.cores, self.devices, self.changed = cores, devices, changed
-        self.going: dict[int, Going] = {}  # by worker
+        self.going: dict[int, Running] = {}  # by worker
         self.failed: dict[str, str] = {}  # a run's name -> its last words
         done = [run for run in self.runs if next_stage(run) is Stage.NOTHING]
         self.finished = {run.name: Record.read(run).seconds for run in done}  # a run's name -> seconds that it took
@@ -122,10 +122,12 @@ class Bench:
             self._fails(run, f"{stage.value}: {error}")
             return
         environment = environment_of(slot, self.workers, self.cores, self.devices)
-        self.going[slot] = Going(run, stage, Process([*self.command, *words], run.folder, environment), record.seconds)
+        self.going[slot] = Running(
+            run, stage, Process([*self.command, *words], run.folder, environment), record.seconds
+        )
         log.info("%s: %s", run.name, stage.value)
 
-    def _ended(self, slot: int, going: Going) -> None:
+    def _ended(self, slot: int, going: Running) -> None:
         """Take note of what became of a process; what is next for its run is begun at once, by the same worker."""
         run, code = going.run, going.process.exit_code
         going.process.wait()
