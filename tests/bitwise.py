@@ -225,7 +225,7 @@ AUDITS = {
         ["shards", "duplicates", "natural", "--out", "OUT/groups.parquet", "--workers", "1"],
         ["ledger", "suspects", "runs/rule_evidence", "--false-positive-rate", "0.3", "--out", "OUT/suspects.parquet"],
     ],
-    "demo": [["demo", "OUT/corpus", "num_samples=60", "repeated=2", "copies=5", "shard_size=30"]],
+    "demo": [["demo", "OUT/corpus", "pictures=noto", "num_samples=60", "repeated=2", "copies=5", "shard_size=30"]],
 }  # fmt: skip
 
 

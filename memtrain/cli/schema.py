@@ -41,6 +41,7 @@ TYPES = {
     "train.resume.allow": Any,  # "all", or a list of keys
     "train.canaries.repeats": int | None,
     "train.reference.batch_size": int | None,
+    "demo.repeated": int | None,
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
     "trainer.num_nodes": int,
     "trainer.gradient_clip_val": float | None,
