@@ -23,6 +23,7 @@ settings=(
     "words_repeated exclusion=none method=words_repeated"
     "embedding_noise exclusion=none method=embedding_noise"
 )
-train_settings table "$@"
+"$venv/bin/memtrain" demo "$repo/data/demo"
+train_settings table experiment=demo_table "$@"
 "$python" -m memtrain.report.table --over-seeds "${runs[@]}" --into docs/results.md
 "$python" -m memtrain.report.table --over-seeds "${runs[@]}"
