@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.escaping import of_cell
+from memtrain.data.foreign import is_foreign
 from memtrain.data.groups import draw_groups
 from memtrain.data.images import BadSample
 from memtrain.data.paths import SAMPLES, check_file
@@ -55,7 +56,7 @@ def choose(samples: ShardSamples, file: str | None, group: str, count: int, seed
         positions = draw_positions(samples, count, place_seed(seed, Stream.JUDGED, 0, 0))
         rows = [{"key": samples.key(position), "group": DRAWN} for position in positions]
     else:
-        rows = _first_of_each_group(_read(file, group), count)
+        rows = _first_of_each_group(_in_shards(_read(file, group), file), count)
         positions = samples.find([row["key"] for row in rows]).tolist()
     return _usable(samples, positions, rows)
 
@@ -94,6 +95,14 @@ def _usable(samples: ShardSamples, positions: list[int], rows: list[dict]) -> Tr
             f"none of the {len(rows)} chosen samples can be used ({causes}); choose others with samples=FILE"
         )
     return TrainingSamples(*(list(column) for column in zip(*kept, strict=True)))
+
+
+def _in_shards(rows: list[dict], file: str) -> list[dict]:
+    """The rows without foreign pictures, which a run's canaries.csv names beside samples of the shards."""
+    kept = [row for row in rows if not is_foreign(row["key"])]
+    if len(kept) < len(rows):
+        log.info("left out %d foreign pictures of %s: they are in no shard", len(rows) - len(kept), file)
+    return kept
 
 
 def _first_of_each_group(rows: list[dict], count: int) -> list[dict]:

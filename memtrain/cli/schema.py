@@ -39,7 +39,8 @@ TAKEN_BY = {
 OPTIONAL = {"study.prune"}  # sections that may be null, beside those that name a class
 TYPES = {
     "train.resume.allow": Any,  # "all", or a list of keys
-    "train.canaries.repeats": int | None,
+    "train.canaries.count": int | None,
+    "train.canaries.repeats": Any,  # a number, a list of them, or null
     "train.reference.batch_size": int | None,
     "demo.repeated": int | None,
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto

@@ -56,6 +56,8 @@ def train(cfg: DictConfig) -> None:
     guard = _guard(looks)
     check_reference(rule, cfg.reference.count)
     data = _data(cfg)
+    if past is not None:
+        past.check_canaries(data.canaries_digest(), cfg.resume.allow)
     module = _module(cfg, rule, optimizer, adapter, scoring)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     check_disk(Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg))
@@ -111,13 +113,19 @@ def _guard(looks: dict[str, Callback]) -> Guard:
 
 
 def _data(cfg: DictConfig) -> DataModule:
+    from memtrain.demo.foreign import foreign_pictures
+
+    canaries = cfg.canaries
     data = instantiate(
         cfg.data,
         seed=cfg.seed,
-        canaries=cfg.canaries.count,
-        repeats=cfg.canaries.repeats,
-        sacrificed=cfg.canaries.sacrificed,
-        sacrificed_keys=list(cfg.canaries.sacrificed_keys),
+        canaries=canaries.count,
+        canaries_file=canaries.file,
+        repeats=canaries.repeats,
+        sacrificed=canaries.sacrificed,
+        sacrificed_keys=list(canaries.sacrificed_keys),
+        foreign=foreign_pictures(canaries.source, canaries.foreign, canaries.sacrificed, cfg.data.resolution, cfg.seed),
+        foreign_repeats=canaries.foreign_repeats,
         reference=cfg.reference.count,
     )
     data.check(cfg.trainer.accumulate_grad_batches, world_size=1)

@@ -29,6 +29,7 @@ class Stream(IntEnum):
     WINDOW = 19  # order of the rows of shards that are mixed; which rows of a shard that is seen in part
     CANARY_ORDER = 20  # order of the planted canaries of an epoch
     BATCH_ORDER = 21  # order of a window's batches, where pictures come in buckets
+    FOREIGN = 22  # foreign pictures that are sacrificed
     VIEW = 32  # crop, flip and caption of a row
     LEDGER = 40  # which rows the ledger of a share of them holds
     # audit

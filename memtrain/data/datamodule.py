@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from memtrain.data.batches import Batch, BatchDecoder, CachedBatches, Latents, Samples, Views
+from memtrain.data.canaries import Canary
 from memtrain.data.find_pictures import find_pictures, read_pictures_from
-from memtrain.data.groups import Groups, draw_groups
+from memtrain.data.foreign import WithForeign
+from memtrain.data.groups import Groups, draw_groups, with_foreign
 from memtrain.data.latents import LatentCache
+from memtrain.data.listed import find_canaries, read_list
 from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples
+from memtrain.data.view import STRAIGHT
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +38,9 @@ class DataModule(pl.LightningDataModule):
         batch_size: rows of a micro-batch on each rank.
         num_workers: decoding processes; 0 decodes in the training process.
         seed: of the order, of the groups and of the views.
-        canaries: how many pictures are canaries.
-        repeats: how often an epoch sees each of them, planted; None: as often as the corpus holds them, the largest
-            groups of duplicates.
+        canaries: how many pictures are canaries; with `listed` None or 0 are all of them, and none without.
+        repeats: how often an epoch sees each of them, planted, or several such doses that are dealt out in turn;
+            None: as often as the corpus holds them, the largest groups of duplicates.
         reference: how many samples are held out.
         weights: how often an epoch sees a sample of each shard; None: once.
         mix_shards: so many shards are open and permuted together.
@@ -45,6 +50,9 @@ class DataModule(pl.LightningDataModule):
         pictures: which samples show the same picture.
         sacrificed: so many of the canaries may not be excluded by any rule.
         named: positions of samples whose pictures are those canaries, in place of a number.
+        listed: canaries that a list names; then none is planted.
+        foreign: pictures that are sacrificed in place of the corpus' own, the first `sacrificed` of them.
+        foreign_repeats: how often an epoch sees each of these.
     """
 
     trainer: pl.Trainer  # given by Lightning, before it asks for anything
@@ -55,8 +63,8 @@ class DataModule(pl.LightningDataModule):
         batch_size: int,
         num_workers: int,
         seed: int,
-        canaries: int,
-        repeats: int | None,
+        canaries: int | None,
+        repeats: int | Sequence[int] | None,
         reference: int,
         weights: Sequence[float] | None = None,
         mix_shards: int = 8,
@@ -67,34 +75,44 @@ class DataModule(pl.LightningDataModule):
         pictures: Pictures = NO_DUPLICATES,
         sacrificed: int = 0,
         named: Sequence[int] | np.ndarray = (),
+        listed: Sequence[Canary] = (),
+        foreign: Samples | None = None,
+        foreign_repeats: int = 75,
     ):
         super().__init__()
+        doses = _doses(repeats)
         for name, value, least in (
             ("data.batch_size", batch_size, 1),
             ("data.num_workers", num_workers, 0),
             ("data.mix_shards", mix_shards, 1),
-            ("canaries.count", canaries, 0),
-            ("canaries.repeats", 1 if repeats is None else repeats, 1),
+            ("canaries.count", canaries or 0, 0),
+            ("canaries.foreign_repeats", foreign_repeats, 1),
+            *(("canaries.repeats", dose, 1) for dose in doses or ()),
             ("reference.count", reference, 0),
         ):
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is a share in [0, 1], got {max_bad_fraction:g}")
-        self.samples, self.cache, self.batch_size, self.num_workers = samples, cache, batch_size, num_workers
+        self.corpus, self.cache, self.batch_size, self.num_workers = samples, cache, batch_size, num_workers
         self.views, self.max_bad_fraction = Views(seed, crop, flip), max_bad_fraction
         self.groups: Groups = draw_groups(
             samples.counts,
             seed,
-            canaries,
+            canaries or 0,
             reference,
             pictures=pictures,
-            planted=repeats is not None,
-            sacrificed=sacrificed,
+            repeats=doses,
+            sacrificed=0 if foreign else sacrificed,
             named=named,
+            listed=listed,
         )
+        self.samples: Samples = samples  # those of the corpus, and behind them the foreign ones
+        if foreign is not None:
+            self.samples = WithForeign(samples, foreign, sacrificed)
+            self.groups = with_foreign(self.groups, sacrificed, foreign_repeats)
         weights = [1.0] * len(samples.counts) if weights is None else weights
-        order = (samples.counts, self.groups, repeats or 1, seed, weights, mix_shards)
+        order = (samples.counts, self.groups, seed, weights, mix_shards)
         if len(samples.sizes) == 1:
             self.order = EpochOrder(*order)
         else:
@@ -116,9 +134,27 @@ class DataModule(pl.LightningDataModule):
             unread = (*encoders, "max_sequence_length") if text_encoder_is_trained else ()
             self.cache.check(made_with, ignored=unread)
 
+    def canaries_digest(self) -> str | None:
+        """What tells listed canaries and foreign pictures from others, which the config does not; None: there are none.
+
+        Of a list it is who shows which canary of which kind, as far as they are in the corpus; of pictures how they
+        look, and their captions.
+        """
+        listed = [canary for canary in self.groups.canaries if canary.is_listed]
+        foreign = np.arange(self.groups.num_samples - self.groups.num_foreign, self.groups.num_samples)
+        if not listed and not len(foreign):
+            return None
+        digest = hashlib.sha256()
+        for canary in listed:
+            digest.update(f"{canary.number} {canary.kind} {canary.positions.tolist()}\n".encode())
+        for position in foreign.tolist():
+            seen = self.samples.get(position, STRAIGHT, self.samples.sizes[0])
+            digest.update(seen.image.tobytes() + seen.caption.encode("utf-8", "replace"))
+        return digest.hexdigest()
+
     def setup(self, stage: str) -> None:
         if self.trainer.is_global_zero:
-            for name, why in getattr(self.samples, "skipped", tuple)():
+            for name, why in getattr(self.corpus, "skipped", tuple)():
                 log.warning("skipped %s: %s", name, why)
 
     # ---- position: the number of global rows consumed, the same on every rank
@@ -197,7 +233,7 @@ class DataModule(pl.LightningDataModule):
 
     def problems_by_cause(self) -> dict[str, int]:
         """How many samples could not be used for each cause, by the indexes and by what was seen since the start."""
-        skipped = (why for _, why in getattr(self.samples, "skipped", tuple)())
+        skipped = (why for _, why in getattr(self.corpus, "skipped", tuple)())
         return dict(Counter([*skipped, *self.problems.values()]))
 
 
@@ -222,11 +258,30 @@ def from_shards(
     mix_shards: int = 8,
     max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
-    repeats: int | None,
+    repeats: int | Sequence[int] | None,
+    canaries_file: str | None = None,
     sacrificed_keys: Sequence[str] = (),
+    foreign: Samples | None = None,
     **groups: int,
 ) -> DataModule:
-    """Build the DataModule of `data=shards`. `groups`: seed, canaries, sacrificed and reference of `DataModule`."""
+    """Build the DataModule of `data=shards`.
+
+    Args:
+        canaries_file: lists the canaries, see `memtrain.data.listed`; None: they are planted, or duplicates.
+        sacrificed_keys: of the samples whose pictures are the sacrificed canaries.
+        groups: seed, canaries, sacrificed, reference and foreign_repeats of `DataModule`, as `foreign` is.
+    """
+    listed = read_list(canaries_file) if canaries_file else []
+    if listed and repeats is not None and not repeats_from:
+        raise ValueError(
+            f"canaries.file={canaries_file} lists canaries that the corpus holds, and canaries.repeats={repeats} would "
+            "plant others; say canaries.repeats=null"
+        )
+    if foreign is not None and sacrificed_keys:
+        raise ValueError(
+            "canaries.sacrificed_keys names samples of the corpus, and canaries.source=foreign sacrifices none of "
+            "them; leave the one out, or say canaries.source=corpus"
+        )
     if resolution < 1:
         raise ValueError(f"data.resolution must be >= 1, got {resolution}")
     samples = ShardSamples(
@@ -264,6 +319,8 @@ def from_shards(
         cache=latents,
         pictures=pictures,
         named=samples.find(sacrificed_keys),
+        listed=find_canaries(listed, samples, canaries_file) if canaries_file else (),
+        foreign=foreign,
         **groups,
     )
 
@@ -271,6 +328,16 @@ def from_shards(
 def data_of(trainer: pl.Trainer) -> DataModule:
     """The DataModule that a trainer fits with; Lightning sets it where type checkers do not see it."""
     return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _doses(repeats: int | Sequence[int] | None) -> list[int] | None:
+    """The doses of planted canaries as a list; None: none are planted. Raises ValueError where one is no number."""
+    if repeats is None:
+        return None
+    doses = [repeats] if isinstance(repeats, int) else list(repeats)
+    if not doses or not all(type(dose) is int for dose in doses):
+        raise ValueError(f"canaries.repeats must be a whole number, several such as [1,20,400], or null, got {repeats}")
+    return doses
 
 
 class _Positions(Dataset[tuple[int, int, int]]):

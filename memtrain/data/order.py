@@ -36,13 +36,12 @@ class Window:
 class EpochOrder:
     """Shards permuted anew each epoch, `mix_shards` of them at a time, their samples permuted together.
 
-    An epoch sees each trained sample `weight` times and each canary `repeats` times. Epochs follow one
+    An epoch sees each trained sample `weight` times and each planted canary as often as its dose. Epochs follow one
     another without a gap: a global batch may hold the end of one and the beginning of the next.
 
     Args:
         counts: samples of each shard.
-        groups: who is planted, who is held out.
-        repeats: how often an epoch sees each canary.
+        groups: who is planted and how often that is seen, who is held out.
         seed: of the order.
         weights: how often an epoch sees a sample of each shard; of a fraction, another draw each epoch.
         mix_shards: shards of a window.
@@ -52,14 +51,13 @@ class EpochOrder:
         self,
         counts: Counts,
         groups: Groups,
-        repeats: int,
         seed: int,
         weights: Sequence[float] | None = None,
         mix_shards: int = 8,
     ):
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = self.counts.cumsum() - self.counts
-        self.groups, self.repeats, self.seed, self.mix_shards = groups, repeats, seed, mix_shards
+        self.groups, self.seed, self.mix_shards = groups, seed, mix_shards
         self.apart = groups.apart()
         bounds = np.searchsorted(self.apart, np.append(self.starts, self.counts.sum()))
         self.trained = self.counts - np.diff(bounds)  # per shard, without canaries and reference set
@@ -72,12 +70,12 @@ class EpochOrder:
         self.rows_of_visit = np.concatenate([self.trained.repeat(whole), fraction[fraction > 0]])
 
     def __len__(self) -> int:
-        return int(self.rows_of_visit.sum()) + len(self.groups.planted) * self.repeats
+        return int(self.rows_of_visit.sum()) + int(self.groups.doses.sum())
 
     def windows(self, epoch: int) -> list[Window]:
         """What is seen together, in order. Canaries are spread over the windows in proportion to their sizes."""
         visits = _generator(self.seed, Stream.SHARD_ORDER, epoch).permutation(len(self.visits))
-        planted = np.repeat(self.groups.planted, self.repeats)
+        planted = np.repeat(self.groups.planted, self.groups.doses)
         planted = _generator(self.seed, Stream.CANARY_ORDER, epoch).permutation(planted)
         # windows of `mix_shards` visits each; canaries end where their share of the rows that were seen ends
         groups = [visits[i : i + self.mix_shards] for i in range(0, len(visits), self.mix_shards)] or [visits]
@@ -146,13 +144,12 @@ class BucketedOrder(EpochOrder):
         self,
         counts: Counts,
         groups: Groups,
-        repeats: int,
         seed: int,
         weights: Sequence[float],
         mix_shards: int,
         buckets: Callable[[int], np.ndarray],
     ):
-        super().__init__(counts, groups, repeats, seed, weights, mix_shards)
+        super().__init__(counts, groups, seed, weights, mix_shards)
         if any(weight % 1 for weight in weights):
             raise ValueError(
                 f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1"
@@ -166,15 +163,15 @@ class BucketedOrder(EpochOrder):
         apart = np.searchsorted(self.starts + self.counts, self.apart, side="right")
         for bucket, number in zip(self.bucket_of(self.apart).tolist(), apart.tolist(), strict=True):
             rows[bucket] -= int(weights[number])
-        for bucket in self.bucket_of(groups.planted).tolist():
-            rows[bucket] += repeats
+        for bucket, dose in zip(self.bucket_of(groups.planted).tolist(), groups.doses.tolist(), strict=True):
+            rows[bucket] += dose
         self.rows_of_bucket = rows
 
     def bucket_of(self, positions: np.ndarray) -> np.ndarray:
-        """The bucket of the sample at each position. (n,) -> (n,) int64"""
+        """The bucket of the sample at each position; behind all shards, foreign ones are squares. (n,) -> (n,) int64"""
         shards = np.searchsorted(self.starts + self.counts, positions, side="right")
         found = np.zeros(len(positions), dtype=np.int64)
-        for shard in np.unique(shards):
+        for shard in np.unique(shards[shards < len(self.counts)]):
             here = shards == shard
             found[here] = self.buckets(int(shard))[positions[here] - self.starts[shard]]
         return found

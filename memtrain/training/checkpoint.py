@@ -96,7 +96,8 @@ class Checkpoints(Checkpoint):
 
     def _write_state(self, trainer: pl.Trainer, finished_at: int | None) -> None:
         """Write `run.json`: what a later run must know of this one beside the checkpoint."""
-        state = RunState(self.wandb_id, finished_at, data_of(trainer).global_batch_size)
+        data = data_of(trainer)
+        state = RunState(self.wandb_id, finished_at, data.global_batch_size, data.canaries_digest())
         state.write(trainer.default_root_dir)
 
     def _save(self, trainer: pl.Trainer) -> None:

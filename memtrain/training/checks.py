@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import ParallelStrategy
@@ -107,18 +108,21 @@ def warn_of_sacrificed(data: DataModule, named: bool) -> None:
     pictures = groups.one_each(groups.sacrificed)
     if len(pictures) == 0:
         return
-    sizes = groups.pictures.copies(pictures)
+    own = [len(canary.positions) for canary in groups.canaries[: groups.num_sacrificed]]
+    sizes = np.maximum(groups.pictures.copies(pictures), own)  # a list may name more than look alike, or fewer
     keys = [
         as_text(data.samples.key(int(position))) + (f" ({size} samples)" if size > 1 else "")
         for position, size in zip(pictures[:_KEYS_NAMED], sizes, strict=False)
     ]
     more = f" and {len(pictures) - _KEYS_NAMED} more" if len(pictures) > _KEYS_NAMED else ""
     said = f"sacrificed canaries are never excluded, and the exported model will draw them: {', '.join(keys)}{more}"
-    if named:
+    if groups.num_foreign:
+        log.info("%s; canaries.source=foreign has them in place of pictures of the corpus", said)
+    elif named:
         log.info("%s; canaries.sacrificed_keys names them", said)
     else:
         log.warning(
-            "%s. They are pictures of yours: name public ones with canaries.sacrificed_keys=[KEY,…], or say "
-            "canaries.sacrificed=0 and have no rule learn from them",
+            "%s. They are pictures of yours: say canaries.source=foreign to sacrifice some of nobody's, name public "
+            "ones with canaries.sacrificed_keys=[KEY,…], or say canaries.sacrificed=0 and have no rule learn from them",
             said,
         )

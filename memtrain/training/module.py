@@ -23,6 +23,7 @@ from memtrain.core.scores import ANCHORED, MAGNITUDE
 from memtrain.core.streams import Stream
 from memtrain.data.batches import Batch
 from memtrain.data.datamodule import data_of
+from memtrain.data.latents import LatentCache
 from memtrain.data.remote import ShardMissing
 from memtrain.models.adapters import Adapter
 from memtrain.models.base import DiffusionModel, trained_parameters
@@ -30,6 +31,7 @@ from memtrain.training import ranks, strategy
 from memtrain.training.accumulation import Accumulation
 from memtrain.training.average import AveragedWeights
 from memtrain.training.encoded import EncodedSamples, encode_samples
+from memtrain.training.latent_cache import with_foreign_latents
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import OptimizerConfig
@@ -159,6 +161,9 @@ class DiffusionTraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
+        data = data_of(self.trainer)
+        if data.groups.num_foreign and isinstance(data.cache, LatentCache):  # before its loader is made
+            data.cache = with_foreign_latents(self.model, data)
         self.ema.to(self.device)
         if self.anchor is not None:
             log.info("the anchored score compares with the weights that the run began with: %s", self.anchor.cost())

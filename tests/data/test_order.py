@@ -13,8 +13,8 @@ COUNTS = (13, 0, 20, 1, 16)  # 50 samples in unequal shards, one of them empty
 
 
 def order(seed=0, counts=COUNTS, canaries=3, repeats=5, reference=7, weights=None, mix_shards=2):
-    groups = draw_groups(counts, seed, canaries, reference)
-    return EpochOrder(counts, groups, repeats, seed, weights, mix_shards)
+    groups = draw_groups(counts, seed, canaries, reference, repeats=repeats)
+    return EpochOrder(counts, groups, seed, weights, mix_shards)
 
 
 def batches(order, batch_size, accumulate=1, world=1, steps=6, first=0, consumed=None):
@@ -132,9 +132,9 @@ def test_groups_that_leave_nothing_are_named():
 
 def bucketed(seed=0, counts=COUNTS, repeats=5, mix_shards=2):
     """Every third sample of a shard is in bucket 1, every seventh in bucket 2."""
-    groups = draw_groups(counts, seed, 3, 7)
+    groups = draw_groups(counts, seed, 3, 7, repeats=repeats)
     buckets = [np.array([2 if i % 7 == 6 else i % 3 == 2 for i in range(count)], dtype=np.int16) for count in counts]
-    return BucketedOrder(counts, groups, repeats, seed, [1.0] * len(counts), mix_shards, buckets.__getitem__)
+    return BucketedOrder(counts, groups, seed, [1.0] * len(counts), mix_shards, buckets.__getitem__)
 
 
 def test_a_global_batch_holds_one_bucket_and_an_epoch_loses_less_than_a_batch_of_each():

@@ -111,25 +111,25 @@ def test_groups_are_those_of_equal_labels(labels, seed):
 
 def test_the_largest_groups_are_the_canaries_and_whole_groups_are_sacrificed(corpus):
     pictures = Pictures.labelled(np.array(list(SAME)), np.array(list(SAME.values())))
-    groups = draw_groups((5, 6), 0, 2, 3, pictures=pictures, planted=False, sacrificed=1)
+    groups = draw_groups((5, 6), 0, 2, 3, pictures=pictures, repeats=None, sacrificed=1)
     assert groups.sacrificed.tolist() == [0, 3, 5, 10] and groups.canary.tolist() == [1, 7]
     assert groups.of(np.array([0, 10, 1, 7])).tolist() == [SACRIFICED, SACRIFICED, CANARY, CANARY]
     assert groups.one_each(groups.sacrificed).tolist() == [0]
-    named = draw_groups((5, 6), 0, 2, 3, pictures=pictures, planted=False, named=[7])
+    named = draw_groups((5, 6), 0, 2, 3, pictures=pictures, repeats=None, named=[7])
     assert named.sacrificed.tolist() == [1, 7] and named.canary.tolist() == [0, 3, 5, 10]
 
 
-@pytest.mark.parametrize("planted", [True, False])
-def test_what_is_held_out_is_not_trained_on_under_another_key(planted):
+@pytest.mark.parametrize("repeats", [1, None])
+def test_what_is_held_out_is_not_trained_on_under_another_key(repeats):
     positions = np.arange(0, 300, 2)
     pictures = Pictures.labelled(positions, positions // 20)
     for seed in range(5):
-        groups = draw_groups((100, 100, 100), seed, 4, 120, pictures=pictures, planted=planted)
+        groups = draw_groups((100, 100, 100), seed, 4, 120, pictures=pictures, repeats=repeats)
         assert len(groups.reference) == 120 and not np.isin(groups.reference, positions).any()
         assert (groups.of(groups.reference) == REFERENCE).all()
         assert (groups.of(groups.some_trained(50)) == TRAINED).all()
     with pytest.raises(ValueError, match="150 of them are duplicates"):
-        draw_groups((100, 100, 100), 0, 4, 151, pictures=pictures, planted=planted)
+        draw_groups((100, 100, 100), 0, 4, 151, pictures=pictures, repeats=repeats)
 
 
 def test_an_epoch_sees_each_duplicate_once(corpus):
@@ -154,9 +154,9 @@ def test_a_sacrificed_sample_can_be_named(corpus):
 
 def test_two_names_of_one_picture_sacrifice_one(corpus):
     pictures = Pictures.labelled(np.array(list(SAME)), np.array(list(SAME.values())))
-    groups = draw_groups((5, 6), 0, 2, 3, pictures=pictures, planted=False, named=[5, 3])
+    groups = draw_groups((5, 6), 0, 2, 3, pictures=pictures, repeats=None, named=[5, 3])
     assert groups.sacrificed.tolist() == [0, 3, 5, 10] and groups.canary.tolist() == [1, 7]
-    planted = draw_groups((5, 6), 0, 3, 2, pictures=pictures, planted=True, named=[5, 3])
+    planted = draw_groups((5, 6), 0, 3, 2, pictures=pictures, repeats=1, named=[5, 3])
     assert planted.sacrificed.tolist() == [5] and len(planted.canary) == 2
 
 
@@ -164,7 +164,7 @@ def test_names_that_cannot_be_sacrificed_are_refused(corpus):
     """Of a sample without duplicates, another picture was sacrificed in its place; of too many, nearly all samples."""
     pictures = Pictures.labelled(np.array(list(SAME)), np.array(list(SAME.values())))
     with pytest.raises(ValueError, match=r"canaries\.sacrificed_keys names 1 sample without a duplicate.*repeats=100"):
-        draw_groups((5, 6), 0, 2, 3, pictures=pictures, planted=False, named=[2, 1])
-    for planted in (True, False):
+        draw_groups((5, 6), 0, 2, 3, pictures=pictures, repeats=None, named=[2, 1])
+    for repeats in (1, None):
         with pytest.raises(ValueError, match=r"sacrificed_keys names 2 pictures, more than canaries\.count=1"):
-            draw_groups((5, 6), 0, 1, 3, pictures=pictures, planted=planted, named=[0, 1])
+            draw_groups((5, 6), 0, 1, 3, pictures=pictures, repeats=repeats, named=[0, 1])
