@@ -43,6 +43,7 @@ TYPES = {
     "train.canaries.count": int | None,
     "train.canaries.repeats": Any,  # a number, a list of them, or null
     "train.reference.batch_size": int | None,
+    "demo.repeated": int | None,
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
     "trainer.num_nodes": int,
     "trainer.gradient_clip_val": float | None,

@@ -26,7 +26,7 @@ COLUMNS = ("key", "canary", "kind")
 
 
 @dataclass(frozen=True)
-class Row:
+class ListedSample:
     """A row of the list: a sample that shows a canary."""
 
     key: str
@@ -34,7 +34,7 @@ class Row:
     kind: str
 
 
-def read_list(path: str | Path) -> list[Row]:
+def read_list(path: str | Path) -> list[ListedSample]:
     """The rows of a list of canaries.
 
     Raises:
@@ -58,16 +58,16 @@ def read_list(path: str | Path) -> list[Row]:
     return rows
 
 
-def _row(where: str, cells: dict) -> Row:
+def _row(where: str, cells: dict) -> ListedSample:
     key, number, kind = (str(of_cell(cells[name]) or "").strip() for name in COLUMNS)
     if not key:
         raise ValueError(f"{where} has no key; give the sample's, such as 00000.tar/000000012")
     if not number.isdecimal():
         raise ValueError(f"{where}: canary must be a whole number, got {number or 'nothing'}; number them from 0")
-    return Row(key, int(number), kind)
+    return ListedSample(key, int(number), kind)
 
 
-def _check_rows(path: str | Path, rows: Sequence[Row]) -> None:
+def _check_rows(path: str | Path, rows: Sequence[ListedSample]) -> None:
     """Raises ValueError where a key comes twice, or a canary has two kinds."""
     canary_of: dict[str, int] = {}
     kind_of: dict[int, str] = {}
@@ -83,7 +83,7 @@ def _check_rows(path: str | Path, rows: Sequence[Row]) -> None:
         canary_of[row.key] = row.canary
 
 
-def find_canaries(rows: Sequence[Row], samples: ShardSamples, path: str | Path) -> list[Canary]:
+def find_canaries(rows: Sequence[ListedSample], samples: ShardSamples, path: str | Path) -> list[Canary]:
     """The canaries of a list, in its order, as far as their samples are in the corpus.
 
     Args:

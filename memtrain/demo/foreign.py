@@ -62,4 +62,9 @@ def foreign_pictures(source: str, shards: str | None, count: int, resolution: in
         raise ValueError(f"canaries.source must be corpus or foreign, got {source}")
     if source == "corpus" or count == 0:
         return None
-    return ShardSamples(shards, resolution) if shards else ForeignComposites(seed, count, resolution)
+    if shards is None:
+        return ForeignComposites(seed, count, resolution)
+    try:
+        return ShardSamples(shards, resolution)
+    except ValueError as error:  # which speaks of the key that names shards as a rule
+        raise ValueError(str(error).replace("data.shards", "canaries.foreign", 1)) from None

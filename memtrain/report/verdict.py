@@ -148,9 +148,15 @@ def _sacrificed(run: Run) -> Sentence | None:
         return None
     count = run.summary.get("canaries", {}).get("sacrificed", {}).get("pictures")
     which = "sacrificed canaries" if count is None else f"{count} sacrificed canar{'y' if count == 1 else 'ies'}"
-    return Sentence(
+    said = (
         f"The exported model draws the {which}, which no rule may exclude: {rate:.1%} of the generations from "
-        "their captions copy the training image. canaries.sacrificed_keys names which pictures these are.",
+        "their captions copy the training image."
+    )
+    if run.config.get("canaries", {}).get("source") == "foreign":
+        return Sentence(f"{said} They are foreign pictures, none of the corpus.")
+    return Sentence(
+        f"{said} canaries.sacrificed_keys names which pictures these are; canaries.source=foreign sacrifices none of "
+        "the corpus.",
         "bad" if rate > 0 else "plain",
     )
 

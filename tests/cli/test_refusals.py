@@ -88,6 +88,7 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
             ("ckpt_path={tmp}/no.ckpt", "ckpt_path={tmp}/no.ckpt: no such file"),
             ("data.exclude_keys={tmp}/no.txt", "data.exclude_keys={tmp}/no.txt: no such file"),
             ("data.repeats_from={tmp}/no.parquet", "data.repeats_from={tmp}/no.parquet: no such file"),
+            ("canaries.file={tmp}/no.csv", "canaries.file={tmp}/no.csv: no such file"),
             ("resume={tmp}", "resume={tmp}: no run"),
         )
     ),

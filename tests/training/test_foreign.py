@@ -7,10 +7,12 @@ import torch
 from memtrain.core.exclusion import SACRIFICED
 from memtrain.data.batches import CachedBatches
 from memtrain.data.foreign import LatentsWithForeign, is_foreign
+from memtrain.data.images import decode_image
 from memtrain.data.view import View
 from memtrain.demo.foreign import ForeignComposites, foreign_pictures
 from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_data, build_module, fit, weights
+from tests.support.corpora import encode, sample, textured, write_tar
 from tests.support.rules import quick_evidence
 from tests.support.training import Record
 from tests.training.test_latent_cache import write
@@ -18,7 +20,7 @@ from tests.training.test_latent_cache import write
 
 def with_foreign(corpus, count=2, resolution=64, **options):
     foreign = foreign_pictures("foreign", None, count, resolution, seed=7)
-    return build_data(corpus, sacrificed=count, foreign=foreign, foreign_repeats=9, **options)
+    return build_data(corpus, sacrificed=count, foreign=foreign, foreign_repeats=30, **options)
 
 
 def rows(data, epoch=0) -> np.ndarray:
@@ -37,10 +39,29 @@ def test_the_corpus_is_as_without_them(corpus, options):
     assert data.groups.kind_of(data.groups.sacrificed) == ["foreign"] * 2
     assert len(set(data.groups.canary_of(data.groups.planted).tolist())) == len(data.groups.planted)
     seen = np.bincount(rows(data), minlength=count + 2)
-    assert seen[count:].tolist() == [9, 9] and len(data.order) == len(without.order) + 18
+    assert seen[count:].tolist() == [30, 30] and len(data.order) == len(without.order) + 60
     assert seen[:count].tolist() == np.bincount(rows(without), minlength=count).tolist()
     keys = [data.samples.key(position) for position in range(count + 2)]
     assert keys[count:] == ["foreign/000000", "foreign/000001"] and not any(map(is_foreign, keys[:count]))
+
+
+def test_a_shard_of_the_users_gives_its_first_pictures(corpus, tmp_path):
+    write_tar(tmp_path / "few/0.tar", sample("a", encode(textured(1)), "mine") + sample("b", b"<html>", "broken"))
+
+    def of(shards, count):
+        foreign = foreign_pictures("foreign", str(shards), count, 64, seed=0)
+        return build_data(corpus, sacrificed=count, foreign=foreign)
+
+    batch = of(tmp_path / "few", 1).decode([48])
+    assert batch.captions == ["mine"] and batch.group.tolist() == [SACRIFICED]
+    assert np.array_equal(batch.images[0], decode_image(encode(textured(1)), 64, 64))
+    for shards, count, says in (
+        (tmp_path / "few", 3, r"canaries\.foreign has 2 pictures, not canaries\.sacrificed=3"),
+        (tmp_path / "few", 2, r"canaries\.foreign: 0\.tar/b cannot be used \(image"),
+        (tmp_path, 1, r"canaries\.foreign=.*no \.tar in it"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            of(shards, count)
 
 
 def test_packaged_ones_are_scaled_and_mirrored_and_drawn_by_seed():
@@ -60,7 +81,7 @@ def test_they_are_trained_on_never_left_out_and_a_cache_gives_the_same(pipeline_
         module, record = build_module(pipeline_folder, quick_evidence()), Record()
         data = with_foreign(corpus, flip=0.5, cache=cache)
         data.check_cache(module.model.fingerprint, False)
-        fit(module, data, tmp_path / "run", 8, callbacks=[record])
+        fit(module, data, tmp_path / "run", 3, callbacks=[record])
         runs.append((weights(module), record))
         assert isinstance(data.collate(data.views), CachedBatches) == isinstance(data.cache, LatentsWithForeign)
         assert len(module.memory.score if module.memory else module.exclusion.evidence) == data.groups.num_samples
@@ -71,17 +92,14 @@ def test_they_are_trained_on_never_left_out_and_a_cache_gives_the_same(pipeline_
     assert SACRIFICED in seen
 
 
-def test_a_run_that_goes_on_with_another_batch_and_accumulation_sees_the_same(pipeline_folder, corpus, tmp_path):
-    whole = build_module(pipeline_folder, quick_evidence(), caption_dropout=0.0)
-    fit(whole, with_foreign(corpus), tmp_path / "whole", 6)
-    folder = tmp_path / "part"
-    fit(
-        build_module(pipeline_folder, quick_evidence(), caption_dropout=0.0),
-        with_foreign(corpus),
-        folder,
-        3,
-        callbacks=[checkpoint(3, str(folder / "checkpoints"))],
-    )
-    on = build_module(pipeline_folder, quick_evidence(), caption_dropout=0.0)
-    fit(on, with_foreign(corpus, batch_size=2), folder, 6, accumulate=2, ckpt_path=folder / "checkpoints/last.ckpt")
-    torch.testing.assert_close(weights(on), weights(whole), atol=1e-6, rtol=0)
+def test_a_run_that_goes_on_with_another_accumulation_sees_the_same(pipeline_folder, corpus, tmp_path):
+    def run(folder, steps, batch_size=4, **options):
+        module = build_module(pipeline_folder, quick_evidence(), caption_dropout=0.0)
+        data, saves = with_foreign(corpus, batch_size=batch_size), checkpoint(2, str(tmp_path / folder / "checkpoints"))
+        fit(module, data, tmp_path / folder, steps, callbacks=[saves], **options)
+        return weights(module)
+
+    whole = run("whole", 4)
+    run("part", 2)
+    on = run("part", 4, batch_size=2, accumulate=2, ckpt_path=tmp_path / "part/checkpoints/last.ckpt")
+    torch.testing.assert_close(on, whole, atol=1e-6, rtol=0)
