@@ -11,7 +11,8 @@ from tests.support.program import fails
 
 TINY = [
     "data.resolution=64", "data.batch_size=4", "data.num_workers=0", "trainer=cpu", "trainer.max_steps=2",
-    "canaries.count=3", "canaries.repeats=4", "reference.count=8", "reference.batch_size=4", "optimizer.warmup_steps=0",
+    "canaries.count=3", "canaries.repeats=4", "canaries.file=null", "reference.count=8", "reference.batch_size=4",
+    "optimizer.warmup_steps=0",
     "callbacks.copies.num_inference_steps=2", "callbacks.copies.num_images_per_prompt=1",
     "callbacks.copies.reference=2", "callbacks.copies.shown=0", "callbacks.validation.timesteps_per_sample=2",
     *(f"callbacks.{name}=null" for name in ("sample_grid", "memorized_table", "report")),
