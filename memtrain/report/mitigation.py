@@ -10,6 +10,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE
 from memtrain.core.files import written_aside
 from memtrain.data.copies_file import CopyRow, read_copies
@@ -17,6 +21,7 @@ from memtrain.report.copies import counted, doses_by_kind, draw_doses, rate_of
 from memtrain.report.plane import Point, draw_plane
 
 EVALUATION = "evaluation/evaluation.json"  # in a run's folder, and the other files that are read here
+_SSCD = "nearest_sscd"  # a column of the evaluation's rows
 _CANARY, _REFERENCE = GROUP_NAMES[CANARY], GROUP_NAMES[REFERENCE]
 
 
@@ -34,6 +39,8 @@ class Figures:
     excluded: float | None  # visits of ordinary samples
     excluded_canaries: float | None
     steps_per_second: float | None
+    sscd_share: float | None = None  # of canaries' generations, whose largest SSCD over the training set is above 0.5
+    sscd_95: float | None = None  # the 95th percentile of it; both as Somepalli et al. 2023 have it
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,24 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
             excluded=summary["score"]["train"]["excluded_fraction"],
             excluded_canaries=summary["score"][_CANARY]["excluded_fraction"],
             steps_per_second=per_second * summary["steps"] / seen if seen else None,
+            **_of_sscd(evaluation.with_name("rows.parquet")),
         ),
         counted(rows, min_repeats),
         judged.get("cut"),
         min_repeats,
         rows,
     )
+
+
+def _of_sscd(rows: Path) -> dict[str, float]:
+    """The figures of SSCD, where a model was evaluated by it; {} where it was not."""
+    if not rows.is_file() or _SSCD not in pq.read_schema(rows).names:
+        return {}
+    table = pq.read_table(rows, columns=[_SSCD, "group", "attacked"], filters=pc.field("group") == _CANARY)
+    values = [row[_SSCD] for row in table.to_pylist() if not row["attacked"]]
+    if not values:
+        return {}
+    return {"sscd_share": float(np.mean(np.array(values) > 0.5)), "sscd_95": float(np.quantile(values, 0.95))}
 
 
 # ---- over seeds
@@ -93,6 +112,8 @@ COLUMNS = {  # heading -> figure and its format
     "excluded, ordinary samples": ("excluded", ".2%"),
     "excluded, canaries": ("excluded_canaries", ".1%"),
     "steps/s": ("steps_per_second", ".2f"),
+    "SSCD to the training set > 0.5": ("sscd_share", ".1%"),  # these two only where they were measured
+    "its 95th percentile": ("sscd_95", ".3f"),
 }
 
 
@@ -133,14 +154,19 @@ def by_row(results: Sequence[Result], rows: Sequence[str]) -> dict[str, list[Res
 
 def table(results: Sequence[Result], rows: Sequence[str], seeds: int) -> str:
     """A Markdown table, a line a row; rows that have no result yet are there, too."""
-    lines = [["setting", "seeds", "copies of canaries", "95 % over canaries", *COLUMNS]]
+    shown = {
+        heading: (name, form)
+        for heading, (name, form) in COLUMNS.items()
+        if "sscd" not in name or any(getattr(one.figures, name) is not None for one in results)
+    }
+    lines = [["setting", "seeds", "copies of canaries", "95 % over canaries", *shown]]
     lines.append(["---"] + ["--:"] * (len(lines[0]) - 1))
     for row, of in by_row(results, rows).items():
         rate = rate_of([one for one in pooled(of) if one.group == _CANARY])
         interval = "–" if rate is None or rate.low is None else f"{100 * rate.low:.1f} to {100 * rate.high:.1f}%"
         cells = [row.replace("_", " "), str(len(of)) if len(of) == seeds else f"{len(of)} of {seeds}"]
         cells += [spread([one.figures.copies for one in of], ".1%"), interval]
-        cells += [spread([getattr(one.figures, name) for one in of], form) for name, form in COLUMNS.values()]
+        cells += [spread([getattr(one.figures, name) for one in of], form) for name, form in shown.values()]
         lines.append(cells)
     return _as_markdown(lines)
 

@@ -4,6 +4,8 @@ import csv
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from memtrain.data.copies_file import CopyRow, write_copies
@@ -56,6 +58,19 @@ def test_a_line_holds_means_over_seeds_and_a_row_without_a_run_is_there(results)
     assert evidence["copies of canaries"] == "0.0%" and evidence["copies under attack"] == "–"
     assert evidence["seeds"] == "1 of 2" and fixed["seeds"] == "0 of 2" and set(list(fixed.values())[2:]) == {"–"}
     assert spread([None, 0.5], ".1%") == "50.0%"
+
+
+def test_similarity_to_the_training_set_is_shown_where_it_was_measured(tmp_path):
+    write_run(tmp_path / "none_seed0", 1.0, 0, attacked=1.0)
+    rows = [dict(nearest_sscd=n / 10, group="canary", attacked=False) for n in range(11)]
+    rows += [
+        dict(nearest_sscd=1.0, group="canary", attacked=True),
+        dict(nearest_sscd=0.9, group="reference", attacked=False),
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "none_seed0" / "evaluation" / "rows.parquet")
+    heads, _, line = table([read_result(tmp_path / "none_seed0", "none", 0)], ["none"], 1).splitlines()
+    assert heads.endswith("| SSCD to the training set > 0.5 | its 95th percentile |")
+    assert line.endswith(f"| {5 / 11:.1%} | 0.950 |")
 
 
 def test_seeds_share_their_canaries(results):
