@@ -189,13 +189,16 @@ def write_evaluated(run: Planned) -> None:
         raise ValueError("it lists no canaries; leave callbacks.canaries as it is, or say protocol.evaluate=[]")
     with there[0].open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    chosen = evaluated(rows, run.protocol)
+    if not any(row["group"] == CANARY for row in chosen):
+        log.warning("%s: no canary has %d repeats, so none is evaluated", run.name, run.protocol.min_repeats)
     with (
         written_aside(run.folder / EVALUATED) as aside,
         aside.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, ("key", "caption", "group"), extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(evaluated(rows, run.protocol))
+        writer.writerows(chosen)
 
 
 def evaluated(rows: Sequence[dict[str, str]], protocol: Protocol) -> list[dict[str, str]]:

@@ -44,16 +44,16 @@ class Protocol:
     """
 
     corpus: str | None
+    make: Sequence[str]
     words: Sequence[str]
     rows: Mapping[str, Sequence[str]]
-    seeds: int = 3
-    make: Sequence[str] = ()
-    evaluate: Sequence[str] = ()
-    min_repeats: int = 1
-    canaries: int = 16
-    reference: int = 16
-    minutes: float = 5.0
-    curves: Sequence[str] = ()
+    seeds: int
+    evaluate: Sequence[str]
+    min_repeats: int
+    canaries: int
+    reference: int
+    minutes: float
+    curves: Sequence[str]
 
     def __post_init__(self):
         for name in ("min_repeats", "canaries", "reference", "seeds"):

@@ -37,9 +37,14 @@ summary = {
 """
 
 
-def planned(out: Path, rows: dict[str, list[str]], *words: str, seeds: int = 1, **more) -> list[Planned]:
-    protocol = Protocol(corpus="corpus", words=list(words), rows=rows, seeds=seeds, **more)
-    return plan(protocol, out)
+def protocol(rows: dict[str, list[str]], *words: str, **more) -> Protocol:
+    """One seed on the corpus `c`, and nothing is evaluated, unless `more` says otherwise."""
+    rest = dict(make=[], seeds=1, evaluate=[], min_repeats=1, canaries=16, reference=16, minutes=1.0, curves=[])
+    return Protocol(**{"corpus": "c", **rest, **more}, words=list(words), rows=rows)
+
+
+def planned(out: Path, rows: dict[str, list[str]], *words: str, **more) -> list[Planned]:
+    return plan(protocol(rows, *words, **more), out)
 
 
 def quick(folder: Path, runs: list[Planned], workers: int = 1) -> Bench:
@@ -59,7 +64,7 @@ def tiny(corpus: str, pipeline: str, out: str) -> list[Planned]:
         *(f"callbacks.{name}=null" for name in ("progress", "sample_grid", "memorized_table", "report")),
     ]  # fmt: skip
     rows = {"none": ["exclusion=none"], "one_visit": ["exclusion=none", "data.max_visits_per_group=1"]}
-    return plan(Protocol(corpus=corpus, words=words, rows=rows, seeds=1), Path(out))
+    return plan(protocol(rows, *words, corpus=corpus), Path(out))
 
 
 def run_tiny(python: str, corpus: str, pipeline: str, out: str) -> None:

@@ -8,15 +8,15 @@ import pytest
 
 from memtrain.report.mitigation import by_row, read_result
 from memtrain.sweep.bench import alone, evaluated
-from memtrain.sweep.protocol import Protocol, Record, Stage, Standing, check_words, next_stage, plan
-from tests.support.benches import planned, quick, run_tiny, tiny
+from memtrain.sweep.protocol import Record, Stage, Standing, check_words, next_stage, plan
+from tests.support.benches import planned, protocol, quick, run_tiny, tiny
 
 ROWS = {"none": ["exclusion=none", "copies=0.75"], "evidence": ["exclusion=evidence", "copies=0.25"]}
 
 
 def test_all_rows_of_a_seed_come_before_the_next_and_a_rows_own_words_go_before_others(tmp_path):
-    protocol = Protocol(corpus="c", words=["logger=csv", "optimizer.lr=1e-3"], rows=ROWS, seeds=3)
-    runs = plan(protocol, tmp_path, ["evidence", "none"], 2, ["optimizer.lr=1e-4", "exclusion=fixed"])
+    made = protocol(ROWS, "logger=csv", "optimizer.lr=1e-3", seeds=3)
+    runs = plan(made, tmp_path, ["evidence", "none"], 2, ["optimizer.lr=1e-4", "exclusion=fixed"])
     assert [run.name for run in runs] == ["evidence_seed0", "none_seed0", "evidence_seed1", "none_seed1"]
     own = ["exclusion=none", "copies=0.75", "seed=1", "data.shards='c'"]
     assert sorted(runs[3].words) == sorted(["logger=csv", "optimizer.lr=1e-4", *own])
@@ -32,7 +32,7 @@ def test_all_rows_of_a_seed_come_before_the_next_and_a_rows_own_words_go_before_
 )
 def test_what_cannot_be_planned_is_named(more, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        plan(Protocol(corpus="c", words=[], rows=ROWS), tmp_path, **more)
+        plan(protocol(ROWS), tmp_path, **more)
 
 
 def test_what_is_next_for_a_run_is_said_by_its_folder(tmp_path):
@@ -54,14 +54,14 @@ def test_what_is_next_for_a_run_is_said_by_its_folder(tmp_path):
 
 
 def test_canaries_with_enough_repeats_are_evaluated_evenly_spread():
-    protocol = Protocol(corpus="c", words=[], rows=ROWS, min_repeats=20, canaries=2, reference=1)
+    made = protocol(ROWS, min_repeats=20, canaries=2, reference=1)
     rows = [dict(key=f"k{n}{g}", group="canary", canary=str(n), repeats=str(10 * n)) for n in range(7) for g in "ab"]
     rows += [dict(key=f"r{n}", group="reference", canary="", repeats="0") for n in range(2)]
     # by hand: canaries 2 to 6 have 20 repeats and more, of whose five the first and the third are taken
-    assert [row["key"] for row in evaluated(rows, protocol)] == ["k2a", "k4a", "r0"]
+    assert [row["key"] for row in evaluated(rows, made)] == ["k2a", "k4a", "r0"]
     # what a run without copies.csv says of its own
     listed = [dict(key=f"k{n}", group="canary") for n in range(3)] + [dict(key="r", group="reference")]
-    assert [row["key"] for row in evaluated(listed, protocol)] == ["k0", "k1", "r"]
+    assert [row["key"] for row in evaluated(listed, made)] == ["k0", "k1", "r"]
 
 
 def test_how_long_it_will_take():
