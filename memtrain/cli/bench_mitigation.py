@@ -55,7 +55,8 @@ def bench_mitigation(cfg: DictConfig) -> None:
         with stopped_by_signals(bench, EXIT_CODES) as received:
             _watched(bench, protocol.minutes)
         print(_write(out, runs, rows, seeds, into))
-    print(f"\n{out}: table.md, results.csv, plane.png, dose_curves.png")
+    written = [name for name in ("table.md", "results.csv", "plane.png", "dose_curves.png") if (out / name).exists()]
+    print(f"\n{out}: {', '.join(written)}")
     if received:
         log.warning("stopped; the same command goes on")
         sys.exit(EXIT_CODES[received[0]])
