@@ -177,8 +177,8 @@ class Copies(AfterEachStep):
         self.cut = copy_cut(chance[chance.isfinite()], self.max_rmse, self.false_copies)
         log.info("a copy lies within %.3f: %s", self.cut.distance, self.cut.why)
         keys = {p: as_text(data.samples.key(p)) for p in sorted({*of, *positions.tolist()} - {-1})} | {-1: ""}
-        canary, kinds = groups.canary_of(np.array(of)).tolist(), groups.kind_of(np.array(of))
-        repeats = groups.repeats_of(np.array(of)).tolist()
+        who = np.array(of, dtype=np.int64)
+        canary, kinds, repeats = groups.canary_of(who).tolist(), groups.kind_of(who), groups.repeats_of(who).tolist()
         self.rows = [
             CopyRow(
                 group=GROUP_NAMES[numbers[n]],
@@ -205,7 +205,8 @@ class Copies(AfterEachStep):
         kinds = rates_by_kind(rows)
         if len(kinds) > 1:  # a kind that is called as a group is has no column of its own
             metrics = {f"copy_rate/{kind}": found.rate for kind, found in kinds.items()} | metrics
-        metrics["memorized_canaries"] = self.curves(trainer)["memorized_canaries"][1][-1]
+        curves = self.curves(trainer)  # none without canaries
+        metrics |= {name: values[-1] for name, (_, values) in curves.items() if name == "memorized_canaries"}
         log_metrics(trainer, metrics)
 
     def counted(self) -> list[CopyRow]:

@@ -203,7 +203,7 @@ def print_files(folder: Path) -> None:
         ("curves.png", "curves"),
         ("samples.png", "samples"),
         ("copies.csv", "copies"),
-        ("doses.png", "by repeats"),
+        ("doses.png", "doses"),
         ("memorized.png", "memorized"),
         ("summary.json", "summary"),
         ("export", "weights"),

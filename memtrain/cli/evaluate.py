@@ -15,6 +15,15 @@ from memtrain.cli.checks import check_evaluation
 if TYPE_CHECKING:
     from memtrain.audit.evaluate.one_model import Measures, ModelResult
 
+_HEADS = {  # of the table: eighty columns hold it
+    "samples": "n",
+    "of any": "of\nany",
+    "samples copied": "n with\ncopies",
+    "RMSE of latents": "RMSE",
+    "nearest": "near-\nest",
+    "under attack": "under\nattack",
+    "CLIP score": "CLIP\nscore",
+}
 _CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
 
 
@@ -180,13 +189,15 @@ def _print(results: list[ModelResult], out: Path) -> None:
 
     first = results[0]
     has_clip = any(group.clip_score is not None for group in first.groups)
-    title = "Copies of a generation's own picture (95 % over samples), and of any training picture"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    is_attacked = first.memorization.copy_rate_attacked is not None
+    title = "Copies of a generation's own picture (95 %\nover samples), and "
+    title += "under attack" if is_attacked else "of any training picture"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     models, groups = [result.model for result in results], [group.group for group in first.groups]
     for name, cells in (("model", models), ("group", groups)):
-        table.add_column(name, overflow="fold", min_width=min(16, max(map(len, cells))))
-    is_attacked = first.memorization.copy_rate_attacked is not None
-    figures = ("samples", "copies", *(("under attack",) if is_attacked else ()), "of any", "samples copied")
+        table.add_column(name, overflow="fold", min_width=min(10, max(map(len, cells))))
+    # the table fits 80 columns: an attack takes the place of what evaluation.csv has, too
+    figures = ("samples", "copies", *(("under attack",) if is_attacked else ("of any", "samples copied")))
     figures += (first.measure, "nearest")
     figures += (
         *(("CLIP score",) if has_clip else ()),
@@ -195,7 +206,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
         "kernel",
     )
     for name in figures:
-        table.add_column(name, justify="right")
+        table.add_column(_HEADS.get(name, name), justify="right", overflow="fold")
     for result in results:
         for number, group in enumerate(result.groups):
             attacked = (group.copy_rate_attacked, group.copy_rate_attacked_low, group.copy_rate_attacked_high)
@@ -204,9 +215,11 @@ def _print(results: list[ModelResult], out: Path) -> None:
                 escape(group.group),
                 f"{group.samples}",
                 _with_interval(group.copy_rate, group.copy_rate_low, group.copy_rate_high),
-                *([_with_interval(*attacked)] if is_attacked else []),
-                f"{group.copy_rate_nearest:.1%}",
-                f"{group.samples_copied:.1%}",
+                *(
+                    [_with_interval(*attacked)]
+                    if is_attacked
+                    else [f"{group.copy_rate_nearest:.1%}", f"{group.samples_copied:.1%}"]
+                ),
                 f"{group.similarity:.3f}",
                 f"{group.similarity_nearest:.3f}",
             ]
@@ -242,5 +255,5 @@ def _print(results: list[ModelResult], out: Path) -> None:
 
 
 def _with_interval(rate: float, low: float | None, high: float | None) -> str:
-    """A share with its interval, in percent: `12.5% (5-20)`."""
-    return f"{rate:.1%}" if low is None or high is None else f"{rate:.1%} ({100 * low:.0f}-{100 * high:.0f})"
+    """A share, and below it its interval in percent."""
+    return f"{rate:.1%}" if low is None or high is None else f"{rate:.1%}\n{100 * low:.0f}-{100 * high:.0f}"

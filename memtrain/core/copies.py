@@ -42,9 +42,13 @@ class Cut:
         """What set it, in words."""
         if self.generations == 0:
             return "the bound alone, since nothing was generated from captions that were never trained on"
-        share = f"{100 * self.false_copies:g} %" if self.generations * self.false_copies >= 1 else "none"
-        which = "the bound; at most" if self.distance == self.bound else "where at most"
-        return f"{which} {share} of {self.generations} generations from never-trained captions count"
+        of = f"of {self.generations} generations from never-trained captions count"
+        few = (
+            f"at most {100 * self.false_copies:g} % {of}"
+            if self.generations * self.false_copies >= 1
+            else f"none {of}s"
+        )
+        return f"the bound; {few}" if self.distance == self.bound else f"where {few}"
 
 
 def checked_max_rmse(max_rmse: float, key: str = "max_rmse") -> float:

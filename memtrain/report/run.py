@@ -33,9 +33,9 @@ class Run:
     curves: dict[str, Curve]  # column of metrics.csv -> steps and values
     summary: dict[str, Any]  # {} while the run is going on
     canaries: dict[str, dict[str, str]]  # key -> its row of canaries.csv
-    doses: dict[str, DoseCurve]  # of all canaries, and of each kind where there are several; {} while it is going on
     ledger: LedgerView | None
     remarks: list[str] = field(default_factory=list)
+    doses: dict[str, DoseCurve] = field(default_factory=dict)  # of all canaries, of kinds where several
 
     @property
     def finished(self) -> bool:
@@ -135,7 +135,7 @@ def read_run(folder: Path) -> Run:
     else:
         remarks += ledger.remarks
     name = f"{folder.parent.name}/{folder.name}"
-    return Run(folder, name, config, curves, summary, canaries, _doses(folder / "copies.csv", remarks), ledger, remarks)
+    return Run(folder, name, config, curves, summary, canaries, ledger, remarks, _doses(folder / "copies.csv", remarks))
 
 
 def _doses(path: Path, remarks: list[str]) -> dict[str, DoseCurve]:

@@ -173,8 +173,8 @@ def test_the_nearest_is_of_all_pictures_but_those_that_were_held_out(evaluated, 
         assert row["nearest_key"] == samples.key(trained[int(distances.argmin())])
         assert row["nearest_latent_rmse"] == pytest.approx(distances.min().item(), rel=1e-4)
     least = min(row["nearest_latent_rmse"] for row in rows if row["group"] == "reference")
-    assert result.searched == 45 and result.cut == min(0.5, pytest.approx(least, rel=1e-5))
-    assert result.kernel_distance is not None and (result.cut == 0.5 or result.cut < least)
+    assert result.searched == 45 and result.cut == pytest.approx(min(0.5, least), rel=1e-5)
+    assert result.kernel_distance is not None and result.cut < max(0.5 + 1e-9, least)
 
 
 def test_at_a_huge_bound_without_a_reference_all_are_copies_and_at_a_tiny_one_none(pipeline_folder, samples, tmp_path):
