@@ -22,6 +22,7 @@ class Stream(IntEnum):
     METHOD = 4  # what a method does to the caption of a row that is trained on
     REFERENCE_METHOD = 5  # the same of a row of the reference set
     ADAPTER = 6  # first weights of a network's adapter
+    SEARCHED = 7  # training pictures that generations are held against, where they are not all
     # data
     HOME_SHARDS = 16  # shards that planted canaries and the reference set come from
     GROUPS = 17  # which of their samples those are

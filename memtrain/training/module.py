@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
@@ -30,7 +31,7 @@ from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
 from memtrain.training.accumulation import Accumulation
 from memtrain.training.average import AveragedWeights
-from memtrain.training.encoded import EncodedSamples, encode_samples
+from memtrain.training.encoded import EncodedSamples, encode_pictures, encode_samples
 from memtrain.training.latent_cache import with_foreign_latents
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
@@ -43,6 +44,7 @@ from memtrain.training.step_record import DecidedRows, StepRecord
 from memtrain.training.stops import Stops
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FROZEN_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -265,9 +267,17 @@ class DiffusionTraining(pl.LightningModule):
 
         All ranks call it together. Raises ShardMissing on all where a shard is gone for any.
         """
+        return self._read_together(lambda: encode_samples(self.model, data_of(self.trainer), positions))
+
+    def encode_pictures(self, positions: Sequence[int]) -> tuple[Tensor, np.ndarray]:
+        """The same of their latents alone, see `memtrain.training.encoded`; each rank for positions of its own."""
+        return self._read_together(lambda: encode_pictures(self.model, data_of(self.trainer), positions))
+
+    def _read_together(self, read: Callable[[], T]) -> T:
+        """What `read` gives on this rank; where a shard is gone for any, all raise."""
         found = None
         try:
-            found = encode_samples(self.model, data_of(self.trainer), positions)
+            found = read()
         except ShardMissing as error:
             self.stops.missing = str(error)
         gone = torch.tensor(float(self.stops.missing is not None), device=self.device)

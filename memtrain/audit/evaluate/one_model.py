@@ -18,11 +18,14 @@ from torch import Tensor
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.evaluate.fid import Features, FrechetDistance
+from memtrain.audit.evaluate.fid import Distances, Features
+from memtrain.audit.evaluate.judging import GroupResult, judge, note_nearest, summarise
 from memtrain.audit.evaluate.similarity import Pictures, Similarity
 from memtrain.audit.pictures import encode_images
 from memtrain.audit.sampling import generate
+from memtrain.audit.training_pictures import TrainingPictures
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
+from memtrain.core.copies import checked_false_copies
 from memtrain.core.diffusion import draw
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.images import BadSample
@@ -45,6 +48,8 @@ class Settings:
     guidance_scale: float | None  # None: the family's own
     timesteps_per_sample: int
     fid_samples: int  # pictures of the shards
+    false_copies: float  # share of the generations of the group reference that may count as copies
+    nearest: int | None  # training pictures that are searched; None: all
     gallery: int  # pairs
     seed: int
 
@@ -55,25 +60,14 @@ class Settings:
         for name in ("fid_samples", "gallery"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        checked_false_copies(self.false_copies)
 
 
 @dataclass(frozen=True)
 class Measures:
     similarity: Similarity
-    features: Features  # of the Fréchet distance
+    features: Features  # of the distances between many pictures
     alignment: ClipScore | None
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    group: str
-    samples: int
-    generations: int
-    copy_rate: float  # share of the generations that are copies
-    samples_copied: float  # share of the samples with at least one copy
-    similarity: float  # mean
-    clip_score: float | None
-    denoising_loss: float
 
 
 @dataclass(frozen=True)
@@ -82,10 +76,14 @@ class ModelResult:
     source: str  # folder or hub id
     measure: str  # of similarity
     copy_rule: str
+    cut: float  # of the measure, and what set it
+    cut_is: str
+    searched: int  # training pictures
     groups: list[GroupResult]
     heldout_loss: float | None  # of the reference group; None: there is none
     frechet_name: str
     frechet_distance: float | None
+    kernel_distance: float | None  # on the same features
     frechet_generated: int  # pictures on either side
     frechet_real: int
     identity: str
@@ -141,24 +139,35 @@ class Evaluation:
         self.measures, self.settings = measures, settings
         self.batches, self.advance = batches, advance
         self.size = denoiser.model.own_size
-        self.frechet = FrechetDistance()
+        held_out = [p for p, group in zip(chosen.positions, chosen.groups, strict=True) if group == REFERENCE_GROUP]
+        self.pictures = TrainingPictures(samples, held_out, settings.nearest, chosen.positions, settings.seed)
+        self.distances = Distances()
 
     def run(self, name: str, source: str, identity: str) -> Found:
         latents, originals = self._look_at_originals()
-        rows, nearest = self._generate(originals, self._losses(latents))
+        rows, features, nearest = self._generate(originals, self._losses(latents))
+        searched = self._search(rows, features)
+        reference = [row["group"] == REFERENCE_GROUP for row in rows]
+        cut = judge(rows, reference, self.measures.similarity, self.settings.false_copies)
         self._look_at_real_pictures()
-        groups = [self._summarise(rows, group) for group in dict.fromkeys(self.chosen.groups)]
+        similarity = self.measures.similarity
+        per_sample = self.settings.num_images_per_prompt
+        groups = [summarise(rows, group, per_sample, similarity) for group in dict.fromkeys(self.chosen.groups)]
         result = ModelResult(
             model=name,
             source=source,
-            measure=self.measures.similarity.name,
-            copy_rule=self.measures.similarity.rule,
+            measure=similarity.name,
+            copy_rule=similarity.rule(similarity.in_own_terms(cut.distance)),
+            cut=similarity.in_own_terms(cut.distance),
+            cut_is=cut.why,
+            searched=searched,
             groups=groups,
             heldout_loss=next((g.denoising_loss for g in groups if g.group == REFERENCE_GROUP), None),
             frechet_name=self.measures.features.name,
-            frechet_distance=self.frechet.value(),
-            frechet_generated=self.frechet.counts[False],
-            frechet_real=self.frechet.counts[True],
+            frechet_distance=self.distances.frechet(),
+            kernel_distance=self.distances.kernel(),
+            frechet_generated=self.distances.counts[False],
+            frechet_real=self.distances.counts[True],
             identity=identity,
         )
         return Found(result, pa.Table.from_pylist(rows), self._pairs(rows, nearest))
@@ -215,8 +224,10 @@ class Evaluation:
 
         return torch.cat(list(self._over("denoising loss", len(chosen), work))).tolist()
 
-    def _generate(self, originals: Tensor, losses: list[float]) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
-        """A row a generation, and (row, pixels) of those nearest to their training image, nearest first."""
+    def _generate(
+        self, originals: Tensor, losses: list[float]
+    ) -> tuple[list[dict], Tensor, list[tuple[int, np.ndarray]]]:
+        """A row a generation, what they are compared by (Q, …), and (row, pixels) of those nearest to their own."""
         settings, chosen, similarity = self.settings, self.chosen, self.measures.similarity
         wanted = [(n, g) for n in range(len(chosen)) for g in range(settings.num_images_per_prompt)]
         seeds = [generation_seeds(text, settings.num_images_per_prompt, settings.seed) for text in chosen.captions]
@@ -227,16 +238,19 @@ class Evaluation:
             cond, own = self.denoiser.encode(captions), [seeds[n][g] for n, g in part]
             latents = generate(self.denoiser, cond, own, settings.num_inference_steps, settings.guidance_scale)
             pictures = Pictures(latents.float().cpu(), self.denoiser.model.decode(latents))
-            values = similarity.compare(similarity.features(pictures), originals[[n for n, _ in part]])
+            compared = similarity.features(pictures)
+            values = similarity.compare(compared, originals[[n for n, _ in part]])
             clip = [None] * len(part)
             if self.measures.alignment is not None:
                 clip = self.measures.alignment.scores(pictures.pixels, captions).tolist()
-            return part, pictures.pixels, values.tolist(), clip, self.measures.features(pictures)
+            return part, pictures.pixels, compared, values.tolist(), clip, self.measures.features(pictures)
 
         rows: list[dict] = []
+        all_compared: list[Tensor] = []
         nearest: list[tuple[float, int, np.ndarray]] = []
         has_reference = REFERENCE_GROUP in chosen.groups
-        for part, pixels, values, clip, features in self._over("generations", len(wanted), work):
+        for part, pixels, compared, values, clip, features in self._over("generations", len(wanted), work):
+            all_compared.append(compared)
             for (n, g), image, value, score in zip(part, pixels, values, clip, strict=True):
                 nearest.append((-similarity.nearness(value), len(rows), image))
                 rows.append(
@@ -247,7 +261,6 @@ class Evaluation:
                         "generation": g,
                         "seed": seeds[n][g],
                         similarity.column: value,
-                        "is_copy": bool(similarity.is_copy(np.float64(value))),
                         "clip_score": score,
                         "denoising_loss": losses[n],
                     }
@@ -258,8 +271,21 @@ class Evaluation:
             # quality is judged on captions that were never trained on, where there are any
             counted = [not has_reference or chosen.groups[n] == REFERENCE_GROUP for n, _ in part]
             if any(counted):
-                self.frechet.add(features[counted], real=False)
-        return rows, [(row, image) for _, row, image in nearest]
+                self.distances.add(features[counted], real=False)
+        return rows, torch.cat(all_compared), [(row, image) for _, row, image in nearest]
+
+    def _search(self, rows: list[dict], features: Tensor) -> int:
+        """Say in each row which training picture is the nearest, and how near; how many could be searched."""
+        read: list[int] = []
+
+        def seen(pixels: np.ndarray) -> Tensor:
+            self.advance("nearest training pictures", len(read), len(self.pictures))
+            latents = encode_images(self.denoiser, pixels, self.batches)
+            return self.measures.similarity.features(Pictures(latents, pixels))
+
+        blocks = self.pictures.blocks(self.size, seen, read)
+        note_nearest(rows, features, self.measures.similarity, blocks, lambda place: self.samples.key(read[place]))
+        return len(read)
 
     def _look_at_real_pictures(self) -> None:
         """As many pictures of the shards as are wanted, drawn by seed; what cannot be read is left out."""
@@ -275,25 +301,7 @@ class Evaluation:
             return self.measures.features(self._pictures(readable[rows.start : rows.stop]))
 
         for features in self._over("shards' pictures", len(readable), work):
-            self.frechet.add(features, real=True)
-
-    def _summarise(self, rows: list[dict], group: str) -> GroupResult:
-        mine = [row for row in rows if row["group"] == group]
-        copies = np.array([row["is_copy"] for row in mine]).reshape(-1, self.settings.num_images_per_prompt)  # (N, G)
-
-        def mean(column: str) -> float:
-            return float(np.mean([row[column] for row in mine]))
-
-        return GroupResult(
-            group=group,
-            samples=len(copies),
-            generations=copies.size,
-            copy_rate=float(copies.mean()),
-            samples_copied=float(copies.any(axis=1).mean()),
-            similarity=mean(self.measures.similarity.column),
-            clip_score=None if self.measures.alignment is None else mean("clip_score"),
-            denoising_loss=mean("denoising_loss"),
-        )
+            self.distances.add(features, real=True)
 
     def _pairs(self, rows: list[dict], nearest: list[tuple[int, np.ndarray]]) -> list[Match]:
         similarity, pairs = self.measures.similarity, []

@@ -39,7 +39,7 @@ from memtrain.models.folders import is_file
 log = logging.getLogger(__name__)
 
 DrawGallery = Callable[[Path, str, str, Sequence[Match]], None]  # to a file: heading, what a copy is, pairs
-VERSION = 1  # of results: raise it where the same settings give other figures
+VERSION = 2  # of results: raise it where the same settings give other figures
 
 
 def evaluate(
