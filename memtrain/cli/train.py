@@ -117,16 +117,16 @@ def _guard(looks: dict[str, Callback]) -> Guard:
 def _data(cfg: DictConfig) -> DataModule:
     from memtrain.demo.foreign import foreign_pictures
 
-    canaries = cfg.canaries
+    canaries, drawn = cfg.canaries, 0 if cfg.canaries.sacrificed_keys else cfg.canaries.sacrificed
     data = instantiate(
         cfg.data,
         seed=cfg.seed,
         canaries=canaries.count,
         canaries_file=canaries.file,
         repeats=canaries.repeats,
-        sacrificed=canaries.sacrificed,
+        sacrificed=drawn,
         sacrificed_keys=list(canaries.sacrificed_keys),
-        foreign=foreign_pictures(canaries.source, canaries.foreign, canaries.sacrificed, cfg.data.resolution, cfg.seed),
+        foreign=foreign_pictures(canaries.source, canaries.foreign, drawn, cfg.data.resolution, cfg.seed),
         foreign_repeats=canaries.foreign_repeats,
         reference=cfg.reference.count,
     )

@@ -13,7 +13,6 @@ from memtrain.data.pictures import Pictures
 log = logging.getLogger(__name__)
 
 DUPLICATES, PLANTED, FOREIGN = "duplicates", "planted", "foreign"  # kinds of canaries that no list names
-SACRIFICED = "sacrificed"  # the kind by which a list says which may be
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +82,7 @@ def largest_groups(pictures: Pictures, count: int, first_named: np.ndarray) -> l
 def of_list(listed: Sequence[Canary], count: int, named: np.ndarray, sacrificed: int) -> tuple[list[Canary], int]:
     """The first `count` listed canaries (0: all), the sacrificed ones first, and how many these are.
 
-    They are those of the samples `named`; or else those whose kind is SACRIFICED, then the most frequent ones, of
-    which most is memorized.
+    They are those of the samples `named`; or else the most frequent ones, of which most is memorized.
     """
     strangers = int(np.count_nonzero(~np.isin(named, positions_of(listed))))
     if strangers:
@@ -101,7 +99,7 @@ def of_list(listed: Sequence[Canary], count: int, named: np.ndarray, sacrificed:
     chosen = sorted(listed, key=lambda canary: not is_named[canary.number])[:count]  # stable
     if first:
         return chosen, first
-    highest = sorted(chosen, key=lambda canary: (canary.kind != SACRIFICED, -canary.repeats))[: max(0, sacrificed)]
+    highest = sorted(chosen, key=lambda canary: -canary.repeats)[: max(0, sacrificed)]
     return [*highest, *(canary for canary in chosen if canary not in highest)], sacrificed
 
 

@@ -282,8 +282,8 @@ def from_shards(
         )
     if foreign is not None and sacrificed_keys:
         raise ValueError(
-            "canaries.sacrificed_keys names samples of the corpus, and canaries.source=foreign sacrifices none of "
-            "them; leave the one out, or say canaries.source=corpus"
+            "sacrificed_keys names samples of the corpus, and with foreign pictures none of these is sacrificed; leave "
+            "one of the two out"
         )
     if resolution < 1:
         raise ValueError(f"data.resolution must be >= 1, got {resolution}")

@@ -2,8 +2,7 @@
 
 The ways are those in which the literature finds pictures repeated and memorized: the same picture with the same
 caption (matching verbatim) or with other captions (retrieval verbatim), the same layout with a part that varies
-(template verbatim), and copies as other sites would have them (near duplicates). One that may be sacrificed comes as
-matching ones do.
+(template verbatim), and copies as other sites would have them (near duplicates).
 """
 
 import io

@@ -8,7 +8,7 @@ from pathlib import Path
 
 SHARD_ROWS_IN_KEY = 10_000  # img2dataset: key = shard id × 10⁴ + row
 PICTURES = ("fluent", "noto")
-KINDS = ("matching", "retrieval", "template", "near", "sacrificed", "duplicates")  # of canaries, see canaries.py
+KINDS = ("matching", "retrieval", "template", "near", "duplicates")  # of canaries, see canaries.py
 
 
 def recipe_of(

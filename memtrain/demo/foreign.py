@@ -60,7 +60,7 @@ def foreign_pictures(source: str, shards: str | None, count: int, resolution: in
     """
     if source not in ("corpus", "foreign"):
         raise ValueError(f"canaries.source must be corpus or foreign, got {source}")
-    if source == "corpus" or count == 0:
+    if source == "corpus" or count <= 0:
         return None
     if shards is None:
         return ForeignComposites(seed, count, resolution)

@@ -83,12 +83,6 @@ def test_so_many_of_the_list_and_those_that_are_sacrificed(shards, tmp_path, opt
     assert not set(named(groups.reference)) & set("bceik")  # nobody of the list is held out, a canary or not
 
 
-def test_the_list_says_which_may_be_sacrificed(shards, tmp_path):
-    rows = [(name, number, "sacrificed" if name == "k" else kind) for name, number, kind in ROWS]
-    groups = data(shards, listing(tmp_path, rows), sacrificed=1).groups
-    assert (named(groups.sacrificed), named(groups.canary)) == ("k", "bcei")
-
-
 @pytest.mark.parametrize(
     ("rows", "options", "says"),
     [

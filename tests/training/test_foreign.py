@@ -64,6 +64,12 @@ def test_a_shard_of_the_users_gives_its_first_pictures(corpus, tmp_path):
             of(shards, count)
 
 
+def test_who_is_sacrificed_is_said_in_one_way(corpus):
+    foreign = foreign_pictures("foreign", None, 1, 64, seed=0)
+    with pytest.raises(ValueError, match=r"sacrificed_keys names samples of the corpus.*leave one of the two out"):
+        build_data(corpus, foreign=foreign, sacrificed_keys=["00000.tar/000000000"])
+
+
 def test_packaged_ones_are_scaled_and_mirrored_and_drawn_by_seed():
     small, large = ForeignComposites(7, 3, 64), ForeignComposites(7, 3, 96)
     for number in range(3):
