@@ -34,7 +34,19 @@ def test_what_is_said_beside_the_benchs_own_keys_is_for_the_runs():
 def test_a_plan_is_printed_and_nothing_is_started(capsys, tmp_path):
     out = tmp_path / "out"
     mine = "+protocol.rows.mine=[exclusion=fixed,exclusion.threshold=3]"
-    main(["bench", "mitigation", "rows=[none,mine]", mine, "seeds=2", f"out={out}", "workers=2", "dry_run=true"])
+    main(
+        [
+            "bench",
+            "mitigation",
+            "rows=[none,mine]",
+            mine,
+            "seeds=2",
+            f"out={out}",
+            "workers=2",
+            "dry_run=true",
+            "protocol.minutes=5",
+        ]
+    )
     said = capsys.readouterr().out
     assert "mine_seed1: training" in said and "exclusion.threshold=3" in said and "seed=1" in said
     assert "4 runs, 4 of them to be made, 2 at a time: about 10 min" in said and not out.exists()
