@@ -19,6 +19,7 @@ from memtrain.callbacks.logging import log_picture
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
 from memtrain.report.copies import as_json, nearest_quantile, rates_by_group, rates_by_kind
 from memtrain.report.curves import draw_curves
+from memtrain.training.stop_early import StopEarly
 
 GROUPS_COPIED = ("canary", "reference", "sacrificed")
 
@@ -68,6 +69,7 @@ class Summary(pl.Callback):
         groups = trainer.datamodule.groups
         curves = next((c for c in trainer.callbacks if isinstance(c, MemorizationCurves)), None)
         copies = next((c for c in trainer.callbacks if isinstance(c, Copies)), None)
+        early = next((c for c in trainer.callbacks if isinstance(c, StopEarly) and c.patience is not None), None)
         seconds = max(self.trained_until - self.started, 1e-9)  # validation included, what follows the last step not
         return {
             "steps": trainer.global_step,
@@ -76,6 +78,7 @@ class Summary(pl.Callback):
             "scaler_backoffs": pl_module.accumulation.scaler_backoffs,
             "samples_per_second": (pl_module.accumulation.samples_seen - self.samples_before) / seconds,
             "heldout_loss": figure("heldout_loss"),
+            "weights_of_step": early.step if early else trainer.global_step,
             "score": {
                 GROUP_NAMES[group]: {
                     "mean": figure(f"val_score/{GROUP_NAMES[group]}"),
@@ -177,6 +180,8 @@ def print_summary(summary: dict) -> None:
         f"AUC canary against reference {show(summary['auc_canary_vs_reference'], '.3f')}   "
         f"updates skipped {summary['updates_skipped']}   {summary['samples_per_second']:.0f} samples/s"
     )
+    if summary["weights_of_step"] != summary["steps"]:
+        console.print(f"the weights are those of step {summary['weights_of_step']}, whose held-out loss was the lowest")
     if judged is not None:
         console.print(f"a copy: RMSE of latents ≤ {judged['cut']:.3f}, {judged['cut_is']}")
         low, high = (judged["own"].get("canary", {}).get(bound) for bound in ("low", "high"))

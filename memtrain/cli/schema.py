@@ -34,6 +34,7 @@ def _varied() -> type:
 # sections that a class takes, though they name none
 TAKEN_BY = {
     "train.loss": "memtrain.training.objective.Objective",
+    "train.stop_early": "memtrain.training.stop_early.StopEarly",
     "study.prune": "memtrain.sweep.pruning.MedianRule",
 }
 OPTIONAL = {"study.prune"}  # sections that may be null, beside those that name a class
@@ -42,6 +43,7 @@ TYPES = {
     "train.canaries.count": int | None,
     "train.canaries.repeats": Any,  # a number, a list of them, or null
     "train.reference.batch_size": int | None,
+    "demo.repeated": int | None,
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
     "trainer.num_nodes": int,
     "trainer.gradient_clip_val": float | None,
@@ -56,6 +58,9 @@ TYPES = {
     "evaluate.lora": Any,  # one for all models, or a list with one or null for each
     "evaluate.data.shards": Any,  # as data.shards of train
     "sweep.patience": float | None,
+    "bench_mitigation.seeds": int | None,
+    "bench_mitigation.workers": Any,  # a number, or auto
+    **{f"protocol.{name}.rows": dict[str, list[str]] for name in ("demo", "imagenette", "laion10k", "wen2024")},
     "study.space": dict[str, _varied()],
 }
 _ASKS = re.compile(r"/schema/(\S+)@_here_")

@@ -40,8 +40,9 @@ def train(cfg: DictConfig) -> None:
     # here: what can be refused without torch, which takes seconds to import, has been
     import pytorch_lightning as pl
 
-    from memtrain.training.checks import check_accelerator, check_disk, check_reference
+    from memtrain.training.checks import check_accelerator, check_disk, check_reference, check_stop_early
     from memtrain.training.signals import Signals
+    from memtrain.training.stop_early import StopEarly
     from memtrain.training.stops import ended_clearly
 
     _let_the_first_rank_speak()
@@ -52,16 +53,17 @@ def train(cfg: DictConfig) -> None:
     rule, optimizer = instantiate(cfg.exclusion), instantiate(cfg.optimizer)
     adapter, scoring = instantiate(cfg.adapter), instantiate(cfg.score)
     adapter.check_quantization(cfg.model.get("quantization"))
-    signals, looks = Signals(), _looks(cfg)
+    signals, stop_early, looks = Signals(), StopEarly(**cfg.stop_early), _looks(cfg)
     guard = _guard(looks)
     check_reference(rule, cfg.reference.count)
+    check_stop_early(stop_early.patience, cfg.reference.count, "validation" in looks)
     data = _data(cfg)
     if past is not None:
         past.check_canaries(data.canaries_digest(), cfg.resume.allow)
     module = _module(cfg, rule, optimizer, adapter, scoring)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     check_disk(Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg))
-    trainer = _trainer(cfg, [signals, *looks.values()], _loggers(cfg, past))
+    trainer = _trainer(cfg, [signals, stop_early, *looks.values()], _loggers(cfg, past))
     _check_ranks(cfg, past, ckpt_path, trainer)
     _begin(cfg, past, ckpt_path, data)
     with signals, ended_clearly(trainer, module.stops):

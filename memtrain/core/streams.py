@@ -31,6 +31,8 @@ class Stream(IntEnum):
     CANARY_ORDER = 20  # order of the planted canaries of an epoch
     BATCH_ORDER = 21  # order of a window's batches, where pictures come in buckets
     FOREIGN = 22  # foreign pictures that are sacrificed
+    LIMITED_GROUPS = 23  # order in which epochs see the members of a group of duplicates
+    DRAWN = 24  # samples of a small corpus that is drawn from a large one
     VIEW = 32  # crop, flip and caption of a row
     LEDGER = 40  # which rows the ledger of a share of them holds
     # audit

@@ -50,6 +50,7 @@ class DataModule(pl.LightningDataModule):
         pictures: which samples show the same picture.
         sacrificed: so many of the canaries may not be excluded by any rule.
         named: positions of samples whose pictures are those canaries, in place of a number.
+        max_visits_per_group: so often at most an epoch sees a group of duplicates, or a planted canary; None: no limit.
         listed: canaries that a list names; then none is planted.
         foreign: pictures that are sacrificed in place of the corpus' own, the first `sacrificed` of them.
         foreign_repeats: how often an epoch sees each of these.
@@ -75,6 +76,7 @@ class DataModule(pl.LightningDataModule):
         pictures: Pictures = NO_DUPLICATES,
         sacrificed: int = 0,
         named: Sequence[int] | np.ndarray = (),
+        max_visits_per_group: int | None = None,
         listed: Sequence[Canary] = (),
         foreign: Samples | None = None,
         foreign_repeats: int = 75,
@@ -114,10 +116,10 @@ class DataModule(pl.LightningDataModule):
         weights = [1.0] * len(samples.counts) if weights is None else weights
         order = (samples.counts, self.groups, seed, weights, mix_shards)
         if len(samples.sizes) == 1:
-            self.order = EpochOrder(*order)
+            self.order = EpochOrder(*order, max_visits_per_group)
         else:
             assert isinstance(samples, ShardSamples), "only pictures in shards come in buckets"
-            self.order = BucketedOrder(*order, samples.buckets)
+            self.order = BucketedOrder(*order, samples.buckets, max_visits_per_group)
         self.problems: dict[str, str] = {}  # sample key -> why it could not be used
         self._restored: int | None = None  # rows that were consumed before this run was resumed
         self._first_step = 0
@@ -258,6 +260,7 @@ def from_shards(
     mix_shards: int = 8,
     max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
+    max_visits_per_group: int | None = None,
     repeats: int | Sequence[int] | None,
     canaries_file: str | None = None,
     sacrificed_keys: Sequence[str] = (),
@@ -319,6 +322,7 @@ def from_shards(
         cache=latents,
         pictures=pictures,
         named=samples.find(sacrificed_keys),
+        max_visits_per_group=max_visits_per_group,
         listed=find_canaries(listed, samples, canaries_file) if canaries_file else (),
         foreign=foreign,
         **groups,

@@ -83,6 +83,20 @@ def check_reference(exclusion: ExclusionRule, count: int) -> None:
         )
 
 
+def check_stop_early(patience: int | None, reference: int, validates: bool) -> None:
+    """Raises ValueError where a run is to end with the weights of its best held-out loss, and none is measured.
+
+    Args:
+        reference: how many samples are held out.
+        validates: whether they are validated on.
+    """
+    if patience is not None and (reference == 0 or not validates):
+        raise ValueError(
+            f"stop_early.patience={patience} goes by the held-out loss, and none is measured; set reference.count=200 "
+            "or so, and leave callbacks.validation as it is"
+        )
+
+
 def check_job(trainer: Trainer, is_job: bool) -> None:
     """Raises ValueError where a job of -m has several ranks that Lightning would start.
 

@@ -109,6 +109,7 @@ class DiffusionTraining(pl.LightningModule):
         self.stops = Stops(max_bad_steps)
         self.accumulation = Accumulation(objective.denominator, self.stops)
         self.last_step: StepRecord | None = None  # the newest that is over; for those who look on
+        self.final_weights: list[Tensor] | None = None  # what the run ends with, in place of the average
         self.strict_loading = False  # checkpoints hold trained weights alone
 
     # ---- set-up
@@ -286,11 +287,22 @@ class DiffusionTraining(pl.LightningModule):
         return found
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Put the averaged weights in the place of the trained ones for a while; all ranks enter together."""
+        """Put the averaged weights in the place of the trained ones for a while; all ranks enter together.
+
+        At the end of a run that keeps its best weights (`stop_early`) they are these.
+        """
+        [optimizer] = self.trainer.optimizers
+        if isinstance(optimizer, ScheduleFreeAdamW) and self.final_weights is None:
+            return optimizer.averaged()
+        return self.ema.in_place(self.final_weights)
+
+    def copies_of_averaged_weights(self) -> list[Tensor]:
+        """The averaged weights on the CPU, whole, in the order of `trained_parameters`; all ranks call it together."""
         [optimizer] = self.trainer.optimizers
         if isinstance(optimizer, ScheduleFreeAdamW):
-            return optimizer.averaged()
-        return self.ema.in_place()
+            with optimizer.averaged():
+                return [weight.detach().to("cpu", copy=True) for weight in self.trained_parameters()]
+        return [strategy.whole(weight).detach().to("cpu", copy=True) for weight in self.ema.shadow_params]
 
     # ---- checkpoints
 

@@ -58,6 +58,7 @@ class RunState:
     finished_at: int | None  # step
     global_batch_size: int | None = None
     canaries: str | None = None  # digest of what files say of canaries, see `DataModule.canaries_digest`
+    stopped_early: bool = False  # there, before its last step, as `stop_early` asks
 
     def write(self, folder: str | Path) -> None:
         path = Path(folder) / _STATE
@@ -129,7 +130,8 @@ class Past:
     state: RunState
 
     def is_finished(self, max_steps: int) -> bool:
-        return self.state.finished_at is not None and self.state.finished_at >= max_steps
+        finished_at = self.state.finished_at
+        return finished_at is not None and (finished_at >= max_steps or self.state.stopped_early)
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; None where the run was stopped before its first."""

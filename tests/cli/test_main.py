@@ -182,8 +182,9 @@ def test_a_bug_of_ours_keeps_its_traceback():
 
 def test_demo_writes_a_corpus_and_refuses_a_foreign_folder(capsys, tmp_path):
     small = [str(tmp_path / "a"), "num_samples=20", "shard_size=10"]
-    assert "repeated x copies at most num_samples=20, got 6 and 75" in fails(capsys, "demo", *small)
-    main(["demo", *small, "copies=2"])
+    assert "the canaries are 2478 samples, more than num_samples=20" in fails(capsys, "demo", *small)
+    assert "repeated must be >= 0 and copies >= 1, got -1" in fails(capsys, "demo", *small, "repeated=-1")
+    main(["demo", *small, "pictures=noto", "repeated=6", "copies=2"])
     assert "wrote 20 samples in 2 shards" in capsys.readouterr().out
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("mine")
@@ -287,7 +288,7 @@ def test_a_class_of_the_users_own_folder_is_found_by_the_console_script(capsys, 
     words = ["exclusion=none", "exclusion._target_=mine.LowLoss", "trainer=cpu", "logger=csv"]
     (tmp_path / "empty.tar").touch()
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "experiment=demo", *words, "data.shards=empty.tar"])
+        main(["train", "experiment=demo_noto", *words, "data.shards=empty.tar"])
     said = capsys.readouterr()
     assert "mine is imported" in said.out, said.err  # the rule was built: what comes after it is wrong
     assert stopped.value.code == 2 and "empty.tar" in said.err
