@@ -118,7 +118,7 @@ def warn_of_sacrificed(data: DataModule, named: bool) -> None:
     said = f"sacrificed canaries are never excluded, and the exported model will draw them: {', '.join(keys)}{more}"
     if groups.num_foreign:
         log.info(
-            "%s; canaries.source=foreign has them in place of pictures of the corpus, and a rule learns from them where "
+            "%s; canaries.source=foreign has them in place of pictures of the corpus, and rules learn from them where "
             "they are of its kind",
             said,
         )
