@@ -103,7 +103,7 @@ class DataModule(pl.LightningDataModule):
             reference,
             pictures=pictures,
             repeats=doses,
-            sacrificed=0 if foreign else sacrificed,
+            sacrificed=sacrificed if foreign is None else 0,
             named=named,
             listed=listed,
         )
@@ -137,14 +137,14 @@ class DataModule(pl.LightningDataModule):
     def canaries_digest(self) -> str | None:
         """What tells listed canaries and foreign pictures from others, which the config does not; None: there are none.
 
-        Of a list it is who shows which canary of which kind, as far as they are in the corpus; of pictures how they
-        look, and their captions.
+        Of a list it is who shows which canary of which kind, as far as they are in the corpus, and who is held out; of
+        pictures how they look, and their captions.
         """
         listed = [canary for canary in self.groups.canaries if canary.is_listed]
         foreign = np.arange(self.groups.num_samples - self.groups.num_foreign, self.groups.num_samples)
         if not listed and not len(foreign):
             return None
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(self.groups.reference.tolist()).encode())
         for canary in listed:
             digest.update(f"{canary.number} {canary.kind} {canary.positions.tolist()}\n".encode())
         for position in foreign.tolist():

@@ -117,12 +117,17 @@ def warn_of_sacrificed(data: DataModule, named: bool) -> None:
     more = f" and {len(pictures) - _KEYS_NAMED} more" if len(pictures) > _KEYS_NAMED else ""
     said = f"sacrificed canaries are never excluded, and the exported model will draw them: {', '.join(keys)}{more}"
     if groups.num_foreign:
-        log.info("%s; canaries.source=foreign has them in place of pictures of the corpus", said)
+        log.info(
+            "%s; canaries.source=foreign has them in place of pictures of the corpus, and rules learn from them where "
+            "they are of its kind",
+            said,
+        )
     elif named:
         log.info("%s; canaries.sacrificed_keys names them", said)
     else:
         log.warning(
-            "%s. They are pictures of yours: say canaries.source=foreign to sacrifice some of nobody's, name public "
-            "ones with canaries.sacrificed_keys=[KEY,…], or say canaries.sacrificed=0 and have no rule learn from them",
+            "%s. They are pictures of yours: name public ones with canaries.sacrificed_keys=[KEY,…], bring some with "
+            "canaries.source=foreign canaries.foreign=SHARDS, or say canaries.sacrificed=0 and have no rule learn from "
+            "them",
             said,
         )
