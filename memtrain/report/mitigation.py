@@ -79,7 +79,7 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
             kernel_distance=model.get("kernel_distance"),
             excluded=summary["score"]["train"]["excluded_fraction"],
             excluded_canaries=summary["score"][_CANARY]["excluded_fraction"],
-            steps_per_second=per_second * summary["steps"] / seen if seen else None,
+            steps_per_second=per_second * summary["steps"] / seen if seen and per_second else None,
             **_of_sscd(evaluation.with_name("rows.parquet")),
         ),
         counted(rows, min_repeats),

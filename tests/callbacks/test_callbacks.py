@@ -3,11 +3,13 @@ import math
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from memtrain.callbacks.canaries import CanaryList
 from memtrain.callbacks.curves import MemorizationCurves
 from memtrain.callbacks.generation import compare
+from memtrain.callbacks.live_statistics import CAPTIONED
 from memtrain.callbacks.memorized_table import VisitedSamples
 from memtrain.callbacks.search import training_pictures
 from memtrain.core.copies import copy_cut, latent_rmse
@@ -61,6 +63,23 @@ def test_curves_of_a_resumed_run_remember_the_first_part(pipeline_folder, corpus
     half = curves.late[:, :, TRAINED].sum()  # steps 3 and 4
     fit(build_module(pipeline_folder), build_data(corpus), tmp_path, 2, callbacks=[again])
     assert again.total.sum() > curves.total.sum() and 0 < half < curves.total[:, :, TRAINED].sum()
+
+
+def test_a_checkpoint_between_two_points_of_the_curves_holds_all_rows_so_far(pipeline_folder, corpus, tmp_path):
+    """Else a run that is cut off there comes to another excluded share than the undisturbed one."""
+    curves, record, states = MemorizationCurves(every=9, high_noise=0.5), Record(), []
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            states.append(curves.state_dict())
+
+    module = build_module(pipeline_folder, FixedThreshold(0.5), caption_dropout=0.3)
+    fit(module, build_data(corpus), tmp_path, 4, callbacks=[curves, record, Save()])
+    for step, state in enumerate(states, start=1):
+        captioned = sum(observed.captioned.sum().item() for observed in record.observed[:step])
+        seen = state["total"][CAPTIONED].sum() - state["total"][CAPTIONED][:, REFERENCE].sum()
+        assert seen.item() == captioned
+    assert torch.equal(states[-1]["total"], curves.total) and torch.equal(states[-1]["late"], curves.late)
 
 
 def test_validation_is_a_function_of_the_weights_alone(pipeline_folder, corpus, tmp_path):

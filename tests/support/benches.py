@@ -63,7 +63,10 @@ def tiny(corpus: str, pipeline: str, out: str) -> list[Planned]:
         "callbacks.copies.reference=2", "callbacks.copies.num_images_per_prompt=2", "callbacks.copies.shown=0",
         *(f"callbacks.{name}=null" for name in ("progress", "sample_grid", "memorized_table", "report")),
     ]  # fmt: skip
-    rows = {"none": ["exclusion=none"], "one_visit": ["exclusion=none", "data.max_visits_per_group=1"]}
+    rows = {
+        "fixed": ["exclusion=fixed", "exclusion.threshold=0.5"],
+        "one_visit": ["exclusion=none", "data.max_visits_per_group=1"],
+    }
     return plan(protocol(rows, *words, corpus=corpus), Path(out))
 
 

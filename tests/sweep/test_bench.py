@@ -99,12 +99,12 @@ def test_a_bench_that_is_killed_and_started_again_makes_the_same_table(forks, co
     run_tiny(*arguments, str(tmp_path / "whole"))
     killed = tmp_path / "killed"
     [bench] = forks.start([*arguments, str(killed)], tmp_path / "log", function=run_tiny)
-    checkpoints = killed / "runs" / "none_seed0" / "checkpoints"
+    checkpoints = killed / "runs" / "fixed_seed0" / "checkpoints"
     forks.wait_until(lambda: any(checkpoints.glob("step-*.ckpt")))
     os.kill(bench, signal.SIGKILL)
     assert forks.wait() == [-signal.SIGKILL]
     run_tiny(*arguments, str(killed))
-    log = (killed / "runs" / "none_seed0" / "run.log").read_text()
+    log = (killed / "runs" / "fixed_seed0" / "run.log").read_text()
     assert "going on from" in log
     found = [
         [read_result(run.folder, run.row, run.seed) for run in tiny(*arguments[1:], str(tmp_path / out))]
@@ -113,3 +113,4 @@ def test_a_bench_that_is_killed_and_started_again_makes_the_same_table(forks, co
     for whole, again in zip(*found, strict=True):
         assert replace(whole.figures, steps_per_second=0) == replace(again.figures, steps_per_second=0)
         assert whole.generations == again.generations and len(whole.generations) > 0
+    assert found[0][0].figures.excluded > 0
