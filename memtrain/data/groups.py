@@ -15,6 +15,8 @@ from memtrain.data.pictures import NO_DUPLICATES, Pictures
 
 Counts = Sequence[int] | np.ndarray  # samples of each shard, in the order of the corpus
 
+HELD_OUT = "held_out"  # group, in lists of samples, of those of the reference set that are named and not looked at
+
 _HOME_SHARDS = 16  # planted canaries and reference set come from so many shards, so that few must be fetched first
 
 

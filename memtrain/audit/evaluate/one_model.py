@@ -145,8 +145,9 @@ class Evaluation:
         self.measures, self.settings = measures, settings
         self.batches, self.advance = batches, advance
         self.size = denoiser.model.own_size
-        held_out = [p for p, group in zip(chosen.positions, chosen.groups, strict=True) if group == REFERENCE_GROUP]
-        self.pictures = TrainingPictures(samples, held_out, settings.nearest, chosen.positions, settings.seed)
+        self.pictures = TrainingPictures(
+            samples, chosen.never_trained_on(), settings.nearest, chosen.positions, settings.seed
+        )
         self.distances = Distances()
 
     def run(self, name: str, source: str, identity: str) -> Found:
