@@ -175,6 +175,9 @@ def test_a_canary_is_memorized_at_the_first_look_at_which_half_its_generations_a
     assert {trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "sacrificed")} == {1}
     curves = everything.curves(trainer)
     assert curves["copy_rate/canary"] == ([2, 4], [1, 1]) and curves["memorized_canaries"] == ([2, 4], [1, 1])
+    last = dict(everything.looks.distances[4])
+    everything.on_train_end(trainer, module)  # as where a run stops early at a step that was looked at
+    assert everything.looks.distances[4] == last
     resumed = copies(max_rmse=math.inf)
     resumed.load_state_dict(everything.state_dict())
     assert resumed.memorized_at(trainer) == everything.memorized_at(trainer)
