@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from memtrain.audit.attack import Attack
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.fid import LatentGrid
 from memtrain.audit.evaluate.judging import judge, summarise
@@ -216,6 +217,10 @@ def test_the_gallery_shows_the_nearest_first_and_a_script_as_text(evaluated, pip
     assert "<script" not in page
 
 
+class Own(Attack):
+    """Has the fields of no attack, and is another."""
+
+
 def test_a_model_is_evaluated_once_for_the_same_settings(evaluated, pipeline_folder, samples, tmp_path):
     _, result, chosen = evaluated
     out = tmp_path / "out"
@@ -234,7 +239,7 @@ def test_a_model_is_evaluated_once_for_the_same_settings(evaluated, pipeline_fol
         return len(told)
 
     assert again() == 0
-    assert again(seed=6) > 0
+    assert again(seed=6) > 0 and again(attack=Own()) > 0
     (out / result.model / "result.json").write_text('{"identity": ', encoding="utf-8")  # the disk was full
     assert again() > 0 and again() == 0
 

@@ -160,7 +160,9 @@ def _identity(
     shards = [(shard.name, index.size) for shard, index in zip(samples.shards, samples.indexed.indexes, strict=True)]
     alignment = None if measures.alignment is None else measures.alignment.identity()
     similarity = (measures.similarity.identity(), measures.similarity.bound)
-    said = [VERSION, asdict(settings), asdict(chosen), shards, samples.where, similarity]
+    attack = type(settings.attack)  # one's own may have the fields of another
+    said = [VERSION, asdict(settings), f"{attack.__module__}.{attack.__qualname__}", asdict(chosen), shards]
+    said += [samples.where, similarity]
     digest.update(json.dumps([*said, alignment, measures.features.identity()]).encode())
     return digest.hexdigest()
 
