@@ -64,6 +64,8 @@ class Settings:
         for name in ("fid_samples", "gallery"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.nearest is not None and self.nearest < 1:
+            raise ValueError(f"nearest must be >= 1, got {self.nearest}; null searches all pictures of the shards")
         checked_false_copies(self.false_copies)
 
 
