@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memtrain.core.files import written_aside
-from memtrain.data.groups import HELD_OUT
 from memtrain.report.curves import read_metrics
 from memtrain.sweep.protocol import EVALUATED, Planned, Protocol, Record, Stage, Standing, is_trained, next_stage
 from memtrain.sweep.trial import Process, environment_of, spoken
 
 log = logging.getLogger(__name__)
 
-CANARY, REFERENCE = "canary", "reference"  # groups, as training names them in its lists
+CANARY, REFERENCE, HELD_OUT = "canary", "reference", "held_out"  # groups, as training names them in its lists
 _LOOK = 0.2  # s between two looks at the runs that are going on
 _STOPPED = (75, 130, 143)  # exit codes of a run that somebody told to end: it wrote a checkpoint
 

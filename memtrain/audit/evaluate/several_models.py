@@ -21,16 +21,9 @@ import torch
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.evaluate.one_model import (
-    Advance,
-    Evaluation,
-    Found,
-    GroupResult,
-    Match,
-    Measures,
-    ModelResult,
-    Settings,
-)
+from memtrain.audit.evaluate.judging import GroupResult
+from memtrain.audit.evaluate.one_model import Advance, Evaluation
+from memtrain.audit.evaluate.results import Found, Match, Measures, ModelResult, Settings
 from memtrain.audit.training_samples import TrainingSamples
 from memtrain.core.files import written_aside
 from memtrain.data.samples import ShardSamples
