@@ -204,7 +204,10 @@ def draw_groups(
         drawn_ones = permuted[: canaries - len(first_named)]
         chosen = plant(np.concatenate([first_named, drawn_ones]), repeats, number)
     if not 0 <= number <= len(chosen):
-        raise ValueError(f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {number}")
+        more = "" if chosen else "; canaries.count=10 canaries.repeats=100 has some"
+        raise ValueError(
+            f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {number}{more}"
+        )
     return Groups(total, tuple(chosen), number, permuted[len(permuted) - reference :], pictures)
 
 
