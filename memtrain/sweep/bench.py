@@ -101,7 +101,7 @@ class Bench:
                     if slot not in self.going and self._waiting:
                         self._start(slot, self._waiting.pop(0))
                 look()
-                if not self.going:
+                if not self.going and not self._waiting:
                     return
                 time.sleep(_LOOK)
         finally:

@@ -97,6 +97,15 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path):
     assert len(again.finished) == 4 and said == [(run.folder / "trial.log").stat() for run in again.runs]
 
 
+def test_a_run_that_cannot_be_begun_stops_no_other(tmp_path):
+    runs = planned(tmp_path, ROWS)
+    runs[0].folder.parent.mkdir()
+    runs[0].folder.write_text("where its folder should be")
+    bench = quick(tmp_path, runs)
+    bench.run()
+    assert list(bench.finished) == ["evidence_seed0"] and bench.failed["none_seed0"].startswith("training: ")
+
+
 def test_two_benches_do_not_work_on_one_table(tmp_path):
     with alone(tmp_path), pytest.raises(ValueError, match="another bench works on out="), alone(tmp_path):
         pass
