@@ -144,6 +144,9 @@ class Copies(AfterEachStep):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         groups: Groups = trainer.datamodule.groups
         fewer, parts = max(1, self.num_images_per_prompt // 2), []
+        self.looks.forget(
+            trainer.global_step
+        )  # a run that was stopped early has looked there, at other weights perhaps
         with pl_module.averaged_weights():
             for number, looked in (
                 (SACRIFICED, groups.looked_at(groups.sacrificed, self.num_images_per_prompt)),

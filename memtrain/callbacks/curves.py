@@ -91,8 +91,7 @@ class MemorizationCurves(AfterEachStep):
         seconds, scoring = time.perf_counter() - self.began, flat[-1].item()
         point = LiveStatistics(pl_module.num_timesteps, self.high_noise, flat=flat)
         self.total += point.sums
-        if self.step_at_log >= trainer.max_steps / 2:
-            self.late += point.sums
+        self.late += point.sums * self._is_late(trainer)
         self.seconds, self.seconds_scoring = self.seconds + seconds, self.seconds_scoring + scoring
         optimizer = trainer.optimizers[0].param_groups[0]
         metrics = point.metrics() | {
@@ -130,6 +129,10 @@ class MemorizationCurves(AfterEachStep):
         """Share of the run's time that scoring took."""
         return self.seconds_scoring / self.seconds if self.seconds else float("nan")
 
+    def _is_late(self, trainer: pl.Trainer) -> bool:
+        """Whether the point that this step belongs to began in the run's second half, wherever the run goes on from."""
+        return (trainer.global_step - 1) // self.every * self.every >= trainer.max_steps / 2
+
     def _since_the_last_point(self) -> Tensor:
         """The sums of the steps since then, over all ranks, which call this together."""
         recent = LiveStatistics(self.recent.num_timesteps, self.high_noise, flat=self.recent.flat.clone())
@@ -143,7 +146,7 @@ class MemorizationCurves(AfterEachStep):
         since = self._since_the_last_point()
         return {
             "total": self.total + since,
-            "late": self.late + since * (self.step_at_log >= self.trainer.max_steps / 2),
+            "late": self.late + since * self._is_late(self.trainer),
             "seconds": self.seconds,
             "seconds_scoring": self.seconds_scoring,
         }

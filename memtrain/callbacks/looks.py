@@ -22,6 +22,10 @@ class Looks:
         """Note a generation of a canary."""
         self.distances.setdefault(step, {}).setdefault(canary, []).append(rmse)
 
+    def forget(self, step: int) -> None:
+        """Make room for another look at a step."""
+        self.distances.pop(step, None)
+
     def curves(self, groups: Groups, cut: float, min_repeats: int) -> dict[str, Curve]:
         """`copy_rate/<group>` and `memorized_canaries` of all looks, by one cut.
 

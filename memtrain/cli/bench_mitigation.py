@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from memtrain.cli.arguments import spelled
+from memtrain.cli.checks import check_training
 from memtrain.cli.sweep import stopped_by_signals
 from memtrain.sweep.protocol import Planned, Protocol, Stage, Standing, check_words, is_trained, next_stage, plan
 from memtrain.training.exit_codes import EXIT_CODES
@@ -31,6 +32,7 @@ _PROGRAM = [sys.executable, "-m", "memtrain.cli.main"]
 
 
 def bench_mitigation(cfg: DictConfig) -> None:
+    _check_shards(cfg)
     protocol: Protocol = instantiate(cfg.protocol, _convert_="all")
     out, into = Path(cfg.out), None if cfg.into is None else Path(cfg.into)
     raw = OmegaConf.to_container(cfg, resolve=False)["overrides"]  # ${…} in an override is for the run to resolve
@@ -42,12 +44,14 @@ def bench_mitigation(cfg: DictConfig) -> None:
     if cfg.report:
         print(_write(out, runs, rows, seeds, into))
         return
-    _check_composed(runs[: len(rows)])
+    configs = _check_composed(runs[: len(rows)])
     workers, cores, devices = _workers(cfg.workers)
     if cfg.dry_run:
         _print_plan(runs, protocol, workers)
         return
     _make_corpus(protocol)
+    for config in configs:  # or each run would say so by itself
+        check_training(config)
     from memtrain.sweep.bench import Bench, alone
 
     with alone(out):
@@ -67,6 +71,18 @@ def bench_mitigation(cfg: DictConfig) -> None:
         raise ValueError(f"{len(bench.failed)} of {len(runs)} runs failed; see trial.log in {where}")
 
 
+def _check_shards(cfg: DictConfig) -> None:
+    """Raises ValueError where a protocol wants the user's shards and has none, or is given some and has its own."""
+    wants = "${shards}" in OmegaConf.to_yaml(cfg.protocol)
+    if wants and cfg.shards is None:
+        raise ValueError("the protocol has no corpus of its own; name yours with shards=FOLDER")
+    if not wants and cfg.shards is not None:
+        raise ValueError(
+            f"shards={cfg.shards}: the protocol has a corpus of its own, {cfg.protocol.corpus}; say "
+            "protocol.corpus=FOLDER protocol.make=[] to take another"
+        )
+
+
 def _check_into(into: Path) -> None:
     from memtrain.report.table import marks_of
 
@@ -76,16 +92,22 @@ def _check_into(into: Path) -> None:
         raise ValueError(f"into={into} has no line {missing[0]}, between which and its end the table is to stand")
 
 
-def _check_composed(runs: Sequence[Planned]) -> None:
-    """Raises ValueError where a row's words are wrong, or those of the evaluation, before anything is started."""
+def _check_composed(runs: Sequence[Planned]) -> list[DictConfig]:
+    """The configs of these rows' trainings.
+
+    Raises:
+        ValueError: a row's words are wrong, or those of the evaluation.
+    """
     commands = [(f"row {run.row}", "train", run.to_train()) for run in runs]
     commands.append(("protocol.evaluate", "evaluate", list(runs[0].protocol.evaluate)))
+    configs = []
     for what, command, words in commands:
         try:
-            compose(command, spelled(command, words))
+            configs.append(compose(command, spelled(command, words)))
         except Exception as error:
             said = str(error).splitlines()[0]
             raise ValueError(f"{what}: {said}") from error
+    return configs[:-1]
 
 
 def _workers(asked: str | int) -> tuple[int, int, list[str]]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from memtrain.cli.checks import check_evaluation
 
 if TYPE_CHECKING:
-    from memtrain.audit.evaluate.one_model import Measures, ModelResult
+    from memtrain.audit.evaluate.results import Measures, ModelResult
 
 _HEADS = {  # of the table: eighty columns hold it
     "samples": "n",
@@ -45,7 +45,7 @@ def evaluate(cfg: DictConfig) -> None:
     )
 
     from memtrain.audit.evaluate import several_models as room
-    from memtrain.audit.evaluate.one_model import Settings
+    from memtrain.audit.evaluate.results import Settings
     from memtrain.audit.training_samples import choose
     from memtrain.data.samples import ShardSamples
     from memtrain.report.gallery import write_gallery
@@ -117,7 +117,7 @@ def _loras(cfg: DictConfig, models: list[str]) -> list[str | None]:
 def _measures(cfg: DictConfig, device) -> Measures:
     from memtrain.audit.alignment import ClipScore
     from memtrain.audit.evaluate.fid import LatentGrid, ScriptFeatures
-    from memtrain.audit.evaluate.one_model import Measures
+    from memtrain.audit.evaluate.results import Measures
     from memtrain.audit.evaluate.similarity import LatentRmse, Sscd
 
     return Measures(

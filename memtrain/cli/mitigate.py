@@ -17,6 +17,9 @@ from memtrain.cli.explain import labelled, progress_bar, prompt_texts
 
 def mitigate(cfg: DictConfig) -> None:
     names = _methods(cfg)
+    for key, least in (("cut_prompts", 0), ("nearest", 1)):
+        if cfg[key] is not None and cfg[key] < least:
+            raise ValueError(f"{key} must be >= {least}, got {cfg[key]}")
     check_mitigation(cfg)
     texts, keys, reference = _prompts(cfg)
     import torch
@@ -43,7 +46,7 @@ def mitigate(cfg: DictConfig) -> None:
     comparison = Comparison(
         denoiser, texts, cfg.num_images_per_prompt, sampling, judges, seed=cfg.seed, batch_size=cfg.batch_size
     )
-    if samples is not None and reference:
+    if samples is not None and reference and cfg.cut_prompts:
         _set_cut(cfg, comparison, samples, keys, reference[: cfg.cut_prompts])
     target = comparison.target(cfg.target, reference) if any(m.needs_target for m in methods.values()) else None
     out = Path(cfg.out).expanduser()

@@ -40,6 +40,7 @@ def train(cfg: DictConfig) -> None:
     # here: what can be refused without torch, which takes seconds to import, has been
     import pytorch_lightning as pl
 
+    from memtrain.data.canaries_digest import canaries_digest
     from memtrain.training.checks import check_accelerator, check_disk, check_reference, check_stop_early
     from memtrain.training.signals import Signals
     from memtrain.training.stop_early import StopEarly
@@ -59,7 +60,7 @@ def train(cfg: DictConfig) -> None:
     check_stop_early(stop_early.patience, cfg.reference.count, "validation" in looks)
     data = _data(cfg)
     if past is not None:
-        past.check_canaries(data.canaries_digest(), cfg.resume.allow)
+        past.check_canaries(canaries_digest(data.groups, data.samples), cfg.resume.allow)
     module = _module(cfg, rule, optimizer, adapter, scoring)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     check_disk(Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,6 @@ from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples
-from memtrain.data.view import STRAIGHT
 
 log = logging.getLogger(__name__)
 
@@ -135,24 +133,6 @@ class DataModule(pl.LightningDataModule):
             encoders = [name for name in made_with if name.startswith("text_encoder")]
             unread = (*encoders, "max_sequence_length") if text_encoder_is_trained else ()
             self.cache.check(made_with, ignored=unread)
-
-    def canaries_digest(self) -> str | None:
-        """What tells listed canaries and foreign pictures from others, which the config does not; None: there are none.
-
-        Of a list it is who shows which canary of which kind, as far as they are in the corpus, and who is held out; of
-        pictures how they look, and their captions.
-        """
-        listed = [canary for canary in self.groups.canaries if canary.is_listed]
-        foreign = np.arange(self.groups.num_samples - self.groups.num_foreign, self.groups.num_samples)
-        if not listed and not len(foreign):
-            return None
-        digest = hashlib.sha256(str(self.groups.reference.tolist()).encode())
-        for canary in listed:
-            digest.update(f"{canary.number} {canary.kind} {canary.positions.tolist()}\n".encode())
-        for position in foreign.tolist():
-            seen = self.samples.get(position, STRAIGHT, self.samples.sizes[0])
-            digest.update(seen.image.tobytes() + seen.caption.encode("utf-8", "replace"))
-        return digest.hexdigest()
 
     def setup(self, stage: str) -> None:
         if self.trainer.is_global_zero:

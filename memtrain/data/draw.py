@@ -90,6 +90,7 @@ def _members(samples: ShardSamples, position: int) -> dict[str, bytes]:
     """The members of a sample, by their extension; where it came from is in the json, as `drawn_from`."""
     image, caption, metadata = samples.members(position)
     with Image.open(io.BytesIO(image)) as opened:
-        extension = {"JPEG": "jpg"}.get(opened.format or "JPEG", (opened.format or "").lower())
+        # an MPO or a GIF went by one of these names in its shard, and would by its own be no picture of a shard
+        extension = {"PNG": "png", "WEBP": "webp"}.get(opened.format or "", "jpg")
     said = json.dumps(parse_json(metadata) | {"drawn_from": as_text(samples.key(position))})
     return {extension: image, "txt": caption, "json": said.encode()}

@@ -15,6 +15,8 @@ from memtrain.data.pictures import NO_DUPLICATES, Pictures
 
 Counts = Sequence[int] | np.ndarray  # samples of each shard, in the order of the corpus
 
+HELD_OUT = "held_out"  # group, in lists of samples, of those of the reference set that are named and not looked at
+
 _HOME_SHARDS = 16  # planted canaries and reference set come from so many shards, so that few must be fetched first
 
 
@@ -202,7 +204,10 @@ def draw_groups(
         drawn_ones = permuted[: canaries - len(first_named)]
         chosen = plant(np.concatenate([first_named, drawn_ones]), repeats, number)
     if not 0 <= number <= len(chosen):
-        raise ValueError(f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {number}")
+        more = "" if chosen else "; canaries.count=10 canaries.repeats=100 has some"
+        raise ValueError(
+            f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {number}{more}"
+        )
     return Groups(total, tuple(chosen), number, permuted[len(permuted) - reference :], pictures)
 
 

@@ -80,9 +80,12 @@ def is_corpus(folder: Path, recipe: dict) -> bool:
         found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         found = None
-    if found != recipe:
+    if not isinstance(found, dict) or "num_samples" not in found:
+        raise ValueError(f"{folder} holds something other than the demo corpus; delete it or choose another folder")
+    if others := [key for key in recipe if found.get(key) != recipe[key]]:
         raise ValueError(
-            f"{folder} holds something other than the demo corpus of {recipe}; delete it or choose another folder"
+            f"{folder} holds a demo corpus of other {', '.join(others)}, such as an earlier version made; delete it or "
+            "choose another folder"
         )
     suffixes = (".tar", ".parquet", "_stats.json")
     expected = {f"{shard:05d}{suffix}" for shard in range(shard_count(recipe)) for suffix in suffixes}

@@ -56,10 +56,15 @@ def foreign_pictures(source: str, shards: str | None, count: int, resolution: in
         count: how many there are to be.
 
     Raises:
-        ValueError: `source` is something else, or the shards are none.
+        ValueError: `source` is something else or does not go by the shards, or the shards are none.
     """
     if source not in ("corpus", "foreign"):
         raise ValueError(f"canaries.source must be corpus or foreign, got {source}")
+    if source == "corpus" and shards is not None:
+        raise ValueError(
+            f"canaries.foreign={shards} names pictures to sacrifice, and canaries.source=corpus sacrifices yours; say "
+            "canaries.source=foreign"
+        )
     if source == "corpus" or count <= 0:
         return None
     if shards is None:

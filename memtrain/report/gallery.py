@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from memtrain.audit.evaluate.one_model import Match
+from memtrain.audit.evaluate.results import Match
 from memtrain.report.thumbnails import jpeg
 
 _SIDE, _QUALITY = 256, 92  # px, larger pictures are made smaller; of the JPEGs

@@ -221,7 +221,7 @@ def _card(run: Run, row: dict, images: dict[str, tuple[str, str]], copies: Mappi
     key, view = row["key"], run.ledger
     image, caption = images.get(key, (None, None))
     if caption is None and key in run.canaries:
-        caption = run.canaries[key]["caption"]
+        caption = run.canaries[key]["caption"] or None
     share = row["excluded_share"] if "excluded_share" in row else row["excluded"] / row["visits"]
     numbers = [f"{row['visits']} visits", f"excluded {share:.0%}"]
     if "p_value" in row:

@@ -19,7 +19,7 @@ from memtrain.sweep.trial import Process, environment_of, spoken
 
 log = logging.getLogger(__name__)
 
-CANARY, REFERENCE = "canary", "reference"  # groups, as training names them in its lists
+CANARY, REFERENCE, HELD_OUT = "canary", "reference", "held_out"  # groups, as training names them in its lists
 _LOOK = 0.2  # s between two looks at the runs that are going on
 _STOPPED = (75, 130, 143)  # exit codes of a run that somebody told to end: it wrote a checkpoint
 
@@ -101,7 +101,7 @@ class Bench:
                     if slot not in self.going and self._waiting:
                         self._start(slot, self._waiting.pop(0))
                 look()
-                if not self.going:
+                if not self.going and not self._waiting:
                     return
                 time.sleep(_LOOK)
         finally:
@@ -183,13 +183,20 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def write_evaluated(run: Planned) -> None:
-    """Write `evaluated.csv`, the samples that a finished model is evaluated on, from what the run says of its own."""
+    """Write `evaluated.csv`, the samples that a finished model is evaluated on, from what the run says of its own.
+
+    It names the rest of the reference set too, whose pictures are not to be searched as training pictures.
+    """
     there = [run.folder / name for name in ("copies.csv", "canaries.csv") if (run.folder / name).is_file()]
     if not there:
         raise ValueError("it lists no canaries; leave callbacks.canaries as it is, or say protocol.evaluate=[]")
-    with there[0].open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    chosen = evaluated(rows, run.protocol)
+    lists = []
+    for path in there:
+        with path.open(newline="", encoding="utf-8") as file:
+            lists.append(list(csv.DictReader(file)))
+    chosen = evaluated(lists[0], run.protocol)
+    judged = {row["key"] for row in chosen}
+    others = [row["key"] for row in lists[-1] if row["group"] in (REFERENCE, HELD_OUT) and row["key"] not in judged]
     if not any(row["group"] == CANARY for row in chosen):
         log.warning("%s: no canary has %d repeats, so none is evaluated", run.name, run.protocol.min_repeats)
     with (
@@ -199,6 +206,7 @@ def write_evaluated(run: Planned) -> None:
         writer = csv.DictWriter(file, ("key", "caption", "group"), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(chosen)
+        writer.writerows({"key": key, "group": HELD_OUT} for key in dict.fromkeys(others))
 
 
 def evaluated(rows: Sequence[dict[str, str]], protocol: Protocol) -> list[dict[str, str]]:

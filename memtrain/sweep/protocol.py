@@ -106,7 +106,8 @@ class Planned:
             model = [f"model={config['model']['pretrained']}", f"lora={export}"]
         shards = config["data"]["shards"]
         where = [f"data={shards}", f"samples={self.folder / EVALUATED}", f"out={self.folder / EVALUATION}"]
-        return [*model, *where, *self.protocol.evaluate]
+        count = max(self.protocol.canaries, self.protocol.reference)  # no group has more
+        return [*model, *where, f"samples.count={count}", *self.protocol.evaluate]
 
 
 def plan(

@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 
 from memtrain.core.files import written_aside
+from memtrain.data.canaries_digest import canaries_digest
 from memtrain.data.datamodule import data_of
 from memtrain.training.module import DiffusionTraining
 from memtrain.training.resume import LAST, RunState, checkpoint_name, checkpoints_in
@@ -98,7 +99,11 @@ class Checkpoints(Checkpoint):
         """Write `run.json`: what a later run must know of this one beside the checkpoint."""
         data = data_of(trainer)
         state = RunState(
-            self.wandb_id, finished_at, data.global_batch_size, data.canaries_digest(), stopped_early=stopped_early
+            self.wandb_id,
+            finished_at,
+            data.global_batch_size,
+            canaries_digest(data.groups, data.samples),
+            stopped_early=stopped_early,
         )
         state.write(trainer.default_root_dir)
 

@@ -57,7 +57,7 @@ class RunState:
     wandb_id: str | None
     finished_at: int | None  # step
     global_batch_size: int | None = None
-    canaries: str | None = None  # digest of what files say of canaries, see `DataModule.canaries_digest`
+    canaries: str | None = None  # digest of what files say of canaries, see `memtrain.data.canaries_digest`
     stopped_early: bool = False  # there, before its last step, as `stop_early` asks
 
     def write(self, folder: str | Path) -> None:
@@ -190,7 +190,7 @@ class Past:
         """Raises ValueError where the files that the config names for canaries say something else now, unless they may.
 
         Args:
-            digest: of the run that goes on, see `DataModule.canaries_digest`.
+            digest: of the run that goes on, see `memtrain.data.canaries_digest`.
         """
         before = self.state.canaries
         if before is None or digest in (None, before):

@@ -63,7 +63,8 @@ class StopEarly(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DiffusionTraining)
-        pl_module.final_weights = self.weights
+        if self.patience is not None:  # or it was taken back, with resume.allow
+            pl_module.final_weights = self.weights
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("loss", "step", "waited", "weights")}

@@ -241,6 +241,8 @@ def test_command_prints_a_table_of_all_methods(pipeline_folder, corpus, tmp_path
         (["prompt=cat", "target=q0.5"], "say reference=FILE"),
         (["prompt=cat", "target=1", "data=shards"], "column key"),
         ([], "one of the two"),
+        (["prompt=cat", "target=1", "cut_prompts=-1"], "cut_prompts must be >= 0, got -1"),
+        (["prompt=cat", "target=1", "nearest=0"], "nearest must be >= 1, got 0"),
     ],
 )
 def test_command_errors_are_one_line(pipeline_folder, tmp_path, monkeypatch, capsys, arguments, message):

@@ -175,6 +175,9 @@ def test_a_canary_is_memorized_at_the_first_look_at_which_half_its_generations_a
     assert {trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "sacrificed")} == {1}
     curves = everything.curves(trainer)
     assert curves["copy_rate/canary"] == ([2, 4], [1, 1]) and curves["memorized_canaries"] == ([2, 4], [1, 1])
+    last = dict(everything.looks.distances[4])
+    everything.on_train_end(trainer, module)  # as where a run stops early at a step that was looked at
+    assert everything.looks.distances[4] == last
     resumed = copies(max_rmse=math.inf)
     resumed.load_state_dict(everything.state_dict())
     assert resumed.memorized_at(trainer) == everything.memorized_at(trainer)
@@ -189,14 +192,14 @@ def test_canaries_are_named_with_group_and_caption(pipeline_folder, corpus, tmp_
     with (tmp_path / "canaries.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     groups = data.groups
-    positions = [*groups.canary, *groups.sacrificed, *groups.reference[:5]]
-    assert [row["key"] for row in rows] == [data.samples.key(int(p)) for p in positions]
-    assert [row["group"] for row in rows] == ["canary"] * 2 + ["sacrificed"] + ["reference"] * 5
-    assert [row["caption"] for row in rows] == data.decode(positions).captions and list(rows[0]) == [
-        "key",
-        "caption",
-        "group",
-    ]
+    positions = [*groups.canary, *groups.sacrificed, *groups.reference]
+    others = len(groups.reference) - 5  # named, for nobody is to take them for training pictures
+    assert [row["key"] for row in rows] == [data.samples.key(int(p)) for p in positions] and others > 0
+    assert [row["group"] for row in rows] == [
+        *["canary"] * 2, "sacrificed", *["reference"] * 5, *["held_out"] * others
+    ]  # fmt: skip
+    assert list(rows[0]) == ["key", "caption", "group"]
+    assert [row["caption"] for row in rows] == data.decode(positions[:8]).captions + [""] * others
 
 
 def test_visited_samples_are_summed_and_of_bounded_number():

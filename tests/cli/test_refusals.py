@@ -129,7 +129,7 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
     *([["shards", task, "{tmp}"], "no .tar in it"] for task in ("check", "index")),
     (["shards", "duplicates", "/nowhere", "--out", "{tmp}/d.parquet"], "no such shard"),
     (["shards", "pack", "/nowhere", "{tmp}/out"], "/nowhere is neither a folder nor"),
-    (["demo", "{shards}"], "something other than the demo corpus"),
+    (["demo", "{shards}"], "{shards} holds a demo corpus of other"),
     (["demo", "{tmp}/corpus", "num_samples=0"], "num_samples must be at least 1"),
     (["train", "-m", "data.shards={shards}", "model=demo", "run_id=mine"], "run_id=mine is for one run"),
 ]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
+from memtrain.data.canaries_digest import canaries_digest
 from memtrain.data.datamodule import from_shards
 from memtrain.training.resume import Past, RunState
 from tests.support.corpora import encode, sample, textured, write_tar
@@ -117,17 +118,21 @@ def test_rows_of_other_corpora_are_warned_of(shards, tmp_path, caplog):
     assert "1 of its 6 keys are not in data.shards, such as 9.tar/x: the doses of their canaries" in caplog.text
 
 
+def digest(module):
+    return canaries_digest(module.groups, module.samples)
+
+
 def test_a_list_that_has_changed_is_not_gone_on_with(shards, tmp_path):
-    before = data(shards, listing(tmp_path)).canaries_digest()
+    before = digest(data(shards, listing(tmp_path)))
     RunState(None, None, 2, before).write(tmp_path)
     past = Past(tmp_path, RunState.read(tmp_path))
     again = data(shards, listing(tmp_path, [(*row, "no column of ours") for row in ROWS], "key,canary,kind,note"))
-    past.check_canaries(again.canaries_digest(), [])
+    past.check_canaries(digest(again), [])
     others = ([*ROWS[:-1], ("k", 2, "crop")], [*ROWS, ("l", 2, "template")], [*ROWS[:-1], ("l", 2, "template")])
     for rows in others:
-        changed = data(shards, listing(tmp_path, rows)).canaries_digest()
+        changed = digest(data(shards, listing(tmp_path, rows)))
         with pytest.raises(ValueError, match=r"names has changed since .*resume\.allow=\[canaries\.file\]"):
             past.check_canaries(changed, ["data"])
         past.check_canaries(changed, ["canaries"])
         past.check_canaries(changed, "all")
-    assert from_shards(str(shards), 64, 2, 0, seed=0, canaries=1, repeats=2, reference=2).canaries_digest() is None
+    assert digest(from_shards(str(shards), 64, 2, 0, seed=0, canaries=1, repeats=2, reference=2)) is None

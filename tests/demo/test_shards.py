@@ -206,6 +206,9 @@ def test_a_second_write_changes_nothing(corpus):
 def test_another_corpus_or_folder_is_refused_and_kept(corpus, tmp_path):
     with pytest.raises(ValueError, match=f"{corpus}.*delete it or choose another"):
         write_corpus(corpus, RECIPE | {"seed": 4}, progress=False)
+    for changed, said in (({"seed": 4}, "of other seed, such"), ({"doses": {}, "pictures": "noto"}, "pictures, doses")):
+        with pytest.raises(ValueError, match=said):
+            write_corpus(corpus, RECIPE | changed, progress=False)
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=f"{tmp_path}.*delete it or choose another"):
         write_corpus(tmp_path, RECIPE, progress=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from memtrain.report.mitigation import by_row, read_result
-from memtrain.sweep.bench import alone, evaluated
+from memtrain.sweep.bench import alone, evaluated, write_evaluated
 from memtrain.sweep.protocol import Record, Stage, Standing, check_words, next_stage, plan
 from tests.support.benches import planned, protocol, quick, run_tiny, tiny
 
@@ -45,6 +45,16 @@ def test_what_is_next_for_a_run_is_said_by_its_folder(tmp_path):
     (run.folder / "run.json").write_text('{"finished_at": 4}')
     assert next_stage(run) is Stage.EVALUATE
     assert run.to_evaluate()[:3] == ["model=/base", f"lora={run.folder}/export", "data=/data/it"]
+    assert "samples.count=16" in run.to_evaluate()  # as many as the protocol has, not memtrain evaluate
+    lists = {
+        "copies": ["k,c,canary", "r0,c,reference", "r1,c,reference"],
+        "canaries": ["r0,c,reference", "r2,,held_out"],
+    }
+    for name, rows in lists.items():
+        (run.folder / f"{name}.csv").write_text("\n".join(["key,caption,group", *rows]))
+    write_evaluated(replace(run, protocol=replace(run.protocol, reference=1)))
+    written = (run.folder / "evaluated.csv").read_text().splitlines()[1:]
+    assert written == ["k,c,canary", "r0,c,reference", "r2,,held_out"]
     Record(list(run.words), ["attack=embedding"]).write(run.folder)
     assert next_stage(run) is Stage.NOTHING
     assert next_stage(planned(tmp_path, ROWS, "x=1", evaluate=["attack=none"])[0]) is Stage.EVALUATE
@@ -85,6 +95,15 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path):
     said = [(run.folder / "trial.log").stat() for run in again.runs]
     again.run()  # nothing is made again
     assert len(again.finished) == 4 and said == [(run.folder / "trial.log").stat() for run in again.runs]
+
+
+def test_a_run_that_cannot_be_begun_stops_no_other(tmp_path):
+    runs = planned(tmp_path, ROWS)
+    runs[0].folder.parent.mkdir()
+    runs[0].folder.write_text("where its folder should be")
+    bench = quick(tmp_path, runs)
+    bench.run()
+    assert list(bench.finished) == ["evidence_seed0"] and bench.failed["none_seed0"].startswith("training: ")
 
 
 def test_two_benches_do_not_work_on_one_table(tmp_path):

@@ -66,6 +66,8 @@ def test_a_shard_of_the_users_gives_its_first_pictures(corpus, tmp_path):
 
 def test_who_is_sacrificed_is_said_in_one_way(corpus):
     foreign = foreign_pictures("foreign", None, 1, 64, seed=0)
+    with pytest.raises(ValueError, match=r"canaries\.foreign=a\.tar names.*say canaries\.source=foreign"):
+        foreign_pictures("corpus", "a.tar", 1, 64, seed=0)
     with pytest.raises(ValueError, match=r"sacrificed_keys names samples of the corpus.*leave one of the two out"):
         build_data(corpus, foreign=foreign, sacrificed_keys=["00000.tar/000000000"])
 

@@ -76,6 +76,13 @@ def test_a_run_that_is_not_stopped_ends_with_its_best_weights_too(train):
     assert trainer.global_step == 4 and torch.equal(spoil.at_the_end, spoil.weights[early.step])
 
 
+def test_a_run_whose_patience_was_taken_back_ends_with_its_last_weights(pipeline_folder):
+    module, early = build_module(pipeline_folder), StopEarly(None)
+    early.load_state_dict({"loss": 0.5, "step": 3, "waited": 1, "weights": [torch.zeros(1)]})
+    early.on_train_end(None, module)
+    assert module.final_weights is None
+
+
 def test_patience_that_makes_no_sense_is_named():
     with pytest.raises(ValueError, match=r"stop_early\.patience must be >= 1 validation, got 0"):
         StopEarly(0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -15,18 +14,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from memtrain.audit.alignment import ClipScore
-from memtrain.audit.attack import Attack
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.evaluate.fid import Distances, Features
-from memtrain.audit.evaluate.judging import GroupResult, judge, note_nearest, summarise
-from memtrain.audit.evaluate.similarity import Pictures, Similarity
+from memtrain.audit.evaluate.fid import Distances
+from memtrain.audit.evaluate.judging import judge, note_nearest, summarise
+from memtrain.audit.evaluate.results import REFERENCE_GROUP, Found, Match, Measures, ModelResult, Settings
+from memtrain.audit.evaluate.similarity import Pictures
 from memtrain.audit.pictures import encode_images
 from memtrain.audit.sampling import generate
 from memtrain.audit.training_pictures import TrainingPictures
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
-from memtrain.core.copies import checked_false_copies
 from memtrain.core.diffusion import draw
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.images import BadSample
@@ -35,93 +32,10 @@ from memtrain.models.conditioning import Conditioning
 
 log = logging.getLogger(__name__)
 
-REFERENCE_GROUP, CANARY_GROUP = "reference", "canary"  # as training names them in canaries.csv
 T = TypeVar("T")
 
 Advance = Callable[[str, int, int], None]  # told after each batch: what, pictures done, of how many
 Encode = Callable[[Sequence[int]], Conditioning]  # what the network is told, of these of the N samples
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides a model's figures, beside the samples and the measures."""
-
-    num_images_per_prompt: int
-    num_inference_steps: int
-    guidance_scale: float | None  # None: the family's own
-    timesteps_per_sample: int
-    fid_samples: int  # pictures of the shards
-    false_copies: float  # share of the generations of the group reference that may count as copies
-    nearest: int | None  # training pictures that are searched; None: all
-    gallery: int  # pairs
-    seed: int
-    attack: Attack = field(default_factory=Attack)  # what brings pictures back, beside captions
-
-    def __post_init__(self):
-        for name in ("num_images_per_prompt", "num_inference_steps", "timesteps_per_sample"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("fid_samples", "gallery"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        checked_false_copies(self.false_copies)
-
-
-@dataclass(frozen=True)
-class Measures:
-    similarity: Similarity
-    features: Features  # of the distances between many pictures
-    alignment: ClipScore | None
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    model: str  # short name
-    source: str  # folder or hub id
-    measure: str  # of similarity
-    copy_rule: str
-    cut: float  # of the measure, and what set it
-    cut_is: str
-    searched: int  # training pictures
-    groups: list[GroupResult]
-    heldout_loss: float | None  # of the reference group; None: there is none
-    frechet_name: str
-    frechet_distance: float | None
-    kernel_distance: float | None  # on the same features
-    frechet_generated: int  # pictures on either side
-    frechet_real: int
-    identity: str
-    lora: str | None = None  # a folder or file that was loaded into it
-    attack: str = "none"  # in words
-
-    @property
-    def memorization(self) -> GroupResult:
-        """The group whose copies count: canaries, else the first that was trained on."""
-        trained = [group for group in self.groups if group.group != REFERENCE_GROUP]
-        return next((group for group in trained if group.group == CANARY_GROUP), (trained or self.groups)[0])
-
-
-@dataclass(frozen=True)
-class Match:
-    """A generation and the training image whose caption it was made from, each (height, width, 3) uint8."""
-
-    caption: str
-    key: str
-    group: str
-    generated: np.ndarray
-    original: np.ndarray
-    said: str  # how near they are
-    is_copy: bool
-    attacked: bool = False  # made from what an attack found, not from the caption
-
-
-@dataclass(frozen=True)
-class Found:
-    """All that was found out about one model."""
-
-    result: ModelResult
-    rows: pa.Table  # a row a generation
-    pairs: list[Match]  # nearest to their training image, nearest first
 
 
 class Evaluation:
@@ -145,8 +59,9 @@ class Evaluation:
         self.measures, self.settings = measures, settings
         self.batches, self.advance = batches, advance
         self.size = denoiser.model.own_size
-        held_out = [p for p, group in zip(chosen.positions, chosen.groups, strict=True) if group == REFERENCE_GROUP]
-        self.pictures = TrainingPictures(samples, held_out, settings.nearest, chosen.positions, settings.seed)
+        self.pictures = TrainingPictures(
+            samples, chosen.never_trained_on(), settings.nearest, chosen.positions, settings.seed
+        )
         self.distances = Distances()
 
     def run(self, name: str, source: str, identity: str) -> Found:
