@@ -187,7 +187,7 @@ def test_a_bug_of_ours_keeps_its_traceback():
 
 def test_demo_writes_a_corpus_and_refuses_a_foreign_folder(capsys, tmp_path):
     small = [str(tmp_path / "a"), "num_samples=20", "shard_size=10"]
-    assert "the canaries are 2478 samples, more than num_samples=20" in fails(capsys, "demo", *small)
+    assert "the canaries are 2878 samples, more than num_samples=20" in fails(capsys, "demo", *small)
     assert "repeated must be >= 0 and copies >= 1, got -1" in fails(capsys, "demo", *small, "repeated=-1")
     main(["demo", *small, "pictures=noto", "repeated=6", "copies=2"])
     assert "wrote 20 samples in 2 shards" in capsys.readouterr().out
