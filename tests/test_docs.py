@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from memtrain.cli import schema
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import COMMANDS, _with_hydra, config_folder
-from memtrain.report.table import BEGIN, BEGIN_SEEDS, END, END_SEEDS
+from memtrain.report.table import marks_of
 from tests.support.observe import observe
 from tests.test_rooms import BELOW
 
@@ -256,7 +256,7 @@ def test_the_readme_is_read_in_four_minutes():
 
 def test_the_readmes_table_is_a_part_of_the_results():
     headline = rows(read(REPO / "README.md"), "<!-- headline: begin -->", "<!-- headline: end -->")
-    results = rows(read(REPO / "docs/results.md"), BEGIN, END)
+    results = rows(read(REPO / "docs/results.md"), *marks_of("mitigation"))
     places = [results[0].index(column) for column in headline[0]]
     assert len(headline) > 3
     assert all(row in [[one[place] for place in places] for one in results[2:]] for row in headline[2:])
@@ -264,7 +264,7 @@ def test_the_readmes_table_is_a_part_of_the_results():
 
 def test_the_results_have_a_place_for_each_table():
     page = read(REPO / "docs/results.md")
-    assert all(page.count(mark) == 1 for mark in (BEGIN, END, BEGIN_SEEDS, END_SEEDS))
+    assert all(page.count(mark) == 1 for name in ("mitigation", "results", "seeds") for mark in marks_of(name))
     assert "--into docs/results.md" in read(REPO / "launch" / "compare.sh")
 
 

@@ -18,6 +18,7 @@ from memtrain.callbacks.steps import AfterEachStep
 from memtrain.core.copies import Cut, checked_false_copies, checked_max_rmse, copy_cut, is_copy
 from memtrain.core.dose import DoseCurve
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED
+from memtrain.data.canaries import DUPLICATES
 from memtrain.data.copies_file import CopyRow, write_copies
 from memtrain.data.escaping import as_text
 from memtrain.data.groups import Groups
@@ -111,11 +112,12 @@ class Copies(AfterEachStep):
 
     @torch.no_grad()
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at some canaries, the same ones each time."""
+        """Look at some canaries that rates count, the same ones each time."""
         groups = trainer.datamodule.groups
         if self._watched is None:
             # evenly spread over both groups, one after the other, and sorted into them again
             both = np.concatenate([groups.one_each(groups.sacrificed), groups.one_each(groups.canary)])
+            both = both[groups.repeats_of(both) >= self.min_repeats]
             chosen = both[:: max(1, -(-len(both) // self.watched))]
             self._watched = [
                 (pl_module.encode_samples(list(dict.fromkeys(looked.flat))), looked)
@@ -239,20 +241,22 @@ class Copies(AfterEachStep):
 
     @on_first_rank
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, samples, found: list[Compared]) -> None:
-        """Write `samples.png`: a row a canary, its image and its first four generations."""
+        """Write `samples.png`: a row a canary, the most repeated first, its image and its first four generations."""
         data, groups = trainer.datamodule, trainer.datamodule.groups
         positions = samples.positions.cpu().numpy()
         canary = groups.canary_of(positions)
-        shown = list(dict.fromkeys(canary.tolist()))[: self.shown]
+        repeats = dict(zip(canary.tolist(), groups.repeats_of(positions).tolist(), strict=True))  # in order of the rows
+        shown = sorted(repeats, key=repeats.__getitem__, reverse=True)[: self.shown]  # stable
         first = np.array([int(np.argmax(canary == number)) for number in shown])  # rows of the samples
         originals = data.decode(positions[first].tolist()).images.permute(0, 2, 3, 1).numpy()
         sizes, kinds = groups.pictures.copies(positions), groups.kind_of(positions)
-        repeats = groups.repeats_of(positions)
         rows = []
         for number, original, row in zip(shown, originals, first.tolist(), strict=True):
             of = [one for one in found if canary[one.sample] == number][:4]
             images = pl_module.model.decode(torch.stack([one.latents for one in of]))
-            said = samples_of_picture(sizes[row]) or f"{kinds[row]}, {repeats[row]} repeats"
+            said = f"{kinds[row]}, {repeats[number]} repeat{'s' * (repeats[number] > 1)}"
+            if kinds[row] == DUPLICATES:
+                said = samples_of_picture(sizes[row])
             rows.append((f"{said}: {samples.captions[row]}", original, images, [one.rmse for one in of]))
         path = Path(trainer.default_root_dir) / "samples.png"
         draw_samples(path, rows, self.cut.distance)
