@@ -73,10 +73,9 @@ def bench_mitigation(cfg: DictConfig) -> None:
 
 def _check_shards(cfg: DictConfig) -> None:
     """Raises ValueError where a protocol wants the user's shards and has none, or is given some and has its own."""
-    wants = "${shards}" in OmegaConf.to_yaml(cfg.protocol)
-    if wants and cfg.shards is None:
+    if cfg.shards is None and "${shards}" in OmegaConf.to_yaml(cfg.protocol):
         raise ValueError("the protocol has no corpus of its own; name yours with shards=FOLDER")
-    if not wants and cfg.shards is not None:
+    if cfg.shards is not None and cfg.shards not in OmegaConf.to_yaml(cfg.protocol, resolve=True):
         raise ValueError(
             f"shards={cfg.shards}: the protocol has a corpus of its own, {cfg.protocol.corpus}; say "
             "protocol.corpus=FOLDER protocol.make=[] to take another"
