@@ -55,10 +55,10 @@ def quick(folder: Path, runs: list[Planned], workers: int = 1) -> Bench:
 def tiny(corpus: str, pipeline: str, out: str) -> list[Planned]:
     """Two rows of six steps on the tests' corpus and pipeline, a checkpoint after each step."""
     words = [
-        "experiment=demo", f"model.pretrained={pipeline}", "logger=csv", "~logger.csv", "trainer=cpu", "data.batch_size=4",
-        "canaries.count=3", "canaries.repeats=4", "canaries.file=null", "reference.count=8", "reference.batch_size=4",
-        "trainer.max_steps=6",
-        "optimizer.warmup_steps=2", "callbacks.validation.every=3", "callbacks.validation.timesteps_per_sample=2",
+        "experiment=demo", f"model.pretrained={pipeline}", "logger=csv", "~logger.csv", "trainer=cpu",
+        "data.batch_size=4", "canaries.count=3", "canaries.repeats=4", "canaries.file=null",
+        "reference.count=8", "reference.batch_size=4", "trainer.max_steps=6", "optimizer.warmup_steps=2",
+        "callbacks.validation.every=3", "callbacks.validation.timesteps_per_sample=2",
         "callbacks.checkpoint.every=1", "callbacks.copies.every=0", "callbacks.copies.num_inference_steps=2",
         "callbacks.copies.reference=2", "callbacks.copies.num_images_per_prompt=2", "callbacks.copies.shown=0",
         *(f"callbacks.{name}=null" for name in ("progress", "sample_grid", "memorized_table", "report")),
