@@ -264,8 +264,9 @@ def test_the_readmes_table_is_a_part_of_the_results():
 
 def test_the_results_have_a_place_for_each_table():
     page = read(REPO / "docs/results.md")
-    assert all(page.count(mark) == 1 for name in ("mitigation", "results", "seeds") for mark in marks_of(name))
-    assert "--into docs/results.md" in read(REPO / "launch" / "compare.sh")
+    names = ("mitigation", "seeds", "flow", "flow-separation", "flow-separation-over-loss")
+    assert all(page.count(mark) == 1 for name in names for mark in marks_of(name))
+    assert "--into docs/results.md" in read(REPO / "launch" / "flow_table.sh")
 
 
 def test_the_table_of_rooms_is_that_of_the_tests():
