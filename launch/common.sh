@@ -169,7 +169,6 @@ train_settings() {
     shift
     cd "$repo"
     export OMP_NUM_THREADS=1 PATH="$venv/bin:$PATH"
-    [ -d data/demo_table ] || memtrain demo data/demo_table num_samples=1196 copies=66
     mkdir -p "runs/$folder"
     for seed in ${SEEDS:-0 1 2}; do
         for setting in "${settings[@]}"; do
@@ -177,7 +176,7 @@ train_settings() {
                 printf '%s run_id=%s_seed%s seed=%s\n' "${setting#* }" "${setting%% *}" "$seed" "$seed"
         done
     done | xargs -P "${JOBS:-2}" -I '{}' bash -c \
-        'log="$1"; shift; memtrain train experiment=demo_table logger=csv {} "$@" >>"$log" 2>&1' \
+        'log="$1"; shift; memtrain train logger=csv {} "$@" >>"$log" 2>&1' \
         bash "runs/$folder/log" "name=$folder" "$@"
     runs=()
     for setting in "${settings[@]}"; do

@@ -120,7 +120,7 @@ def write_shards(folder: Path, shapes: list[tuple[int, int]], per_shard: int = 1
 
 STEPS = 10
 BRIEFLY = [
-    "experiment=demo", "model.pretrained=pipeline", "runs_dir=.", "name=runs", "logger=csv", "trainer=cpu",
+    "experiment=demo_noto", "model.pretrained=pipeline", "runs_dir=.", "name=runs", "logger=csv", "trainer=cpu",
     f"trainer.max_steps={STEPS}", "data.shards=shards", "data.batch_size=8", "data.resolution=64", "data.num_workers=0",
     "optimizer.warmup_steps=2", "canaries.count=4", "canaries.repeats=6", "canaries.sacrificed=1",
     "reference.count=12", "reference.batch_size=8", "reference.every=2", "ema.decay=0.9",
@@ -225,7 +225,7 @@ AUDITS = {
         ["shards", "duplicates", "natural", "--out", "OUT/groups.parquet", "--workers", "1"],
         ["ledger", "suspects", "runs/rule_evidence", "--false-positive-rate", "0.3", "--out", "OUT/suspects.parquet"],
     ],
-    "demo": [["demo", "OUT/corpus", "num_samples=60", "repeated=2", "copies=5", "shard_size=30"]],
+    "demo": [["demo", "OUT/corpus", "pictures=noto", "num_samples=60", "repeated=2", "copies=5", "shard_size=30"]],
 }  # fmt: skip
 
 

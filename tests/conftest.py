@@ -61,10 +61,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    from memtrain.demo.compose import write_corpus
+    from memtrain.demo.corpus import recipe_of
+    from memtrain.demo.shards import write_corpus
 
     folder = tmp_path_factory.mktemp("corpus") / "shards"
-    write_corpus(folder, num_samples=48, seed=3, shard_size=16, progress=False)
+    write_corpus(folder, recipe_of(48, seed=3, shard_size=16, pictures="noto"), progress=False)
     return folder
 
 

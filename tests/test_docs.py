@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from memtrain.cli import schema
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import COMMANDS, _with_hydra, config_folder
-from memtrain.report.table import BEGIN, BEGIN_SEEDS, END, END_SEEDS
+from memtrain.report.table import marks_of
 from tests.support.observe import observe
 from tests.test_rooms import BELOW
 
@@ -105,11 +105,13 @@ class Understood(Exception):
 def test_a_command_composes(hydra, monkeypatch, command):
     name, *arguments = command
     assert name in COMMANDS
-    if name in WITH_HYDRA:
-        flags = {"-m", "--multirun", "--help", "--cfg", "job", "--config-dir", "DIR", "study=mine"}
+    if command[:2] == ("bench", "mitigation"):
+        name, *arguments = "bench_mitigation", *command[2:]
+    if name in (*WITH_HYDRA, "bench_mitigation"):
+        flags = {"-m", "--multirun", "--help", "--cfg", "job", "--config-dir", "DIR", "study=mine", "protocol=mine"}
         overrides = spelled(name, [argument for argument in arguments if argument not in flags])
         composed = compose(name, first_of_each(overrides))
-        if name == "sweep":  # what it says of every trial is for `train`
+        if name in ("sweep", "bench_mitigation"):  # what it says of every trial is for `train`
             compose("train", list(composed.overrides))
     elif len(arguments) < 2:  # named, not used
         with pytest.raises(SystemExit, match="0"):
@@ -155,6 +157,9 @@ def known_keys() -> frozenset[str]:
     return frozenset(found)
 
 
+FREE = ("hydra.launcher.", "exclusion._target_", "protocol.rows.")  # keys below these are the user's
+
+
 def unknown(said: str) -> list[str]:
     """The keys of `key=value …` that nothing has, and choices that there are not; [] where `said` is something else."""
     matches = [OVERRIDE.fullmatch(word) for word in words(said)]
@@ -167,7 +172,7 @@ def unknown(said: str) -> list[str]:
             passed = ("", "any", "joblib", "submitit_local", "basic")  # these launchers are Hydra's own
             choices = [choice.strip() for choice in value.strip("[]").split(",")]
             wrong += [f"{key}={c}" for c in choices if c not in passed and not (group / f"{c}.yaml").exists()]
-        elif key not in known_keys() and not key.startswith(("hydra.launcher.", "exclusion._target_")):
+        elif key not in known_keys() and not key.startswith(FREE):
             wrong.append(key)
     return wrong
 
@@ -251,7 +256,7 @@ def test_the_readme_is_read_in_four_minutes():
 
 def test_the_readmes_table_is_a_part_of_the_results():
     headline = rows(read(REPO / "README.md"), "<!-- headline: begin -->", "<!-- headline: end -->")
-    results = rows(read(REPO / "docs/results.md"), BEGIN, END)
+    results = rows(read(REPO / "docs/results.md"), *marks_of("mitigation"))
     places = [results[0].index(column) for column in headline[0]]
     assert len(headline) > 3
     assert all(row in [[one[place] for place in places] for one in results[2:]] for row in headline[2:])
@@ -259,9 +264,9 @@ def test_the_readmes_table_is_a_part_of_the_results():
 
 def test_the_results_have_a_place_for_each_table():
     page = read(REPO / "docs/results.md")
-    assert all(page.count(mark) == 1 for mark in (BEGIN, END, BEGIN_SEEDS, END_SEEDS))
-    for script in ("compare.sh", "table.sh"):
-        assert "--into docs/results.md" in read(REPO / "launch" / script)
+    names = ("mitigation", "seeds", "flow", "flow-separation", "flow-separation-over-loss")
+    assert all(page.count(mark) == 1 for name in names for mark in marks_of(name))
+    assert "--into docs/results.md" in read(REPO / "launch" / "flow_table.sh")
 
 
 def test_the_table_of_rooms_is_that_of_the_tests():

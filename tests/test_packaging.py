@@ -74,7 +74,7 @@ def test_the_wheel_holds_code_conf_and_demo(wheel):
         *REPO.glob("memtrain/demo/pipeline/**/*"),
         *REPO.glob("memtrain/demo/flow/**/*"),
         REPO / "memtrain/py.typed",  # tells type checkers that memtrain's own annotations count
-        REPO / "memtrain/demo/glyphs.zip",
+        *REPO.glob("memtrain/demo/*.zip"),
         *REPO.glob("memtrain/report/assets/*"),
     ]
     expected = {str(path.relative_to(REPO)) for path in sources if path.is_file()}

@@ -13,7 +13,7 @@ BELOW = {
     "training": {"core", "models", "data", "demo"},
     "audit": {"core", "models", "data"},
     "report": {"core", "data", "audit"},
-    "sweep": {"report"},
+    "sweep": {"core", "report"},
     "callbacks": {"core", "models", "data", "training", "report"},
     "demo": {"core", "models", "data"},
 }

@@ -20,6 +20,7 @@ from memtrain.core.exclusion import GROUP_NAMES, REFERENCE, TRAINED
 from memtrain.core.visits import COUNTED_FROM, columns_of, evidence, log_ratio, sums_of
 from memtrain.data.escaping import as_text
 from memtrain.data.find_pictures import find_pictures, read_pictures_from
+from memtrain.data.foreign import KEY as FOREIGN_KEY
 from memtrain.data.ledger import KeyNumbers, batches, read_about, read_ledger
 from memtrain.data.samples import ShardSamples
 from memtrain.data.sources import find_sources
@@ -67,6 +68,8 @@ class Judged:
         Args:
             unvisited: key, duplicate_of of samples that the ledger need not name, see `duplicates_in_corpus`.
         """
+        foreign = pc.match_substring_regex(pictures["key"], f"^{FOREIGN_KEY.pattern}$")
+        pictures = pictures.filter(pc.invert(foreign))  # nobody can leave out what is in no shard
         keys = self.keys
         if unvisited is not None:
             keys = pa.concat_tables([keys, unvisited]).group_by(["key", "duplicate_of"]).aggregate([])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from memtrain.core.exclusion import GROUP_NAMES, REFERENCE
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.escaping import of_cell
-from memtrain.data.groups import draw_groups
+from memtrain.data.foreign import is_foreign
+from memtrain.data.groups import HELD_OUT, draw_groups
 from memtrain.data.images import BadSample
 from memtrain.data.paths import SAMPLES, check_file
 from memtrain.data.samples import ShardSamples
@@ -33,13 +35,22 @@ class TrainingSamples:
     keys: list[str]
     captions: list[str]
     groups: list[str]
+    others_held_out: list[int] = field(default_factory=list)  # positions that were not trained on, and are not judged
 
     def __len__(self) -> int:
         return len(self.positions)
 
+    def never_trained_on(self) -> set[int]:
+        """Positions of all samples of which that is known."""
+        reference = GROUP_NAMES[REFERENCE]
+        own = (place for place, group in zip(self.positions, self.groups, strict=True) if group == reference)
+        return {*own, *self.others_held_out}
+
 
 def choose(samples: ShardSamples, file: str | None, group: str, count: int, seed: int) -> TrainingSamples:
     """`count` samples drawn by seed; of a file, the first `count` of each group.
+
+    What else the file names of the groups `reference` and `held_out` was not trained on, and is not judged.
 
     Args:
         file: `.csv` (comma) or `.parquet` with a column `key`, as `memtrain train` writes canaries.csv, and
@@ -55,8 +66,12 @@ def choose(samples: ShardSamples, file: str | None, group: str, count: int, seed
         positions = draw_positions(samples, count, place_seed(seed, Stream.JUDGED, 0, 0))
         rows = [{"key": samples.key(position), "group": DRAWN} for position in positions]
     else:
-        rows = _first_of_each_group(_read(file, group), count)
+        listed = _in_shards(_read(file, group), file)
+        rows = _first_of_each_group([row for row in listed if row["group"] != HELD_OUT], count)
         positions = samples.find([row["key"] for row in rows]).tolist()
+        never = samples.look_up([row["key"] for row in listed if row["group"] in (GROUP_NAMES[REFERENCE], HELD_OUT)])
+        others = sorted({*never[never >= 0].tolist()} - {*positions})
+        return replace(_usable(samples, positions, rows), others_held_out=others)
     return _usable(samples, positions, rows)
 
 
@@ -94,6 +109,14 @@ def _usable(samples: ShardSamples, positions: list[int], rows: list[dict]) -> Tr
             f"none of the {len(rows)} chosen samples can be used ({causes}); choose others with samples=FILE"
         )
     return TrainingSamples(*(list(column) for column in zip(*kept, strict=True)))
+
+
+def _in_shards(rows: list[dict], file: str) -> list[dict]:
+    """The rows without foreign pictures, which a run's canaries.csv names beside samples of the shards."""
+    kept = [row for row in rows if not is_foreign(row["key"])]
+    if len(kept) < len(rows):
+        log.info("left out %d foreign pictures of %s: they are in no shard", len(rows) - len(kept), file)
+    return kept
 
 
 def _first_of_each_group(rows: list[dict], count: int) -> list[dict]:

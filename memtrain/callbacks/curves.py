@@ -51,6 +51,7 @@ class MemorizationCurves(AfterEachStep):
         self.second = LiveStatistics(pl_module.num_timesteps, self.high_noise, pl_module.device)
         self.held: list[DecidedRows] = []
         self.step_at_log = trainer.global_step
+        self.trainer = trainer
         self.clock_runs = False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -90,8 +91,7 @@ class MemorizationCurves(AfterEachStep):
         seconds, scoring = time.perf_counter() - self.began, flat[-1].item()
         point = LiveStatistics(pl_module.num_timesteps, self.high_noise, flat=flat)
         self.total += point.sums
-        if self.step_at_log >= trainer.max_steps / 2:
-            self.late += point.sums
+        self.late += point.sums * self._is_late(trainer)
         self.seconds, self.seconds_scoring = self.seconds + seconds, self.seconds_scoring + scoring
         optimizer = trainer.optimizers[0].param_groups[0]
         metrics = point.metrics() | {
@@ -129,10 +129,24 @@ class MemorizationCurves(AfterEachStep):
         """Share of the run's time that scoring took."""
         return self.seconds_scoring / self.seconds if self.seconds else float("nan")
 
+    def _is_late(self, trainer: pl.Trainer) -> bool:
+        """Whether the point that this step belongs to began in the run's second half, wherever the run goes on from."""
+        return (trainer.global_step - 1) // self.every * self.every >= trainer.max_steps / 2
+
+    def _since_the_last_point(self) -> Tensor:
+        """The sums of the steps since then, over all ranks, which call this together."""
+        recent = LiveStatistics(self.recent.num_timesteps, self.high_noise, flat=self.recent.flat.clone())
+        if self.held:
+            observed = Observations.concatenate([rows.observed for rows in self.held])
+            recent.add(observed, Decision.concatenate([rows.decision for rows in self.held]))
+        ranks.all_reduce(self.trainer, recent.flat)
+        return recent.sums.cpu().double()
+
     def state_dict(self) -> dict:
+        since = self._since_the_last_point()
         return {
-            "total": self.total,
-            "late": self.late,
+            "total": self.total + since,
+            "late": self.late + since * self._is_late(self.trainer),
             "seconds": self.seconds,
             "seconds_scoring": self.seconds_scoring,
         }

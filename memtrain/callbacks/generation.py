@@ -67,11 +67,11 @@ def compare(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     samples: EncodedSamples,
-    num_images_per_prompt: int,
+    wanted: Sequence[tuple[int, int]],
     num_inference_steps: int,
     guidance_scale: float,
     batch_size: int,
-    shown: int = 0,
+    with_latents: bool,
 ) -> list[Compared]:
     """Generate from the captions, the work shared by the ranks, and measure the distance to the samples.
 
@@ -79,26 +79,30 @@ def compare(
 
     Args:
         samples: with their latents.
-        num_images_per_prompt: of each sample.
-        shown: of the first so many samples the generated latents are returned.
+        wanted: (row of the samples, number of the generation) of each.
+        with_latents: whether the generated latents are returned.
+
+    Returns:
+        All ranks' generations, on every rank, in the order of `wanted`.
     """
     latents, index, captions, _ = samples
     pipeline, positions = pl_module.model.pipeline(), index.tolist()
-    wanted = share_of_rank(trainer, [(n, g) for n in range(len(captions)) for g in range(num_images_per_prompt)])
+    mine = share_of_rank(trainer, list(enumerate(wanted)))
     found = []
-    for first in range(0, len(wanted), batch_size):
-        part = wanted[first : first + batch_size]
+    for first in range(0, len(mine), batch_size):
+        part = mine[first : first + batch_size]
+        rows = [n for _, (n, _) in part]
         generated = generate(
             trainer,
             pl_module.model,
             pipeline,
-            [captions[n] for n, _ in part],
-            [place_seed(pl_module.seed, Stream.GENERATION, positions[n], g) for n, g in part],
+            [captions[n] for n in rows],
+            [place_seed(pl_module.seed, Stream.GENERATION, positions[n], g) for _, (n, g) in part],
             pl_module.latent_shape,
             num_inference_steps,
             guidance_scale,
         )
-        rmse = latent_rmse(generated, latents[[n for n, _ in part]])  # (B,)
-        for (n, g), distance, image in zip(part, rmse.tolist(), generated, strict=True):
-            found.append(Compared(n, g, distance, image.clone() if n < shown else None))
-    return from_all_ranks(trainer, found)
+        rmse = latent_rmse(generated, latents[rows])  # (B,)
+        for (place, (n, g)), distance, image in zip(part, rmse.tolist(), generated, strict=True):
+            found.append((place, Compared(n, g, distance, image.clone() if with_latents else None)))
+    return [one for _, one in sorted(from_all_ranks(trainer, found), key=lambda placed: placed[0])]

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from memtrain.callbacks.copies import cut_of
 from memtrain.callbacks.generation import Compared, compare
 from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture, log_table
@@ -82,7 +83,7 @@ class MemorizedTable(AfterEachStep):
         num_images_per_prompt: of each, of which the nearest is shown.
         counted_from: visits at timesteps from this share of the schedule on count; None is as the score wants it.
         num_inference_steps, guidance_scale: of the stock pipeline's sampler.
-        max_rmse: a generation this near is framed as a copy.
+        max_rmse: a generation this near is framed as a copy; at the end one within the cut that `Copies` set.
         batch_size: generations at a time.
     """
 
@@ -189,7 +190,8 @@ class MemorizedTable(AfterEachStep):
         if not captions:
             return  # nothing was scored
         with pl_module.averaged_weights():
-            found = compare(trainer, pl_module, samples, self.num_images_per_prompt, *self.options, shown=len(captions))
+            wanted = [(n, g) for n in range(len(captions)) for g in range(self.num_images_per_prompt)]
+            found = compare(trainer, pl_module, samples, wanted, *self.options, with_latents=True)
         self._show(trainer, pl_module, samples, found, strength)
 
     @on_first_rank
@@ -211,7 +213,7 @@ class MemorizedTable(AfterEachStep):
             pictures.append((label, originals[n], images[n : n + 1], [rmse]))
         log_table(trainer, "memorized_samples", COLUMNS, table)
         path = Path(trainer.default_root_dir) / "memorized.png"
-        draw_samples(path, pictures, self.max_rmse)
+        draw_samples(path, pictures, cut_of(trainer, self.max_rmse))
         log_picture(trainer, "samples_most_memorized", path)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,7 +17,9 @@ from memtrain.callbacks.curves import MemorizationCurves
 from memtrain.callbacks.guard import on_first_rank
 from memtrain.callbacks.logging import log_picture
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, TRAINED
+from memtrain.report.copies import as_json, nearest_quantile, rates_by_group, rates_by_kind
 from memtrain.report.curves import draw_curves
+from memtrain.training.stop_early import StopEarly
 
 GROUPS_COPIED = ("canary", "reference", "sacrificed")
 
@@ -46,7 +49,8 @@ class Summary(pl.Callback):
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print_summary(summary)
         if (folder / "metrics.csv").exists():
-            draw_curves(folder / "metrics.csv", folder / "curves.png")
+            looks = (summary["copies"] or {}).get("looks", {})
+            draw_curves(folder / "metrics.csv", folder / "curves.png", looks)
             log_picture(trainer, "curves", folder / "curves.png")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -65,6 +69,7 @@ class Summary(pl.Callback):
         groups = trainer.datamodule.groups
         curves = next((c for c in trainer.callbacks if isinstance(c, MemorizationCurves)), None)
         copies = next((c for c in trainer.callbacks if isinstance(c, Copies)), None)
+        early = next((c for c in trainer.callbacks if isinstance(c, StopEarly) and c.patience is not None), None)
         seconds = max(self.trained_until - self.started, 1e-9)  # validation included, what follows the last step not
         return {
             "steps": trainer.global_step,
@@ -73,6 +78,7 @@ class Summary(pl.Callback):
             "scaler_backoffs": pl_module.accumulation.scaler_backoffs,
             "samples_per_second": (pl_module.accumulation.samples_seen - self.samples_before) / seconds,
             "heldout_loss": figure("heldout_loss"),
+            "weights_of_step": early.step if early else trainer.global_step,
             "score": {
                 GROUP_NAMES[group]: {
                     "mean": figure(f"val_score/{GROUP_NAMES[group]}"),
@@ -103,10 +109,39 @@ class Summary(pl.Callback):
             },
             "copy_rate": {name: figure(f"copy_rate/{name}") for name in GROUPS_COPIED},
             "copy_rmse": {name: figure(f"copy_rmse/{name}") for name in GROUPS_COPIED},
+            "copies": summarize_copies(copies, trainer) if copies and copies.rows else None,
             "memorized_at": copies.memorized_at(trainer) if copies else None,
             "scoring_share": _or_none(curves.scoring_share) if curves else None,
             "bad_samples": trainer.datamodule.problems_by_cause(),
         }
+
+
+def summarize_copies(copies: Copies, trainer: pl.Trainer) -> dict:
+    """What a copy was, and rates with their intervals: against a generation's own picture, and against all."""
+    cut, rows = copies.cut, copies.counted()
+    nearest = rates_by_group(rows, cut.distance)
+    by_group = {group: [row for row in rows if row.group == group] for group in nearest}
+    return {
+        "cut": cut.distance,
+        "cut_is": cut.why,
+        "max_rmse": cut.bound,
+        "false_copies": cut.false_copies,
+        "reference_generations": cut.generations,
+        "training_pictures": {"searched": copies.searched.pictures, "all": copies.searched.of_pictures},
+        "min_repeats": copies.min_repeats,
+        "intervals": "95 %, by bootstrap over canaries (of the reference set: captions)",
+        "own": {group: asdict(rate) for group, rate in rates_by_group(rows).items()},
+        "nearest": {
+            group: {
+                **asdict(rate),
+                "rmse_5th_percentile": nearest_quantile(by_group[group]),
+            }
+            for group, rate in nearest.items()
+        },
+        "kinds": {kind: asdict(rate) for kind, rate in rates_by_kind(rows).items()},
+        "doses": {kind: as_json(curve) for kind, curve in copies.doses.items()},
+        "looks": copies.curves(trainer),
+    }
 
 
 def _or_none(value: float) -> float | None:
@@ -133,6 +168,11 @@ def print_summary(summary: dict) -> None:
     table.add_row("excluded (reference: would be)", *(show(s["excluded_fraction"], ".1%") for s in scores))
     copies, canaries = summary["copy_rate"], summary["canaries"]
     table.add_row("generations that are copies", show(copies["canary"], ".1%"), "", show(copies["reference"], ".1%"))
+    judged = summary["copies"]
+    if judged is not None:
+        nearest = (judged["nearest"].get(group, {}).get("rate") for group in ("canary", "reference"))
+        of_canary, of_reference = (show(rate, ".1%") for rate in nearest)
+        table.add_row("copies of any training picture", of_canary, "", of_reference)
     console = Console()
     console.print(table)
     console.print(
@@ -140,6 +180,13 @@ def print_summary(summary: dict) -> None:
         f"AUC canary against reference {show(summary['auc_canary_vs_reference'], '.3f')}   "
         f"updates skipped {summary['updates_skipped']}   {summary['samples_per_second']:.0f} samples/s"
     )
+    if summary["weights_of_step"] != summary["steps"]:
+        console.print(f"the weights are those of step {summary['weights_of_step']}, whose held-out loss was the lowest")
+    if judged is not None:
+        console.print(f"a copy: RMSE of latents ≤ {judged['cut']:.3f}, {judged['cut_is']}")
+        low, high = (judged["own"].get("canary", {}).get(bound) for bound in ("low", "high"))
+        if low is not None:
+            console.print(f"copies of canaries {copies['canary']:.1%}, 95 % over canaries {low:.1%} to {high:.1%}")
     repeated = canaries["canary"]
     if repeated["samples"] > repeated["pictures"]:
         console.print(f"a canary is a picture: {repeated['pictures']} of them, {repeated['samples']} samples")
@@ -155,6 +202,8 @@ def print_files(folder: Path) -> None:
     for name, what in (
         ("curves.png", "curves"),
         ("samples.png", "samples"),
+        ("copies.csv", "copies"),
+        ("doses.png", "doses"),
         ("memorized.png", "memorized"),
         ("summary.json", "summary"),
         ("export", "weights"),

@@ -14,6 +14,7 @@ from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE, SACRIFICED, 
 from memtrain.core.statistics import auc, tpr_at_fpr
 from memtrain.core.streams import Stream
 from memtrain.training.encoded import EncodedSamples
+from memtrain.training.stop_early import StopEarly
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Validation(AfterEachStep):
             self._validate(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self.validated_at:
+        if trainer.global_step != self.validated_at or pl_module.final_weights is not None:
             self._validate(trainer, pl_module)
 
     def _load(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -102,6 +103,9 @@ class Validation(AfterEachStep):
                 metrics[f"{prefix}auc_canary_vs_reference"] = auc(canaries, reference)
                 metrics[f"{prefix}tpr_at_1pct_fpr"] = tpr_at_fpr(canaries, reference)
         log_metrics(trainer, metrics)
+        for callback in trainer.callbacks:
+            if isinstance(callback, StopEarly) and "heldout_loss" in metrics:
+                callback.see(trainer, pl_module, metrics["heldout_loss"])
         if trainer.is_global_zero:
             shown = ("heldout_loss", "auc_canary_vs_reference")
             said = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)

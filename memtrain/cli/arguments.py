@@ -40,9 +40,13 @@ _TEXT = {
         "samples": "samples.file",
         **{name: name for name in ("models", "lora", "sscd", "clip", "fid", "out")},
     },
+    "bench_mitigation": {name: name for name in ("out", "shards", "into")},
 }
-# Keys of the sweep's own; whatever else is said is for every trial.
-_SWEEPS_OWN = r"(\+|~)?(study|hydra)(/|\.|=|@)|(name|runs_dir|trials|workers|patience|storage)="
+# Keys of the sweep's and of the bench's own; whatever else is said is for each of their runs.
+_OWN = {
+    "sweep": r"(\+|~)?(study|hydra)(/|\.|=|@)|(name|runs_dir|trials|workers|patience|storage)=",
+    "bench_mitigation": r"(\+|~)?(protocol|hydra)(/|\.|=|@)|(out|shards|rows|seeds|workers|dry_run|report|into)=",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,8 +68,10 @@ def spelled(command: str, arguments: list[str]) -> list[str]:
     """
     if command == "demo" and arguments and not re.match(r"-|\w+=", arguments[0]):
         arguments = [f"out={arguments[0]}", *arguments[1:]]
-    if command == "sweep":
-        arguments = _for_every_trial(arguments)
+    if command in _OWN:
+        arguments = _for_every_run(arguments, _OWN[command])
+    if command == "bench_mitigation":
+        arguments = [_with_quoted_words(argument) for argument in arguments]
     keys = _TEXT.get(command, {})
     if command == "evaluate" and {"model", "models"} <= {argument.partition("=")[0] for argument in arguments}:
         raise ValueError("say model=PATH, or models=[A,B,…] for several, not both")
@@ -100,10 +106,19 @@ def _is_override(argument: str) -> bool:
     return True
 
 
-def _for_every_trial(arguments: list[str]) -> list[str]:
+def _with_quoted_words(argument: str) -> str:
+    """`protocol.rows.mine=[exclusion=fixed,score=both]`: words of a row, which Hydra's grammar wants in quotes."""
+    listed = re.fullmatch(r"(\+?protocol\.(?:rows\.[^=]+|words|make|evaluate)=)\[(.*)\]", argument)
+    if listed is None or "'" in listed[2] or '"' in listed[2]:
+        return argument
+    words = re.findall(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+", listed[2])  # at commas, but for those in brackets
+    return f"{listed[1]}[{','.join(map(quoted, words))}]"
+
+
+def _for_every_run(arguments: list[str], own_keys: str) -> list[str]:
     """`study=thresholds trials=6 exclusion=evidence`: what is for every trial is put in a list."""
     overrides = [argument for argument in arguments if re.match(r"~|[^-].*=", argument)]
-    others = [override for override in overrides if not re.match(_SWEEPS_OWN, override)]
+    others = [override for override in overrides if not re.match(own_keys, override)]
     if not others:
         return arguments
     first = arguments.index(overrides[0])  # overrides stay in a row, between options; Hydra's parser wants them so

@@ -12,7 +12,7 @@ from memtrain.cli.arguments import Parser
 
 
 def bench(argv: list[str]) -> None:
-    parser = Parser("memtrain bench", description="Measure how fast memtrain is here.")
+    parser = Parser("memtrain bench", description="Measure how fast memtrain is here; compare baselines.")
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     data = commands.add_parser("data", help="decode pictures: images a second and core, against Pillow")
     data.add_argument("--images", type=int, default=16, metavar="N", help="different pictures (default 16)")
@@ -43,6 +43,7 @@ def bench(argv: list[str]) -> None:
     )
     memory.add_argument("--json", action="store_true", help="print the figures as JSON")
     memory.set_defaults(run=_memory)
+    commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
     args = parser.parse_args(argv)
     args.run(args)
 

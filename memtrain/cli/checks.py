@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, SAMPLES, TORCHSCRIPT, check_file
+from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, LISTED, SAMPLES, TORCHSCRIPT, check_file
 from memtrain.data.sources import find_sources
 from memtrain.models.folders import AUDITED, CLIP, check_folder, check_lora, check_pipeline, is_file, trained
 
@@ -24,6 +24,8 @@ def check_training(cfg: DictConfig) -> None:
         check_shards(cfg)
         _file("data.exclude_keys", cfg.data.exclude_keys, KEYS)
         _file("data.repeats_from", cfg.data.repeats_from, GROUPS)
+    if "canaries" in cfg:
+        _file("canaries.file", cfg.canaries.file, LISTED)
     if cfg.model._target_.startswith(_PRETRAINED):
         check_pipeline("model.pretrained", cfg.model.pretrained, trained(cfg.model.family), cfg.model.config)
 

@@ -13,8 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from memtrain.cli.checks import check_evaluation
 
 if TYPE_CHECKING:
-    from memtrain.audit.evaluate.one_model import Measures, ModelResult
+    from memtrain.audit.evaluate.results import Measures, ModelResult
 
+_HEADS = {  # of the table: eighty columns hold it
+    "samples": "n",
+    "of any": "of\nany",
+    "samples copied": "n with\ncopies",
+    "RMSE of latents": "RMSE",
+    "nearest": "near-\nest",
+    "under attack": "under\nattack",
+    "CLIP score": "CLIP\nscore",
+}
 _CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
 
 
@@ -25,6 +34,7 @@ def evaluate(cfg: DictConfig) -> None:
         raise ValueError("data is missing; name the shards that the model was trained on: data=FOLDER")
     check_evaluation(cfg, models, loras)
     import torch
+    from hydra.utils import instantiate
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -35,7 +45,7 @@ def evaluate(cfg: DictConfig) -> None:
     )
 
     from memtrain.audit.evaluate import several_models as room
-    from memtrain.audit.evaluate.one_model import Settings
+    from memtrain.audit.evaluate.results import Settings
     from memtrain.audit.training_samples import choose
     from memtrain.data.samples import ShardSamples
     from memtrain.report.gallery import write_gallery
@@ -46,8 +56,11 @@ def evaluate(cfg: DictConfig) -> None:
         guidance_scale=cfg.guidance_scale,
         timesteps_per_sample=cfg.timesteps_per_sample,
         fid_samples=cfg.fid_samples,
+        false_copies=cfg.false_copies,
+        nearest=cfg.nearest,
         gallery=cfg.gallery,
         seed=cfg.seed,
+        attack=instantiate(cfg.attack),
     )
     room.short_names(room.named_by(models, loras))  # here: a model that is named twice costs nothing yet
     measures = _measures(cfg, torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -104,7 +117,7 @@ def _loras(cfg: DictConfig, models: list[str]) -> list[str | None]:
 def _measures(cfg: DictConfig, device) -> Measures:
     from memtrain.audit.alignment import ClipScore
     from memtrain.audit.evaluate.fid import LatentGrid, ScriptFeatures
-    from memtrain.audit.evaluate.one_model import Measures
+    from memtrain.audit.evaluate.results import Measures
     from memtrain.audit.evaluate.similarity import LatentRmse, Sscd
 
     return Measures(
@@ -146,7 +159,9 @@ def _write(out: Path, results: list[ModelResult]) -> None:
     for result in results:
         quality = result.heldout_loss if has_reference else result.memorization.denoising_loss
         points.append(Point(result.model, result.memorization.copy_rate, quality))
-    shown = f"copies, {results[0].memorization.group} ({results[0].copy_rule})"
+    first = results[0]
+    rule = f" ({first.copy_rule})" if all(result.cut == first.cut for result in results) else ""
+    shown = f"copies, {first.memorization.group}{rule}"
     loss = "held-out loss" if has_reference else "denoising loss of these samples (no group reference)"
     with written_aside(out / "plane.png", shared=True) as aside:
         draw_plane(aside, points, shown, loss)
@@ -174,42 +189,71 @@ def _print(results: list[ModelResult], out: Path) -> None:
 
     first = results[0]
     has_clip = any(group.clip_score is not None for group in first.groups)
-    table = Table(title=f"A copy: {escape(first.copy_rule)}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    is_attacked = first.memorization.copy_rate_attacked is not None
+    title = "Copies of a generation's own picture (95 %\nover samples), and "
+    title += "under attack" if is_attacked else "of any training picture"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     models, groups = [result.model for result in results], [group.group for group in first.groups]
     for name, cells in (("model", models), ("group", groups)):
-        table.add_column(name, overflow="fold", min_width=min(16, max(map(len, cells))))
-    figures = ("samples", "copies", "samples copied", first.measure)
+        table.add_column(name, overflow="fold", min_width=min(10, max(map(len, cells))))
+    # the table fits 80 columns: an attack takes the place of what evaluation.csv has, too
+    figures = ("samples", "copies", *(("under attack",) if is_attacked else ("of any", "samples copied")))
+    figures += (first.measure, "nearest")
     figures += (
         *(("CLIP score",) if has_clip else ()),
         "loss",
-        first.frechet_name.split()[0],
-    )  # FID, or Fréchet
+        first.frechet_name.split()[0],  # FID, or Fréchet
+        "kernel",
+    )
     for name in figures:
-        table.add_column(name, justify="right")
+        table.add_column(_HEADS.get(name, name), justify="right", overflow="fold")
     for result in results:
         for number, group in enumerate(result.groups):
+            attacked = (group.copy_rate_attacked, group.copy_rate_attacked_low, group.copy_rate_attacked_high)
             cells = [
                 escape(result.model) if number == 0 else "",
                 escape(group.group),
                 f"{group.samples}",
-                f"{group.copy_rate:.1%}",
-                f"{group.samples_copied:.1%}",
+                _with_interval(group.copy_rate, group.copy_rate_low, group.copy_rate_high),
+                *(
+                    [_with_interval(*attacked)]
+                    if is_attacked
+                    else [f"{group.copy_rate_nearest:.1%}", f"{group.samples_copied:.1%}"]
+                ),
                 f"{group.similarity:.3f}",
+                f"{group.similarity_nearest:.3f}",
             ]
             if has_clip:
                 cells.append(f"{group.clip_score:.2f}")
             cells.append(f"{group.denoising_loss:.4f}")
-            shown = result.frechet_distance if number == 0 else None
-            cells.append("" if shown is None else f"{shown:.3f}")
+            for distance in (result.frechet_distance, result.kernel_distance):
+                cells.append("" if distance is None or number else f"{distance:.3g}")
             table.add_row(*cells, end_section=number == len(result.groups) - 1)
     console = Console()
     console.print(table)
-    notes = ["Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."]
+    notes = [
+        f"A copy{f' of {result.model}' if len(results) > 1 else ''}: {result.copy_rule}, {result.cut_is}; "
+        f"{result.searched} training pictures searched."
+        for result in results
+    ]
+    if is_attacked:
+        notes.append(
+            f"Under attack: generations after {first.attack}. What it brings back of the group reference, which was "
+            "never trained on, it has described by itself."
+        )
+    notes.append("Nearest: 5 % of the generations are as near to a training picture.")
+    notes += ["Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."]
     if first.frechet_distance is not None:
         notes.append(
             f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} "
-            "pictures of the shards; comparable between the models of one table alone."
+            "pictures of the shards; comparable between the models of one table alone. Kernel: the unbiased kernel "
+            "distance (KID) of the same features; about 0 where both are alike."
         )
     notes.append(f"{out}: evaluation.json, evaluation.csv, rows.parquet, plane.png, MODEL/gallery.html")
     for line in notes:
         console.print(escape(line))
+
+
+def _with_interval(rate: float, low: float | None, high: float | None) -> str:
+    """A share, and below it its interval in percent."""
+    return f"{rate:.1%}" if low is None or high is None else f"{rate:.1%}\n{100 * low:.0f}-{100 * high:.0f}"

@@ -17,6 +17,9 @@ from memtrain.cli.explain import labelled, progress_bar, prompt_texts
 
 def mitigate(cfg: DictConfig) -> None:
     names = _methods(cfg)
+    for key, least in (("cut_prompts", 0), ("nearest", 1)):
+        if cfg[key] is not None and cfg[key] < least:
+            raise ValueError(f"{key} must be >= {least}, got {cfg[key]}")
     check_mitigation(cfg)
     texts, keys, reference = _prompts(cfg)
     import torch
@@ -32,15 +35,19 @@ def mitigate(cfg: DictConfig) -> None:
         max_sequence_length=cfg.max_sequence_length,
     ).guided(cfg.guidance_scale)  # fmt: skip
     sampling = replace(sampling, guidance_scale=denoiser.guidance_scale)
+    samples = None if keys is None else _samples(cfg, denoiser)
     judges = Judges(
-        originals=None if keys is None else _originals(cfg, denoiser, keys),
+        originals=None if samples is None else _originals(samples, denoiser, keys),
         max_rmse=cfg.max_rmse,
+        false_copies=cfg.false_copies,
         judge=Denoiser.load(cfg.judge, cfg.device, key="judge") if cfg.judge else None,
         clip=_clip(cfg, torch.device(denoiser.device)),
     )
     comparison = Comparison(
         denoiser, texts, cfg.num_images_per_prompt, sampling, judges, seed=cfg.seed, batch_size=cfg.batch_size
     )
+    if samples is not None and reference and cfg.cut_prompts:
+        _set_cut(cfg, comparison, samples, keys, reference[: cfg.cut_prompts])
     target = comparison.target(cfg.target, reference) if any(m.needs_target for m in methods.values()) else None
     out = Path(cfg.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
@@ -57,6 +64,8 @@ def mitigate(cfg: DictConfig) -> None:
         "prompts": texts,
         "seeds": comparison.seeds,
         "target": target,
+        "cut": comparison.cut.distance,
+        "cut_is": comparison.cut.why,
         "num_images_per_prompt": cfg.num_images_per_prompt,
         **asdict(sampling),
         "methods": [
@@ -75,6 +84,8 @@ def mitigate(cfg: DictConfig) -> None:
     (out / "table.md").write_text(f"{table}\n", encoding="utf-8")
     target_said = "" if target is None else f", target {target:.3f}"
     print(f"{len(texts)} prompts, {cfg.num_images_per_prompt} generations each{target_said}\n\n{table}")
+    if samples is not None:
+        print(f"\nA copy: RMSE of latents ≤ {comparison.cut.distance:.3g}, {comparison.cut.why}.")
     print(f"\n{out}: mitigate.json, table.md, METHOD.png, METHOD.safetensors")
 
 
@@ -105,15 +116,35 @@ def _prompts(cfg: DictConfig) -> tuple[list[str], list[str] | None, list[str] | 
     return texts, keys, reference
 
 
-def _originals(cfg: DictConfig, denoiser, keys: Sequence[str]):
+def _samples(cfg: DictConfig, denoiser):
     from omegaconf import OmegaConf
 
-    from memtrain.audit.training_samples import read_pictures
     from memtrain.data.samples import ShardSamples
 
+    return ShardSamples(OmegaConf.to_container(cfg.data, resolve=True)["shards"], min(denoiser.model.own_size))
+
+
+def _originals(samples, denoiser, keys: Sequence[str]):
+    from memtrain.audit.training_samples import read_pictures
+
+    return read_pictures(samples, samples.find(keys).tolist(), denoiser.model.own_size)
+
+
+def _set_cut(cfg: DictConfig, comparison, samples, keys: Sequence[str], reference: Sequence[str]) -> None:
+    """Generate from the reference prompts, and hold that against all training pictures."""
+    from memtrain.audit.pictures import encode_images
+    from memtrain.audit.training_pictures import TrainingPictures
+
+    held_out = []
+    if cfg.reference is None:  # else whose pictures these prompts' are is not known
+        named = read_prompts(cfg.prompts, cfg.column, cfg.label, "key")
+        held_out = [key for key, wanted in zip(named.groups, named.labels, strict=True) if not wanted]
+    pictures = TrainingPictures(
+        samples, samples.find(held_out).tolist(), cfg.nearest, samples.find(keys).tolist(), cfg.seed
+    )
+    denoiser, batches = comparison.denoiser, comparison.batches
     size = denoiser.model.own_size
-    samples = ShardSamples(OmegaConf.to_container(cfg.data, resolve=True)["shards"], min(size))
-    return read_pictures(samples, samples.find(keys).tolist(), size)
+    comparison.set_cut(reference, pictures.blocks(size, lambda pixels: encode_images(denoiser, pixels, batches), []))
 
 
 def _clip(cfg: DictConfig, device):

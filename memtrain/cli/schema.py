@@ -34,17 +34,21 @@ def _varied() -> type:
 # sections that a class takes, though they name none
 TAKEN_BY = {
     "train.loss": "memtrain.training.objective.Objective",
+    "train.stop_early": "memtrain.training.stop_early.StopEarly",
     "study.prune": "memtrain.sweep.pruning.MedianRule",
 }
 OPTIONAL = {"study.prune"}  # sections that may be null, beside those that name a class
 TYPES = {
     "train.resume.allow": Any,  # "all", or a list of keys
+    "train.canaries.count": int | None,
     "train.canaries.repeats": Any,  # a number, a list of them, or null
     "train.reference.batch_size": int | None,
+    "demo.repeated": int | None,
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
     "trainer.num_nodes": int,
     "trainer.gradient_clip_val": float | None,
     **{f"{command}.guidance_scale": float | None for command in ("detect", "explain", "mitigate", "evaluate")},
+    **{f"{command}.nearest": int | None for command in ("mitigate", "evaluate")},
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
     **{f"{command}.max_sequence_length": int | None for command in ("detect", "explain", "mitigate", "evaluate")},
@@ -54,6 +58,9 @@ TYPES = {
     "evaluate.lora": Any,  # one for all models, or a list with one or null for each
     "evaluate.data.shards": Any,  # as data.shards of train
     "sweep.patience": float | None,
+    "bench_mitigation.seeds": int | None,
+    "bench_mitigation.workers": Any,  # a number, or auto
+    **{f"protocol.{name}.rows": dict[str, list[str]] for name in ("demo", "imagenette", "laion10k", "wen2024")},
     "study.space": dict[str, _varied()],
 }
 _ASKS = re.compile(r"/schema/(\S+)@_here_")

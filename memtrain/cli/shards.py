@@ -1,4 +1,4 @@
-"""`memtrain shards check | index | pack | duplicates`"""
+"""`memtrain shards check | index | pack | draw | duplicates`"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from memtrain.data.sources import local_shards
 
 _LISTED = 20  # faults, failures and groups on the terminal
 _TABLE_ROWS = 50
+_DRAWN_SIDE = 64  # px, at which pictures are read to see whether they can be
 
 HEADINGS = {
     "damage": "damaged",
@@ -47,7 +48,7 @@ def shards(argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("memtrain shards", description="Check, index, write and deduplicate LAION-style shards.")
-    tasks = parser.add_subparsers(metavar="check | index | pack | duplicates", required=True)
+    tasks = parser.add_subparsers(metavar="check | index | pack | draw | duplicates", required=True)
 
     def task(run: Callable, name: str, summary: str) -> argparse.ArgumentParser:
         added = tasks.add_parser(name, help=summary, description=summary)
@@ -79,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--resolution", type=int, help="px: scale the short side down, re-encode as JPEG")
     added.add_argument("--caption-column", default="caption", help="of a table (%(default)s)")
     added.add_argument("--path-column", default="path", help="of a table, relative to it (%(default)s)")
+
+    added = task(_draw, "draw", "draw a small corpus from a large one, by seed")
+    over_shards(added)
+    added.add_argument("out", type=Path, help="a new folder")
+    added.add_argument("--count", type=int, required=True, help="samples")
+    added.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    added.add_argument("--shard-size", type=int, default=10_000, help="rows of a shard (%(default)s)")
 
     added = task(_duplicates, "duplicates", "find exact and near duplicates (PDQ)")
     over_shards(added)
@@ -154,6 +162,17 @@ def _pack(source: Path, out: Path, **options) -> None:
         print(f"left {len(report.failures)} pictures out:")
         lines = [f"{shown(name)}: {shown(why)}" for name, why in report.failures]
         _print_some(lines, "the parquet beside each shard lists all")
+
+
+def _draw(paths: list[str], out: Path, count: int, **options) -> None:
+    check_empty(out)
+    from memtrain.data.draw import draw
+    from memtrain.data.samples import ShardSamples
+
+    passed = draw(ShardSamples(paths, _DRAWN_SIDE), out, count, **options, progress=_progress("Drawing"))
+    print(
+        f"wrote {count} samples: {shown(str(out))}" + (f"; passed over {passed} that cannot be read" if passed else "")
+    )
 
 
 def _duplicates(paths: list[str], workers: int, out: Path, distance: int) -> None:

@@ -40,8 +40,10 @@ def train(cfg: DictConfig) -> None:
     # here: what can be refused without torch, which takes seconds to import, has been
     import pytorch_lightning as pl
 
-    from memtrain.training.checks import check_accelerator, check_disk, check_reference
+    from memtrain.data.canaries_digest import canaries_digest
+    from memtrain.training.checks import check_accelerator, check_disk, check_reference, check_stop_early
     from memtrain.training.signals import Signals
+    from memtrain.training.stop_early import StopEarly
     from memtrain.training.stops import ended_clearly
 
     _let_the_first_rank_speak()
@@ -52,14 +54,17 @@ def train(cfg: DictConfig) -> None:
     rule, optimizer = instantiate(cfg.exclusion), instantiate(cfg.optimizer)
     adapter, scoring = instantiate(cfg.adapter), instantiate(cfg.score)
     adapter.check_quantization(cfg.model.get("quantization"))
-    signals, looks = Signals(), _looks(cfg)
+    signals, stop_early, looks = Signals(), StopEarly(**cfg.stop_early), _looks(cfg)
     guard = _guard(looks)
     check_reference(rule, cfg.reference.count)
+    check_stop_early(stop_early.patience, cfg.reference.count, "validation" in looks)
     data = _data(cfg)
+    if past is not None:
+        past.check_canaries(canaries_digest(data.groups, data.samples), cfg.resume.allow)
     module = _module(cfg, rule, optimizer, adapter, scoring)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
     check_disk(Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg))
-    trainer = _trainer(cfg, [signals, *looks.values()], _loggers(cfg, past))
+    trainer = _trainer(cfg, [signals, stop_early, *looks.values()], _loggers(cfg, past))
     _check_ranks(cfg, past, ckpt_path, trainer)
     _begin(cfg, past, ckpt_path, data)
     with signals, ended_clearly(trainer, module.stops):
@@ -111,13 +116,19 @@ def _guard(looks: dict[str, Callback]) -> Guard:
 
 
 def _data(cfg: DictConfig) -> DataModule:
+    from memtrain.demo.foreign import foreign_pictures
+
+    canaries, drawn = cfg.canaries, 0 if cfg.canaries.sacrificed_keys else cfg.canaries.sacrificed
     data = instantiate(
         cfg.data,
         seed=cfg.seed,
-        canaries=cfg.canaries.count,
-        repeats=cfg.canaries.repeats,
-        sacrificed=cfg.canaries.sacrificed,
-        sacrificed_keys=list(cfg.canaries.sacrificed_keys),
+        canaries=canaries.count,
+        canaries_file=canaries.file,
+        repeats=canaries.repeats,
+        sacrificed=drawn,
+        sacrificed_keys=list(canaries.sacrificed_keys),
+        foreign=foreign_pictures(canaries.source, canaries.foreign, drawn, cfg.data.resolution, cfg.seed),
+        foreign_repeats=canaries.foreign_repeats,
         reference=cfg.reference.count,
     )
     data.check(cfg.trainer.accumulate_grad_batches, world_size=1)

@@ -92,6 +92,53 @@ def bootstrap_interval(
     return low, high
 
 
+def interval_over_groups(
+    values: Tensor, groups: Tensor, samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `values`, whole groups drawn anew with all that is theirs (Efron 1979).
+
+    Values of one group are not independent of one another: generations of one canary are copies together or not.
+    `nan` where there are fewer than two groups, of which no spread can be told. The same seed gives the same interval.
+
+    Args:
+        values: (N,)
+        groups: (N,) which group each belongs to, any integers.
+    """
+    _, group = groups.unique(return_inverse=True)
+    count = int(group.max()) + 1 if len(group) else 0
+    if count < 2:
+        return float("nan"), float("nan")
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, group, values.double())
+    sizes = torch.bincount(group, minlength=count).double()
+    drawn = torch.randint(count, (samples, count), generator=torch.Generator().manual_seed(seed))
+    means = sums[drawn].sum(dim=1) / sizes[drawn].sum(dim=1)  # (samples,)
+    tail = (1 - level) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def kernel_distance(one: Tensor, other: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x·y / D + 1)³: KID (Binkowski et al. 2018).
+
+    Of samples of one distribution its mean is 0, however few they are, so that it may come out negative; a Fréchet
+    distance of few samples is too high. `nan` where either side has fewer than two. (M, D), (N, D) -> float
+    """
+    if min(len(one), len(other)) < 2:
+        return float("nan")
+    one, other = one.double(), other.double()
+
+    def total(left: Tensor, right: Tensor) -> float:
+        """The kernel, added up over all pairs, some rows at a time."""
+        return sum((rows @ right.T / right.shape[1] + 1).pow(3).sum().item() for rows in left.split(1024))
+
+    def within(side: Tensor) -> float:
+        """The kernel's mean over all pairs of different rows."""
+        own = (side.square().mean(dim=1) + 1).pow(3).sum().item()
+        return (total(side, side) - own) / (len(side) * (len(side) - 1))
+
+    return within(one) + within(other) - 2 * total(one, other) / (len(one) * len(other))
+
+
 def most_remembered(half_life: float) -> float:
     """The limit 1 / (1 - decay) of a count with exponential forgetting, which it never reaches.
 

@@ -12,9 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from memtrain.data.batches import Batch, BatchDecoder, CachedBatches, Latents, Samples, Views
+from memtrain.data.canaries import Canary
 from memtrain.data.find_pictures import find_pictures, read_pictures_from
-from memtrain.data.groups import Groups, draw_groups
+from memtrain.data.foreign import WithForeign
+from memtrain.data.groups import Groups, draw_groups, with_foreign
 from memtrain.data.latents import LatentCache
+from memtrain.data.listed import find_canaries, read_list
 from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.remote import ShardMissing
@@ -33,7 +36,7 @@ class DataModule(pl.LightningDataModule):
         batch_size: rows of a micro-batch on each rank.
         num_workers: decoding processes; 0 decodes in the training process.
         seed: of the order, of the groups and of the views.
-        canaries: how many pictures are canaries.
+        canaries: how many pictures are canaries; with `listed` None or 0 are all of them, and none without.
         repeats: how often an epoch sees each of them, planted, or several such doses that are dealt out in turn;
             None: as often as the corpus holds them, the largest groups of duplicates.
         reference: how many samples are held out.
@@ -45,6 +48,10 @@ class DataModule(pl.LightningDataModule):
         pictures: which samples show the same picture.
         sacrificed: so many of the canaries may not be excluded by any rule.
         named: positions of samples whose pictures are those canaries, in place of a number.
+        max_visits_per_group: so often at most an epoch sees a group of duplicates, or a planted canary; None: no limit.
+        listed: canaries that a list names; then none is planted.
+        foreign: pictures that are sacrificed in place of the corpus' own, the first `sacrificed` of them.
+        foreign_repeats: how often an epoch sees each of these.
     """
 
     trainer: pl.Trainer  # given by Lightning, before it asks for anything
@@ -55,7 +62,7 @@ class DataModule(pl.LightningDataModule):
         batch_size: int,
         num_workers: int,
         seed: int,
-        canaries: int,
+        canaries: int | None,
         repeats: int | Sequence[int] | None,
         reference: int,
         weights: Sequence[float] | None = None,
@@ -67,6 +74,10 @@ class DataModule(pl.LightningDataModule):
         pictures: Pictures = NO_DUPLICATES,
         sacrificed: int = 0,
         named: Sequence[int] | np.ndarray = (),
+        max_visits_per_group: int | None = None,
+        listed: Sequence[Canary] = (),
+        foreign: Samples | None = None,
+        foreign_repeats: int = 75,
     ):
         super().__init__()
         doses = _doses(repeats)
@@ -74,7 +85,8 @@ class DataModule(pl.LightningDataModule):
             ("data.batch_size", batch_size, 1),
             ("data.num_workers", num_workers, 0),
             ("data.mix_shards", mix_shards, 1),
-            ("canaries.count", canaries, 0),
+            ("canaries.count", canaries or 0, 0),
+            ("canaries.foreign_repeats", foreign_repeats, 1),
             *(("canaries.repeats", dose, 1) for dose in doses or ()),
             ("reference.count", reference, 0),
         ):
@@ -82,25 +94,30 @@ class DataModule(pl.LightningDataModule):
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is a share in [0, 1], got {max_bad_fraction:g}")
-        self.samples, self.cache, self.batch_size, self.num_workers = samples, cache, batch_size, num_workers
+        self.corpus, self.cache, self.batch_size, self.num_workers = samples, cache, batch_size, num_workers
         self.views, self.max_bad_fraction = Views(seed, crop, flip), max_bad_fraction
         self.groups: Groups = draw_groups(
             samples.counts,
             seed,
-            canaries,
+            canaries or 0,
             reference,
             pictures=pictures,
             repeats=doses,
-            sacrificed=sacrificed,
+            sacrificed=sacrificed if foreign is None else 0,
             named=named,
+            listed=listed,
         )
+        self.samples: Samples = samples  # those of the corpus, and behind them the foreign ones
+        if foreign is not None:
+            self.samples = WithForeign(samples, foreign, sacrificed)
+            self.groups = with_foreign(self.groups, sacrificed, foreign_repeats)
         weights = [1.0] * len(samples.counts) if weights is None else weights
         order = (samples.counts, self.groups, seed, weights, mix_shards)
         if len(samples.sizes) == 1:
-            self.order = EpochOrder(*order)
+            self.order = EpochOrder(*order, max_visits_per_group)
         else:
             assert isinstance(samples, ShardSamples), "only pictures in shards come in buckets"
-            self.order = BucketedOrder(*order, samples.buckets)
+            self.order = BucketedOrder(*order, samples.buckets, max_visits_per_group)
         self.problems: dict[str, str] = {}  # sample key -> why it could not be used
         self._restored: int | None = None  # rows that were consumed before this run was resumed
         self._first_step = 0
@@ -119,7 +136,7 @@ class DataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.trainer.is_global_zero:
-            for name, why in getattr(self.samples, "skipped", tuple)():
+            for name, why in getattr(self.corpus, "skipped", tuple)():
                 log.warning("skipped %s: %s", name, why)
 
     # ---- position: the number of global rows consumed, the same on every rank
@@ -198,7 +215,7 @@ class DataModule(pl.LightningDataModule):
 
     def problems_by_cause(self) -> dict[str, int]:
         """How many samples could not be used for each cause, by the indexes and by what was seen since the start."""
-        skipped = (why for _, why in getattr(self.samples, "skipped", tuple)())
+        skipped = (why for _, why in getattr(self.corpus, "skipped", tuple)())
         return dict(Counter([*skipped, *self.problems.values()]))
 
 
@@ -223,11 +240,31 @@ def from_shards(
     mix_shards: int = 8,
     max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
+    max_visits_per_group: int | None = None,
     repeats: int | Sequence[int] | None,
+    canaries_file: str | None = None,
     sacrificed_keys: Sequence[str] = (),
+    foreign: Samples | None = None,
     **groups: int,
 ) -> DataModule:
-    """Build the DataModule of `data=shards`. `groups`: seed, canaries, sacrificed and reference of `DataModule`."""
+    """Build the DataModule of `data=shards`.
+
+    Args:
+        canaries_file: lists the canaries, see `memtrain.data.listed`; None: they are planted, or duplicates.
+        sacrificed_keys: of the samples whose pictures are the sacrificed canaries.
+        groups: seed, canaries, sacrificed, reference and foreign_repeats of `DataModule`, as `foreign` is.
+    """
+    listed = read_list(canaries_file) if canaries_file else []
+    if listed and repeats is not None and not repeats_from:
+        raise ValueError(
+            f"canaries.file={canaries_file} lists canaries that the corpus holds, and canaries.repeats={repeats} would "
+            "plant others; say canaries.repeats=null"
+        )
+    if foreign is not None and sacrificed_keys:
+        raise ValueError(
+            "sacrificed_keys names samples of the corpus, and with foreign pictures none of these is sacrificed; leave "
+            "one of the two out"
+        )
     if resolution < 1:
         raise ValueError(f"data.resolution must be >= 1, got {resolution}")
     samples = ShardSamples(
@@ -265,6 +302,9 @@ def from_shards(
         cache=latents,
         pictures=pictures,
         named=samples.find(sacrificed_keys),
+        max_visits_per_group=max_visits_per_group,
+        listed=find_canaries(listed, samples, canaries_file) if canaries_file else (),
+        foreign=foreign,
         **groups,
     )
 

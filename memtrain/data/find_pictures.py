@@ -30,7 +30,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DISTANCE = 31  # of 256 bits, in which near duplicates may differ: the advice of PDQ's authors
-NEAR_AT_MOST = 1_000_000  # distinct pictures; their pairs are two minutes of a core, and grow with the square
+NEAR_AT_MOST = 500_000  # distinct pictures; their pairs are two minutes of a core, and grow with the square
 
 
 def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictures:
@@ -48,7 +48,7 @@ def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictu
     if duplicates == "none":
         return NO_DUPLICATES
     files = _hash_files(samples.indexed, workers)
-    said = f"{duplicates} {DISTANCE} {NEAR_AT_MOST}\n" + "\n".join(
+    said = f"{duplicates} {DISTANCE} {NEAR_AT_MOST} mirrored\n" + "\n".join(
         f"{index.samples} {name}" + (" unknown" if file is None else "")
         for index, (name, file) in zip(samples.indexed.indexes, files, strict=True)
     )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.streams import Stream, place_seed
+from memtrain.data.canaries import FOREIGN, Canary, largest_groups, of_list, one_a_picture, plant, positions_of
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 
 Counts = Sequence[int] | np.ndarray  # samples of each shard, in the order of the corpus
 
-# kinds of canaries that no list names
-DUPLICATES, PLANTED = "duplicates", "planted"
-
-log = logging.getLogger(__name__)
+HELD_OUT = "held_out"  # group, in lists of samples, of those of the reference set that are named and not looked at
 
 _HOME_SHARDS = 16  # planted canaries and reference set come from so many shards, so that few must be fetched first
 
@@ -29,42 +26,11 @@ def stream_generator(seed: int, stream: Stream, number: int = 0, part: int = 0) 
 
 
 @dataclass(frozen=True)
-class Canary:
-    """A picture that is seen often, and watched.
-
-    Args:
-        number: what it is called.
-        kind: `duplicates`, `planted`, or what the user's list says of it.
-        positions: (m,) int64, the samples that show it.
-        repeats: its dose, how often an epoch sees it.
-        is_planted: whether that is more often than the corpus holds it.
-        is_listed: whether its samples are those that a list names, which may differ in caption and picture.
-    """
-
-    number: int
-    kind: str
-    positions: np.ndarray
-    repeats: int
-    is_planted: bool = False
-    is_listed: bool = False
-
-    def looked_at(self, count: int) -> np.ndarray:
-        """The samples from whose captions `count` generations are made: of a list, evenly spread. (count,) int64"""
-        members = len(self.positions) if self.is_listed else 1
-        return self.positions[np.arange(count) * members // max(1, count)]
-
-
-def _positions(canaries: Sequence[Canary]) -> np.ndarray:
-    """The samples of these canaries, one canary after the other. int64"""
-    return np.concatenate([np.zeros(0, np.int64), *(canary.positions for canary in canaries)])
-
-
-@dataclass(frozen=True)
 class Groups:
     """A partition of N samples: canaries and reference set; all others are trained on as they are.
 
     Canaries are planted, each seen many times an epoch; or they are the corpus' own groups of duplicates, or what a
-    list names, of which every member is a canary.
+    list names, of which every member is a canary. The last `num_foreign` samples are not of the corpus.
     """
 
     num_samples: int
@@ -72,21 +38,22 @@ class Groups:
     num_sacrificed: int = 0  # the first so many of the canaries, which no rule may exclude
     reference: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     pictures: Pictures = NO_DUPLICATES
+    num_foreign: int = 0
 
     @cached_property
     def sacrificed(self) -> np.ndarray:
         """Positions of the canaries that no rule may exclude."""
-        return _positions(self.canaries[: self.num_sacrificed])
+        return positions_of(self.canaries[: self.num_sacrificed])
 
     @cached_property
     def canary(self) -> np.ndarray:
         """Positions of the other canaries."""
-        return _positions(self.canaries[self.num_sacrificed :])
+        return positions_of(self.canaries[self.num_sacrificed :])
 
     @cached_property
     def planted(self) -> np.ndarray:
         """The canaries that are seen more often than the corpus holds them."""
-        return _positions([canary for canary in self.canaries if canary.is_planted])
+        return positions_of([canary for canary in self.canaries if canary.is_planted])
 
     @cached_property
     def doses(self) -> np.ndarray:
@@ -115,7 +82,7 @@ class Groups:
         """The positions of all but the ordinary samples, sorted; the group of each; its place in `canaries`, or -1."""
         groups = np.where(np.arange(len(self.canaries)) < self.num_sacrificed, SACRIFICED, CANARY)
         places = np.arange(len(self.canaries)).repeat([len(canary.positions) for canary in self.canaries])
-        known = np.concatenate([_positions(self.canaries), self.reference])
+        known = np.concatenate([positions_of(self.canaries), self.reference])
         group = np.concatenate([groups[places], np.full(len(self.reference), REFERENCE)])
         place = np.concatenate([places, np.full(len(self.reference), -1)])
         order = np.argsort(known, kind="stable")
@@ -157,13 +124,18 @@ class Groups:
         return np.array(rows, dtype=np.int64).reshape(-1, count)
 
     def apart(self) -> np.ndarray:
-        """What the order of ordinary samples leaves out, sorted: planted canaries and reference set."""
-        return np.sort(np.concatenate([self.planted, self.reference]))
+        """What the order of the corpus' ordinary samples leaves out, sorted: planted canaries and reference set."""
+        return self._of_corpus(np.sort(np.concatenate([self.planted, self.reference])))
+
+    def _of_corpus(self, positions: np.ndarray) -> np.ndarray:
+        """Those of these positions that are not foreign."""
+        return positions[positions < self.num_samples - self.num_foreign]
 
     def some_trained(self, count: int) -> np.ndarray:
         """At most `count` ordinary positions, evenly spread over the corpus."""
-        step = max(1, self.num_samples // (count + len(self._numbered[0])))
-        spread = np.arange(0, self.num_samples, step)
+        corpus = self.num_samples - self.num_foreign
+        step = max(1, corpus // (count + len(self._of_corpus(self._numbered[0]))))
+        spread = np.arange(0, corpus, step)
         return spread[self.of(spread) == TRAINED][:count]
 
 
@@ -177,6 +149,7 @@ def draw_groups(
     repeats: int | Sequence[int] | None = 1,
     sacrificed: int = 0,
     named: Sequence[int] | np.ndarray = (),
+    listed: Sequence[Canary] = (),
 ) -> Groups:
     """Draw canaries and reference set.
 
@@ -192,85 +165,68 @@ def draw_groups(
             the sacrificed ones. None plants none.
         sacrificed: so many of the canaries, the first ones: of duplicates, those that are most often in the corpus.
         named: positions of samples whose pictures are the sacrificed canaries, in place of `sacrificed`.
+        listed: the canaries that a list names, in its order: the first `canaries` of them, or all where that is 0,
+            are the canaries, and none is planted. The most frequent ones are sacrificed first.
 
     Raises:
         ValueError: there are not so many samples or groups of duplicates.
     """
     sizes = np.asarray(counts, dtype=np.int64)
     total, starts = int(sizes.sum()), sizes.cumsum() - sizes
-    first_named = _one_a_picture(np.asarray(named, dtype=np.int64), pictures, canaries, repeats is not None)
-    # here: each shard's duplicates lie between two bounds of the sorted list of all
-    bounds = np.searchsorted(pictures.positions, np.append(starts, total))
-    single = sizes - np.diff(bounds)  # of each shard, samples without a duplicate
+    assert not listed or repeats is None
+    first_named = np.asarray(named, dtype=np.int64)
+    if not listed:
+        first_named = one_a_picture(first_named, pictures, canaries, repeats is not None)
+    # what is repeated, and so cannot be held out; each shard's lie between two bounds of the sorted list of all
+    repeated = np.union1d(pictures.positions, positions_of(listed)) if listed else pictures.positions
+    bounds = np.searchsorted(repeated, np.append(starts, total))
+    single = sizes - np.diff(bounds)  # of each shard, samples that are not
     drawn = 0 if repeats is None else canaries
     if drawn + reference >= total or drawn + reference > single.sum():
         raise ValueError(
             f"canaries.count={canaries} and reference.count={reference} leave nothing of the {total} "
-            f"samples to train on ({len(pictures.positions)} of them are duplicates); lower them or add shards"
+            f"samples to train on ({len(repeated)} of them are duplicates{' or listed' if listed else ''}); lower "
+            "them or add shards"
         )
-    # the shards that are drawn from: as few as hold enough samples without a duplicate, but 16 where there are
+    # the shards that are drawn from: as few as hold enough samples that are not repeated, but 16 where there are
     shards = stream_generator(seed, Stream.HOME_SHARDS).permutation(len(sizes))
     enough = int(np.searchsorted(single[shards].cumsum(), drawn + reference)) + 1
     homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
     pool = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in homes])
     permuted = stream_generator(seed, Stream.GROUPS).permutation(pool)
-    permuted = permuted[~np.isin(permuted, np.concatenate([pictures.positions, first_named]))]
-    number = len(first_named) or sacrificed  # of sacrificed canaries
-    if repeats is None:
-        chosen = _largest_groups(pictures, canaries, first_named)
+    permuted = permuted[~np.isin(permuted, np.concatenate([repeated, first_named]))]
+    number = sacrificed if len(first_named) == 0 else len(first_named)  # of sacrificed canaries
+    if listed:
+        chosen, number = of_list(listed, canaries, first_named, sacrificed)
+    elif repeats is None:
+        chosen = largest_groups(pictures, canaries, first_named)
     else:
-        doses = _dealt(repeats, canaries, number)
-        chosen = _planted([*first_named.tolist(), *permuted[: canaries - len(first_named)].tolist()], doses)
+        drawn_ones = permuted[: canaries - len(first_named)]
+        chosen = plant(np.concatenate([first_named, drawn_ones]), repeats, number)
     if not 0 <= number <= len(chosen):
-        raise ValueError(f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {number}")
+        more = "" if chosen else "; canaries.count=10 canaries.repeats=100 has some"
+        raise ValueError(
+            f"canaries.sacrificed must be in [0, {len(chosen)}], the number of canaries, got {number}{more}"
+        )
     return Groups(total, tuple(chosen), number, permuted[len(permuted) - reference :], pictures)
 
 
-def _planted(positions: Sequence[int], doses: np.ndarray) -> list[Canary]:
-    """A planted canary of each position, seen as often as its dose says."""
-    return [
-        Canary(number, PLANTED, np.array([position]), dose, is_planted=True)
-        for number, (position, dose) in enumerate(zip(positions, doses.tolist(), strict=True))
-    ]
+def with_foreign(groups: Groups, count: int, repeats: int) -> Groups:
+    """The same groups, and as sacrificed canaries `count` foreign pictures, behind the corpus.
 
-
-def _dealt(repeats: int | Sequence[int], count: int, sacrificed: int) -> np.ndarray:
-    """Doses of planted canaries, in turn; but the sacrificed ones, which come first, get the highest. (count,) int64
-
-    A rule learns from them what memorized samples score, and of a picture that is seen once nothing is memorized.
+    Args:
+        groups: of the corpus, without sacrificed canaries.
+        count: how many foreign pictures there are.
+        repeats: how often an epoch sees each.
     """
-    doses = np.resize(np.atleast_1d(np.asarray(repeats, dtype=np.int64)), count)
-    highest = np.argsort(-doses, kind="stable")[:sacrificed]
-    return np.concatenate([doses[highest], np.delete(doses, highest)])
-
-
-def _largest_groups(pictures: Pictures, count: int, first_named: np.ndarray) -> list[Canary]:
-    """The largest groups of duplicates as canaries, behind those that are named by one of their samples."""
-    groups = pictures.groups()
-    first = pictures.of(first_named)
-    groups.sort(key=lambda group: group[0] not in first)  # stable: the largest first, behind the named ones
-    chosen = groups[:count]
-    if len(chosen) < count:
-        few = f"the corpus has {len(chosen)} groups of duplicates, not canaries.count={count}"
-        if not chosen:
-            raise ValueError(f"{few} of them to make canaries of; plant some with canaries.repeats=100")
-        log.warning("%s: all of them are canaries", few)
-    return [Canary(number, DUPLICATES, group, len(group)) for number, group in enumerate(chosen)]
-
-
-def _one_a_picture(named: np.ndarray, pictures: Pictures, canaries: int, planted: bool) -> np.ndarray:
-    """The first named sample of each picture. Raises ValueError where they cannot all be sacrificed canaries."""
-    _, first = np.unique(pictures.of(named), return_index=True)
-    named = named[np.sort(first)]
-    if len(named) > canaries:
-        raise ValueError(
-            f"canaries.sacrificed_keys names {len(named)} pictures, more than canaries.count={canaries}; raise it"
-        )
-    single = int(np.count_nonzero(~np.isin(named, pictures.positions)))
-    if single and not planted:
-        raise ValueError(
-            f"canaries.sacrificed_keys names {single} sample{'s' * (single > 1)} without a duplicate, and with "
-            "canaries.repeats=null the canaries are groups of duplicates; name one of these, or plant canaries with "
-            "canaries.repeats=100"
-        )
-    return named
+    assert groups.num_sacrificed == 0
+    first = groups.num_samples
+    number = 1 + max((canary.number for canary in groups.canaries), default=-1)
+    foreign = (Canary(number + n, FOREIGN, np.array([first + n]), repeats, is_planted=True) for n in range(count))
+    return replace(
+        groups,
+        num_samples=first + count,
+        canaries=(*foreign, *groups.canaries),
+        num_sacrificed=count,
+        num_foreign=count,
+    )

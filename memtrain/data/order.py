@@ -17,6 +17,7 @@ import numpy as np
 from memtrain.core.streams import Stream
 from memtrain.data.groups import Counts, Groups
 from memtrain.data.groups import stream_generator as _generator
+from memtrain.data.limited import LimitedGroups
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Window:
     shards: tuple[int, ...]  # a shard of weight 2 comes twice an epoch
     parts: tuple[int, ...]  # rows taken of each
     canaries: np.ndarray  # positions of the canaries that are planted here
+    limited: np.ndarray  # positions of the members of limited groups whose turn it is
 
     def __len__(self) -> int:
-        return sum(self.parts) + len(self.canaries)
+        return sum(self.parts) + len(self.canaries) + len(self.limited)
 
 
 class EpochOrder:
@@ -45,6 +47,8 @@ class EpochOrder:
         seed: of the order.
         weights: how often an epoch sees a sample of each shard; of a fraction, another draw each epoch.
         mix_shards: shards of a window.
+        max_visits: how often an epoch may see a group of duplicates, or a planted canary; of a group, other members
+            are seen each epoch. Weights must then be whole numbers. None: any number of times.
     """
 
     def __init__(
@@ -54,11 +58,17 @@ class EpochOrder:
         seed: int,
         weights: Sequence[float] | None = None,
         mix_shards: int = 8,
+        max_visits: int | None = None,
     ):
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = self.counts.cumsum() - self.counts
         self.groups, self.seed, self.mix_shards = groups, seed, mix_shards
-        self.apart = groups.apart()
+        self.doses = groups.doses  # of `groups.planted`
+        if max_visits is not None:  # foreign pictures are no duplicates of anybody's
+            foreign = groups.planted >= self.counts.sum()
+            self.doses = np.where(foreign, groups.doses, groups.doses.clip(max=max_visits))
+        self.limited = self._limit(max_visits, weights)
+        self.apart = np.union1d(groups.apart(), self.limited.positions)
         bounds = np.searchsorted(self.apart, np.append(self.starts, self.counts.sum()))
         self.trained = self.counts - np.diff(bounds)  # per shard, without canaries and reference set
         times = np.ones(len(self.counts)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -70,18 +80,40 @@ class EpochOrder:
         self.rows_of_visit = np.concatenate([self.trained.repeat(whole), fraction[fraction > 0]])
 
     def __len__(self) -> int:
-        return int(self.rows_of_visit.sum()) + int(self.groups.doses.sum())
+        return int(self.rows_of_visit.sum()) + int(self.doses.sum()) + len(self.limited)
+
+    def _limit(self, max_visits: int | None, weights: Sequence[float] | None) -> LimitedGroups:
+        """The groups of duplicates that are seen less often than the corpus holds them."""
+        if max_visits is not None and max_visits < 1:
+            raise ValueError(f"data.max_visits_per_group must be >= 1, got {max_visits}; null sets no limit")
+        if max_visits is not None and weights is not None and any(weight % 1 for weight in weights):
+            raise ValueError(
+                f"data.max_visits_per_group needs whole weights of sources, got {min(weights):g}; or set it to null"
+            )
+        times = np.ones(len(self.counts)) if weights is None else np.asarray(weights)
+        shards = self._shard_of(self.groups.pictures.positions)
+        generator = _generator(self.seed, Stream.LIMITED_GROUPS)
+        return LimitedGroups(self.groups, self.doses, times[shards].astype(np.int64), max_visits, generator)
+
+    def _shard_of(self, positions: np.ndarray) -> np.ndarray:
+        """The number of the shard in which each position lies. (n,) -> (n,) int64"""
+        return np.searchsorted(self.starts + self.counts, positions, side="right")
 
     def windows(self, epoch: int) -> list[Window]:
         """What is seen together, in order. Canaries are spread over the windows in proportion to their sizes."""
         visits = _generator(self.seed, Stream.SHARD_ORDER, epoch).permutation(len(self.visits))
-        planted = np.repeat(self.groups.planted, self.groups.doses)
+        planted = np.repeat(self.groups.planted, self.doses)
         planted = _generator(self.seed, Stream.CANARY_ORDER, epoch).permutation(planted)
         # windows of `mix_shards` visits each; canaries end where their share of the rows that were seen ends
         groups = [visits[i : i + self.mix_shards] for i in range(0, len(visits), self.mix_shards)] or [visits]
         seen = np.cumsum([self.rows_of_visit[group].sum() for group in groups])
         bounds = np.rint(seen / max(1, seen[-1]) * len(planted)).astype(np.int64)
         bounds[-1] = len(planted)
+        # members of limited groups come where their shard is open, the first time
+        limited, first = self.limited.of_epoch(epoch), np.zeros(len(self.counts), dtype=np.int64)
+        for number, group in reversed(list(enumerate(groups))):
+            first[self.visits[group]] = number
+        window_of = first[self._shard_of(limited)]
         return [
             Window(
                 epoch,
@@ -89,6 +121,7 @@ class EpochOrder:
                 tuple(self.visits[group].tolist()),
                 tuple(self.rows_of_visit[group].tolist()),
                 planted[0 if number == 0 else bounds[number - 1] : bounds[number]],
+                limited[window_of == number],
             )
             for number, group in enumerate(groups)
         ]
@@ -96,7 +129,7 @@ class EpochOrder:
     def positions(self, window: Window) -> np.ndarray:
         """The window's rows, permuted. (len(window),) int64"""
         generator = _generator(self.seed, Stream.WINDOW, window.epoch, window.number)
-        rows = [window.canaries]
+        rows = [window.canaries, window.limited]
         for shard, part in zip(window.shards, window.parts, strict=True):
             start, end = self.starts[shard], self.starts[shard] + self.counts[shard]
             held = self.apart[np.searchsorted(self.apart, start) : np.searchsorted(self.apart, end)]
@@ -148,36 +181,40 @@ class BucketedOrder(EpochOrder):
         weights: Sequence[float],
         mix_shards: int,
         buckets: Callable[[int], np.ndarray],
+        max_visits: int | None = None,
     ):
-        super().__init__(counts, groups, seed, weights, mix_shards)
+        super().__init__(counts, groups, seed, weights, mix_shards, max_visits)
         if any(weight % 1 for weight in weights):
             raise ValueError(
                 f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1"
             )
         self.buckets = buckets
-        # rows of each bucket in an epoch: all samples by their weight, less those apart, plus the planted canaries
+        # rows of each bucket in an epoch: all samples by their weight, less those apart, plus the planted canaries; the
+        # members of limited groups, others each epoch, not counted
         rows: Counter[int] = Counter()
         for number, weight in enumerate(weights):
             for bucket, count in Counter(buckets(number).tolist()).items():
                 rows[bucket] += count * int(weight)
-        apart = np.searchsorted(self.starts + self.counts, self.apart, side="right")
-        for bucket, number in zip(self.bucket_of(self.apart).tolist(), apart.tolist(), strict=True):
+        shards = self._shard_of(self.apart).tolist()
+        for bucket, number in zip(self.bucket_of(self.apart).tolist(), shards, strict=True):
             rows[bucket] -= int(weights[number])
-        for bucket, dose in zip(self.bucket_of(groups.planted).tolist(), groups.doses.tolist(), strict=True):
+        for bucket, dose in zip(self.bucket_of(groups.planted).tolist(), self.doses.tolist(), strict=True):
             rows[bucket] += dose
         self.rows_of_bucket = rows
 
     def bucket_of(self, positions: np.ndarray) -> np.ndarray:
-        """The bucket of the sample at each position. (n,) -> (n,) int64"""
-        shards = np.searchsorted(self.starts + self.counts, positions, side="right")
+        """The bucket of the sample at each position; behind all shards, foreign ones are squares. (n,) -> (n,) int64"""
+        shards = self._shard_of(positions)
         found = np.zeros(len(positions), dtype=np.int64)
-        for shard in np.unique(shards):
+        for shard in np.unique(shards[shards < len(self.counts)]):
             here = shards == shard
             found[here] = self.buckets(int(shard))[positions[here] - self.starts[shard]]
         return found
 
-    def batches_of_epoch(self, size: int) -> int:
-        return sum(rows // size for rows in self.rows_of_bucket.values())
+    def batches_of_epoch(self, size: int, epoch: int = 0) -> int:
+        """How many global batches of `size` samples each an epoch has."""
+        limited = Counter(self.bucket_of(self.limited.of_epoch(epoch)).tolist())
+        return sum(rows // size for rows in (self.rows_of_bucket + limited).values())
 
     def global_batches(self, size: int, consumed: int, upcoming: Callable[[tuple[int, ...]], None]) -> Iterator:
         if self.batches_of_epoch(size) == 0:
@@ -185,7 +222,7 @@ class BucketedOrder(EpochOrder):
                 f"no aspect-ratio bucket has a global batch of {size} in it; lower data.batch_size or "
                 "data.max_aspect_ratio, or add shards"
             )
-        epoch, skipped = divmod(consumed // size, self.batches_of_epoch(size))
+        epoch, skipped = self._epoch_of(consumed // size, size)
         waiting: dict[int, np.ndarray] = {}
         for window, following in itertools.pairwise(self._windows_from(epoch)):
             if window.number == 0:
@@ -206,6 +243,17 @@ class BucketedOrder(EpochOrder):
             for number in mixed[skipped:]:
                 yield ready[number]
             skipped = 0
+
+    def _epoch_of(self, batch: int, size: int) -> tuple[int, int]:
+        """The epoch that the global batch of this number lies in, and its number there."""
+        if len(self.limited) == 0:
+            return divmod(batch, self.batches_of_epoch(size))
+        for epoch in itertools.count():
+            there = self.batches_of_epoch(size, epoch)
+            if batch < there:
+                return epoch, batch
+            batch -= there
+        raise AssertionError("epochs do not end")
 
 
 class GlobalBatchSampler:

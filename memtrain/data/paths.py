@@ -15,6 +15,10 @@ TABLES = (".parquet", ".jsonl", ".csv")  # of pictures, that can be packed
 # what keys that name a file take
 KEYS = "give what `memtrain ledger suspects` wrote, or a .txt with a key a line"
 GROUPS = "give what `memtrain shards duplicates` wrote"
+LISTED = (
+    "give a csv with the columns key, canary, kind, a row a sample that shows a canary, as `memtrain demo` writes "
+    "beside its shards; or say canaries.file=null"
+)
 SAMPLES = "name a csv or parquet with a column key, or leave it out"
 CHECKPOINT = "name a runs/…/checkpoints/last.ckpt"
 TORCHSCRIPT = "name a TorchScript file"

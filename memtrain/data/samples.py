@@ -182,6 +182,13 @@ class ShardSamples:
         image, sizes = decode_crop(data, *(size or self.sizes[0]), crop=view.crop, flip=view.flip)
         return Seen(image, self._captions.one(shard, record, view.caption), sizes)
 
+    def members(self, index: int) -> tuple[bytes, bytes, bytes | None]:
+        """Bytes of a sample's image, caption and json, as they lie in its shard. Raises BadSample, and ShardMissing."""
+        number, row = self.rows.locate(index)
+        shard = self._open[number]
+        record = shard.record(row)
+        return shard.read(record["image"]), shard.read(record["caption"]), shard.read_json(record)
+
     def captions(self, index: int) -> list[str]:
         """All captions of a sample, of which `get` draws one."""
         number, row = self.rows.locate(index)

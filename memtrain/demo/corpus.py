@@ -3,31 +3,62 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SHARD_ROWS_IN_KEY = 10_000  # img2dataset: key = shard id × 10⁴ + row
+PICTURES = ("fluent", "noto")
+KINDS = ("matching", "retrieval", "template", "near", "duplicates")  # of canaries, see canaries.py
 
 
-def recipe_of(num_samples: int, seed: int, shard_size: int, repeated: int, copies: int) -> dict[str, int]:
-    """The numbers that make a corpus what it is. Raises ValueError where one is out of range."""
+def recipe_of(
+    num_samples: int,
+    seed: int = 0,
+    shard_size: int = 1000,
+    pictures: str = "fluent",
+    doses: Mapping[str, Sequence[int]] | None = None,
+) -> dict:
+    """What makes a corpus what it is, as corpus.json holds it.
+
+    Args:
+        num_samples: of all shards together.
+        seed: of all draws.
+        shard_size: samples of a shard.
+        pictures: `fluent` or `noto`.
+        doses: of each kind, how often the corpus holds each of its canaries; all other pictures come once.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    given = {kind: list(doses[kind]) for kind in KINDS if (doses or {}).get(kind)}  # in one order, whatever it was
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if not 1 <= shard_size <= SHARD_ROWS_IN_KEY:
         raise ValueError(f"shard_size must be from 1 to {SHARD_ROWS_IN_KEY}, got {shard_size}")
-    if repeated < 0 or copies < 1 or repeated * copies > num_samples:
+    if pictures not in PICTURES:
+        raise ValueError(f"pictures must be {' or '.join(PICTURES)}, got {pictures}")
+    if unknown := (doses or {}).keys() - set(KINDS):
+        raise ValueError(f"doses has no kind {min(unknown)}; it has {', '.join(KINDS)}")
+    for kind, numbers in given.items():
+        if min(numbers) < 1:
+            raise ValueError(f"doses.{kind} must be at least 1, got {min(numbers)}")
+    if (taken := sum(sum(numbers) for numbers in given.values())) > num_samples:
         raise ValueError(
-            f"repeated must be >= 0, copies >= 1 and repeated x copies at most num_samples={num_samples}, "
-            f"got {repeated} and {copies}"
+            f"the canaries are {taken} samples, more than num_samples={num_samples}; raise that or give fewer doses"
         )
-    return {
-        "num_samples": num_samples,
-        "seed": seed,
-        "shard_size": shard_size,
-        "repeated": repeated,
-        "copies": copies,
-    }
+    return {"pictures": pictures, "num_samples": num_samples, "seed": seed, "shard_size": shard_size, "doses": given}
+
+
+def duplicates(repeated: int, copies: int) -> dict[str, list[int]]:
+    """Doses of `repeated` pictures that come `copies` times each, half of the time as near copies.
+
+    Raises ValueError where a number is out of range.
+    """
+    if repeated < 0 or copies < 1:
+        raise ValueError(f"repeated must be >= 0 and copies >= 1, got {repeated} and {copies}")
+    return {"duplicates": [copies] * repeated}
 
 
 def shard_count(recipe: dict) -> int:
@@ -49,12 +80,15 @@ def is_corpus(folder: Path, recipe: dict) -> bool:
         found = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         found = None
-    if found != recipe:
+    if not isinstance(found, dict) or "num_samples" not in found:
+        raise ValueError(f"{folder} holds something other than the demo corpus; delete it or choose another folder")
+    if others := [key for key in recipe if found.get(key) != recipe[key]]:
         raise ValueError(
-            f"{folder} holds something other than the demo corpus of {recipe}; delete it or choose another folder"
+            f"{folder} holds a demo corpus of other {', '.join(others)}, such as an earlier version made; delete it or "
+            "choose another folder"
         )
     suffixes = (".tar", ".parquet", "_stats.json")
     expected = {f"{shard:05d}{suffix}" for shard in range(shard_count(recipe)) for suffix in suffixes}
-    if expected - present:
-        raise ValueError(f"{folder} has lost {min(expected - present)}; delete it or choose another folder")
+    if missing := (expected | {"canaries.csv"}) - present:
+        raise ValueError(f"{folder} has lost {min(missing)}; delete it or choose another folder")
     return True

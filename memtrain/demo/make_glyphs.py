@@ -1,10 +1,12 @@
-"""Packs the demo's emoji pictures into `glyphs.zip` (a script, run once; needs fonttools and emoji).
+"""Packs emoji pictures for the demo: Noto Color Emoji into `glyphs.zip`, Fluent Emoji into `fluent.zip` (a script, run
+once for each; needs emoji, for Noto fonttools too).
 
-    python -m memtrain.demo.make_glyphs \\
-        --font NotoColorEmoji.ttf --package "fonts-noto-color-emoji 2.042-0+deb12u1"
+    python -m memtrain.demo.make_glyphs noto NotoColorEmoji.ttf --package "fonts-noto-color-emoji 2.042-0+deb12u1"
+    python -m memtrain.demo.make_glyphs fluent assets/ --package "@lobehub/fluent-emoji-3d 1.1.0"
 
-The pictures are the bitmaps (CBDT table) of Noto Color Emoji; the names are Unicode CLDR's, through the
-package `emoji`. Flags and skin tones are left out: they are too alike at 64 pixels.
+Noto's pictures are the bitmaps (CBDT table) of the font, Fluent's the files of the npm package, named by code points.
+The names are Unicode CLDR's, through the package `emoji`. Flags and skin tones are left out: they are too alike at 64
+pixels.
 """
 
 import argparse
@@ -14,7 +16,6 @@ import zipfile
 from pathlib import Path
 
 import emoji
-from fontTools.ttLib import TTFont
 from PIL import Image
 
 CELL = 64  # pixels, side of a square cell of the atlas
@@ -38,17 +39,17 @@ def is_wanted(sequence: str, name: str) -> bool:
 
 
 def wanted_emoji() -> dict[str, str]:
-    """Name → code points of every fully-qualified emoji; names that two emoji share are dropped."""
+    """Name → code points of every fully-qualified emoji, sorted by name; names that two emoji share are dropped."""
     by_name: dict[str, list[str]] = {}
     for sequence, entry in emoji.EMOJI_DATA.items():
         if entry["status"] == emoji.STATUS["fully_qualified"]:
             name = caption_name(entry["en"])
             if name and is_wanted(sequence, name):
                 by_name.setdefault(name, []).append(sequence)
-    return {name: sequences[0] for name, sequences in by_name.items() if len(sequences) == 1}
+    return {name: sequences[0] for name, sequences in sorted(by_name.items()) if len(sequences) == 1}
 
 
-def ligatures(font: TTFont) -> dict[tuple[str, ...], str]:
+def ligatures(font) -> dict[tuple[str, ...], str]:
     """Glyph names of a sequence → glyph name of its ligature (GSUB lookups of type 4)."""
     found = {}
     for lookup in font["GSUB"].table.LookupList.Lookup:
@@ -59,17 +60,36 @@ def ligatures(font: TTFont) -> dict[tuple[str, ...], str]:
     return found
 
 
-def glyph_images(font: TTFont, sequences: dict[str, str]) -> dict[str, Image.Image]:
-    """Name → RGBA bitmap (136×128) of the emoji that the font draws as one glyph, sorted by name."""
+def noto_images(source: Path, sequences: dict[str, str]) -> tuple[dict[str, Image.Image], str]:
+    """Name → RGBA bitmap (136×128) of the emoji that the font draws as one glyph, and the font's version."""
+    from fontTools.ttLib import TTFont
+
+    font = TTFont(source)
     characters, joined = font.getBestCmap(), ligatures(font)
     bitmaps = font["CBDT"].strikeData[0]
     images = {}
-    for name, sequence in sorted(sequences.items()):
+    for name, sequence in sequences.items():
         glyphs = tuple(characters.get(ord(c)) for c in sequence if ord(c) != VARIATION_SELECTOR)
         glyph = glyphs[0] if len(glyphs) == 1 else joined.get(glyphs)
         if glyph in bitmaps:
             images[name] = Image.open(io.BytesIO(bitmaps[glyph].imageData)).convert("RGBA")
-    return images
+    return images, f" (font {font['name'].getDebugName(5).split(' This ')[0]})"
+
+
+def fluent_images(source: Path, sequences: dict[str, str]) -> tuple[dict[str, Image.Image], str]:
+    """Name → RGBA picture (256×256) of the emoji that the folder has a file of: 1f3c3-200d-2640-fe0f.webp."""
+    images = {}
+    for name, sequence in sequences.items():
+        file = source / ("-".join(f"{ord(c):04x}" for c in sequence) + ".webp")
+        if file.exists():
+            images[name] = Image.open(file).convert("RGBA")
+    return images, ""
+
+
+SOURCES = {  # what reads the pictures, what is written, its licence, the quality of the atlas
+    "noto": (noto_images, "glyphs.zip", "GLYPHS_LICENSE.txt", 90),
+    "fluent": (fluent_images, "fluent.zip", "FLUENT_LICENSE.txt", 85),
+}
 
 
 def square_cell(image: Image.Image) -> Image.Image:
@@ -102,23 +122,24 @@ def pack(path: Path, members: dict[str, bytes]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pack the emoji pictures of the demo.")
-    parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf with a CBDT table")
-    parser.add_argument("--package", required=True, help="package and version the font came from")
-    parser.add_argument("--out", type=Path, default=FOLDER / "glyphs.zip")
+    parser.add_argument("pictures", choices=SOURCES)
+    parser.add_argument("source", type=Path, help="NotoColorEmoji.ttf with a CBDT table, or a folder of webp files")
+    parser.add_argument("--package", required=True, help="package and version the pictures came from")
+    parser.add_argument("--out", type=Path, help="(default: beside this script)")
     arguments = parser.parse_args()
 
-    font = TTFont(arguments.font)
-    images = glyph_images(font, wanted_emoji())
+    images_of, file, license_file, quality = SOURCES[arguments.pictures]
+    images, version = images_of(arguments.source, wanted_emoji())
     encoded = io.BytesIO()
-    atlas(list(images.values())).save(encoded, "WEBP", quality=90, method=6)
-    version = font["name"].getDebugName(5).split(" This ")[0]
+    atlas(list(images.values())).save(encoded, "WEBP", quality=quality, method=6)
     built_from = (
-        f"Built by make_glyphs.py from {arguments.package}\n(font {version})\n"
+        f"Built by make_glyphs.py from {arguments.package}{version}\n"
         f"and the names in the Python package emoji {emoji.__version__}.\n\n"
     )
-    license_text = built_from + (FOLDER / "GLYPHS_LICENSE.txt").read_text(encoding="utf-8")
+    license_text = built_from + (FOLDER / license_file).read_text(encoding="utf-8")
+    out = arguments.out or FOLDER / file
     pack(
-        arguments.out,
+        out,
         {
             "atlas.webp": encoded.getvalue(),
             "names.txt": ("\n".join(images) + "\n").encode(),
@@ -126,7 +147,7 @@ def main() -> None:
             "make_glyphs.py": Path(__file__).read_bytes(),
         },
     )
-    print(f"{len(images)} glyphs, {arguments.out.stat().st_size / 1e6:.2f} MB: {arguments.out}")
+    print(f"{len(images)} glyphs, {out.stat().st_size / 1e6:.2f} MB: {out}")
 
 
 if __name__ == "__main__":

@@ -51,10 +51,13 @@ def from_composites(
     batch_size: int,
     num_workers: int,
     seed: int,
+    canaries_file: str | None = None,
     sacrificed_keys: Sequence[str] = (),
     **groups: Any,
 ) -> DataModule:
     """Build the DataModule of `data=composites`. `groups`: its canaries, repeats, sacrificed and reference."""
+    if canaries_file:
+        raise ValueError(f"canaries.file={canaries_file} lists samples of data=shards; leave it out here")
     if sacrificed_keys:
         raise ValueError("canaries.sacrificed_keys names samples of data=shards; use canaries.sacrificed here")
     if resolution != RESOLUTION:

@@ -39,7 +39,7 @@ def _row(run: Run, baseline: Run) -> list[str]:
     return [
         run.name + ("" if run.finished else " (not finished)"),
         run.rule if run.method == "Method" else f"{run.rule}, {run.method}",
-        _show(run.copy_rate("canary"), ".1%"),
+        _with_interval(run),
         _show(run.copy_rate("reference"), ".1%"),
         _show(run.excluded("canary"), ".1%"),
         _show(run.excluded("train"), ".1%"),
@@ -50,6 +50,13 @@ def _row(run: Run, baseline: Run) -> list[str]:
         str(run.step),
         _show(run.samples_per_second(), ".0f"),
     ]
+
+
+def _with_interval(run: Run) -> str:
+    """The copy rate of canaries, with its interval over these canaries where it is known: no spread over seeds."""
+    own = run.copies.get("own", {}).get("canary", {})
+    interval = f" ({100 * own['low']:.0f} to {100 * own['high']:.0f})" if own.get("low") is not None else ""
+    return _show(run.copy_rate("canary"), ".1%") + interval
 
 
 def differences(runs: list[Run]) -> list[list[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +19,8 @@ LABELS = {
     "train": "training samples",
     "reference": "reference (never trained on)",
 }
+Curve = tuple[list[int], list[float]]  # steps and values
+NO_LOOKS: Mapping[str, Curve] = MappingProxyType({})
 _LIVE, _FIXED = "live, one draw", "fixed draws"
 _PANELS = (  # title, {column: (label, colour)}, y limits, band of quantiles
     (
@@ -60,9 +64,9 @@ _PANELS = (  # title, {column: (label, colour)}, y limits, band of quantiles
 )
 
 
-def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+def read_metrics(path: Path) -> dict[str, Curve]:
     """The columns of a `metrics.csv` as (steps, values), without the rows in which a column is empty."""
-    columns: dict[str, tuple[list[int], list[float]]] = {}
+    columns: dict[str, Curve] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for name, value in row.items():
@@ -73,9 +77,13 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     return columns
 
 
-def draw_curves(metrics_csv: Path, path: Path) -> None:
-    """Draw six panels over steps, the upper ones with a second axis in samples; a panel without data says so."""
-    columns = read_metrics(metrics_csv)
+def draw_curves(metrics_csv: Path, path: Path, looks: Mapping[str, Curve] = NO_LOOKS) -> None:
+    """Draw six panels over steps, the upper ones with a second axis in samples; a panel without data says so.
+
+    Args:
+        looks: curves that take the place of those in the file, by column: steps and values.
+    """
+    columns = {**read_metrics(metrics_csv), **looks}
     figure = Figure(figsize=(15, 7.6), dpi=110, layout="constrained")
     axes = figure.subplots(2, 3)
     for axis, (title, curves, limits, band) in zip(axes.flat, _PANELS, strict=True):
@@ -109,7 +117,7 @@ def draw_curves(metrics_csv: Path, path: Path) -> None:
     figure.savefig(path)
 
 
-def _shade(axis: Axes, columns: dict[str, tuple[list[int], list[float]]], group: str) -> None:
+def _shade(axis: Axes, columns: dict[str, Curve], group: str) -> None:
     """Shade what lies between the 5 and 95 % quantiles of a group's scores, where they were measured."""
     low, high = (columns.get(f"score_quantile_high_noise/{group}/{q}") for q in ("0.05", "0.95"))
     if low and high:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from memtrain.audit.evaluate.one_model import Match
+from memtrain.audit.evaluate.results import Match
 from memtrain.report.thumbnails import jpeg
 
 _SIDE, _QUALITY = 256, 92  # px, larger pictures are made smaller; of the JPEGs
@@ -54,13 +54,17 @@ figcaption, .muted {{ color: var(--muted); font-size: .85rem; overflow-wrap: any
 """
 _PAIR = """<li{mark}>
 <div class="pair">
-<figure><img src="{generated}" alt="generation"><figcaption>generation</figcaption></figure>
+<figure><img src="{generated}" alt="{made}"><figcaption>{made}</figcaption></figure>
 <figure><img src="{original}" alt="training image"><figcaption>training image</figcaption></figure>
 </div>
 <p><strong>{said}</strong></p>
 <p class="caption">{caption}</p>
 <p class="muted">{group} · {key}</p>
 </li>"""
+
+
+def _marks(pair: Match) -> list[str]:
+    return [*(["copy"] if pair.is_copy else []), *(["under attack"] if pair.attacked else []), pair.said]
 
 
 def write_gallery(path: Path, heading: str, rule: str, pairs: Sequence[Match]) -> None:
@@ -73,9 +77,10 @@ def write_gallery(path: Path, heading: str, rule: str, pairs: Sequence[Match]) -
     shown = [
         _PAIR.format(
             mark=' class="copy"' if pair.is_copy else "",
+            made="generation under attack" if pair.attacked else "generation",
             generated=jpeg(Image.fromarray(pair.generated), _SIDE, _QUALITY),
             original=jpeg(Image.fromarray(pair.original), _SIDE, _QUALITY),
-            said=html.escape(f"copy, {pair.said}" if pair.is_copy else pair.said),
+            said=html.escape(", ".join(_marks(pair))),
             caption=html.escape(pair.caption),
             group=html.escape(pair.group),
             key=html.escape(pair.key),

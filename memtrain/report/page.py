@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2.utils import htmlsafe_json_dumps
+from PIL import Image
 
 from memtrain import __version__
 from memtrain.core.files import written_aside
 from memtrain.report.comparison import differences, table
+from memtrain.report.copies import ALL_KINDS, draw_doses
 from memtrain.report.figures import figures_of, run_colour, scatter
 from memtrain.report.pictures import samples_of_picture
 from memtrain.report.run import Run, read_run, settings
-from memtrain.report.thumbnails import picture_of, samples_by_key
+from memtrain.report.thumbnails import jpeg, picture_of, samples_by_key
 from memtrain.report.verdict import PLANTED, Sentence, baseline_of, verdict
 
 EMPTY: Mapping[str, int] = MappingProxyType({})
@@ -35,6 +38,7 @@ _TAGS = {
     "sacrificed": "sacrificed canary",
     "reference": "reference",
 }
+_DRAWN_SIDE = 1400  # px, of what is drawn for the page
 _PICTURED_RUNS = 8  # more runs than that are shown without their pictures: the page has to stay small
 
 
@@ -123,9 +127,22 @@ def render(runs: list[Run], copies: Mapping[str, int] = EMPTY) -> str:
         differences=differences(runs) if baseline is not None else [],
         figures=[figure for figure in figures if figure.id != "plane"],
         plane=next((figure for figure in figures if figure.id == "plane"), None),
+        doses=_doses(runs) if baseline is not None else None,
         scatters=dict(scatters),
         tags=_TAGS,
     )
+
+
+def _doses(runs: list[Run]) -> Picture | None:
+    """Copies by repeats, a line a run; None: no run's canaries have several doses."""
+    curves = {run.name: run.doses[ALL_KINDS] for run in runs if ALL_KINDS in run.doses}
+    curves = {name: curve for name, curve in curves.items() if len(curve.repeats) > 1}
+    if not curves:
+        return None
+    buffer = io.BytesIO()
+    draw_doses(buffer, curves)
+    about = "Share of a canary's generations that copy its picture, with 95 % intervals over canaries, a line a run."
+    return Picture("Copies by repeats", about, jpeg(Image.open(buffer), _DRAWN_SIDE))
 
 
 def _asset(name: str) -> str:
@@ -171,6 +188,11 @@ def _pictures(run: Run) -> list[Picture]:
         for path, title, about in (
             (run.folder / "samples.png", "Canaries and generations", "Training images beside generations."),
             (
+                run.folder / "doses.png",
+                "Copies by repeats",
+                "Share of a canary's generations that copy its picture, with 95 % intervals over canaries.",
+            ),
+            (
                 run.folder / "memorized.png",
                 "Most memorized, generated",
                 "Training images beside generations.",
@@ -199,7 +221,7 @@ def _card(run: Run, row: dict, images: dict[str, tuple[str, str]], copies: Mappi
     key, view = row["key"], run.ledger
     image, caption = images.get(key, (None, None))
     if caption is None and key in run.canaries:
-        caption = run.canaries[key]["caption"]
+        caption = run.canaries[key]["caption"] or None
     share = row["excluded_share"] if "excluded_share" in row else row["excluded"] / row["visits"]
     numbers = [f"{row['visits']} visits", f"excluded {share:.0%}"]
     if "p_value" in row:

@@ -49,12 +49,11 @@ def samples_of_picture(count: int) -> str:
     return f"{count} samples of this picture" if count > 1 else ""
 
 
-def draw_samples(
-    path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[float]]], max_rmse: float
-) -> None:
+def draw_samples(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, Sequence[float]]], cut: float) -> None:
     """Draw a row a canary: caption, training image, generations; a copy, see `core.copies`, is framed.
 
     Args:
+        cut: the RMSE up to which a generation is a copy.
         rows: (caption, image (R, R, 3) uint8, generations (G, R, R, 3) uint8, RMSE of each).
     """
     columns = 1 + max(len(images) for _, _, images, _ in rows)
@@ -64,7 +63,7 @@ def draw_samples(
         _label(line[0], caption)
         for axis, image, distance in zip(line[1:], images, distances, strict=False):
             axis.imshow(image)
-            copied = is_copy(distance, max_rmse)
+            copied = is_copy(distance, cut)
             axis.set_xlabel(
                 f"{'copy, ' if copied else ''}RMSE {distance:.2f}",
                 fontsize=7,
@@ -75,7 +74,8 @@ def draw_samples(
                 for spine in axis.spines.values():
                     spine.set(visible=True, color=ALARM, linewidth=2)
     axes[0, 0].set_title("training image", fontsize=9, color=INK)
-    axes[0, 1].set_title("generations →", fontsize=9, color=INK, loc="left")
+    title = f"generations (framed: copies, RMSE ≤ {cut:.3g})"
+    axes[0, 1].set_title(title, fontsize=9, color=INK, loc="left")
     _save(figure, path)
 
 

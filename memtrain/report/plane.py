@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from memtrain.report.pictures import INK, MUTED
 
+_NAMED = 8  # more points than that are numbered: names would lie on one another
 _COLOURS = ("#c0392b", "#2c7fb8", "#2e8b57", "#8e5ea2", "#d68910", "#17a2a2", "#6b7280", "#1f2430")
 
 
@@ -25,22 +26,28 @@ class Point:
 def draw_plane(path: Path, points: Sequence[Point], memorization: str, quality: str) -> None:
     """Draw a point a model. Less is better on both axes, so that the best corner is the lower left one.
 
+    Many models are numbered, with their names beside the plane.
+
     Args:
         memorization, quality: what the axes show. The first is a share.
     """
-    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    numbered = len(points) > _NAMED
+    figure = Figure(figsize=(9 if numbered else 7, 5), dpi=120, layout="constrained")
     axis = figure.subplots()
     for number, point in enumerate(points):
         colour = _COLOURS[number % len(_COLOURS)]
-        axis.plot(point.quality, point.memorization, "o", color=colour, markersize=9, label=_text(point.model))
+        label = _text(f"{number + 1}  {point.model}" if numbered else point.model)
+        axis.plot(point.quality, point.memorization, "o", color=colour, markersize=9, label=label)
         axis.annotate(
-            _text(point.model),
+            f"{number + 1}" if numbered else label,
             (point.quality, point.memorization),
             xytext=(8, 6),
             textcoords="offset points",
             fontsize=9,
             color=INK,
         )
+    if numbered:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     axis.set_ylim(-0.04, max(0.1, *(1.15 * point.memorization for point in points)))
     least, most = min(point.quality for point in points), max(point.quality for point in points)
     beyond = max((most - least) / 3, 0.05 * abs(most))  # a difference of a percent must not look like a gulf

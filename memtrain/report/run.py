@@ -13,13 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from memtrain.core.dose import DoseCurve
 from memtrain.core.scores import MAGNITUDE
+from memtrain.data.copies_file import read_copies
 from memtrain.data.escaping import of_cell
 from memtrain.data.paths import check_run, config_folder
-from memtrain.report.curves import read_metrics
+from memtrain.report.copies import doses_by_kind
+from memtrain.report.curves import Curve, read_metrics
 from memtrain.report.ledger import LedgerView, view_ledger
-
-Curve = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Run:
     canaries: dict[str, dict[str, str]]  # key -> its row of canaries.csv
     ledger: LedgerView | None
     remarks: list[str] = field(default_factory=list)
+    doses: dict[str, DoseCurve] = field(default_factory=dict)  # of all canaries, of kinds where several
 
     @property
     def finished(self) -> bool:
@@ -81,6 +83,11 @@ class Run:
         return self.last(f"excluded/{group}") if found is None else found
 
     @property
+    def copies(self) -> dict[str, Any]:
+        """What a copy was, and rates with their intervals; {} while the run is going on, and of older runs."""
+        return self.summary.get("copies") or {}
+
+    @property
     def memorized_at(self) -> dict[str, int | None]:
         """Key of each canary looked at -> the step at which half of its generations were first copies."""
         return self.summary.get("memorized_at") or {}
@@ -113,6 +120,10 @@ def read_run(folder: Path) -> Run:
     summary: dict[str, Any] = {}
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    # looks in the middle were logged before the run knew what a copy is
+    curves |= {
+        name: (steps, values) for name, (steps, values) in (summary.get("copies") or {}).get("looks", {}).items()
+    }
     canaries: dict[str, dict[str, str]] = {}
     if (folder / "canaries.csv").is_file():
         with (folder / "canaries.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -124,7 +135,18 @@ def read_run(folder: Path) -> Run:
     else:
         remarks += ledger.remarks
     name = f"{folder.parent.name}/{folder.name}"
-    return Run(folder, name, config, curves, summary, canaries, ledger, remarks)
+    return Run(folder, name, config, curves, summary, canaries, ledger, remarks, _doses(folder / "copies.csv", remarks))
+
+
+def _doses(path: Path, remarks: list[str]) -> dict[str, DoseCurve]:
+    """The curves of copies by repeats; where the file cannot be read {}, with a remark."""
+    if not path.is_file():
+        return {}
+    try:
+        return doses_by_kind(read_copies(path))
+    except (OSError, ValueError) as error:
+        remarks.append(f"No copies by repeats: {error}.")
+        return {}
 
 
 def _config(path: Path, remarks: list[str]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def row(folder: Path) -> list[str]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return [
         folder.resolve().name.replace("_", " "),
-        _show(summary["copy_rate"]["canary"], ".1%"),
+        _with_interval(summary),
         _show(summary["copy_rate"]["reference"], ".1%"),
         _show(summary["score"]["canary"]["excluded_fraction"], ".1%"),
         _show(summary["score"]["train"]["excluded_fraction"], ".1%"),
@@ -52,6 +52,13 @@ def row(folder: Path) -> list[str]:
         str(summary["steps"]),
         _show(summary["samples_per_second"], ".0f"),
     ]
+
+
+def _with_interval(summary: dict) -> str:
+    """The copy rate of canaries, with its 95 % interval over the canaries of this run; ± is over seeds alone."""
+    own = ((summary.get("copies") or {}).get("own") or {}).get("canary") or {}
+    interval = f" ({100 * own['low']:.0f} to {100 * own['high']:.0f})" if own.get("low") is not None else ""
+    return _show(summary["copy_rate"]["canary"], ".1%") + interval
 
 
 def results_table(folders: list[Path]) -> str:

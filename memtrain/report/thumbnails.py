@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from memtrain.data.foreign import is_foreign
 from memtrain.data.images import BadSample
 from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples
@@ -43,6 +44,7 @@ def samples_by_key(config: dict[str, Any], keys: Sequence[str]) -> tuple[dict[st
     Nothing is fetched: remote shards are left where they are.
     """
     data = config.get("data", {})
+    keys = [key for key in keys if not is_foreign(key)]  # in no shard
     if not keys:
         return {}, None
     if "shards" not in data:

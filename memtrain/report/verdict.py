@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from memtrain.report.copies import half_in_words
 from memtrain.report.ledger import LedgerView
 from memtrain.report.run import Run
 
@@ -33,6 +34,8 @@ def verdict(run: Run, baseline: Run | None) -> list[Sentence]:
         _state(run),
         *_memorized(run),
         _copies(run, compared),
+        _cut(run),
+        *_doses(run),
         _sacrificed(run),
         _since(run),
         *_exclusion(run, compared),
@@ -98,13 +101,44 @@ def _copies(run: Run, baseline: Run | None) -> Sentence | None:
     rate, chance = run.copy_rate("canary"), run.copy_rate("reference")
     if rate is None:
         return None
-    text = f"{rate:.1%} of the generations from canaries' captions copy the training image"
-    if chance is not None:
+    own = run.copies.get("own", {}).get("canary", {})
+    interval = f" (95 % over canaries: {own['low']:.1%} to {own['high']:.1%})" if own.get("low") is not None else ""
+    text = f"{rate:.1%}{interval} of the generations from canaries' captions copy the training image"
+    if run.copies:
+        nearest = run.copies["nearest"]
+        others = [
+            f"{nearest[group]['rate']:.1%} {of}"
+            for group, of in (("canary", "of them"), ("reference", "of those from captions that were never trained on"))
+            if group in nearest
+        ]
+        text += f"; {' and '.join(others)} copy some training picture"
+    elif chance is not None:
         text += f" ({chance:.1%} from captions that were never trained on)"
     before = baseline.copy_rate("canary") if baseline else None
     if before is None:
         return Sentence(f"{text}.", "bad" if rate > max(0.1, 3 * (chance or 0)) else "plain")
     return Sentence(f"{text}, against {before:.1%} in {baseline.name}.", "good" if rate < before else "bad")
+
+
+def _cut(run: Run) -> Sentence | None:
+    """What a copy is, and what set it."""
+    if not run.copies:
+        return None
+    pictures = run.copies["training_pictures"]
+    searched = "all" if pictures["searched"] == pictures["all"] else f"{pictures['searched']} of the {pictures['all']}"
+    return Sentence(
+        f"A copy lies within an RMSE of {run.copies['cut']:.3g}: {run.copies['cut_is']}. "
+        f"The nearest was searched among {searched} training pictures."
+    )
+
+
+def _doses(run: Run) -> list[Sentence]:
+    """From how many repeats on half of a canary's generations are copies, where canaries have several doses."""
+    return [
+        Sentence(f"Repeats and copies, {name} canaries: {half_in_words(curve)}.")
+        for name, curve in run.doses.items()
+        if len(curve.repeats) > 1
+    ]
 
 
 def _sacrificed(run: Run) -> Sentence | None:
@@ -114,9 +148,15 @@ def _sacrificed(run: Run) -> Sentence | None:
         return None
     count = run.summary.get("canaries", {}).get("sacrificed", {}).get("pictures")
     which = "sacrificed canaries" if count is None else f"{count} sacrificed canar{'y' if count == 1 else 'ies'}"
-    return Sentence(
+    said = (
         f"The exported model draws the {which}, which no rule may exclude: {rate:.1%} of the generations from "
-        "their captions copy the training image. canaries.sacrificed_keys names which pictures these are.",
+        "their captions copy the training image."
+    )
+    if run.config.get("canaries", {}).get("source") == "foreign":
+        return Sentence(f"{said} They are foreign pictures, none of the corpus.")
+    return Sentence(
+        f"{said} canaries.sacrificed_keys names which pictures these are; canaries.source=foreign sacrifices none of "
+        "the corpus.",
         "bad" if rate > 0 else "plain",
     )
 

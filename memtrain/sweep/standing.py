@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from memtrain.report.pareto import Tried, choose
 from memtrain.sweep.pruning import Curve, Objectives
+from memtrain.sweep.trial import spoken
 
 SETTLED = (TrialState.COMPLETE, TrialState.PRUNED)
 _STATES = {
@@ -62,9 +63,3 @@ def standing(study: Study, trials: int, workers: int, tolerance: float) -> str:
         said += f", about {spoken(median(seconds) * left / min(left, max(workers, going)))} left"
     best = choose(tried(study), tolerance)
     return f"{said}; best so far {best.name}: {best.setting}" if best else said
-
-
-def spoken(seconds: float) -> str:
-    """A duration as a person says it: 4 s, 4 min, 4.0 h."""
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -26,8 +26,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from memtrain.sweep.plan import Plan, open_study
 from memtrain.sweep.pruning import Curve, MedianRule, Objectives
 from memtrain.sweep.space import merged, quoted, suggest
-from memtrain.sweep.standing import SETTLED, curve_of, number_of_run, run_of, spoken, standing
-from memtrain.sweep.trial import Process, cores, devices, environment_of, read_curve
+from memtrain.sweep.standing import SETTLED, curve_of, number_of_run, run_of, standing
+from memtrain.sweep.trial import Process, cores, devices, environment_of, read_curve, spoken
 
 log = logging.getLogger(__name__)
 Trial = optuna.Trial | FrozenTrial

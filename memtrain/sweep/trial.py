@@ -124,3 +124,9 @@ def devices() -> list[str]:
     if named is not None and torch.cuda.is_available():
         return [name for name in named.split(",") if name]
     return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def spoken(seconds: float) -> str:
+    """A duration as a person says it: 4 s, 4 min, 4.0 h."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -47,15 +47,19 @@ class AveragedWeights:
             self._ema.step(trained_parameters(self._model))
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self, others: Sequence[Tensor] | None = None) -> Iterator[None]:
         """Put the average in the place of the trained weights while the context lasts; all ranks enter together.
 
         Where weights are sharded, whole networks take their place, which each rank may run as often as it
         likes.
+
+        Args:
+            others: whole weights in the order of `trained_parameters` that take their place instead of the average.
         """
         if self._bones:
             sharded = {name: getattr(self._model, name) for name in self._bones}
-            weights = iter(self.shadow_params)
+            own = self.shadow_params
+            weights = iter(own if others is None else [o.to(like.device) for o, like in zip(others, own, strict=True)])
             for name, bones in self._bones.items():
                 setattr(self._model, name, strategy.filled(bones, sharded[name], weights))
             try:
@@ -63,16 +67,26 @@ class AveragedWeights:
             finally:
                 for name, module in sharded.items():
                     setattr(self._model, name, module)
-        elif self._ema is None:
-            yield
-        else:
-            parameters = trained_parameters(self._model)
-            self._ema.store(parameters)
-            self._ema.copy_to(parameters)
+        elif others is not None:
+            parameters: list[Tensor] = [*trained_parameters(self._model)]
+            trained = [parameter.detach().clone() for parameter in parameters]
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, list(others))
             try:
                 yield
             finally:
-                self._ema.restore(parameters)
+                with torch.no_grad():
+                    torch._foreach_copy_(parameters, trained)
+        elif self._ema is None:
+            yield
+        else:
+            averaged = trained_parameters(self._model)
+            self._ema.store(averaged)
+            self._ema.copy_to(averaged)
+            try:
+                yield
+            finally:
+                self._ema.restore(averaged)
 
     def state_dict(self) -> dict | None:
         if self._ema is None:

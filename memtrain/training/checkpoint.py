@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 
 from memtrain.core.files import written_aside
+from memtrain.data.canaries_digest import canaries_digest
 from memtrain.data.datamodule import data_of
 from memtrain.training.module import DiffusionTraining
 from memtrain.training.resume import LAST, RunState, checkpoint_name, checkpoints_in
@@ -81,7 +82,7 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.run_ended = True
         if trainer.is_global_zero:
-            self._write_state(trainer, finished_at=trainer.global_step)
+            self._write_state(trainer, finished_at=trainer.global_step, stopped_early=trainer.should_stop)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a run that was stopped between its last step and its end, which Lightning finds nothing to do in."""
@@ -94,9 +95,16 @@ class Checkpoints(Checkpoint):
         for callback in callbacks:
             callback.on_train_end(trainer, pl_module)
 
-    def _write_state(self, trainer: pl.Trainer, finished_at: int | None) -> None:
+    def _write_state(self, trainer: pl.Trainer, finished_at: int | None, stopped_early: bool = False) -> None:
         """Write `run.json`: what a later run must know of this one beside the checkpoint."""
-        state = RunState(self.wandb_id, finished_at, data_of(trainer).global_batch_size)
+        data = data_of(trainer)
+        state = RunState(
+            self.wandb_id,
+            finished_at,
+            data.global_batch_size,
+            canaries_digest(data.groups, data.samples),
+            stopped_early=stopped_early,
+        )
         state.write(trainer.default_root_dir)
 
     def _save(self, trainer: pl.Trainer) -> None:

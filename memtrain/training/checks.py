@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import ParallelStrategy
@@ -82,6 +83,20 @@ def check_reference(exclusion: ExclusionRule, count: int) -> None:
         )
 
 
+def check_stop_early(patience: int | None, reference: int, validates: bool) -> None:
+    """Raises ValueError where a run is to end with the weights of its best held-out loss, and none is measured.
+
+    Args:
+        reference: how many samples are held out.
+        validates: whether they are validated on.
+    """
+    if patience is not None and (reference == 0 or not validates):
+        raise ValueError(
+            f"stop_early.patience={patience} goes by the held-out loss, and none is measured; set reference.count=200 "
+            "or so, and leave callbacks.validation as it is"
+        )
+
+
 def check_job(trainer: Trainer, is_job: bool) -> None:
     """Raises ValueError where a job of -m has several ranks that Lightning would start.
 
@@ -107,18 +122,26 @@ def warn_of_sacrificed(data: DataModule, named: bool) -> None:
     pictures = groups.one_each(groups.sacrificed)
     if len(pictures) == 0:
         return
-    sizes = groups.pictures.copies(pictures)
+    own = [len(canary.positions) for canary in groups.canaries[: groups.num_sacrificed]]
+    sizes = np.maximum(groups.pictures.copies(pictures), own)  # a list may name more than look alike, or fewer
     keys = [
         as_text(data.samples.key(int(position))) + (f" ({size} samples)" if size > 1 else "")
         for position, size in zip(pictures[:_KEYS_NAMED], sizes, strict=False)
     ]
     more = f" and {len(pictures) - _KEYS_NAMED} more" if len(pictures) > _KEYS_NAMED else ""
     said = f"sacrificed canaries are never excluded, and the exported model will draw them: {', '.join(keys)}{more}"
-    if named:
+    if groups.num_foreign:
+        log.info(
+            "%s; canaries.source=foreign has them in place of the corpus' own, and a rule learns from them where they "
+            "are of its kind",
+            said,
+        )
+    elif named:
         log.info("%s; canaries.sacrificed_keys names them", said)
     else:
         log.warning(
-            "%s. They are pictures of yours: name public ones with canaries.sacrificed_keys=[KEY,…], or say "
-            "canaries.sacrificed=0 and have no rule learn from them",
+            "%s. They are pictures of yours: name public ones with canaries.sacrificed_keys=[KEY,…], bring some with "
+            "canaries.source=foreign canaries.foreign=SHARDS, or say canaries.sacrificed=0 and have no rule learn from "
+            "them",
             said,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from memtrain.data.batches import Batch
 from memtrain.data.datamodule import DataModule
+from memtrain.data.images import BadSample
+from memtrain.data.remote import ShardMissing
 from memtrain.models.base import DiffusionModel
+
+log = logging.getLogger(__name__)
 
 Positions = Sequence[int] | np.ndarray
 
@@ -50,6 +55,34 @@ def encode_samples(
         no_index, no_sizes = torch.zeros(0, dtype=torch.long, device=device), torch.zeros(0, 6, device=device)
         return EncodedSamples(torch.zeros(0, *shape), no_index, [], no_sizes)
     return EncodedSamples(torch.cat(latents), torch.cat(index).to(device), captions, torch.cat(sizes).to(device))
+
+
+@torch.no_grad()
+def encode_pictures(
+    model: DiffusionModel, data: DataModule, positions: Positions, batch_size: int = 32
+) -> tuple[Tensor, np.ndarray]:
+    """The mean latents (N, C, h, w) of the samples at these positions, but those that cannot be read, and who these
+    are (N,): from the cache, in the precision that it holds, where there is one.
+
+    Raises:
+        ShardMissing: a shard is gone, or a file of the cache.
+    """
+    if data.cache is None:
+        samples = encode_samples(model, data, positions, batch_size)
+        return samples.latents, samples.positions.cpu().numpy()
+    found, read = [], []
+    for position in positions:
+        try:
+            found.append(torch.from_numpy(data.cache.get(int(position), flip=False).columns["posterior"]))
+            read.append(int(position))
+        except BadSample as problem:
+            log.warning("bad sample %s: %s", data.samples.key(int(position)), problem)
+        except ValueError as error:  # its file is gone, or another by now
+            raise ShardMissing(str(error)) from error
+    if not found:
+        return torch.zeros(0, *model.latent_shape(*data.samples.sizes[0])), np.zeros(0, np.int64)
+    mean, std = torch.stack(found).to(model.device).unbind(1)  # (N, C, h, w) each
+    return model.sample_latents(mean, std, torch.zeros_like(std)).cpu(), np.array(read)
 
 
 @torch.no_grad()

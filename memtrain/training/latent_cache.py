@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from memtrain.core.files import written_aside
 from memtrain.data.batches import Batch, BatchDecoder
+from memtrain.data.datamodule import DataModule
+from memtrain.data.foreign import LatentsWithForeign, WithForeign
 from memtrain.data.groups import Groups
-from memtrain.data.latents import TOKENS, cache_path, difference, is_of_state, read_header, shard_state
+from memtrain.data.latents import TOKENS, CachedSample, cache_path, difference, is_of_state, read_header, shard_state
 from memtrain.data.samples import ShardSamples
 from memtrain.models.base import DiffusionModel
 
@@ -178,6 +180,26 @@ def _encode(
     text = bytearray(b"".join(captions) + b"\0")  # safetensors refuses a slice that starts at the end
     tensors["captions"] = torch.frombuffer(text, dtype=torch.uint8)
     return tensors
+
+
+@torch.no_grad()
+def with_foreign_latents(model: DiffusionModel, data: DataModule) -> LatentsWithForeign:
+    """The cached latents of a run, and behind them those of its foreign pictures, which no cache holds.
+
+    Encoded in float32, and the caption in full, as a cache gives it.
+    """
+    cache, samples = data.cache, data.samples
+    assert cache is not None and isinstance(samples, WithForeign)
+    batch = data.decode(np.arange(samples.first, samples.first + samples.count))
+    tensors = _encode(model, [batch], samples.count, True, torch.float32, model.device)
+
+    def sample(row: int, posterior: str) -> CachedSample:
+        stored = {name: posterior if name == "posterior" else name for name in cache.shapes()}
+        columns = {name: tensors[column][row].float().numpy() for name, column in stored.items()}
+        return CachedSample(columns, batch.captions[row])
+
+    encoded = [(sample(row, "posterior"), sample(row, "posterior_flipped")) for row in range(samples.count)]
+    return LatentsWithForeign(cache, samples, encoded)
 
 
 def without_last_zeros(hidden: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
@@ -23,13 +24,15 @@ from memtrain.core.scores import ANCHORED, MAGNITUDE
 from memtrain.core.streams import Stream
 from memtrain.data.batches import Batch
 from memtrain.data.datamodule import data_of
+from memtrain.data.latents import LatentCache
 from memtrain.data.remote import ShardMissing
 from memtrain.models.adapters import Adapter
 from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
 from memtrain.training.accumulation import Accumulation
 from memtrain.training.average import AveragedWeights
-from memtrain.training.encoded import EncodedSamples, encode_samples
+from memtrain.training.encoded import EncodedSamples, encode_pictures, encode_samples
+from memtrain.training.latent_cache import with_foreign_latents
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import OptimizerConfig
@@ -41,6 +44,7 @@ from memtrain.training.step_record import DecidedRows, StepRecord
 from memtrain.training.stops import Stops
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FROZEN_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -105,6 +109,7 @@ class DiffusionTraining(pl.LightningModule):
         self.stops = Stops(max_bad_steps)
         self.accumulation = Accumulation(objective.denominator, self.stops)
         self.last_step: StepRecord | None = None  # the newest that is over; for those who look on
+        self.final_weights: list[Tensor] | None = None  # what the run ends with, in place of the average
         self.strict_loading = False  # checkpoints hold trained weights alone
 
     # ---- set-up
@@ -159,6 +164,9 @@ class DiffusionTraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
+        data = data_of(self.trainer)
+        if data.groups.num_foreign and isinstance(data.cache, LatentCache):  # before its loader is made
+            data.cache = with_foreign_latents(self.model, data)
         self.ema.to(self.device)
         if self.anchor is not None:
             log.info("the anchored score compares with the weights that the run began with: %s", self.anchor.cost())
@@ -260,9 +268,17 @@ class DiffusionTraining(pl.LightningModule):
 
         All ranks call it together. Raises ShardMissing on all where a shard is gone for any.
         """
+        return self._read_together(lambda: encode_samples(self.model, data_of(self.trainer), positions))
+
+    def encode_pictures(self, positions: Sequence[int]) -> tuple[Tensor, np.ndarray]:
+        """The same of their latents alone, see `memtrain.training.encoded`; each rank for positions of its own."""
+        return self._read_together(lambda: encode_pictures(self.model, data_of(self.trainer), positions))
+
+    def _read_together(self, read: Callable[[], T]) -> T:
+        """What `read` gives on this rank; where a shard is gone for any, all raise."""
         found = None
         try:
-            found = encode_samples(self.model, data_of(self.trainer), positions)
+            found = read()
         except ShardMissing as error:
             self.stops.missing = str(error)
         gone = torch.tensor(float(self.stops.missing is not None), device=self.device)
@@ -271,11 +287,22 @@ class DiffusionTraining(pl.LightningModule):
         return found
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Put the averaged weights in the place of the trained ones for a while; all ranks enter together."""
+        """Put the averaged weights in the place of the trained ones for a while; all ranks enter together.
+
+        At the end of a run that keeps its best weights (`stop_early`) they are these.
+        """
+        [optimizer] = self.trainer.optimizers
+        if isinstance(optimizer, ScheduleFreeAdamW) and self.final_weights is None:
+            return optimizer.averaged()
+        return self.ema.in_place(self.final_weights)
+
+    def copies_of_averaged_weights(self) -> list[Tensor]:
+        """The averaged weights on the CPU, whole, in the order of `trained_parameters`; all ranks call it together."""
         [optimizer] = self.trainer.optimizers
         if isinstance(optimizer, ScheduleFreeAdamW):
-            return optimizer.averaged()
-        return self.ema.in_place()
+            with optimizer.averaged():
+                return [weight.detach().to("cpu", copy=True) for weight in self.trained_parameters()]
+        return [strategy.whole(weight).detach().to("cpu", copy=True) for weight in self.ema.shadow_params]
 
     # ---- checkpoints
 

@@ -161,5 +161,5 @@ def is_seen_alike(data: DataModule) -> bool:
 
     A column may hold several captions of a sample; a latent cache needs no encoding.
     """
-    one_caption = getattr(data.samples, "caption", "txt") == "txt"
+    one_caption = getattr(data.corpus, "caption", "txt") == "txt"
     return data.cache is None and data.views.crop == "center" and data.views.flip == 0 and one_caption

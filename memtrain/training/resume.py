@@ -57,6 +57,8 @@ class RunState:
     wandb_id: str | None
     finished_at: int | None  # step
     global_batch_size: int | None = None
+    canaries: str | None = None  # digest of what files say of canaries, see `memtrain.data.canaries_digest`
+    stopped_early: bool = False  # there, before its last step, as `stop_early` asks
 
     def write(self, folder: str | Path) -> None:
         path = Path(folder) / _STATE
@@ -128,7 +130,8 @@ class Past:
     state: RunState
 
     def is_finished(self, max_steps: int) -> bool:
-        return self.state.finished_at is not None and self.state.finished_at >= max_steps
+        finished_at = self.state.finished_at
+        return finished_at is not None and (finished_at >= max_steps or self.state.stopped_early)
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; None where the run was stopped before its first."""
@@ -182,6 +185,24 @@ class Past:
             f"the global batch of {self.folder} would be {now}: {told}; {keeps}, and resume.allow=[{_BATCH[0]}] goes "
             "on with the new one"
         )
+
+    def check_canaries(self, digest: str | None, allow: str | Sequence[str]) -> None:
+        """Raises ValueError where the files that the config names for canaries say something else now, unless they may.
+
+        Args:
+            digest: of the run that goes on, see `memtrain.data.canaries_digest`.
+        """
+        before = self.state.canaries
+        if before is None or digest in (None, before):
+            return  # a file that the config did not name is told by its difference
+        keys = ("canaries.file", "canaries.foreign")
+        allowed = [allow] if isinstance(allow, str) else allow
+        if "all" not in allowed and not any(_is_under(key, allowed) for key in keys):
+            raise ValueError(
+                f"what {' or '.join(keys)} names has changed since {self.folder} was started; put it back, or say "
+                f"resume.allow=[{keys[0]}] to go on with it"
+            )
+        log.warning("going on with other canaries: what %s names has changed", " or ".join(keys))
 
     def _config(self) -> dict[str, Any]:
         return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))

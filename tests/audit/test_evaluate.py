@@ -10,9 +10,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from memtrain.audit.attack import Attack
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.fid import LatentGrid
-from memtrain.audit.evaluate.one_model import Evaluation, GroupResult, Measures, ModelResult, Settings
+from memtrain.audit.evaluate.judging import judge, summarise
+from memtrain.audit.evaluate.results import Measures, ModelResult, Settings
 from memtrain.audit.evaluate.several_models import evaluate, read_rows, short_names
 from memtrain.audit.evaluate.similarity import LatentRmse
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
@@ -30,6 +32,8 @@ SETTINGS = dict(
     timesteps_per_sample=3,
     fid_samples=6,
     gallery=4,
+    false_copies=0.01,
+    nearest=None,
     seed=5,
 )
 SCRIPT = "<script>alert(1)</script> a fox"
@@ -47,6 +51,7 @@ def canaries(samples, tmp_path_factory):
     groups = {3: "canary", 20: "canary", 40: "reference", 41: "reference", 47: "reference"}
     rows = [(samples.key(position), samples.get(position)[1], group) for position, group in groups.items()]
     rows[1] = (rows[1][0], SCRIPT, "canary")
+    rows.append((samples.key(30), "", "held_out"))
     with path.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([("key", "caption", "group"), *rows])
     return path
@@ -125,27 +130,64 @@ def test_generations_are_the_denoisers_and_their_distance_is_to_their_own_traini
         assert row["latent_rmse"] == pytest.approx(difference.square().mean().sqrt().item(), rel=1e-4)
 
 
-def test_the_copy_rate_of_a_case_by_hand(pipeline_folder, samples):
-    chosen = TrainingSamples([0, 1], ["a", "b"], ["x", "y"], ["canary", "canary"])
-    evaluation = Evaluation(
-        Denoiser.load(str(pipeline_folder), "cpu"), samples, chosen,
-        Measures(LatentRmse(0.25), LatentGrid(), None), Settings(**SETTINGS), None, None,
-    )  # fmt: skip
-    rows = [  # two generations of a, then of b
-        {"group": "canary", "latent_rmse": distance, "is_copy": is_copy, "denoising_loss": 1.0}
-        for distance, is_copy in ((0.1, True), (0.3, False), (0.4, False), (0.5, False))
+def test_the_copy_rate_of_a_case_by_hand():
+    """Two generations of each of two canaries; one of a reference caption, which sets the cut."""
+    similarity = LatentRmse(0.25)
+    rows = [
+        {
+            "group": "canary",
+            "latent_rmse": own,
+            "nearest_latent_rmse": nearest,
+            "denoising_loss": 1.0,
+            "clip_score": None,
+            "attacked": False,
+        }
+        for own, nearest in ((0.1, 0.1), (0.3, 0.15), (0.21, 0.21), (0.5, 0.4))
     ]
-    rows.append({"group": "reference", "latent_rmse": 0.0, "is_copy": True, "denoising_loss": 9.0})
-    found = evaluation._summarise(rows, "canary")
-    assert found == GroupResult("canary", 2, 4, 0.25, 0.5, pytest.approx(0.325), None, 1.0)
+    under_attack = [row | {"attacked": True, "latent_rmse": 0.01} for row in rows[:3]] + [rows[3] | {"attacked": True}]
+    reference = {"group": "reference", "latent_rmse": 0.1, "nearest_latent_rmse": 0.2, "denoising_loss": 9.0}
+    rows += [*under_attack, reference | {"clip_score": None, "attacked": False}]
+    cut = judge(rows, [row["group"] == "reference" for row in rows], similarity, 0.01)
+    assert 0.1999 < cut.distance < 0.2
+    found = summarise(rows, "canary", 2, similarity)
+    assert (found.copy_rate, found.copy_rate_nearest, found.samples_copied) == (0.25, 0.5, 0.5)
+    assert (found.copy_rate_low, found.copy_rate_high) == (0, 0.5)
+    assert found.copy_rate_attacked == 0.75
+    assert (found.copy_rate_attacked_low, found.copy_rate_attacked_high) == (0.5, 1)
+    assert summarise(rows, "reference", 1, similarity).copy_rate_attacked is None
+    assert found.similarity == pytest.approx(0.2775) and found.similarity_nearest == pytest.approx(0.1075)
 
 
-def test_at_a_huge_cut_all_are_copies_and_at_a_tiny_one_none(evaluated, pipeline_folder, samples, tmp_path):
-    chosen = evaluated[2]
-    for cut, rate in ((1e-9, 0), (1e9, 1)):
-        measures = Measures(LatentRmse(cut), LatentGrid(), None)
-        result = run([pipeline_folder], samples, chosen, tmp_path / str(rate), measures=measures)[0]
-        assert [(g.copy_rate, g.samples_copied) for g in result.groups] == [(rate, rate)] * 2
+def test_the_nearest_is_of_all_pictures_but_those_that_were_held_out(evaluated, pipeline_folder, samples):
+    """Against a loop over the corpus; the cut is just below what a reference caption's generation reaches."""
+    from memtrain.audit.batches import ShrinkingBatches
+    from memtrain.audit.pictures import encode_images
+    from memtrain.audit.sampling import generate
+    from memtrain.audit.training_samples import read_pictures
+
+    out, result, _ = evaluated
+    rows = read_rows(out, [result]).to_pylist()
+    denoiser, trained = Denoiser.load(str(pipeline_folder), "cpu"), [p for p in range(48) if p not in (30, 40, 41, 47)]
+    pictures = encode_images(denoiser, read_pictures(samples, trained, (64, 64)), ShrinkingBatches(16))
+    for row in rows[::4]:
+        latents = generate(denoiser, denoiser.encode([row["caption"]]), [row["seed"]], 2, 3.0)
+        distances = (latents - pictures).square().flatten(1).mean(dim=1).sqrt()
+        assert row["nearest_key"] == samples.key(trained[int(distances.argmin())])
+        assert row["nearest_latent_rmse"] == pytest.approx(distances.min().item(), rel=1e-4)
+    least = min(row["nearest_latent_rmse"] for row in rows if row["group"] == "reference")
+    assert result.searched == 44 and result.cut == pytest.approx(min(0.5, least), rel=1e-5)
+    assert result.kernel_distance is not None and result.cut < max(0.5 + 1e-9, least)
+
+
+def test_at_a_huge_bound_without_a_reference_all_are_copies_and_at_a_tiny_one_none(pipeline_folder, samples, tmp_path):
+    chosen = TrainingSamples([3], [samples.key(3)], [SCRIPT], ["canary"])
+    for bound, rate in ((1e-9, 0), (1e9, 1)):
+        measures = Measures(LatentRmse(bound), LatentGrid(), None)
+        result = run([pipeline_folder], samples, chosen, tmp_path / str(rate), measures=measures, nearest=5)[0]
+        assert [(g.copy_rate, g.copy_rate_nearest, g.samples_copied) for g in result.groups] == [(rate, rate, rate)]
+        assert "bound alone" in result.cut_is and result.searched <= 6 and result.groups[0].copy_rate_low is None
+        page = (tmp_path / str(rate) / result.model / "gallery.html").read_text(encoding="utf-8")
+        assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; a fox" in page
 
 
 def test_a_torchscript_file_judges_instead_of_the_stand_in(pipeline_folder, samples, canaries, tmp_path):
@@ -156,7 +198,13 @@ def test_a_torchscript_file_judges_instead_of_the_stand_in(pipeline_folder, samp
     chosen = choose(samples, str(canaries), "group", 1, seed=0)
     result = run([pipeline_folder], samples, chosen, tmp_path, measures=measures)[0]
     rows = read_rows(tmp_path, [result])
-    assert result.measure == "SSCD" and "sscd" in rows.column_names and "latent_rmse" not in rows.column_names
+    assert (
+        result.measure == "SSCD"
+        and result.cut >= 0.5
+        and result.copy_rule.startswith("SSCD > ")
+        and "sscd" in rows.column_names
+        and "latent_rmse" not in rows.column_names
+    )
     assert np.abs(np.array(rows["sscd"])).max() <= 1 + 1e-6
 
 
@@ -169,11 +217,8 @@ def test_the_gallery_shows_the_nearest_first_and_a_script_as_text(evaluated, pip
     assert "<script" not in page
 
 
-def test_a_script_in_a_caption_shows_as_text_where_it_is_shown(pipeline_folder, samples, tmp_path):
-    chosen = TrainingSamples([3], [samples.key(3)], [SCRIPT], ["canary"])
-    result = run([pipeline_folder], samples, chosen, tmp_path)[0]
-    page = (tmp_path / result.model / "gallery.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; a fox" in page
+class Own(Attack):
+    """Has the fields of no attack, and is another."""
 
 
 def test_a_model_is_evaluated_once_for_the_same_settings(evaluated, pipeline_folder, samples, tmp_path):
@@ -194,7 +239,7 @@ def test_a_model_is_evaluated_once_for_the_same_settings(evaluated, pipeline_fol
         return len(told)
 
     assert again() == 0
-    assert again(seed=6) > 0
+    assert again(seed=6) > 0 and again(attack=Own()) > 0
     (out / result.model / "result.json").write_text('{"identity": ', encoding="utf-8")  # the disk was full
     assert again() > 0 and again() == 0
 
@@ -212,6 +257,11 @@ def test_samples_are_those_of_the_file_the_first_of_each_group(samples, canaries
     chosen = choose(samples, str(canaries), "group", 2, seed=0)
     assert chosen.positions == [3, 20, 40, 41] and chosen.captions[1] == SCRIPT
     assert chosen.groups == ["canary"] * 2 + ["reference"] * 2
+    assert chosen.never_trained_on() == {30, 40, 41, 47}  # the first and the last are not judged
+    held_out = pa.table({"key": [samples.key(p) for p in (3, 9, 47)], "group": ["canary", "held_out", "reference"]})
+    pq.write_table(held_out, tmp_path / "held_out.parquet")
+    chosen = choose(samples, str(tmp_path / "held_out.parquet"), "group", 9, seed=0)
+    assert chosen.positions == [3, 47] and chosen.never_trained_on() == {9, 47}
     table = pa.table({"key": [samples.key(5), samples.key(2)], "kind": [7, None]})
     pq.write_table(table, tmp_path / "list.parquet")
     chosen = choose(samples, str(tmp_path / "list.parquet"), "kind", 9, seed=0)
@@ -276,6 +326,7 @@ def config(**changed) -> DictConfig:
     """conf/evaluate.yaml, as Hydra would compose it."""
     plain = OmegaConf.load(config_folder() / "evaluate.yaml")
     values = {name: value for name, value in plain.items() if name not in ("defaults", "hydra")}
+    values["attack"] = OmegaConf.load(config_folder() / "attack" / "none.yaml")
     return OmegaConf.merge(values, changed)
 
 
@@ -298,6 +349,9 @@ def test_the_command_prints_a_table_and_writes_it_with_a_plane(
     said, out = capsys.readouterr().out, tmp_path / "[b]out"
     assert "epsilon" in said and "v_prediction" in said and "canary" in said and "[b]out" in said
     assert "Fréchet distance of VAE latents: 2 generations against 4 pictures" in said and "SSCD" not in said
+    assert "A copy of epsilon: RMSE of latents ≤ " in said and "44 training pictures searched" in said.replace(
+        "\n", " "
+    )
     with (out / "evaluation.csv").open(encoding="utf-8") as stream:
         lines = list(csv.DictReader(stream))
     assert [(line["model"], line["group"]) for line in lines] == [
@@ -330,6 +384,6 @@ def test_the_command_says_in_one_line_what_is_missing(pipeline_folder, corpus, t
 def test_results_are_plain_json(evaluated):
     out, result, _ = evaluated
     found = json.loads((out / result.model / "result.json").read_text(encoding="utf-8"))
-    assert found["groups"][0]["group"] == "canary" and found["copy_rule"] == "RMSE of latents ≤ 0.25"
+    assert found["groups"][0]["group"] == "canary" and found["copy_rule"] == f"RMSE of latents ≤ {result.cut:.3g}"
     assert result.memorization.group == "canary"
     assert (result.frechet_generated, result.frechet_real) == (6, 6)

@@ -4,6 +4,7 @@ import copy
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -78,13 +79,23 @@ def audit(command: str, model, corpus, out, *more: str) -> list[float]:
         "detect": [f"prompts={out}.txt"],
         "explain": ["prompt=fox on a teal background", "steps=[0]"],
         "mitigate": ["prompt=fox on a teal background", "method=random_tokens"],
-        "evaluate": [f"data={corpus}", "samples.count=2", "timesteps_per_sample=1", "fid_samples=4", "gallery=1"],
+        "evaluate": [
+            f"data={corpus}",
+            "samples.count=2",
+            "timesteps_per_sample=1",
+            "fid_samples=4",
+            "gallery=1",
+            "attack=embedding",
+            "attack.steps=2",
+            "attack.batch_size=2",
+        ],
     }
     out.with_name(f"{out.name}.txt").write_text("\n".join(PROMPTS))
     main([command, *common, *own[command]])
     if command == "evaluate":
         [result] = json.loads((out / "evaluation.json").read_text())
-        return [result["groups"][0][name] for name in ("denoising_loss", "similarity")]
+        attacked = [row["latent_rmse"] for row in pq.read_table(out / "rows.parquet").to_pylist() if row["attacked"]]
+        return [result["groups"][0][name] for name in ("denoising_loss", "similarity")] + attacked
     if command == "detect":
         return [row["score"] for row in json.loads((out / "summary.json").read_text())["top"]]
     found = json.loads((out / f"{command}.json").read_text())

@@ -199,6 +199,11 @@ def test_training_images_are_copies_of_themselves(denoiser, corpus):
     comparison = Comparison(denoiser, ["cat", "fox"], 2, Sampling(2), judges)
     result = comparison.run("none", None, None)
     assert result.outcome.copy_rate == 1 and result.images.shape == (4, 64, 64, 3)
+    # what reference prompts reach by chance is no copy
+    by_chance = generate(denoiser, ["dog"] * 2, generation_seeds("dog", 2, 0), Sampling(2), ShrinkingBatches(2))
+    comparison.set_cut(["dog"], [latents])
+    least = min(latent_rmse(by_chance.latents, latents[n : n + 1]).min().item() for n in range(2))
+    assert least - 1e-4 < comparison.cut.distance < least
     margin = caption_margin(denoiser, images, ["", ""], [1, 2], ShrinkingBatches(2))
     assert margin.abs().max() < 1e-5  # the empty caption explains nothing
 
@@ -222,6 +227,7 @@ def test_command_prints_a_table_of_all_methods(pipeline_folder, corpus, tmp_path
     assert [line.split("|")[1].strip() for line in lines[2:]] == methods
     assert "copy rate" in printed and "caption margin" in printed
     written = json.loads((out / "mitigate.json").read_text(encoding="utf-8"))
+    assert written["cut"] <= 0.5 and "of 2 generations from never-trained captions" in written["cut_is"]
     assert written["prompts"] == ["<b>fox</b> $x"] and len(written["methods"]) == 7
     for name in methods[1:]:
         assert (out / f"{name}.png").is_file() and (out / f"{name}.safetensors").is_file()
@@ -235,6 +241,8 @@ def test_command_prints_a_table_of_all_methods(pipeline_folder, corpus, tmp_path
         (["prompt=cat", "target=q0.5"], "say reference=FILE"),
         (["prompt=cat", "target=1", "data=shards"], "column key"),
         ([], "one of the two"),
+        (["prompt=cat", "target=1", "cut_prompts=-1"], "cut_prompts must be >= 0, got -1"),
+        (["prompt=cat", "target=1", "nearest=0"], "nearest must be >= 1, got 0"),
     ],
 )
 def test_command_errors_are_one_line(pipeline_folder, tmp_path, monkeypatch, capsys, arguments, message):

@@ -7,8 +7,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from memtrain.audit.alignment import ClipScore
-from memtrain.audit.evaluate.fid import FrechetDistance, LatentGrid, ScriptFeatures
+from memtrain.audit.evaluate.fid import Distances, LatentGrid, ScriptFeatures
 from memtrain.audit.evaluate.similarity import LatentRmse, Pictures, Sscd, sscd_pixels
+from memtrain.core.statistics import kernel_distance
 from memtrain.demo.make_base import caption_tokenizer
 from tests.support.networks import Descriptor, scripted
 
@@ -72,7 +73,7 @@ def test_a_picture_is_nearest_to_itself(make, sscd_file):
     other = similarity.compare(features, features.roll(1, dims=0))
     assert torch.allclose(itself, torch.full((5,), 0.0 if make else 1.0), atol=1e-6)
     assert (other > itself).all() if make else (other < itself).all()
-    assert similarity.is_copy(itself.numpy()).all()
+    assert similarity.is_copy(itself.numpy(), similarity.bound).all()
 
 
 def test_a_torchscript_file_is_sscd_by_dot_product_of_unit_vectors(sscd_file):
@@ -82,17 +83,28 @@ def test_a_torchscript_file_is_sscd_by_dot_product_of_unit_vectors(sscd_file):
     vectors = [Descriptor()(sscd_pixels(p.pixels, "skew_320")).double() for p in (one, other)]
     dot = (vectors[0] * vectors[1]).sum(1) / (vectors[0].norm(dim=1) * vectors[1].norm(dim=1))
     assert torch.allclose(found.double(), dot, atol=1e-6)
-    assert sscd.rule == "SSCD > 0.5"
+    assert sscd.rule(0.5) == "SSCD > 0.5"
 
 
 def test_a_stand_in_is_never_called_sscd():
     stand_in = LatentRmse()
-    assert "sscd" not in f"{stand_in.name} {stand_in.column} {stand_in.rule} {stand_in.identity()}".lower()
+    assert "sscd" not in f"{stand_in.name} {stand_in.column} {stand_in.rule(0.5)} {stand_in.identity()}".lower()
 
 
 def test_the_cut_itself_is_a_copy_for_a_distance_alone(sscd_file):
-    assert LatentRmse(0.25).is_copy(np.array([0.2, 0.25, 0.26])).tolist() == [True, True, False]
-    assert Sscd(sscd_file, CPU, min_sscd=0.7).is_copy(np.array([0.6, 0.7, 0.71])).tolist() == [False, False, True]
+    assert LatentRmse().is_copy(np.array([0.2, 0.25, 0.26]), 0.25).tolist() == [True, True, False]
+    sscd = Sscd(sscd_file, CPU, min_sscd=0.7)
+    assert sscd.is_copy(np.array([0.6, 0.7, 0.71]), 0.7).tolist() == [False, False, True]
+    # the same cut in its own direction: of 100 the second highest is the first that may not count
+    chance = torch.linspace(0, 0.9, 100)
+    cut = sscd.in_own_terms(sscd.cut(chance, 0.01).distance)
+    assert (chance > cut).sum() == 1 and chance[98] <= cut < chance[99]
+    assert sscd.in_own_terms(sscd.cut(chance, 0.5).distance) == 0.7
+    features = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    values, which = sscd.nearest(features[:3], [features[3:5], features[5:]])
+    slow = features[:3] @ features[3:].T
+    assert which.tolist() == slow.argmax(dim=1).tolist()
+    torch.testing.assert_close(values, slow.max(dim=1).values.double())
     assert LatentRmse().nearness(0.1) > LatentRmse().nearness(0.2)
 
 
@@ -128,7 +140,7 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(400, 3, generator=generator)
     generated = 2 * torch.randn(300, 3, generator=generator) + 1
-    distance = FrechetDistance()
+    distance = Distances()
     distance.add(real[:150], real=True)
     distance.add(real[150:], real=True)
     distance.add(generated, real=False)
@@ -137,16 +149,17 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
     root = vectors @ values.sqrt().diag() @ vectors.T
     both = torch.linalg.eigvalsh(root @ other @ root).sqrt().sum()  # tr sqrt(one other), without eigvals
     apart = (real.double().mean(0) - generated.double().mean(0)).square().sum()
-    assert distance.value() == pytest.approx((apart + one.trace() + other.trace() - 2 * both).item(), rel=1e-4)
+    assert distance.frechet() == pytest.approx((apart + one.trace() + other.trace() - 2 * both).item(), rel=1e-4)
     assert distance.counts == {True: 400, False: 300}
+    assert distance.kernel() == pytest.approx(kernel_distance(real, generated))
 
 
 def test_a_frechet_distance_needs_two_pictures_on_either_side():
-    distance = FrechetDistance()
-    assert distance.value() is None
+    distance = Distances()
+    assert distance.frechet() is None and distance.kernel() is None
     distance.add(LatentGrid()(pictures(4)), real=True)
     distance.add(LatentGrid()(pictures(1)), real=False)
-    assert distance.value() is None
+    assert distance.frechet() is None
 
 
 def test_latent_features_tell_blur_from_detail_at_the_same_mean():

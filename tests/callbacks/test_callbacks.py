@@ -3,13 +3,19 @@ import math
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from memtrain.callbacks.canaries import CanaryList
 from memtrain.callbacks.curves import MemorizationCurves
+from memtrain.callbacks.generation import compare
+from memtrain.callbacks.live_statistics import CAPTIONED
 from memtrain.callbacks.memorized_table import VisitedSamples
+from memtrain.callbacks.search import training_pictures
+from memtrain.core.copies import copy_cut, latent_rmse
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, FixedThreshold
 from memtrain.core.visits import SUMS, columns_of
+from memtrain.data.copies_file import read_copies
 from memtrain.report.curves import draw_curves, read_metrics
 from memtrain.report.pictures import draw_samples
 from memtrain.report.table import put_between_marks
@@ -59,6 +65,23 @@ def test_curves_of_a_resumed_run_remember_the_first_part(pipeline_folder, corpus
     assert again.total.sum() > curves.total.sum() and 0 < half < curves.total[:, :, TRAINED].sum()
 
 
+def test_a_checkpoint_between_two_points_of_the_curves_holds_all_rows_so_far(pipeline_folder, corpus, tmp_path):
+    """Else a run that is cut off there comes to another excluded share than the undisturbed one."""
+    curves, record, states = MemorizationCurves(every=9, high_noise=0.5), Record(), []
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            states.append(curves.state_dict())
+
+    module = build_module(pipeline_folder, FixedThreshold(0.5), caption_dropout=0.3)
+    fit(module, build_data(corpus), tmp_path, 4, callbacks=[curves, record, Save()])
+    for step, state in enumerate(states, start=1):
+        captioned = sum(observed.captioned.sum().item() for observed in record.observed[:step])
+        seen = state["total"][CAPTIONED].sum() - state["total"][CAPTIONED][:, REFERENCE].sum()
+        assert seen.item() == captioned
+    assert torch.equal(states[-1]["total"], curves.total) and torch.equal(states[-1]["late"], curves.late)
+
+
 def test_validation_is_a_function_of_the_weights_alone(pipeline_folder, corpus, tmp_path):
     """Other batch sizes, other steps before it: the same figures where the weights did not change."""
     figures = []
@@ -83,35 +106,84 @@ def test_validation_leaves_training_untouched(pipeline_folder, corpus, tmp_path)
     assert torch.equal(weights(plain), weights(watched))
 
 
-def test_a_generation_equal_to_the_training_image_is_a_copy(pipeline_folder, corpus, tmp_path, monkeypatch):
-    """The bound is on the RMSE of scaled latents: at 0 nothing is a copy, at infinity everything is."""
+def test_the_bound_is_on_the_rmse_of_scaled_latents(pipeline_folder, corpus, tmp_path):
+    """At a bound near 0 nothing is a copy; at infinity, where no reference caption sets a cut, everything is."""
     rates = {}
-    for cut in (1e-6, math.inf):
-        looks = copies(reference=4, max_rmse=cut)
+    for bound, reference in ((1e-6, 4), (math.inf, 0)):
+        looks = copies(reference=reference, max_rmse=bound)
         module = build_module(pipeline_folder, scoring=Scoring(every=0))
         trainer = fit(module, build_data(corpus), tmp_path, 1, callbacks=[looks])
-        rates[cut] = [trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "reference")]
-        distance = trainer.callback_metrics["copy_rmse/canary"].item()
-        assert 0.1 < distance < 10
+        found = trainer.callback_metrics
+        rates[bound] = [found[f"{name}/canary"].item() for name in ("copy_rate", "copy_rate_nearest")]
+        assert 0.1 < found["copy_rmse/canary"].item() < 10 and looks.cut.distance == pytest.approx(bound)
     assert rates == {1e-6: [0, 0], math.inf: [1, 1]}
     assert pixels(tmp_path / "samples.png").std() > 10
+
+
+def test_every_generation_is_held_against_its_own_picture_and_the_nearest_that_is_trained_on(
+    pipeline_folder, corpus, tmp_path
+):
+    """`copies.csv` against the pictures encoded one by one; the cut is what the reference captions' rows say."""
+    data = build_data(corpus, repeats=[3, 1], sacrificed=1)
+    looks, module = copies(reference=4, max_rmse=9.0, min_repeats=2), build_module(pipeline_folder)
+    trainer = fit(module, data, tmp_path, 1, callbacks=[looks])
+    rows = read_copies(tmp_path / "copies.csv")
+    assert rows == looks.rows and len({(row.key, row.generation) for row in rows}) == len(rows) == 3 * 2 + 4
+    trained = np.setdiff1d(np.arange(48), data.groups.reference)
+    latents = module.encode_samples(range(48)).latents
+    last = module.encode_samples(data.groups.reference[:1])
+    (made,) = compare(trainer, module, last, [(0, 0)], *looks.options, with_latents=True)
+    distances = latent_rmse(made.latents[None], latents)
+    (row,) = [row for row in rows if row.group == "reference" and row.key == data.samples.key(int(last.positions[0]))]
+    nearest = trained[distances[trained].argmin()]
+    assert row.nearest_key == data.samples.key(int(nearest)) and row.canary is None and row.repeats == 0
+    assert row.nearest_rmse == pytest.approx(distances[nearest].item(), rel=1e-5)
+    assert row.rmse == pytest.approx(distances[last.positions[0]].item(), rel=1e-5)
+    chance = torch.tensor([row.nearest_rmse for row in rows if row.group == "reference"])
+    assert looks.cut == copy_cut(chance, 9.0) and looks.cut.distance < chance.min()
+    assert {row.kind for row in rows} == {"planted", ""} and all(
+        row.is_copy == (row.rmse <= looks.cut.distance) for row in rows
+    )
+    # two canaries, of which the one with a single repeat is in the file and in no rate
+    few = [row for row in rows if row.group == "canary"]
+    assert {row.repeats for row in few} == {3, 1} and {row.repeats for row in looks.counted()} == {3, 0}
+    assert pixels(tmp_path / "doses.png").std() > 10
+
+
+def test_of_many_pictures_some_are_searched_and_all_canaries_are(pipeline_folder, corpus):
+    data = build_data(corpus)
+    some = training_pictures(data.groups, data.samples.counts, 10, seed=3)
+    assert np.isin(data.groups.canary, some).all() and not np.isin(data.groups.reference, some).any()
+    assert len(some) <= 10 + len(data.groups.canary) and (np.diff(some) > 0).all()
+    everything = training_pictures(data.groups, data.samples.counts, 48, seed=3)
+    assert len(everything) == 48 - len(data.groups.reference)
 
 
 def test_a_canary_is_memorized_at_the_first_look_at_which_half_its_generations_are_copies(
     pipeline_folder, corpus, tmp_path
 ):
-    """With a cut of infinity that is the first look, with none never; those not watched are looked at in the end."""
+    """With a cut of infinity that is the first look, with none never; those not watched are looked at in the end.
+
+    What is told in the end goes by the cut that is known then, not by what it was taken for at a look.
+    """
     module = build_module(pipeline_folder, scoring=Scoring(every=0))
-    everything = copies(every=2, max_rmse=math.inf, watched=2)
+    everything = copies(every=2, max_rmse=math.inf, watched=2, reference=0)
     trainer = fit(module, build_data(corpus, sacrificed=1), tmp_path, 4, accumulate=2, callbacks=[everything])
     keys = [trainer.datamodule.samples.key(int(p)) for p in trainer.datamodule.groups.planted]
     assert everything.memorized_at(trainer) == {keys[0]: 2, keys[1]: 4, keys[2]: 2}
     assert trainer.callback_metrics["memorized_canaries"] == 1
-    assert {trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "sacrificed", "reference")} == {1}
-    nothing = copies(every=2, max_rmse=1e-6)
-    nothing.load_state_dict({"memorized": {int(trainer.datamodule.groups.canary[0]): 1}})
-    fit(module, build_data(corpus, sacrificed=1), tmp_path, 4, callbacks=[nothing])
-    assert sorted(nothing.memorized_at(trainer).values(), key=str) == [1, None, None]
+    assert {trainer.callback_metrics[f"copy_rate/{g}"].item() for g in ("canary", "sacrificed")} == {1}
+    curves = everything.curves(trainer)
+    assert curves["copy_rate/canary"] == ([2, 4], [1, 1]) and curves["memorized_canaries"] == ([2, 4], [1, 1])
+    last = dict(everything.looks.distances[4])
+    everything.on_train_end(trainer, module)  # as where a run stops early at a step that was looked at
+    assert everything.looks.distances[4] == last
+    resumed = copies(max_rmse=math.inf)
+    resumed.load_state_dict(everything.state_dict())
+    assert resumed.memorized_at(trainer) == everything.memorized_at(trainer)
+    everything.cut = copy_cut(torch.tensor([1e-6]))
+    assert set(everything.memorized_at(trainer).values()) == {None}
+    assert everything.curves(trainer)["memorized_canaries"] == ([2, 4], [0, 0])
 
 
 def test_canaries_are_named_with_group_and_caption(pipeline_folder, corpus, tmp_path):
@@ -120,14 +192,14 @@ def test_canaries_are_named_with_group_and_caption(pipeline_folder, corpus, tmp_
     with (tmp_path / "canaries.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     groups = data.groups
-    positions = [*groups.canary, *groups.sacrificed, *groups.reference[:5]]
-    assert [row["key"] for row in rows] == [data.samples.key(int(p)) for p in positions]
-    assert [row["group"] for row in rows] == ["canary"] * 2 + ["sacrificed"] + ["reference"] * 5
-    assert [row["caption"] for row in rows] == data.decode(positions).captions and list(rows[0]) == [
-        "key",
-        "caption",
-        "group",
-    ]
+    positions = [*groups.canary, *groups.sacrificed, *groups.reference]
+    others = len(groups.reference) - 5  # named, for nobody is to take them for training pictures
+    assert [row["key"] for row in rows] == [data.samples.key(int(p)) for p in positions] and others > 0
+    assert [row["group"] for row in rows] == [
+        *["canary"] * 2, "sacrificed", *["reference"] * 5, *["held_out"] * others
+    ]  # fmt: skip
+    assert list(rows[0]) == ["key", "caption", "group"]
+    assert [row["caption"] for row in rows] == data.decode(positions[:8]).captions + [""] * others
 
 
 def test_visited_samples_are_summed_and_of_bounded_number():

@@ -112,7 +112,7 @@ def test_training_is_the_same_whatever_fails(pipeline_folder, corpus, tmp_path):
     plain, watched = build_module(pipeline_folder), build_module(pipeline_folder)
     fit(plain, build_data(corpus), tmp_path, 4)
     looks = copies(every=1)
-    looks.num_inference_steps = 0  # the pipeline refuses it, in the midst of the averaged weights
+    looks.options = (0, *looks.options[1:])  # no step: the pipeline refuses it, in the midst of the averaged weights
     guard = Guard([looks])
     fit(watched, build_data(corpus), tmp_path, 4, callbacks=[looks])
     assert guard.failed and (weights(plain) == weights(watched)).all()

@@ -121,6 +121,7 @@ def train_a_rank(pipeline: str, corpus: str, out: str, ranks: int) -> None:
     if trainer.is_global_zero:
         found = {name: value.item() for name, value in trainer.callback_metrics.items()}
         found |= {f"memorized_at/{key}": step or -1 for key, step in watching[2].memorized_at(trainer).items()}
+        found |= {f"{row.key} {row.generation} {row.nearest_key}": row.nearest_rmse for row in watching[2].rows}
         visited = watching[3].visited
         found |= {f"visits/{i}": n for i, n in zip(visited.index.tolist(), visited.sums[0], strict=True)}
         strength = watching[3]._evidence(module).tolist()

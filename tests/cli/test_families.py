@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
@@ -58,9 +59,20 @@ def test_it_is_audited(family, tmp_path):
     main(["mitigate", model, "prompt=fox", "target=0.1", "method=embedding", "method.embedding.iterations=1", *QUICK,
           f"out={tmp_path}/mitigate"])  # fmt: skip
     main(["evaluate", model, f"data={corpus}", f"samples={run}/canaries.csv", *QUICK, "timesteps_per_sample=2",
-          "fid_samples=8", f"out={tmp_path}/evaluate"])  # fmt: skip
+          "fid_samples=8", "attack=embedding", "attack.steps=2", "attack.batch_size=2",
+          f"out={tmp_path}/evaluate"])  # fmt: skip
     for name in ("detect/scores.parquet", "explain/explain.json", "mitigate/mitigate.json", "evaluate/evaluation.csv"):
         assert (tmp_path / name).is_file(), name
+    (found,) = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
+    rows = pq.read_table(tmp_path / "evaluate" / "rows.parquet").to_pylist()
+    plain, attacked = ([row for row in rows if row["attacked"] == way] for way in (False, True))
+    assert [(row["key"], row["seed"]) for row in plain] == [(row["key"], row["seed"]) for row in attacked]
+    assert all(one["latent_rmse"] != other["latent_rmse"] for one, other in zip(plain, attacked, strict=True))
+    for group in found["groups"]:  # the cut is that of generations without an attack
+        copies = [row["latent_rmse"] <= found["cut"] for row in attacked if row["group"] == group["group"]]
+        assert group["copy_rate_attacked"] == pytest.approx(sum(copies) / len(copies))
+    (page,) = (tmp_path / "evaluate").glob("*/gallery.html")
+    assert "generation under attack" in page.read_text(encoding="utf-8")
 
 
 def test_model_auto_trains_what_the_folder_says_that_it_is(family):

@@ -118,7 +118,7 @@ def test_jobs_of_slurm_go_back_into_the_queue_and_on_with_their_run(jobs_of, tmp
     """One gets submitit's signal, for its time is over; SLURM preempts the other."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     cluster = slurm.install(tmp_path / "slurm")
-    several = jobs_of("hydra/launcher=slurm", "trainer.max_steps=40", **cluster)
+    several = jobs_of("hydra/launcher=slurm", "trainer.max_steps=40", "logger=csv", **cluster)
     process = several.start("exclusion.threshold=1,3")
     try:
         wait_until(lambda: len(list(Path(cluster["STAND_IN_JOBS"]).iterdir())) == 2)

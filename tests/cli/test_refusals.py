@@ -88,6 +88,7 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
             ("ckpt_path={tmp}/no.ckpt", "ckpt_path={tmp}/no.ckpt: no such file"),
             ("data.exclude_keys={tmp}/no.txt", "data.exclude_keys={tmp}/no.txt: no such file"),
             ("data.repeats_from={tmp}/no.parquet", "data.repeats_from={tmp}/no.parquet: no such file"),
+            ("canaries.file={tmp}/no.csv", "canaries.file={tmp}/no.csv: no such file"),
             ("resume={tmp}", "resume={tmp}: no run"),
         )
     ),
@@ -128,7 +129,7 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
     *([["shards", task, "{tmp}"], "no .tar in it"] for task in ("check", "index")),
     (["shards", "duplicates", "/nowhere", "--out", "{tmp}/d.parquet"], "no such shard"),
     (["shards", "pack", "/nowhere", "{tmp}/out"], "/nowhere is neither a folder nor"),
-    (["demo", "{shards}"], "something other than the demo corpus"),
+    (["demo", "{shards}"], "{shards} holds a demo corpus of other"),
     (["demo", "{tmp}/corpus", "num_samples=0"], "num_samples must be at least 1"),
     (["train", "-m", "data.shards={shards}", "model=demo", "run_id=mine"], "run_id=mine is for one run"),
 ]

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from memtrain.core import scores
-from memtrain.core.statistics import auc, best_accuracy, bootstrap_interval, threshold_at_fpr, tpr_at_fpr
+from memtrain.core.statistics import (
+    auc,
+    best_accuracy,
+    bootstrap_interval,
+    interval_over_groups,
+    kernel_distance,
+    threshold_at_fpr,
+    tpr_at_fpr,
+)
 
 
 def normal(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -101,3 +109,33 @@ def test_sharpness_is_the_product_with_the_curvature():
     moved = -(x + 0.1 * score) @ precision
     expected = 0.1 * (score @ precision).norm(dim=1)
     torch.testing.assert_close(scores.sharpness(score, moved), expected)
+
+
+def test_an_interval_over_groups_draws_them_whole():
+    """Twenty groups of fifty equal values: as wide as of twenty values, not of a thousand."""
+    values = normal(20, 6)
+    whole = interval_over_groups(values.repeat_interleave(50), torch.arange(20).repeat_interleave(50))
+    assert whole == pytest.approx(interval_over_groups(values, torch.arange(100, 120)))
+    assert whole[1] - whole[0] == pytest.approx(2 * 1.96 * values.std().item() / math.sqrt(20), rel=0.15)
+    assert whole[0] < values.mean() < whole[1]
+    uneven = interval_over_groups(torch.tensor([1.0, 1, 1, 0]), torch.tensor([0, 0, 0, 1]))
+    assert uneven == (0, 1)
+    assert all(math.isnan(bound) for bound in interval_over_groups(torch.ones(4), torch.zeros(4, dtype=torch.long)))
+    assert all(math.isnan(bound) for bound in interval_over_groups(torch.ones(0), torch.zeros(0, dtype=torch.long)))
+
+
+def test_the_kernel_distance_is_the_formula_pair_by_pair():
+    one, other = normal(8 * 5, 7).reshape(8, 5), normal(6 * 5, 8, 0.5).reshape(6, 5)
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> float:
+        return (float(x @ y) / 5 + 1) ** 3
+
+    def within(side: torch.Tensor) -> float:
+        pairs = [(i, j) for i in range(len(side)) for j in range(len(side)) if i != j]
+        return sum(kernel(side[i], side[j]) for i, j in pairs) / len(pairs)
+
+    between = sum(kernel(x, y) for x in one for y in other) / 48
+    assert kernel_distance(one, other) == pytest.approx(within(one) + within(other) - 2 * between)
+    assert math.isnan(kernel_distance(one, other[:1]))
+    draws = [kernel_distance(normal(60, s).reshape(12, 5), normal(60, s + 500).reshape(12, 5)) for s in range(200)]
+    assert abs(sum(draws) / 200) < 0.05  # unbiased: of one distribution it is 0 in the mean

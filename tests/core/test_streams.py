@@ -7,9 +7,10 @@ from memtrain.core.streams import Stream, place_seed, place_seeds
 
 NUMBERS = {
     "TRAIN": 0, "REFERENCE_ROW": 1, "HELD_OUT": 2, "GENERATION": 3, "METHOD": 4, "REFERENCE_METHOD": 5,
-    "ADAPTER": 6,
+    "ADAPTER": 6, "SEARCHED": 7,
     "HOME_SHARDS": 16, "GROUPS": 17, "SHARD_ORDER": 18, "WINDOW": 19, "CANARY_ORDER": 20, "BATCH_ORDER": 21,
-    "VIEW": 32, "LEDGER": 40, "AUDIT": 48, "MARGIN": 49, "JUDGED": 50, "REAL": 51, "CHECK": 52,
+    "FOREIGN": 22, "LIMITED_GROUPS": 23, "DRAWN": 24,
+    "VIEW": 32, "LEDGER": 40, "AUDIT": 48, "MARGIN": 49, "JUDGED": 50, "REAL": 51, "CHECK": 52, "ATTACK": 53,
 }  # fmt: skip
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from memtrain.cli.shards import shards
 from memtrain.data.duplicates import (
     CHUNKS,
     COLUMNS,
     MIN_QUALITY,
+    MIRRORED,
     Duplicates,
     find_duplicates,
     join,
@@ -123,12 +124,24 @@ def test_near_copies_are_found_and_different_pictures_are_not(tmp_path):
     members += sample("q60", encode(again, quality=60))
     members += sample("half", encode(again.resize((160, 120), Image.Resampling.LANCZOS), quality=80))
     members += sample("png", encode(again.resize((400, 300), Image.Resampling.BICUBIC), "PNG"), ext="png")
+    members += sample("mirrored", encode(ImageOps.mirror(again), quality=80))
+    members += sample("upside", encode(ImageOps.flip(again), quality=95))
     members += sample("copy", encode(textured(5, (320, 240)), quality=95))
     write_tar(tmp_path / "x.tar", members)
-    near = frozenset(f"x.tar/{key}" for key in ("000000003", "q60", "half", "png"))
+    near = frozenset(f"x.tar/{key}" for key in ("000000003", "q60", "half", "png", "mirrored"))
     exact = frozenset(f"x.tar/{key}" for key in ("000000005", "copy"))
     assert groups_of(tmp_path) == {near: "near", exact: "exact"}
     assert exact in groups_of(tmp_path, distance=0)
+
+
+def test_the_hash_of_a_mirror_image_is_known_from_that_of_the_picture():
+    for seed in range(8):
+        image = textured(seed, (320, 240))
+        told, seen = (
+            np.frombuffer(perceptual_hash(encode(one, "PNG"))[0], np.uint16) for one in (image, ImageOps.mirror(image))
+        )
+        assert bits((told ^ MIRRORED)[None] ^ seen[None]).sum() <= 16
+        assert bits(told[None] ^ seen[None]).sum() > 64
 
 
 def test_a_near_group_takes_its_exact_copies_in(tmp_path):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
-from memtrain.data.groups import Canary, Groups, draw_groups
+from memtrain.data.canaries import Canary
+from memtrain.data.groups import Groups, draw_groups
 from memtrain.data.order import EpochOrder
 from memtrain.data.pictures import Pictures
 

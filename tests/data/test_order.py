@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from memtrain.data.groups import draw_groups
 from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
+from memtrain.data.pictures import Pictures
 
 COUNTS = (13, 0, 20, 1, 16)  # 50 samples in unequal shards, one of them empty
 
@@ -161,3 +162,74 @@ def test_buckets_that_fill_no_batch_are_named():
     o = bucketed(counts=(8, 4))
     with pytest.raises(ValueError, match=r"no aspect-ratio bucket has a global batch of 18"):
         next(o.global_batches(18, 0, print))
+
+
+# ---- at most so many visits of a group of duplicates
+
+
+@st.composite
+def limited_orders(draw):
+    """An order with a limit and the same without one: (limited, unlimited, max_visits); planted canaries or not."""
+    counts = draw(st.lists(st.integers(0, 12), min_size=2, max_size=5).filter(lambda counts: sum(counts) >= 12))
+    total, seed = sum(counts), draw(st.integers(0, 3))
+    positions = draw(st.sets(st.integers(0, total - 1), max_size=total - 6).map(sorted))
+    labels = draw(st.lists(st.integers(0, 2), min_size=len(positions), max_size=len(positions)))
+    pictures = Pictures.labelled(np.array(positions, dtype=np.int64), np.array(labels, dtype=np.int64))
+    weights = draw(st.lists(st.integers(1, 2), min_size=len(counts), max_size=len(counts)))
+    named = draw(st.lists(st.sampled_from(positions or [0]), max_size=1))  # a canary that may have duplicates
+    doses = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    groups = draw_groups(counts, seed, 2, 2, pictures=pictures, repeats=doses, named=named)
+    max_visits, rest = draw(st.integers(1, 5)), (seed, weights, draw(st.integers(1, 3)))
+    return EpochOrder(counts, groups, *rest, max_visits), EpochOrder(counts, groups, *rest), max_visits
+
+
+@given(limited_orders())
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_sees_no_picture_more_often_than_is_allowed(orders):
+    limited, unlimited, max_visits = orders
+    pictures = limited.groups.pictures
+    (wanted,) = epochs(unlimited, 1, size=1)
+    wanted = Counter(pictures.of(np.array(wanted)).tolist())
+    for epoch in epochs(limited, 3, size=1):
+        seen = Counter(pictures.of(np.array(epoch)).tolist())
+        # by hand: what has duplicates or is planted, as often as without a limit, but never more often than it allows
+        repeated = {*pictures.first.tolist(), *pictures.of(limited.groups.planted).tolist()}
+        assert seen == Counter({p: min(times, max_visits) if p in repeated else times for p, times in wanted.items()})
+        for window in limited.windows(0):
+            assert set(limited._shard_of(window.limited).tolist()) <= set(window.shards)
+
+
+def test_which_members_of_a_group_are_seen_goes_round():
+    pictures = Pictures.labelled(np.array([0, 5, 13, 30, 40, 2, 20]), np.array([0, 0, 0, 0, 0, 1, 1]))
+    groups = draw_groups(COUNTS, 0, 0, 3, pictures=pictures)
+    o = EpochOrder(COUNTS, groups, 0, mix_shards=2, max_visits=2)
+    assert len(o) == 50 - 3 - (5 - 2)  # the pair is no more than is allowed
+    seen = Counter(row for epoch in epochs(o, 5) for row in epoch if row in (0, 5, 13, 30, 40))
+    assert seen == Counter({0: 2, 5: 2, 13: 2, 30: 2, 40: 2})
+    rows = np.concatenate(batches(o, 8, steps=30)).tolist()
+    assert np.concatenate(batches(o, 2, 2, 2, steps=30)).tolist() == rows
+    assert np.concatenate(batches(o, 4, steps=60, first=26, consumed=104)).tolist() == rows[104:240]
+
+
+def test_buckets_are_continued_where_groups_are_limited():
+    def made():
+        o = bucketed()
+        pictures = Pictures.labelled(np.arange(4, 40, 3), np.arange(12) % 2)
+        groups = draw_groups(COUNTS, 0, 3, 7, pictures=pictures, repeats=5)
+        return BucketedOrder(COUNTS, groups, 0, [1.0] * len(COUNTS), 2, o.buckets, max_visits=2)
+
+    whole = batches(made(), 3, steps=60)
+    assert len({made().batches_of_epoch(3, epoch) for epoch in range(6)}) > 1  # members lie in several buckets
+    for first in range(60):
+        assert batches(made(), 3, steps=60, first=first) == whole[first:]
+    lengths = [made().batches_of_epoch(3, epoch) for epoch in range(3)]
+    visits = Counter(row for batch in whole[: lengths[0]] for row in batch)
+    of_picture = Counter(made().groups.pictures.of(np.array(list(visits.elements()))).tolist())
+    assert max(of_picture[4], of_picture[7]) <= 2
+
+
+@pytest.mark.parametrize(("max_visits", "weights", "said"), [(0, None, ">= 1, got 0"), (1, (1, 1, 0.5, 1, 1), "whole")])
+def test_a_limit_that_makes_no_sense_is_named(max_visits, weights, said):
+    groups = draw_groups(COUNTS, 0, 0, 3)
+    with pytest.raises(ValueError, match=rf"data\.max_visits_per_group .*{said}"):
+        EpochOrder(COUNTS, groups, 0, weights, max_visits=max_visits)

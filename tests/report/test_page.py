@@ -22,9 +22,11 @@ from memtrain.callbacks.ledger import Ledger
 from memtrain.callbacks.report import Report
 from memtrain.cli.main import main
 from memtrain.core.exclusion import GROUP_NAMES
+from memtrain.data.copies_file import CopyRow, read_copies, write_copies
 from memtrain.data.ledger import About, LedgerRows, LedgerWriter, read_ledger
 from memtrain.data.paths import LEDGER
 from memtrain.report.comparison import differences, table
+from memtrain.report.copies import rates_by_group
 from memtrain.report.figures import figures_of, plane
 from memtrain.report.page import ASSETS, write_report
 from memtrain.report.run import Run, read_run
@@ -270,6 +272,40 @@ def test_what_is_missing_is_said(tmp_path):
     (gone / "config.yaml").write_text("- [no settings")
     write_report([gone], gone / "report.html")
     assert "No settings" in read(gone / "report.html").text
+
+
+def test_copies_are_told_with_interval_cut_and_dose(tmp_path):
+    """Looks in the middle are drawn as they are judged by the cut that was known at the end."""
+    runs = [make_run(tmp_path / name, rule=rule, shards="gone") for name, rule in (("a", "KeepAll"), ("b", "Evidence"))]
+    rows = [
+        CopyRow("canary", canary, "near", repeats, key(150), EVIL, g, 0.2, 0.1, key(3), repeats > 5)
+        for canary, repeats in enumerate((1, 1, 400, 400))
+        for g in range(2)
+    ]
+    rows.append(CopyRow("reference", None, "", 0, key(9), "=1+1", 0, 0.9, 0.4, key(3), False))
+    for run in runs:
+        write_copies(run / "copies.csv", rows)
+        assert read_copies(run / "copies.csv") == rows and ",'=1+1," in (run / "copies.csv").read_text()
+        summary = json.loads((run / "summary.json").read_text())
+        found = {
+            "cut": 0.3, "cut_is": "where none counts", "training_pictures": {"searched": 7, "all": 9},
+            "own": {"canary": vars(rates_by_group(rows)["canary"])},
+            "nearest": {group: vars(rate) for group, rate in rates_by_group(rows, 0.3).items()},
+            "looks": {"copy_rate/canary": [[10, 20], [0.125, 0.5]]},
+        }  # fmt: skip
+        (run / "summary.json").write_text(json.dumps(summary | {"copies": found}))
+    first = read_run(runs[0])
+    assert first.curves["copy_rate/canary"] == ([10, 20], [0.125, 0.5])
+    said = " ".join(sentence.text for sentence in verdict(first, None))
+    assert "50.0% (95 % over canaries: 0.0% to 100.0%) of the generations" in said
+    assert "; 100.0% of them and 0.0% of those from captions that were never trained on copy some" in said
+    assert "A copy lies within an RMSE of 0.3: where none counts" in said and "7 of the 9 training pictures" in said
+    assert "all canaries: half copied at 20 repeats" in said
+    write_report(runs, tmp_path / "page.html")
+    page = read(tmp_path / "page.html")
+    assert "Copies by repeats" in page.text and "50.0% (0 to 100)" in page.text
+    (runs[0] / "copies.csv").write_text("group,canary\ncanary,x\n")
+    assert "is no copies.csv" in read_run(runs[0]).remarks[-1]
 
 
 def test_figures_without_data_are_left_out(tmp_path):

@@ -16,7 +16,8 @@ def validation(**options) -> Validation:
 def copies(**options) -> Copies:
     defaults = dict(every=0, watched=16, watched_images_per_prompt=1, num_images_per_prompt=2, reference=2,
                     num_inference_steps=2,
-                    guidance_scale=2.0, max_rmse=0.5, batch_size=3, shown=2)  # fmt: skip
+                    guidance_scale=2.0, max_rmse=0.5, false_copies=0.01, nearest=1000, min_repeats=1, batch_size=3,
+                    shown=2)  # fmt: skip
     return Copies(**(defaults | options))
 
 

@@ -49,13 +49,17 @@ class Request(TypedDict):
 
 
 IMPORTED = """
-    memtrain.callbacks.canaries memtrain.callbacks.curves memtrain.callbacks.ledger
-    memtrain.callbacks.logging memtrain.callbacks.summary memtrain.callbacks.validation memtrain.cli.jobs
-    memtrain.cli.schema memtrain.cli.sweep memtrain.cli.train memtrain.core.evidence memtrain.sweep.study
+    memtrain.callbacks.canaries memtrain.callbacks.copies memtrain.callbacks.curves memtrain.callbacks.export
+    memtrain.callbacks.ledger memtrain.callbacks.logging memtrain.callbacks.memorized_table memtrain.callbacks.report
+    memtrain.callbacks.sample_grid memtrain.callbacks.summary memtrain.callbacks.validation memtrain.cli.evaluate
+    memtrain.cli.jobs memtrain.cli.main memtrain.cli.schema memtrain.cli.sweep memtrain.cli.train memtrain.core.evidence
+    memtrain.models.pretrained memtrain.models.stable_diffusion memtrain.report.page memtrain.sweep.study
     memtrain.training.checkpoint memtrain.training.checks memtrain.training.signals
-    PIL.JpegImagePlugin diffusers.guiders hydra._internal.core_plugins.basic_launcher
-    lightning_fabric.utilities.rank_zero multiprocessing.spawn optuna.storages pyarrow.dataset
-    torch.distributed.algorithms.ddp_comm_hooks torch.utils.serialization.config wandb
+    PIL.JpegImagePlugin diffusers.guiders diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
+    hydra._internal.core_plugins.basic_launcher lightning_fabric.utilities.rank_zero matplotlib.backends.backend_agg
+    multiprocessing.spawn optuna.storages pyarrow.dataset torch.distributed.algorithms.ddp_comm_hooks
+    torch.utils.serialization.config transformers.conversion_mapping transformers.models.clip.image_processing_pil_clip
+    transformers.models.clip.tokenization_clip wandb
 """
 EXTRAS = "joblib submitit hydra_plugins.hydra_joblib_launcher hydra_plugins.hydra_submitit_launcher"
 
@@ -68,6 +72,8 @@ def import_everything() -> None:
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
     importlib.import_module("hydra.core.plugins").Plugins.instance()  # looks for them once
+    importlib.import_module("memtrain.cli.main").composed("train", ["experiment=demo_noto", "name=a", "seed=3"])
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("clip_text_model")
     gc.freeze()  # children need not look through all of this for garbage, and copy its pages
 
 

@@ -20,7 +20,8 @@ def fails(capsys, *argv: str) -> str:
 def small(corpus, pipeline, tmp_path) -> list[str]:
     return [
         "train",
-        "experiment=demo",
+        "experiment=demo_noto",
+        "name=demo",
         f"data.shards={corpus}",
         f"model.pretrained={pipeline}",
         f"runs_dir={tmp_path}/runs",
@@ -48,7 +49,7 @@ def small_run(corpus: Path, pipeline: Path, runs: Path, *more: str, steps: int =
     off += ("canaries", "summary")
     return [
         "train",
-        "experiment=demo",
+        "experiment=demo_noto",
         f"data.shards={corpus}",
         f"model.pretrained={pipeline}",
         f"runs_dir={runs}",

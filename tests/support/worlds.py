@@ -20,7 +20,7 @@ from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import Scoring
 from memtrain.training.strategy import FullySharded, own_part, whole
 from tests.conftest import build_data, build_module
-from tests.support.rules import KeepNothing, quick_evidence
+from tests.support.rules import quick_evidence
 
 GLOBAL_BATCH = 8
 
@@ -34,7 +34,6 @@ class KeepFew(ExclusionRule):
 
 RULES = {
     "few": KeepFew,
-    "nothing": KeepNothing,
     "none": KeepAll,
     "fixed": lambda: FixedThreshold(2.0),
     "evidence": quick_evidence,
@@ -47,11 +46,17 @@ class Steps(pl.Callback):
 
     def __init__(self):
         self.alone_with_nothing = 0  # steps of which this rank kept nothing, but another rank did
+        self.moved_by_nothing = False  # weights or average changed in a step of which no rank kept anything
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.before = state_here(pl_module)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            kept = pl_module.last_step.trained.decision.keep_mask
-            self.alone_with_nothing += not kept.any() and not pl_module.accumulation.is_skipped
+            kept, is_skipped = pl_module.last_step.trained.decision.keep_mask, pl_module.accumulation.is_skipped
+            self.alone_with_nothing += not kept.any() and not is_skipped
+            self.moved_by_nothing |= is_skipped and not torch.equal(state_here(pl_module), self.before)
 
 
 class Collectives(pl.Callback):
@@ -127,6 +132,7 @@ def train(pipeline: str, corpus: str, out: str, job: dict, world: int) -> None:
         seen=module.accumulation.samples_seen,
         skipped=module.accumulation.updates_skipped,
         alone_with_nothing=steps.alone_with_nothing,
+        moved_by_nothing=steps.moved_by_nothing,
         asked=dict(counting.asked) if counting else {},
         sizes=sorted(counting.sizes) if counting else [],
     )
@@ -135,3 +141,9 @@ def train(pipeline: str, corpus: str, out: str, job: dict, world: int) -> None:
 
 def flat(parameters) -> torch.Tensor:
     return torch.cat([whole(p.detach()).flatten() for p in parameters])
+
+
+def state_here(module) -> torch.Tensor:
+    """Weights and their average, what this rank has of them."""
+    parameters = [*module.trained_parameters(), *module.ema.shadow_params]
+    return torch.cat([own_part(p.detach()).flatten() for p in parameters])

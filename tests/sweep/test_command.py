@@ -83,7 +83,7 @@ def test_a_study_says_what_its_trials_need_and_leaves_the_rest_to_the_experiment
 def test_a_sweep_of_real_trainings_killed_and_resumed(forks, corpus, pipeline_folder, tmp_path):
     """SIGKILL of the sweep in the middle: its trial ends with it, and the same command finishes it and the study."""
     options = [
-        o for o in small(corpus, pipeline_folder, tmp_path)[2:] if not o.startswith(("run_id", "callbacks.sample_grid"))
+        o for o in small(corpus, pipeline_folder, tmp_path)[3:] if not o.startswith(("run_id", "callbacks.sample_grid"))
     ]
     command = [forks.python, "-m", "memtrain.cli.main", "sweep", "trials=2", *options, "exclusion=fixed"]
     command += ["callbacks.copies.reference=4", "callbacks.curves.every=1", "study.prune=null", "trainer.max_steps=8"]

@@ -11,7 +11,8 @@ import optuna
 import pytest
 
 from memtrain.sweep.pruning import MedianRule, Objectives
-from memtrain.sweep.standing import spoken, tried
+from memtrain.sweep.standing import tried
+from memtrain.sweep.trial import spoken
 from tests.support.forks import wait_until
 from tests.support.searches import QUICK, search, states
 

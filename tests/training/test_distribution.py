@@ -10,7 +10,6 @@ from tests.support.worlds import GLOBAL_BATCH, train_all
 STEPS = 6
 COUNTED = range(1, 3)  # steps; the profiler is slow
 CUTS = [(1, 4), (2, 2), (4, 1)]  # ranks, micro-batches
-RULES = ["few", "nothing"]
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +25,7 @@ def found(forks, pipeline_folder, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("worlds")
     worlds = {1: [job("few", 1, name="few-1x1")], 2: [], 4: []}
     for ranks, accumulate in CUTS:
-        steps = {"few": STEPS, "nothing": 2}  # where nothing is kept, one step is like another
-        worlds[ranks] += [job(r, accumulate, steps[r], name=f"{r}-{ranks}x{accumulate}") for r in RULES]
+        worlds[ranks] += [job("few", accumulate, name=f"few-{ranks}x{accumulate}")]
     last = str(out / "sharded" / "last.ckpt")
     worlds[2] += [
         job("few", 1, 3, sharded=True, name="sharded"),
@@ -62,12 +60,12 @@ def test_ranks_end_alike_though_some_were_left_with_nothing(found, ranks, accumu
         assert rank["skipped"] == of_ranks[0]["skipped"] and rank["seen"] == of_ranks[0]["seen"]
 
 
-@pytest.mark.parametrize(("ranks", "accumulate"), CUTS)
-def test_nothing_kept_anywhere_changes_nothing_on_any_rank(found, ranks, accumulate):
-    for rank in range(ranks):
-        cut = found(f"nothing-{ranks}x{accumulate}", rank)
-        assert torch.equal(cut["weights"], cut["before"]) and torch.equal(cut["average"], cut["before"])
-        assert cut["skipped"] == 2 and cut["seen"] == 2 * GLOBAL_BATCH
+@pytest.mark.parametrize("name", ["few-1x1", *(f"few-{ranks}x{accumulate}" for ranks, accumulate in CUTS), "resumed"])
+def test_nothing_kept_anywhere_changes_nothing_on_any_rank(found, name):
+    """Nor does what the optimizer remembers of the steps before: bit for bit."""
+    ranks = 2 if name == "resumed" else int(name[len("few-")])
+    of_ranks = [found(name, rank) for rank in range(ranks)]
+    assert all(rank["skipped"] > 0 and not rank["moved_by_nothing"] for rank in of_ranks)
 
 
 def test_sharded_training_resumed_trains_the_same_weights(found):

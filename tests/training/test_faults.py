@@ -11,7 +11,8 @@ from memtrain.callbacks.ledger import Ledger
 from memtrain.cli.main import main
 from memtrain.data import open_shards
 from memtrain.data.ledger import read_ledger
-from memtrain.demo.compose import write_corpus
+from memtrain.demo.corpus import recipe_of
+from memtrain.demo.shards import write_corpus
 from memtrain.training.checkpoint import checkpoint
 from memtrain.training.checks import check_accelerator
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run
@@ -91,7 +92,7 @@ def test_a_shard_that_is_gone_for_one_rank_ends_all_with_a_checkpoint_and_the_ru
 ):
     """More shards than a process keeps open; a rank still reads what it has open, the other cannot open it."""
     corpus = tmp_path / "corpus"
-    write_corpus(corpus, num_samples=40, seed=3, shard_size=1, progress=False)
+    write_corpus(corpus, recipe_of(40, seed=3, shard_size=1, pictures="noto"), progress=False)
 
     def run(name, steps, *more):
         options = (f"run_id={name}", f"data.num_workers={workers}", "data.mix_shards=40", *more)

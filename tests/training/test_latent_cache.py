@@ -51,8 +51,11 @@ def test_cached_training_equals_training_from_pictures(pipeline_folder, corpus, 
         batches = data(corpus, flip=flip, cache=cache)
         batches.check_cache(module.model.fingerprint, False)
         fit(module, batches, tmp_path / "run", 6, callbacks=[record])
-        runs.append((weights(module), record))
-    (plain, plain_record), (cached, cached_record) = runs
+        latents, read = module.encode_pictures(range(0, 48, 7))  # as generations are held against
+        assert read.tolist() == list(range(0, 48, 7))
+        runs.append((weights(module), record, latents))
+    (plain, plain_record, straight), (cached, cached_record, stored) = runs
+    torch.testing.assert_close(stored, straight, atol=1e-5, rtol=0)
     assert plain_record.keys == cached_record.keys
     torch.testing.assert_close(cached, plain, atol=1e-6, rtol=0)
     for one, other in zip(plain_record.observed, cached_record.observed, strict=True):

@@ -1,4 +1,5 @@
-"""Fréchet distance between generations and the shards' pictures (Heusel et al. 2017), on features of choice.
+"""Fréchet distance (Heusel et al. 2017) and kernel distance (Binkowski et al. 2018) between generations and the
+shards' pictures, on features of choice.
 
 InceptionV3's weights are a download, so FID proper needs them as a file; without one the model's own latents
 are compared, and the figure has another name.
@@ -15,6 +16,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from memtrain.audit.evaluate.similarity import Pictures
 from memtrain.audit.torchscript import file_hash, load_torchscript, run_torchscript
+from memtrain.core.statistics import kernel_distance
 
 GRID = 4  # cells a side
 
@@ -72,22 +74,38 @@ class ScriptFeatures:
         return f"fid {file_hash(self.path)}"
 
 
-class FrechetDistance:
-    """torchmetrics' distance, of features that were computed before."""
+class Distances:
+    """Of features that were computed before: torchmetrics' Fréchet distance, and the kernel distance, KID.
 
-    def __init__(self):
-        self.metric: FrechetInceptionDistance | None = None
-        self.counts = {True: 0, False: 0}  # of real and generated pictures
+    The kernel distance is unbiased: models that are judged on few pictures can be told apart by it, too.
+    """
+
+    def __init__(self) -> None:
+        self.features: dict[bool, list[Tensor]] = {True: [], False: []}  # of real and generated pictures
 
     def add(self, features: Tensor, real: bool) -> None:
         """features (B, D)"""
-        if self.metric is None:
-            given = nn.Identity()
-            given.num_features = features.shape[1]
-            self.metric = FrechetInceptionDistance(feature=given)
-        self.metric.update(features, real=real)
-        self.counts[real] += len(features)
+        self.features[real].append(features)
 
-    def value(self) -> float | None:
+    @property
+    def counts(self) -> dict[bool, int]:
+        """Pictures on either side."""
+        return {real: sum(map(len, parts)) for real, parts in self.features.items()}
+
+    def frechet(self) -> float | None:
         """None where either side has fewer than two pictures."""
-        return self.metric.compute().item() if min(self.counts.values()) > 1 else None
+        if min(self.counts.values()) < 2:
+            return None
+        given = nn.Identity()
+        given.num_features = self.features[True][0].shape[1]
+        metric = FrechetInceptionDistance(feature=given)
+        for real, parts in self.features.items():
+            for features in parts:
+                metric.update(features, real=real)
+        return metric.compute().item()
+
+    def kernel(self) -> float | None:
+        """None where either side has fewer than two pictures."""
+        if min(self.counts.values()) < 2:
+            return None
+        return kernel_distance(torch.cat(self.features[True]), torch.cat(self.features[False]))

@@ -6,8 +6,7 @@ Shapes: N training samples, G generations of each, K timesteps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -15,109 +14,28 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from memtrain.audit.alignment import ClipScore
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.evaluate.fid import Features, FrechetDistance
-from memtrain.audit.evaluate.similarity import Pictures, Similarity
+from memtrain.audit.evaluate.fid import Distances
+from memtrain.audit.evaluate.judging import judge, note_nearest, summarise
+from memtrain.audit.evaluate.results import REFERENCE_GROUP, Found, Match, Measures, ModelResult, Settings
+from memtrain.audit.evaluate.similarity import Pictures
 from memtrain.audit.pictures import encode_images
 from memtrain.audit.sampling import generate
+from memtrain.audit.training_pictures import TrainingPictures
 from memtrain.audit.training_samples import TrainingSamples, draw_positions, read_pictures
 from memtrain.core.diffusion import draw
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
+from memtrain.models.conditioning import Conditioning
 
 log = logging.getLogger(__name__)
 
-REFERENCE_GROUP, CANARY_GROUP = "reference", "canary"  # as training names them in canaries.csv
 T = TypeVar("T")
 
 Advance = Callable[[str, int, int], None]  # told after each batch: what, pictures done, of how many
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides a model's figures, beside the samples and the measures."""
-
-    num_images_per_prompt: int
-    num_inference_steps: int
-    guidance_scale: float | None  # None: the family's own
-    timesteps_per_sample: int
-    fid_samples: int  # pictures of the shards
-    gallery: int  # pairs
-    seed: int
-
-    def __post_init__(self):
-        for name in ("num_images_per_prompt", "num_inference_steps", "timesteps_per_sample"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("fid_samples", "gallery"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Measures:
-    similarity: Similarity
-    features: Features  # of the Fréchet distance
-    alignment: ClipScore | None
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    group: str
-    samples: int
-    generations: int
-    copy_rate: float  # share of the generations that are copies
-    samples_copied: float  # share of the samples with at least one copy
-    similarity: float  # mean
-    clip_score: float | None
-    denoising_loss: float
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    model: str  # short name
-    source: str  # folder or hub id
-    measure: str  # of similarity
-    copy_rule: str
-    groups: list[GroupResult]
-    heldout_loss: float | None  # of the reference group; None: there is none
-    frechet_name: str
-    frechet_distance: float | None
-    frechet_generated: int  # pictures on either side
-    frechet_real: int
-    identity: str
-    lora: str | None = None  # a folder or file that was loaded into it
-
-    @property
-    def memorization(self) -> GroupResult:
-        """The group whose copies count: canaries, else the first that was trained on."""
-        trained = [group for group in self.groups if group.group != REFERENCE_GROUP]
-        return next((group for group in trained if group.group == CANARY_GROUP), (trained or self.groups)[0])
-
-
-@dataclass(frozen=True)
-class Match:
-    """A generation and the training image whose caption it was made from, each (height, width, 3) uint8."""
-
-    caption: str
-    key: str
-    group: str
-    generated: np.ndarray
-    original: np.ndarray
-    said: str  # how near they are
-    is_copy: bool
-
-
-@dataclass(frozen=True)
-class Found:
-    """All that was found out about one model."""
-
-    result: ModelResult
-    rows: pa.Table  # a row a generation
-    pairs: list[Match]  # nearest to their training image, nearest first
+Encode = Callable[[Sequence[int]], Conditioning]  # what the network is told, of these of the N samples
 
 
 class Evaluation:
@@ -141,25 +59,42 @@ class Evaluation:
         self.measures, self.settings = measures, settings
         self.batches, self.advance = batches, advance
         self.size = denoiser.model.own_size
-        self.frechet = FrechetDistance()
+        self.pictures = TrainingPictures(
+            samples, chosen.never_trained_on(), settings.nearest, chosen.positions, settings.seed
+        )
+        self.distances = Distances()
 
     def run(self, name: str, source: str, identity: str) -> Found:
         latents, originals = self._look_at_originals()
-        rows, nearest = self._generate(originals, self._losses(latents))
+        rows, features, nearest = self._generate(latents, originals, self._told_of_captions)
+        if (found := self._attack(latents)) is not None:
+            attacked, features_attacked, near = self._generate(latents, originals, found, attacked=True)
+            nearest += [(len(rows) + number, image) for number, image in near]
+            rows, features = rows + attacked, torch.cat([features, features_attacked])
+        searched = self._search(rows, features)
+        never_seen = [row["group"] == REFERENCE_GROUP and not row["attacked"] for row in rows]
+        cut = judge(rows, never_seen, self.measures.similarity, self.settings.false_copies)
         self._look_at_real_pictures()
-        groups = [self._summarise(rows, group) for group in dict.fromkeys(self.chosen.groups)]
+        similarity = self.measures.similarity
+        per_sample = self.settings.num_images_per_prompt
+        groups = [summarise(rows, group, per_sample, similarity) for group in dict.fromkeys(self.chosen.groups)]
         result = ModelResult(
             model=name,
             source=source,
-            measure=self.measures.similarity.name,
-            copy_rule=self.measures.similarity.rule,
+            measure=similarity.name,
+            copy_rule=similarity.rule(similarity.in_own_terms(cut.distance)),
+            cut=similarity.in_own_terms(cut.distance),
+            cut_is=cut.why,
+            searched=searched,
             groups=groups,
             heldout_loss=next((g.denoising_loss for g in groups if g.group == REFERENCE_GROUP), None),
             frechet_name=self.measures.features.name,
-            frechet_distance=self.frechet.value(),
-            frechet_generated=self.frechet.counts[False],
-            frechet_real=self.frechet.counts[True],
+            frechet_distance=self.distances.frechet(),
+            kernel_distance=self.distances.kernel(),
+            frechet_generated=self.distances.counts[False],
+            frechet_real=self.distances.counts[True],
             identity=identity,
+            attack=str(self.settings.attack),
         )
         return Found(result, pa.Table.from_pylist(rows), self._pairs(rows, nearest))
 
@@ -185,8 +120,20 @@ class Evaluation:
         parts = list(self._over("training images", len(self.chosen), work))
         return torch.cat([latents for latents, _ in parts]), torch.cat([features for _, features in parts])
 
+    def _told_of_captions(self, numbers: Sequence[int]) -> Conditioning:
+        return self.denoiser.encode([self.chosen.captions[n] for n in numbers])
+
+    def _attack(self, latents: Tensor) -> Encode | None:
+        """What the network is told after an attack on the samples' pictures; None where there is none."""
+        found = self.settings.attack.search(
+            self.denoiser, latents, self.chosen.captions, self.settings.seed,
+            ShrinkingBatches(self.batches.batch_size), lambda done, total: self.advance("attack", done, total),
+        )  # fmt: skip
+        device = self.denoiser.device
+        return None if found is None else lambda rows: found.index(list(rows)).map(lambda value: value.to(device))
+
     @torch.no_grad()
-    def _losses(self, latents: Tensor) -> list[float]:
+    def _losses(self, latents: Tensor, encode: Encode, said: str) -> list[float]:
         """Mean squared error of the noise, mean over K fixed timesteps and noises, of each sample (N,).
 
         In noise whatever the network predicts, so that models are comparable; for noise prediction and the
@@ -199,7 +146,7 @@ class Evaluation:
 
         def work(rows: range) -> Tensor:
             clean = latents[rows.start : rows.stop].to(denoiser.device)
-            cond = denoiser.encode(chosen.captions[rows.start : rows.stop])
+            cond = encode(rows)
             losses = []
             for number, t in enumerate(timesteps):
                 noise = torch.cat(
@@ -213,10 +160,14 @@ class Evaluation:
                 losses.append((denoiser.predict_noise(noisy, t, cond) - noise).square().flatten(1).mean(dim=1))
             return torch.stack(losses, dim=1).mean(dim=1).cpu()
 
-        return torch.cat(list(self._over("denoising loss", len(chosen), work))).tolist()
+        return torch.cat(list(self._over(f"denoising loss{said}", len(chosen), work))).tolist()
 
-    def _generate(self, originals: Tensor, losses: list[float]) -> tuple[list[dict], list[tuple[int, np.ndarray]]]:
-        """A row a generation, and (row, pixels) of those nearest to their training image, nearest first."""
+    def _generate(
+        self, latents: Tensor, originals: Tensor, encode: Encode, attacked: bool = False
+    ) -> tuple[list[dict], Tensor, list[tuple[int, np.ndarray]]]:
+        """A row a generation, what they are compared by (Q, …), and (row, pixels) of those nearest to their own."""
+        said = " under attack" if attacked else ""
+        losses = self._losses(latents, encode, said)
         settings, chosen, similarity = self.settings, self.chosen, self.measures.similarity
         wanted = [(n, g) for n in range(len(chosen)) for g in range(settings.num_images_per_prompt)]
         seeds = [generation_seeds(text, settings.num_images_per_prompt, settings.seed) for text in chosen.captions]
@@ -224,19 +175,22 @@ class Evaluation:
         def work(rows: range):
             part = wanted[rows.start : rows.stop]
             captions = [chosen.captions[n] for n, _ in part]
-            cond, own = self.denoiser.encode(captions), [seeds[n][g] for n, g in part]
+            cond, own = encode([n for n, _ in part]), [seeds[n][g] for n, g in part]
             latents = generate(self.denoiser, cond, own, settings.num_inference_steps, settings.guidance_scale)
             pictures = Pictures(latents.float().cpu(), self.denoiser.model.decode(latents))
-            values = similarity.compare(similarity.features(pictures), originals[[n for n, _ in part]])
+            compared = similarity.features(pictures)
+            values = similarity.compare(compared, originals[[n for n, _ in part]])
             clip = [None] * len(part)
             if self.measures.alignment is not None:
                 clip = self.measures.alignment.scores(pictures.pixels, captions).tolist()
-            return part, pictures.pixels, values.tolist(), clip, self.measures.features(pictures)
+            return part, pictures.pixels, compared, values.tolist(), clip, self.measures.features(pictures)
 
         rows: list[dict] = []
+        all_compared: list[Tensor] = []
         nearest: list[tuple[float, int, np.ndarray]] = []
         has_reference = REFERENCE_GROUP in chosen.groups
-        for part, pixels, values, clip, features in self._over("generations", len(wanted), work):
+        for part, pixels, compared, values, clip, features in self._over(f"generations{said}", len(wanted), work):
+            all_compared.append(compared)
             for (n, g), image, value, score in zip(part, pixels, values, clip, strict=True):
                 nearest.append((-similarity.nearness(value), len(rows), image))
                 rows.append(
@@ -245,9 +199,9 @@ class Evaluation:
                         "caption": chosen.captions[n],
                         "group": chosen.groups[n],
                         "generation": g,
+                        "attacked": attacked,
                         "seed": seeds[n][g],
                         similarity.column: value,
-                        "is_copy": bool(similarity.is_copy(np.float64(value))),
                         "clip_score": score,
                         "denoising_loss": losses[n],
                     }
@@ -257,9 +211,22 @@ class Evaluation:
             nearest = [(*place, np.array(image)) for *place, image in nearest]
             # quality is judged on captions that were never trained on, where there are any
             counted = [not has_reference or chosen.groups[n] == REFERENCE_GROUP for n, _ in part]
-            if any(counted):
-                self.frechet.add(features[counted], real=False)
-        return rows, [(row, image) for _, row, image in nearest]
+            if any(counted) and not attacked:
+                self.distances.add(features[counted], real=False)
+        return rows, torch.cat(all_compared), [(row, image) for _, row, image in nearest]
+
+    def _search(self, rows: list[dict], features: Tensor) -> int:
+        """Say in each row which training picture is the nearest, and how near; how many could be searched."""
+        read: list[int] = []
+
+        def seen(pixels: np.ndarray) -> Tensor:
+            self.advance("nearest training pictures", len(read), len(self.pictures))
+            latents = encode_images(self.denoiser, pixels, self.batches)
+            return self.measures.similarity.features(Pictures(latents, pixels))
+
+        blocks = self.pictures.blocks(self.size, seen, read)
+        note_nearest(rows, features, self.measures.similarity, blocks, lambda place: self.samples.key(read[place]))
+        return len(read)
 
     def _look_at_real_pictures(self) -> None:
         """As many pictures of the shards as are wanted, drawn by seed; what cannot be read is left out."""
@@ -275,39 +242,23 @@ class Evaluation:
             return self.measures.features(self._pictures(readable[rows.start : rows.stop]))
 
         for features in self._over("shards' pictures", len(readable), work):
-            self.frechet.add(features, real=True)
-
-    def _summarise(self, rows: list[dict], group: str) -> GroupResult:
-        mine = [row for row in rows if row["group"] == group]
-        copies = np.array([row["is_copy"] for row in mine]).reshape(-1, self.settings.num_images_per_prompt)  # (N, G)
-
-        def mean(column: str) -> float:
-            return float(np.mean([row[column] for row in mine]))
-
-        return GroupResult(
-            group=group,
-            samples=len(copies),
-            generations=copies.size,
-            copy_rate=float(copies.mean()),
-            samples_copied=float(copies.any(axis=1).mean()),
-            similarity=mean(self.measures.similarity.column),
-            clip_score=None if self.measures.alignment is None else mean("clip_score"),
-            denoising_loss=mean("denoising_loss"),
-        )
+            self.distances.add(features, real=True)
 
     def _pairs(self, rows: list[dict], nearest: list[tuple[int, np.ndarray]]) -> list[Match]:
         similarity, pairs = self.measures.similarity, []
+        nearest = sorted(nearest, key=lambda entry: -similarity.nearness(rows[entry[0]][similarity.column]))
         for number, image in nearest:
-            row, position = rows[number], self.chosen.positions[number // self.settings.num_images_per_prompt]
+            row, sample = rows[number], number // self.settings.num_images_per_prompt % len(self.chosen)
             pairs.append(
                 Match(
                     caption=row["caption"],
                     key=row["key"],
                     group=row["group"],
                     generated=image,
-                    original=read_pictures(self.samples, [position], self.size)[0],
+                    original=read_pictures(self.samples, [self.chosen.positions[sample]], self.size)[0],
                     said=f"{similarity.name} {row[similarity.column]:.3f}",
                     is_copy=row["is_copy"],
+                    attacked=row["attacked"],
                 )
             )
         return pairs

@@ -21,16 +21,9 @@ import torch
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.evaluate.one_model import (
-    Advance,
-    Evaluation,
-    Found,
-    GroupResult,
-    Match,
-    Measures,
-    ModelResult,
-    Settings,
-)
+from memtrain.audit.evaluate.judging import GroupResult
+from memtrain.audit.evaluate.one_model import Advance, Evaluation
+from memtrain.audit.evaluate.results import Found, Match, Measures, ModelResult, Settings
 from memtrain.audit.training_samples import TrainingSamples
 from memtrain.core.files import written_aside
 from memtrain.data.samples import ShardSamples
@@ -39,7 +32,7 @@ from memtrain.models.folders import is_file
 log = logging.getLogger(__name__)
 
 DrawGallery = Callable[[Path, str, str, Sequence[Match]], None]  # to a file: heading, what a copy is, pairs
-VERSION = 1  # of results: raise it where the same settings give other figures
+VERSION = 2  # of results: raise it where the same settings give other figures
 
 
 def evaluate(
@@ -160,7 +153,9 @@ def _identity(
     shards = [(shard.name, index.size) for shard, index in zip(samples.shards, samples.indexed.indexes, strict=True)]
     alignment = None if measures.alignment is None else measures.alignment.identity()
     similarity = (measures.similarity.identity(), measures.similarity.bound)
-    said = [VERSION, asdict(settings), asdict(chosen), shards, samples.where, similarity]
+    attack = type(settings.attack)  # one's own may have the fields of another
+    said = [VERSION, asdict(settings), f"{attack.__module__}.{attack.__qualname__}", asdict(chosen), shards]
+    said += [samples.where, similarity]
     digest.update(json.dumps([*said, alignment, measures.features.identity()]).encode())
     return digest.hexdigest()
 

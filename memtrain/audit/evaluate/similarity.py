@@ -6,7 +6,9 @@ Shapes: B pictures, D features of a picture.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +17,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from memtrain.audit.torchscript import IMAGENET_MEAN, IMAGENET_STD, file_hash, load_torchscript, run_torchscript
-from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, is_copy, latent_rmse
+from memtrain.core.copies import (
+    DEFAULT_MAX_RMSE,
+    Cut,
+    checked_max_rmse,
+    copy_cut,
+    is_copy,
+    latent_rmse,
+    nearest,
+    rmse_of_all,
+)
+
+Value = TypeVar("Value", float, Tensor)
 
 RESIZES = ("small_288", "skew_320")  # SSCD's own names
 
@@ -36,7 +49,7 @@ class Similarity(ABC):
 
     name: str  # as it is shown
     column: str  # of the rows
-    bound: float  # where a generation becomes a copy
+    bound: float  # what is farther than it is no copy
     is_distance: bool  # True: less is nearer
 
     @abstractmethod
@@ -52,17 +65,33 @@ class Similarity(ABC):
         """Tells measures that give other values apart."""
 
     @abstractmethod
-    def is_copy(self, values: np.ndarray) -> np.ndarray:
-        """Whether generations that are so near are copies. (B,) -> (B,) bool"""
+    def compare_all(self, features: Tensor, others: Tensor) -> Tensor:
+        """Distances of all pairs, however near is measured: less is nearer. (Q, …), (P, …) -> (Q, P)"""
+
+    @abstractmethod
+    def is_copy(self, values: np.ndarray, cut: float) -> np.ndarray:
+        """Whether generations that are so near are copies at a cut. (B,) -> (B,) bool"""
+
+    def nearest(self, features: Tensor, blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """How near the nearest of all pictures is, and which that is; see `core.copies.nearest`."""
+        distances, which = nearest(features, blocks, self.compare_all)
+        return self.in_own_terms(distances), which
+
+    def cut(self, chance: Tensor, false_copies: float) -> Cut:
+        """What `core.copies.copy_cut` makes of how near chance comes, (R,); its distances are `in_own_terms`, too."""
+        return copy_cut(self.in_own_terms(chance), self.in_own_terms(self.bound), false_copies)
+
+    def in_own_terms(self, distance: Value) -> Value:
+        """A distance, of which less is nearer, as the measure has it; or the other way round."""
+        return distance if self.is_distance else -distance
 
     def nearness(self, value: float) -> float:
         """Larger is nearer, to sort by."""
-        return -value if self.is_distance else value
+        return -self.in_own_terms(value)
 
-    @property
-    def rule(self) -> str:
+    def rule(self, cut: float) -> str:
         """What a copy is, in words."""
-        return f"{self.name} {'≤' if self.is_distance else '>'} {self.bound:g}"
+        return f"{self.name} {'≤' if self.is_distance else '>'} {cut:.3g}"
 
 
 class LatentRmse(Similarity):
@@ -76,14 +105,17 @@ class LatentRmse(Similarity):
     def __init__(self, max_rmse: float = DEFAULT_MAX_RMSE):
         self.bound = checked_max_rmse(max_rmse)
 
-    def is_copy(self, values: np.ndarray) -> np.ndarray:
-        return is_copy(values, self.bound)
+    def is_copy(self, values: np.ndarray, cut: float) -> np.ndarray:
+        return is_copy(values, cut)
 
     def features(self, pictures: Pictures) -> Tensor:
         return pictures.latents
 
     def compare(self, features: Tensor, others: Tensor) -> Tensor:
         return latent_rmse(features, others)
+
+    def compare_all(self, features: Tensor, others: Tensor) -> Tensor:
+        return rmse_of_all(features, others)
 
     def identity(self) -> str:
         return self.column
@@ -96,7 +128,7 @@ class Sscd(Similarity):
         path: of that file.
         device: where it computes.
         resize: `small_288` (short side 288 px) or `skew_320` (320 x 320 px), the two that its authors advise.
-        min_sscd: above it a generation is a copy; 0.5 in Somepalli et al. 2023, 0.7 in Wen et al. 2024.
+        min_sscd: only above it can a generation be a copy; 0.5 in Somepalli et al. 2023, 0.7 in Wen et al. 2024.
     """
 
     name, column, is_distance = "SSCD", "sscd", False
@@ -118,11 +150,14 @@ class Sscd(Similarity):
         pixels = sscd_pixels(pictures.pixels, self.resize).to(self.device)
         return normalize(self.network(pixels).float(), dim=1).cpu()
 
-    def is_copy(self, values: np.ndarray) -> np.ndarray:
-        return values > self.bound
+    def is_copy(self, values: np.ndarray, cut: float) -> np.ndarray:
+        return values > cut
 
     def compare(self, features: Tensor, others: Tensor) -> Tensor:
         return (features * others).sum(dim=1)
+
+    def compare_all(self, features: Tensor, others: Tensor) -> Tensor:
+        return -features @ others.T
 
     def identity(self) -> str:
         return f"{self.column} {self.resize} {file_hash(self.path)}"

@@ -18,7 +18,17 @@ from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.mitigate.methods import Mitigation
 from memtrain.audit.mitigate.mitigation import Generations, Sampling, generate, resolve_target
 from memtrain.audit.pictures import decode_latents, encode_images
-from memtrain.core.copies import DEFAULT_MAX_RMSE, checked_max_rmse, copy_rate, is_copy, latent_rmse
+from memtrain.core.copies import (
+    DEFAULT_FALSE_COPIES,
+    DEFAULT_MAX_RMSE,
+    checked_false_copies,
+    checked_max_rmse,
+    copy_cut,
+    copy_rate,
+    is_copy,
+    latent_rmse,
+    nearest,
+)
 from memtrain.core.streams import Stream, place_seed
 
 _MARGIN_TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # of 1000
@@ -43,12 +53,14 @@ class Judges:
     """What generations are judged by, beside their score. None: not judged."""
 
     originals: np.ndarray | None = None  # (P, height, width, 3) uint8, the prompts' training images
-    max_rmse: float = DEFAULT_MAX_RMSE  # a copy: latents within this of the training image's
+    max_rmse: float = DEFAULT_MAX_RMSE  # no copy: latents farther than this from the training image's
+    false_copies: float = DEFAULT_FALSE_COPIES  # see `Comparison.set_cut`
     judge: Denoiser | None = None  # a model that memorized nothing
     clip: ClipScore | None = None
 
     def __post_init__(self):
         checked_max_rmse(self.max_rmse)
+        checked_false_copies(self.false_copies)
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,7 @@ class Comparison:
         self.num_images_per_prompt, self.batches = num_images_per_prompt, ShrinkingBatches(batch_size)
         self.prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]  # (R,)
         self.seeds = [own for prompt in prompts for own in generation_seeds(prompt, num_images_per_prompt, seed)]
+        self.cut = copy_cut(torch.zeros(0), judges.max_rmse, judges.false_copies)
         self.originals: Tensor | None = None  # (R, C, H, W)
         if judges.originals is not None:
             latents = encode_images(denoiser, judges.originals, self.batches)
@@ -116,6 +129,18 @@ class Comparison:
         return resolve_target(
             self.denoiser, target, reference, self.num_images_per_prompt, self.seed, self.sampling, self.batches
         )
+
+    def set_cut(self, reference: Sequence[str], blocks: Iterable[Tensor]) -> None:
+        """Set what a copy is by generations from prompts that were never trained on, without a method.
+
+        Args:
+            blocks: latents of the training pictures, (P, C, H, W), some at a time.
+        """
+        prompts = [prompt for prompt in reference for _ in range(self.num_images_per_prompt)]
+        seeds = [own for text in reference for own in generation_seeds(text, self.num_images_per_prompt, self.seed)]
+        made = generate(self.denoiser, prompts, seeds, self.sampling, self.batches)
+        chance, _ = nearest(made.latents, blocks)
+        self.cut = copy_cut(chance[chance.isfinite()], self.judges.max_rmse, self.judges.false_copies)
 
     def run(
         self,
@@ -134,7 +159,7 @@ class Comparison:
             method=name,
             score=made.scores[:, 0].mean().item(),
             path_score=made.scores.mean().item(),
-            copy_rate=None if rmse is None else copy_rate(rmse, self.judges.max_rmse),
+            copy_rate=None if rmse is None else copy_rate(rmse, self.cut.distance),
             rmse=None if rmse is None else rmse.median().item(),
             caption_margin=None if margin is None else margin.median().item(),
             clip_score=None if clip is None else self._clip_score(clip, images),
@@ -154,7 +179,7 @@ class Comparison:
         for number in range(min(count, len(self.prompts) // self.num_images_per_prompt)):
             rows = slice(number * self.num_images_per_prompt, (number + 1) * self.num_images_per_prompt)
             copies = [
-                None if result.rmse is None else is_copy(result.rmse[rows], self.judges.max_rmse).tolist()
+                None if result.rmse is None else is_copy(result.rmse[rows], self.cut.distance).tolist()
                 for result in (before, after)
             ]
             pairs.append(
