@@ -30,7 +30,8 @@ class Looks:
         """`copy_rate/<group>` and `memorized_canaries` of all looks, by one cut.
 
         Args:
-            min_repeats: canaries with fewer have no part in the rates, but for the sacrificed ones.
+            min_repeats: canaries with fewer have no part in them, but for the sacrificed ones. So the share of those
+                memorized so far does not fall where the last look is at all canaries.
         """
         curves: dict[str, Curve] = {}
 
@@ -43,12 +44,17 @@ class Looks:
         firsts, reached = first_samples(groups), dict[int, bool]()
         for step, look in sorted(self.distances.items()):
             positions = np.array([firsts[number] for number in look])
-            of, enough = groups.of(positions), groups.repeats_of(positions) >= min_repeats
-            for group, counts in ((CANARY, (of == CANARY) & enough), (SACRIFICED, of == SACRIFICED)):
-                copied = [is_copy(d, cut) for own, mine in zip(look.values(), counts, strict=True) if mine for d in own]
+            of = groups.of(positions)
+            counts = (of == SACRIFICED) | (groups.repeats_of(positions) >= min_repeats)
+            for group in (CANARY, SACRIFICED):
+                mine = (of == group) & counts
+                copied = [
+                    is_copy(d, cut) for own, counted in zip(look.values(), mine, strict=True) if counted for d in own
+                ]
                 point(f"copy_rate/{GROUP_NAMES[group]}", step, copied)
-            for number, own in look.items():
-                reached[number] = reached.get(number, False) or _is_memorized(own, cut)
+            for (number, own), counted in zip(look.items(), counts, strict=True):
+                if counted:
+                    reached[number] = reached.get(number, False) or _is_memorized(own, cut)
             point("memorized_canaries", step, list(reached.values()))
         return curves
 
