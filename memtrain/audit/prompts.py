@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,20 +48,13 @@ def read_prompts(
     Raises:
         ValueError: in one line, no such file, another format, an empty file, a column that is not there.
     """
-    path = check_file("prompts", path, f"name a file ({', '.join(FORMATS)})")
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(
-            f"prompts={path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(FORMATS)}"
-        )
+    path = Path(path).expanduser()
     if path.suffix.lower() == ".txt":
         for key, name in (("column", column), ("label", label), ("group", group)):
             if name is not None:
                 raise ValueError(f"prompts.{key}={name}: {path} is plain text, it has no columns; leave it out")
-        rows = [{"text": line} for line in _text(path).splitlines()]
         column = "text"
-    else:
-        read = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix.lower()]
-        rows = read(path, [name for name in (column, label, group) if name is not None])
+    rows = read_rows(path, [name for name in (column, label, group) if name is not None])
     if not rows:
         raise ValueError(f"prompts={path} is empty; it needs at least one prompt")
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -84,6 +78,32 @@ def read_prompts(
         source=str(path),
     )
     return prompts if label is None else _labelled(prompts, [_said(row.get(label)) for row in spoken], label)
+
+
+def read_rows(
+    path: str | Path, wanted: list[str], also: Sequence[str] = (), key: str = "prompts", remedy: str | None = None
+) -> list[dict]:
+    """The rows of a list of prompts, in its order.
+
+    Args:
+        wanted: columns that are asked for, beside those that may hold prompts.
+        also: columns that are read where they are there.
+        key: what the user called the list.
+        remedy: what to name in place of a file that is not there.
+
+    Raises:
+        ValueError: in one line, no such file, another format, or a damaged file.
+    """
+    path = check_file(key, path, remedy or f"name a file ({', '.join(FORMATS)})")
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(
+            f"{key}={path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(FORMATS)}"
+        )
+    if path.suffix.lower() == ".txt":
+        return [{"text": line} for line in _text(path).splitlines()]
+    if path.suffix.lower() == ".parquet":
+        return _parquet_rows(path, [*wanted, *also])
+    return {".csv": _csv_rows, ".jsonl": _jsonl_rows}[path.suffix.lower()](path, wanted)
 
 
 def _labelled(prompts: Prompts, values: list[str], column: str) -> Prompts:

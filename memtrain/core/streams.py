@@ -42,6 +42,9 @@ class Stream(IntEnum):
     REAL = 51  # pictures that generations are compared with as a whole
     CHECK = 52  # as AUDIT, to check what was found there
     ATTACK = 53  # timesteps and noises of a search for what brings a picture back
+    KEPT = 54  # which pictures a repair keeps, and its draws for them
+    FORGOTTEN = 55  # timesteps and noises of pictures that a repair takes out
+    REPAIR = 56  # first weights of a repair's adapter; rows of its steps
 
 
 def place_seed(seed: int, stream: int, step: int, place: int) -> int:

@@ -1,0 +1,1 @@
+"""Taking pictures out of a finished model again that it has memorized."""

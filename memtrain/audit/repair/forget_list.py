@@ -1,0 +1,66 @@
+"""What a model is to forget: prompts, and their pictures where a list names them, from what other commands wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from memtrain.audit.prompts import COLUMNS, MEMORIZED, read_rows
+from memtrain.data.escaping import of_cell
+
+LIST = "name a list of prompts, or what `memtrain detect`, `ledger suspects` or `shards duplicates` wrote"
+_FLAGGED = "flagged"  # of detect's scores.parquet
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture that is to be forgotten, by its prompt, its picture or both. None: not said."""
+
+    caption: str | None
+    key: str | None  # of a sample
+    file: Path | None  # of a picture
+
+
+def read_forget_list(path: str | Path, column: str | None = None, label: str | None = None) -> list[Entry]:
+    """The entries of a list in its order, each once.
+
+    Of a table that `memtrain detect` wrote, those that are flagged; of one that `shards duplicates` wrote, a sample of
+    each group and caption.
+
+    Args:
+        path: `.txt` (a prompt a line), `.csv`, `.jsonl` or `.parquet`, with a column of prompts, a column `key` of
+            samples (SHARD.tar/KEY), or both; a column `file` names pictures, relative to the list.
+        column: that holds the prompts; None tries the usual names.
+        label: column of which rows are taken that say memorized, canary, 1, true or yes.
+
+    Raises:
+        ValueError: in one line, the list cannot be read, has none of these columns, or nothing is left of it.
+    """
+    said = [name for name in (column, label) if name is not None]
+    rows = read_rows(path, said, ("key", "file", "group", "sha256", _FLAGGED), key="forget", remedy=LIST)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for key, name in (("column", column), ("label", label)):
+        if name is not None and name not in names:
+            raise ValueError(f"forget.{key}={name}: {path} has no such column, but {', '.join(names[:12])}")
+    caption = column or next((name for name in COLUMNS if name in names), None)
+    if caption is None and not {"key", "file"} & {*names}:
+        raise ValueError(f"forget={path} has no column {', '.join(COLUMNS)}, key or file; {LIST}")
+    if label is not None:
+        rows = [row for row in rows if str(row.get(label)).strip().lower() in MEMORIZED]
+    elif any(row.get(_FLAGGED) not in (None, "") for row in rows):
+        rows = [row for row in rows if str(row.get(_FLAGGED)).strip().lower() in MEMORIZED]
+    entries: dict[tuple, Entry] = {}
+    for row in rows:
+        said, sample, file = (_text(row.get(name)) for name in (caption, "key", "file"))
+        if said is None and sample is None and file is None:
+            continue
+        own = Entry(said, sample, None if file is None else Path(path).parent / Path(file).expanduser())
+        # samples of a group of `shards duplicates` show one picture
+        entries.setdefault((row.get("group"), said) if "sha256" in names else (said, sample, file), own)
+    if not entries:
+        raise ValueError(f"forget={path}: nothing in it is to be forgotten (no row is flagged, labelled or filled)")
+    return list(entries.values())
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(of_cell(str(value))).strip() or None

@@ -1,0 +1,131 @@
+"""A low-rank edit that is found, not trained: layers are made to answer forgotten inputs as they answer others.
+
+Shapes: n inputs of a layer, D their width, O its output's, R the rank.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from memtrain.audit.repair.methods import Change, Method
+from memtrain.audit.repair.work import Rows, Work
+from memtrain.models.adapters import targets
+from memtrain.models.conditioning import Conditioning
+from memtrain.models.lora_files import ADAPTER
+
+
+class LowRankEdit(Method):
+    """Per linear layer W of attention, with inputs x_f at forgotten rows with their captions, x_n at the same rows with
+    the empty one, and x_k at kept rows:
+
+        dW = W E[(x_n - x_f) x_f^T] (E[x_f x_f^T] + keep E[x_k x_k^T] + ridge)^-1,  cut to its first R singular values
+
+    the closed form of min E || (W + dW) x_f - W x_n ||^2 + keep E || dW x_k ||^2 (Gandikota et al., WACV 2024, *Unified
+    Concept Editing*, there of the cross-attention's keys and values alone). Its steps are strengths, of which the
+    first that is enough is kept.
+
+    Args:
+        rank: of dW.
+        keep: weight of the kept inputs.
+        strengths: dW is multiplied by these, one after another.
+    """
+
+    def __init__(self, rank: int = 16, keep: float = 1.0, strengths: Sequence[float] = (0.5, 1.0, 1.5, 2.0)):
+        if rank < 1:
+            raise ValueError(f"method.low_rank.rank must be >= 1, got {rank}")
+        if not strengths:
+            raise ValueError("method.low_rank.strengths must name at least one")
+        self.rank, self.keep, self.strengths = rank, keep, tuple(strengths)
+
+    def changes(self, work: Work) -> Iterator[Change]:
+        layers, edits = _layers(work), {}
+        with torch.no_grad():
+            rows, kept = work.forgotten_rows(0, 4 * len(work.forgotten)), work.kept_rows(0, 32)
+            x_f = _inputs(work, layers, rows, rows.cond)
+            x_n = _inputs(work, layers, rows, work.null(rows))
+            x_k = _inputs(work, layers, kept, kept.cond)
+            for name, layer in layers.items():
+                if len(x_f[name]) == len(x_n[name]):
+                    edits[name] = edit(_weight(layer), x_f[name], x_n[name], x_k[name], self.keep, self.rank)
+        start = {name: _weight(layer).clone() for name, layer in layers.items()}
+        for strength in self.strengths:
+            with torch.no_grad():
+                for name, (left, right) in edits.items():
+                    _apply(layers[name], start[name], strength * left, right)
+                kept_moved = work.kept_loss(0).mean().item()
+            yield Change(float("nan"), kept_moved)
+
+
+def edit(weight: Tensor, x_f: Tensor, x_n: Tensor, x_k: Tensor, keep: float, rank: int) -> tuple[Tensor, Tensor]:
+    """dW as (O, R) and (R, D), see `LowRankEdit`.
+
+    Args:
+        weight: (O, D).
+        x_f, x_n: (n, D) each, of the same places.
+        x_k: (m, D).
+    """
+    weight, x_f, x_n, x_k = (one.double() for one in (weight, x_f, x_n, x_k))
+    second = x_f.T @ x_f / len(x_f) + keep * x_k.T @ x_k / len(x_k)  # (D, D)
+    second += 1e-3 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    moved = (x_n - x_f).T @ x_f / len(x_f)  # (D, D)
+    change = weight @ torch.linalg.solve(second, moved.T).T  # moved second^-1: second is symmetric
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    return (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float()
+
+
+def _layers(work: Work) -> dict[str, nn.Module]:
+    """The linear layers that are edited: those with an adapter, or those of attention."""
+    network = work.model.network
+    adapted = {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear)
+    }
+    names = [] if adapted else targets({"network": network}, ["attention"])["network"]
+    return adapted or {name: network.get_submodule(name) for name in names}
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return layer.get_base_layer().weight if isinstance(layer, LoraLayer) else layer.weight
+
+
+def _apply(layer: nn.Module, start: Tensor, left: Tensor, right: Tensor) -> None:
+    """Make the layer's weights those of the start, and left @ right."""
+    if not isinstance(layer, LoraLayer):
+        layer.weight.copy_((start.float() + left @ right).to(start.dtype))
+        return
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    rank = min(len(a), len(right))
+    a.zero_()
+    b.zero_()
+    a[:rank] = right[:rank]
+    b[:, :rank] = left[:, :rank] / layer.scaling[ADAPTER]
+
+
+def _inputs(work: Work, layers: dict[str, nn.Module], rows: Rows, cond: Conditioning) -> dict[str, Tensor]:
+    """(n, D) float32 of each layer, at these rows by the weights that the repair began with."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    with _listening(layers, found):
+        work.predict_at_start(rows, cond)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@contextmanager
+def _listening(layers: dict[str, nn.Module], found: dict[str, list[Tensor]]) -> Iterator[None]:
+    def listen(name: str):
+        return lambda module, args: found[name].append(args[0].detach().flatten(0, -2).float())
+
+    hooks = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
