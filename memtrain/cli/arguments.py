@@ -40,6 +40,24 @@ _TEXT = {
         "samples": "samples.file",
         **{name: name for name in ("models", "lora", "sscd", "clip", "fid", "out")},
     },
+    "repair": {
+        **{name: key for name, key in _AUDIT.items() if name in ("model", "model.config", "lora", "out")},
+        **{name: f"{name}.shards" for name in ("data", "keep")},
+        "forget": "forget.list",
+        "method": "method.names",
+        **{
+            name: name
+            for name in (
+                "forget.column",
+                "forget.label",
+                "keep.captions",
+                "keep.cache",
+                "reference",
+                "earlier",
+                "target_modules",
+            )
+        },
+    },
     "bench_mitigation": {name: name for name in ("out", "shards", "into")},
 }
 # Keys of the sweep's and of the bench's own; whatever else is said is for each of their runs.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from memtrain.data.paths import CHECKPOINT, GROUPS, KEYS, LISTED, SAMPLES, TORCHSCRIPT, check_file
+from memtrain.data.paths import CHECKPOINT, FORGET, GROUPS, KEYS, LISTED, SAMPLES, TORCHSCRIPT, check_file
 from memtrain.data.sources import find_sources
 from memtrain.models.folders import AUDITED, CLIP, check_folder, check_lora, check_pipeline, is_file, trained
 
@@ -60,6 +60,25 @@ def check_mitigation(cfg: DictConfig) -> None:
         check_pipeline("judge", cfg.judge, AUDITED)
     if cfg.clip:
         check_folder("clip", cfg.clip, CLIP)
+
+
+def check_repair(cfg: DictConfig) -> None:
+    _check_audited(cfg)
+    if cfg.weights not in ("lora", "all"):
+        raise ValueError(f"weights must be lora or all, got {cfg.weights}")
+    for key, least in (("keep.count", 1), ("watched", 0), ("rank", 1)):
+        value = OmegaConf.select(cfg, key)
+        if value < least:
+            raise ValueError(f"{key} must be >= {least}, got {value}")
+    _file("forget", cfg.forget.list, FORGET)
+    for key in ("data", "keep"):
+        if cfg[key].shards is not None:
+            find_sources(OmegaConf.to_container(cfg[key], resolve=True)["shards"])
+    _file("keep.captions", cfg.keep.captions, "name a list of captions, or leave it out")
+    _file("reference", cfg.reference, "name a list of captions, or leave it out")
+    out = Path(cfg.out).expanduser()
+    if out.exists() and any(one.name != "repair" for one in out.iterdir()):
+        raise ValueError(f"out={cfg.out} is there and holds other things; delete it or choose another")
 
 
 def check_evaluation(cfg: DictConfig, models: list[str], loras: list[str | None]) -> None:

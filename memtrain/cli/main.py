@@ -30,6 +30,7 @@ Usage: memtrain COMMAND [key=value …]
   detect    which prompts a finished model has memorized
   explain   which words of a prompt trigger it
   mitigate  generate without it
+  repair    take what it has memorized out of it again
   evaluate  copies, alignment and quality of one or several models
   shards    check, index, pack shards, find duplicates in them: memtrain shards check PATH
   cache     encode a corpus once: latents and text embeddings beside its shards
@@ -98,7 +99,8 @@ def _bench(command: str, arguments: list[str]) -> None:
 
 
 COMMANDS = {
-    **dict.fromkeys(("train", "sweep", "detect", "explain", "mitigate", "evaluate", "cache", "demo"), _with_hydra),
+    **dict.fromkeys(("train", "sweep", "cache", "demo"), _with_hydra),
+    **dict.fromkeys(("detect", "explain", "mitigate", "repair", "evaluate"), _with_hydra),
     **dict.fromkeys(("report", "ledger", "shards"), _plain),
     "bench": _bench,
 }

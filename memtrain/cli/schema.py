@@ -38,6 +38,7 @@ TAKEN_BY = {
     "study.prune": "memtrain.sweep.pruning.MedianRule",
 }
 OPTIONAL = {"study.prune"}  # sections that may be null, beside those that name a class
+_AUDIT = ("detect", "explain", "mitigate", "repair", "evaluate")
 TYPES = {
     "train.resume.allow": Any,  # "all", or a list of keys
     "train.canaries.count": int | None,
@@ -47,13 +48,19 @@ TYPES = {
     "trainer.devices": Any,  # a number, -1 for all, a list of numbers, or auto
     "trainer.num_nodes": int,
     "trainer.gradient_clip_val": float | None,
-    **{f"{command}.guidance_scale": float | None for command in ("detect", "explain", "mitigate", "evaluate")},
+    **{f"{command}.guidance_scale": float | None for command in _AUDIT},
     **{f"{command}.nearest": int | None for command in ("mitigate", "evaluate")},
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
-    **{f"{command}.max_sequence_length": int | None for command in ("detect", "explain", "mitigate", "evaluate")},
+    **{f"{command}.max_sequence_length": int | None for command in _AUDIT},
     "mitigate.method": Any,  # names: one, a list or all; and each method's settings
     "mitigate.target": Any,  # a score, or q0.1
+    "repair.method": Any,  # names: one; and each method's settings
+    "repair.earlier": Any,  # one, or a list
+    "repair.lr": float | None,
+    "repair.data.shards": Any,  # as data.shards of train
+    "repair.keep.shards": Any,
+    "repair.target_modules": Any,  # a name, or a list
     "evaluate.models": Any,  # one, or a list
     "evaluate.lora": Any,  # one for all models, or a list with one or null for each
     "evaluate.data.shards": Any,  # as data.shards of train

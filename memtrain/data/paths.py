@@ -20,6 +20,7 @@ LISTED = (
     "beside its shards; or say canaries.file=null"
 )
 SAMPLES = "name a csv or parquet with a column key, or leave it out"
+FORGET = "name a list of prompts, or what `memtrain detect`, `ledger suspects` or `shards duplicates` wrote"
 CHECKPOINT = "name a runs/…/checkpoints/last.ckpt"
 TORCHSCRIPT = "name a TorchScript file"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

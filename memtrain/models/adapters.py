@@ -52,6 +52,10 @@ class Adapter:
 
     def export(self, model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
         """Write what was trained, for diffusers."""
+        self.export_whole(model, folder, dtype)
+
+    def export_whole(self, model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
+        """Write a whole pipeline that has in its weights what was trained."""
         model.export(folder, dtype)
 
 
@@ -197,11 +201,14 @@ class LowRank(Adapter):
     def export(self, model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
         """Write the adapter for `load_lora_weights`, or a whole pipeline that has it in its weights."""
         if self.merge:
-            with exchanged(model, {name: merged(getattr(model, name)) for name in self._networks}):
-                model.export(folder, dtype)
+            self.export_whole(model, folder, dtype)
         else:
             networks = {name: getattr(model, name) for name in self._networks}
             write_lora(type(model.pipeline()), networks, self.alpha / self.rank, folder, dtype, self.formats)
+
+    def export_whole(self, model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
+        with exchanged(model, {name: merged(getattr(model, name)) for name in self._networks}):
+            model.export(folder, dtype)
 
 
 class TrainedDropout(nn.Dropout):
@@ -213,11 +220,27 @@ class TrainedDropout(nn.Dropout):
 
 def merged(network: nn.Module) -> nn.Module:
     """A copy in float32, on the CPU, without an adapter: its layers' weights hold it."""
+    return _plain(network, merge=True)
+
+
+def without_adapter(network: nn.Module) -> nn.Module:
+    """A copy in float32, on the CPU, of what the adapter stands beside; of a network without one, the network."""
+    return _plain(network, merge=False) if has_adapter(network) else network
+
+
+def has_adapter(network: nn.Module) -> bool:
+    """Whether low-rank weights stand beside some of its layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+def _plain(network: nn.Module, merge: bool) -> nn.Module:
     from diffusers.utils import recurse_remove_peft_layers
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     network = nn.Module.to(copy.deepcopy(network), "cpu", torch.float32)
-    for layer in [module for module in network.modules() if isinstance(module, BaseTunerLayer)]:
+    for layer in [module for module in network.modules() if isinstance(module, BaseTunerLayer) and merge]:
         layer.merge()
     recurse_remove_peft_layers(network)
     del network.peft_config

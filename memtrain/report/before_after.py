@@ -15,8 +15,12 @@ from memtrain.audit.mitigate.comparison import BeforeAfter
 INK, MUTED, ALARM = "#1f2430", "#6b7280", "#c0392b"
 
 
-def draw_before_after(path: Path, pairs: Sequence[BeforeAfter], method: str) -> None:
-    """Draw a row a prompt: the training image where it is known, generations before, then those after."""
+def draw_before_after(path: Path, pairs: Sequence[BeforeAfter], method: str, measure: str = "score") -> None:
+    """Draw a row a prompt: the training image where it is known, generations before, then those after.
+
+    Args:
+        measure: what the pairs' scores are.
+    """
     count = max(len(pair.before) for pair in pairs)
     first = int(any(pair.original is not None for pair in pairs))
     shares = [1] * (first + count) + [0.2] + [1] * count  # a gap between before and after
@@ -36,8 +40,8 @@ def draw_before_after(path: Path, pairs: Sequence[BeforeAfter], method: str) -> 
         line[0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=9, color=INK, labelpad=8)
         if pair.original is not None:
             line[0].imshow(pair.original)
-        _draw(line[first : first + count], pair.before, pair.scores_before, pair.copies_before)
-        _draw(line[first + count + 1 :], pair.after, pair.scores_after, pair.copies_after)
+        _draw(line[first : first + count], pair.before, pair.scores_before, pair.copies_before, measure)
+        _draw(line[first + count + 1 :], pair.after, pair.scores_after, pair.copies_after, measure)
     if first:
         axes[0, 0].set_title("training image", fontsize=9, color=INK)
     axes[0, first].set_title("before →", fontsize=9, color=INK, loc="left")
@@ -47,12 +51,14 @@ def draw_before_after(path: Path, pairs: Sequence[BeforeAfter], method: str) -> 
         figure.savefig(path)
 
 
-def _draw(axes: np.ndarray, images: np.ndarray, scores: Sequence[float], copies: Sequence[bool] | None) -> None:
+def _draw(
+    axes: np.ndarray, images: np.ndarray, scores: Sequence[float], copies: Sequence[bool] | None, measure: str
+) -> None:
     """Draw generations side by side, each with its score; copies, where it is known which are, are framed."""
     copies = copies if copies is not None else [False] * len(images)
     for axis, image, score, is_copy in zip(axes, images, scores, copies, strict=False):
         axis.imshow(image)
-        said = f"copy, score {score:.2f}" if is_copy else f"score {score:.2f}"
+        said = f"copy, {measure} {score:.2f}" if is_copy else f"{measure} {score:.2f}"
         axis.set_xlabel(said, fontsize=7, color=ALARM if is_copy else MUTED, labelpad=2)
         if is_copy:
             axis.spines[:].set(visible=True, color=ALARM, linewidth=2)

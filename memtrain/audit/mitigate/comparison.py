@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtrain.audit.alignment import ClipScore
+from memtrain.audit.alignment import ClipScore, caption_margin
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.mitigate.methods import Mitigation
@@ -29,9 +29,6 @@ from memtrain.core.copies import (
     latent_rmse,
     nearest,
 )
-from memtrain.core.streams import Stream, place_seed
-
-_MARGIN_TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # of 1000
 
 
 @dataclass(frozen=True)
@@ -194,34 +191,6 @@ class Comparison:
                 )
             )
         return pairs
-
-
-@torch.no_grad()
-def caption_margin(
-    judge: Denoiser, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], batches: ShrinkingBatches
-) -> Tensor:
-    """(R,) by how much the prompt lowers another model's denoising loss on a picture: 1 - loss_c / loss_null.
-
-    A stand-in for a CLIP score where there is no CLIP: how much of the prompt a judge that has memorized
-    nothing finds in the picture, over fixed timesteps and noise (the idea of Li et al. 2023, *Your Diffusion
-    Model is Secretly a Zero-Shot Classifier*). Negative where the picture shows something else.
-    """
-    latents = encode_images(judge, images, batches)
-
-    def work(rows: range) -> Tensor:
-        clean, count = latents[rows.start : rows.stop].to(judge.device), len(rows)
-        cond, null = judge.encode([prompts[row] for row in rows]), judge.model.null(count)
-        losses = torch.zeros(2, count, device=judge.device)
-        for t in _MARGIN_TIMESTEPS:
-            noise = judge.noise([place_seed(seeds[row], Stream.MARGIN, t, 0) for row in rows])
-            steps = torch.full((count,), t, device=judge.device)
-            noisy = judge.model.noise_process.add_noise(clean, noise, steps)
-            pair = judge.predict_pair(noisy, t, cond, null)
-            for loss, predicted in zip(losses, (pair.noise_cond, pair.noise_null), strict=True):
-                loss += (predicted - noise).square().flatten(1).mean(dim=1)
-        return (1 - losses[0] / losses[1]).cpu()
-
-    return torch.cat(list(batches.over(len(images), work)))
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:

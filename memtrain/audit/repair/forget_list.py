@@ -7,8 +7,8 @@ from pathlib import Path
 
 from memtrain.audit.prompts import COLUMNS, MEMORIZED, read_rows
 from memtrain.data.escaping import of_cell
+from memtrain.data.paths import FORGET
 
-LIST = "name a list of prompts, or what `memtrain detect`, `ledger suspects` or `shards duplicates` wrote"
 _FLAGGED = "flagged"  # of detect's scores.parquet
 
 
@@ -37,14 +37,14 @@ def read_forget_list(path: str | Path, column: str | None = None, label: str | N
         ValueError: in one line, the list cannot be read, has none of these columns, or nothing is left of it.
     """
     said = [name for name in (column, label) if name is not None]
-    rows = read_rows(path, said, ("key", "file", "group", "sha256", _FLAGGED), key="forget", remedy=LIST)
+    rows = read_rows(path, said, ("key", "file", "group", "sha256", _FLAGGED), key="forget", remedy=FORGET)
     names = list(dict.fromkeys(name for row in rows for name in row))
     for key, name in (("column", column), ("label", label)):
         if name is not None and name not in names:
             raise ValueError(f"forget.{key}={name}: {path} has no such column, but {', '.join(names[:12])}")
     caption = column or next((name for name in COLUMNS if name in names), None)
     if caption is None and not {"key", "file"} & {*names}:
-        raise ValueError(f"forget={path} has no column {', '.join(COLUMNS)}, key or file; {LIST}")
+        raise ValueError(f"forget={path} has no column {', '.join(COLUMNS)}, key or file; {FORGET}")
     if label is not None:
         rows = [row for row in rows if str(row.get(label)).strip().lower() in MEMORIZED]
     elif any(row.get(_FLAGGED) not in (None, "") for row in rows):

@@ -90,7 +90,12 @@ class Sampling:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
     def draw(
-        self, denoiser: Denoiser, captions: Sequence[str], seed: int, batches: ShrinkingBatches, count: int | None = None
+        self,
+        denoiser: Denoiser,
+        captions: Sequence[str],
+        seed: int,
+        batches: ShrinkingBatches,
+        count: int | None = None,
     ) -> Tensor:
         """(N, G, C, H, W) scaled latents on the CPU, G generations of each caption."""
         count = count or self.num_images_per_prompt
