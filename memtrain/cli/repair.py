@@ -46,7 +46,13 @@ def repair(cfg: DictConfig) -> None:
 
     entries = read_forget_list(cfg.forget.list, cfg.forget.column, cfg.forget.label)
     settings = Steps(
-        cfg.steps, cfg.lr or _LR[cfg.weights], cfg.forgotten_rows, cfg.kept_rows, cfg.keep_weight, cfg.lowest_noise
+        cfg.steps,
+        cfg.lr or _LR[cfg.weights],
+        cfg.forgotten_rows,
+        cfg.kept_rows,
+        cfg.keep_weight,
+        cfg.near_share,
+        cfg.lowest_noise,
     )
     criterion = Criterion(
         cfg.score_margin, cfg.copy_margin, cfg.min_steps, cfg.look_every, cfg.max_rmse, cfg.false_copies
@@ -118,13 +124,14 @@ def _prepare(
         kept = kept_of_its_own(
             denoiser, harmless or spread, few, forgotten, cfg.max_rmse, sampling, cfg.seed, batches, cache
         )
+    watched, kept = _watched(kept, forgotten, cfg.watched)
     return Repair(
         denoiser,
         adapter,
         forgotten,
         kept,
         list(dict.fromkeys(reference or spread)),
-        _watched(kept.captions, forgotten.captions, cfg.watched),
+        watched,
         settings=settings,
         criterion=criterion,
         sampling=sampling,
@@ -173,12 +180,15 @@ def _neighbours(denoiser: Denoiser, captions: Sequence[str], cfg: DictConfig) ->
     return found
 
 
-def _watched(kept: Sequence[str], forgotten: Sequence[str], count: int) -> list[str]:
-    """Kept captions, those first that share most words with a forgotten one."""
-    words = [set(caption.lower().split()) for caption in forgotten]
-    distinct = [caption for caption in dict.fromkeys(kept) if caption not in forgotten]
-    shared = {caption: max(len(set(caption.lower().split()) & own) for own in words) for caption in distinct}
-    return sorted(distinct, key=lambda caption: -shared[caption])[:count]
+def _watched(kept: Pictures, forgotten: Pictures, count: int) -> tuple[list[str], Pictures]:
+    """Kept captions that are drawn before and after, those first that share most words with a forgotten one; and the
+    other kept pictures: what is watched is not trained on."""
+    from memtrain.audit.repair.material import shared_words
+
+    distinct = [caption for caption in dict.fromkeys(kept.captions) if caption not in forgotten.captions]
+    shared = dict(zip(distinct, shared_words(distinct, forgotten.captions), strict=True))
+    watched = sorted(distinct, key=lambda caption: -shared[caption])[: min(count, len(distinct) // 2)]
+    return watched, kept.index([row for row, caption in enumerate(kept.captions) if caption not in watched])
 
 
 def _earlier(cfg: DictConfig) -> tuple[Pictures | None, dict[str, dict]]:

@@ -6,8 +6,7 @@ Shapes: n inputs of a layer, D their width, O its output's, R the rank.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -47,9 +46,9 @@ class LowRankEdit(Method):
         layers, edits = _layers(work), {}
         with torch.no_grad():
             rows, kept = work.forgotten_rows(0, 4 * len(work.forgotten)), work.kept_rows(0, 32)
-            x_f = _inputs(work, layers, rows, rows.cond)
-            x_n = _inputs(work, layers, rows, work.null(rows))
-            x_k = _inputs(work, layers, kept, kept.cond)
+            x_f = _inputs(work, rows, rows.cond)
+            x_n = _inputs(work, rows, work.null(rows))
+            x_k = _inputs(work, kept, kept.cond)
             for name, layer in layers.items():
                 if len(x_f[name]) == len(x_n[name]):
                     edits[name] = edit(_weight(layer), x_f[name], x_n[name], x_k[name], self.keep, self.rank)
@@ -110,22 +109,18 @@ def _apply(layer: nn.Module, start: Tensor, left: Tensor, right: Tensor) -> None
     b[:, :rank] = left[:, :rank] / layer.scaling[ADAPTER]
 
 
-def _inputs(work: Work, layers: dict[str, nn.Module], rows: Rows, cond: Conditioning) -> dict[str, Tensor]:
+def _inputs(work: Work, rows: Rows, cond: Conditioning) -> dict[str, Tensor]:
     """(n, D) float32 of each layer, at these rows by the weights that the repair began with."""
     found: dict[str, list[Tensor]] = defaultdict(list)
-    with _listening(layers, found):
-        work.predict_at_start(rows, cond)
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
-
-@contextmanager
-def _listening(layers: dict[str, nn.Module], found: dict[str, list[Tensor]]) -> Iterator[None]:
-    def listen(name: str):
+    def listen(name: str) -> Callable[..., None]:
         return lambda module, args: found[name].append(args[0].detach().flatten(0, -2).float())
 
-    hooks = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with work.anchor.in_place(work.model):  # its network may be another one
+        hooks = [layer.register_forward_pre_hook(listen(name)) for name, layer in _layers(work).items()]
+        try:
+            work.predict_at_start(rows, cond)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}

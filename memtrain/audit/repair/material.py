@@ -155,6 +155,12 @@ def forgotten_pictures(
     return Pictures([caption for caption, _, _ in found], torch.stack(latents), [name for _, _, name in found])
 
 
+def shared_words(captions: Sequence[str], forgotten: Sequence[str]) -> list[int]:
+    """How many words each caption has in common with that forgotten one with which it has most."""
+    words = [set(caption.lower().split()) for caption in forgotten]
+    return [max(len(set(caption.lower().split()) & own) for own in words) for caption in captions]
+
+
 def _read_file(file: Path, size: tuple[int, int]) -> np.ndarray:
     try:
         image = decode_image(file.read_bytes(), *size)

@@ -58,10 +58,14 @@ class Trained(Method):
 
     def descend(self, work: Work, step: int) -> float:
         """Add the gradient of the forgotten rows' mean loss to the weights'; the loss."""
-        rows = work.forgotten_rows(step)
+        rows = self.rows(work, step)
         loss = self.loss(work, rows, work.predict(rows)).mean()
         loss.backward()
         return loss.item()
+
+    def rows(self, work: Work, step: int) -> Rows:
+        """The rows whose loss is taken."""
+        return work.forgotten_rows(step)
 
     @abstractmethod
     def loss(self, work: Work, rows: Rows, prediction: Tensor) -> Tensor:
@@ -93,16 +97,23 @@ class Repelled(Trained):
     As Gandikota et al. 2023 guide away from a concept, but from the picture's own y, so that there is something left
     to go away from where the caption and no caption agree: with `beyond` 0 it is `EmptyCaption`. The empty caption's
     prediction still leads to a memorized picture once an attack is near; a prediction beyond it does not. It is a
-    distance to a fixed target, so that it cannot run away as an ascent does.
+    distance to a fixed target, so that it cannot run away as an ascent does. A share of the rows is told the caption
+    of a kept picture in place of c: the picture is to be gone, whatever the text.
 
     Args:
         beyond: how far past, in distances from y to the empty caption's prediction.
+        other_captions: share of rows that are told another caption.
     """
 
-    def __init__(self, beyond: float = 3.0):
+    def __init__(self, beyond: float = 3.0, other_captions: float = 0.5):
         if not beyond >= 0:
             raise ValueError(f"method.repelled.beyond must be >= 0, got {beyond:g}")
-        self.beyond = beyond
+        if not 0 <= other_captions < 1:
+            raise ValueError(f"method.repelled.other_captions is a share in [0, 1), got {other_captions:g}")
+        self.beyond, self.other_captions = beyond, other_captions
+
+    def rows(self, work, step):
+        return work.told_others(work.forgotten_rows(step), self.other_captions, step)
 
     def loss(self, work, rows, prediction):
         y, null = work.target(rows), work.predict_at_start(rows, work.null(rows))
@@ -207,8 +218,5 @@ class FineTuned(Trained):
     def loss(self, work, rows, prediction):
         return denoising_loss(prediction, work.target(rows))
 
-    def descend(self, work: Work, step: int) -> float:
-        rows = work.kept_rows(step + work.settings.steps, work.settings.forgotten_rows)
-        loss = self.loss(work, rows, work.predict(rows)).mean()
-        loss.backward()
-        return loss.item()
+    def rows(self, work, step):
+        return work.kept_rows(step + work.settings.steps, work.settings.forgotten_rows)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memtrain.audit.repair.material import Pictures
+from memtrain.audit.repair.material import Pictures, shared_words
 from memtrain.core.diffusion import draw
 from memtrain.core.losses import denoising_loss
 from memtrain.core.streams import Stream, place_seed
@@ -35,6 +35,8 @@ class Steps:
         lr: of AdamW.
         forgotten_rows, kept_rows: of a step.
         keep_weight: of the kept rows' mean loss, beside that of the forgotten ones.
+        near_share: of the kept rows, drawn from that quarter of the kept pictures whose captions share most words with
+            forgotten ones: what is forgotten spreads to them first.
         lowest_noise: forgotten pictures are noised at timesteps from this share of the schedule on; below it nothing
             is decided about a picture any more, and what is changed there changes all.
     """
@@ -44,6 +46,7 @@ class Steps:
     forgotten_rows: int = 6
     kept_rows: int = 10
     keep_weight: float = 10.0
+    near_share: float = 0.5
     lowest_noise: float = 0.3
 
     def __post_init__(self):
@@ -54,6 +57,8 @@ class Steps:
             raise ValueError(f"lr must be > 0, got {self.lr:g}")
         if not self.keep_weight >= 0:
             raise ValueError(f"keep_weight must be >= 0, got {self.keep_weight:g}")
+        if not 0 <= self.near_share <= 1:
+            raise ValueError(f"near_share is a share in [0, 1], got {self.near_share:g}")
         if not 0 <= self.lowest_noise < 1:
             raise ValueError(f"lowest_noise is a share of the schedule in [0, 1), got {self.lowest_noise:g}")
 
@@ -103,6 +108,8 @@ class Work:
         self.model, self.anchor, self.settings, self.seed = model, anchor, settings, seed
         self.forgotten, self.kept = forgotten, kept if earlier is None else Pictures.cat([earlier, kept])
         self.num_earlier = 0 if earlier is None else len(earlier)
+        shared = np.array(shared_words(kept.captions, forgotten.captions))
+        self.near = self.num_earlier + np.argsort(-shared, kind="stable")[: -(-len(kept) // 4)]  # of self.kept
         self.parameters: list[nn.Parameter] = trained_parameters(model)
         self.passes: Counter[str] = Counter()  # forward passes of a row, by what for
         with torch.no_grad():
@@ -142,19 +149,29 @@ class Work:
 
     def kept_rows(self, step: int, count: int | None = None) -> Rows:
         """Kept pictures of a step, drawn by seed, some of them with the empty caption; a share is of those that were
-        forgotten before."""
+        forgotten before, another of those whose captions are like forgotten ones."""
         count = count or self.settings.kept_rows
         generator = np.random.default_rng(place_seed(self.seed, Stream.REPAIR, step, 0))
         earlier = math.ceil(_EARLIER * count) if self.num_earlier else 0
+        any_kept = generator.integers(self.num_earlier, len(self.kept), size=count - earlier)
+        near = generator.choice(self.near, size=count - earlier)
+        is_near = generator.random(count - earlier) < self.settings.near_share
         which = [
-            *generator.integers(self.num_earlier, size=earlier).tolist(),
-            *generator.integers(self.num_earlier, len(self.kept), size=count - earlier).tolist(),
+            *(generator.integers(self.num_earlier, size=earlier).tolist() if earlier else ()),
+            *np.where(is_near, near, any_kept).tolist(),
         ]
         rows = self.noised(self.kept.latents, self.kept_cond, which, Stream.KEPT, step + 1)
         dropped = torch.from_numpy(generator.random(count) < _DROPPED)
         dropped[:earlier] = False
         cond = self.null(rows).where(dropped.to(self.model.device), rows.cond)
-        return Rows(rows.pictures, rows.latents, rows.noise, rows.timesteps, rows.noisy, cond)
+        return replace(rows, cond=cond)
+
+    def told_others(self, rows: Rows, share: float, step: int) -> Rows:
+        """The same rows, this share of them with the caption of a kept picture, drawn by seed, in place of theirs."""
+        generator = np.random.default_rng(place_seed(self.seed, Stream.REPAIR, step, 1))
+        other = self.kept_cond.index(generator.integers(self.num_earlier, len(self.kept), size=len(rows)).tolist())
+        told = torch.from_numpy(generator.random(len(rows)) < share).to(self.model.device)
+        return replace(rows, cond=other.where(told, rows.cond))
 
     def noised(
         self, latents: Tensor, cond: Conditioning, which: list[int], stream: Stream, step: int, lowest: float = 0.0
