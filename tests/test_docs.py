@@ -105,9 +105,9 @@ class Understood(Exception):
 def test_a_command_composes(hydra, monkeypatch, command):
     name, *arguments = command
     assert name in COMMANDS
-    if command[:2] == ("bench", "mitigation"):
-        name, *arguments = "bench_mitigation", *command[2:]
-    if name in (*WITH_HYDRA, "bench_mitigation"):
+    if command[:2] in (("bench", "mitigation"), ("bench", "repair")):
+        name, *arguments = f"bench_{command[1]}", *command[2:]
+    if name in (*WITH_HYDRA, "bench_mitigation", "bench_repair"):
         flags = {"-m", "--multirun", "--help", "--cfg", "job", "--config-dir", "DIR", "study=mine", "protocol=mine"}
         overrides = spelled(name, [argument for argument in arguments if argument not in flags])
         composed = compose(name, first_of_each(overrides))

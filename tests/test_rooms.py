@@ -17,7 +17,7 @@ BELOW = {
     "callbacks": {"core", "models", "data", "training", "report"},
     "demo": {"core", "models", "data"},
 }
-AUDITS = ("detect", "explain", "mitigate", "evaluate")  # commands with a folder each
+AUDITS = ("detect", "explain", "mitigate", "repair", "evaluate")  # commands with a folder each
 
 
 def rooms_that(room: str) -> set[str]:

@@ -59,6 +59,7 @@ _TEXT = {
         },
     },
     "bench_mitigation": {name: name for name in ("out", "shards", "into")},
+    "bench_repair": {name: name for name in ("runs", "out", "shards", "into")},
 }
 # Keys of the sweep's and of the bench's own; whatever else is said is for each of their runs.
 _OWN = {

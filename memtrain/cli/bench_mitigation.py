@@ -37,7 +37,7 @@ def bench_mitigation(cfg: DictConfig) -> None:
     out, into = Path(cfg.out), None if cfg.into is None else Path(cfg.into)
     raw = OmegaConf.to_container(cfg, resolve=False)["overrides"]  # ${…} in an override is for the run to resolve
     if into is not None:
-        _check_into(into)
+        check_into(into, "mitigation")
     runs = plan(protocol, out, cfg.rows, cfg.seeds, raw)
     rows, seeds = list(dict.fromkeys(run.row for run in runs)), max(run.seed for run in runs) + 1
     check_words(runs)
@@ -82,11 +82,12 @@ def _check_shards(cfg: DictConfig) -> None:
         )
 
 
-def _check_into(into: Path) -> None:
+def check_into(into: Path, name: str) -> None:
+    """Raises ValueError where a text has no place for the table of this name."""
     from memtrain.report.table import marks_of
 
     text = into.read_text(encoding="utf-8") if into.is_file() else ""
-    missing = [mark for mark in marks_of("mitigation") if mark not in text]
+    missing = [mark for mark in marks_of(name) if mark not in text]
     if missing:
         raise ValueError(f"into={into} has no line {missing[0]}, between which and its end the table is to stand")
 
@@ -204,6 +205,13 @@ def _write(out: Path, runs: Sequence[Planned], rows: Sequence[str], seeds: int, 
 
 
 def _caption() -> str:
+    return (
+        f"{made_by()} Figures are means ± standard deviations over seeds; the interval is a bootstrap over canaries, "
+        "all seeds together. Copies are of a canary's own picture."
+    )
+
+
+def made_by() -> str:
     """What was typed, the commit of the program, and the date."""
     said = subprocess.run(
         ["git", "log", "-1", "--format=%h of %cs"], cwd=Path(__file__).parent, capture_output=True, text=True
@@ -212,7 +220,4 @@ def _caption() -> str:
 
     commit = f"commit {said.stdout.strip()}" if said.returncode == 0 else f"version {__version__}"
     typed = shlex.join(["memtrain", *sys.argv[1:]])
-    return (
-        f"`{typed}`, {commit}, written on {date.today()}. Figures are means ± standard deviations over seeds; the "
-        "interval is a bootstrap over canaries, all seeds together. Copies are of a canary's own picture."
-    )
+    return f"`{typed}`, {commit}, written on {date.today()}."

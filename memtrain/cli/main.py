@@ -35,6 +35,7 @@ Usage: memtrain COMMAND [key=value …]
   shards    check, index, pack shards, find duplicates in them: memtrain shards check PATH
   cache     encode a corpus once: latents and text embeddings beside its shards
   bench     baselines against one another: memtrain bench mitigation protocol=demo
+            ways to repair a model: memtrain bench repair runs=[RUN]
             measure: memtrain bench data | startup | score | detect | memory
   demo      write the demo corpus: memtrain demo OUT
 
@@ -91,9 +92,9 @@ def _plain(command: str, arguments: list[str]) -> None:
 
 
 def _bench(command: str, arguments: list[str]) -> None:
-    """`bench mitigation` is configured as a training is; what else is measured has a few options."""
-    if arguments[:1] == ["mitigation"]:
-        _with_hydra("bench_mitigation", arguments[1:])
+    """`bench mitigation` and `repair` are configured as a training is; what else is measured has a few options."""
+    if arguments[:1] in (["mitigation"], ["repair"]):
+        _with_hydra(f"bench_{arguments[0]}", arguments[1:])
     else:
         _plain(command, arguments)
 

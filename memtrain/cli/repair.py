@@ -20,7 +20,7 @@ from memtrain.cli.checks import check_repair
 if TYPE_CHECKING:
     from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.repair.forget_list import Entry
-    from memtrain.audit.repair.material import Pictures
+    from memtrain.audit.repair.material import CaptionedPictures
     from memtrain.audit.repair.repairing import Criterion, Repair, Repaired
     from memtrain.audit.repair.work import Steps
     from memtrain.data.samples import ShardSamples
@@ -37,8 +37,9 @@ _NOT_REACHED = 1  # exit code
 
 
 def repair(cfg: DictConfig) -> None:
-    method = instantiate(_method(cfg), _convert_="all")
+    chosen = _method(cfg)
     check_repair(cfg)
+    method = instantiate(chosen, _convert_="all")
     from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.repair.forget_list import read_forget_list
     from memtrain.audit.repair.repairing import Criterion
@@ -96,15 +97,15 @@ def _prepare(
     entries: Sequence[Entry],
     settings: Steps,
     criterion: Criterion,
-    earlier: Pictures | None,
+    earlier: CaptionedPictures | None,
     needs_neighbours: bool,
 ) -> Repair:
     """The repair that the config asks for, before any step; its own generations and neighbours are made here."""
     from memtrain.audit.batches import ShrinkingBatches
-    from memtrain.audit.repair.material import Sampling, forgotten_pictures, kept_from_shards, kept_of_its_own
+    from memtrain.audit.repair.material import Drawing, forgotten_pictures, kept_from_shards, kept_of_its_own
     from memtrain.audit.repair.repairing import Repair
 
-    sampling = Sampling(cfg.num_inference_steps, denoiser.guidance_scale, cfg.num_images_per_prompt)
+    sampling = Drawing(cfg.num_inference_steps, denoiser.guidance_scale, cfg.num_images_per_prompt)
     batches = ShrinkingBatches(cfg.batch_size)
     kept_samples = _samples(cfg.keep, denoiser)
     samples = kept_samples if cfg.data.shards is None else _samples(cfg.data, denoiser)
@@ -180,7 +181,7 @@ def _neighbours(denoiser: Denoiser, captions: Sequence[str], cfg: DictConfig) ->
     return found
 
 
-def _watched(kept: Pictures, forgotten: Pictures, count: int) -> tuple[list[str], Pictures]:
+def _watched(kept: CaptionedPictures, forgotten: CaptionedPictures, count: int) -> tuple[list[str], CaptionedPictures]:
     """Kept captions that are drawn before and after, those first that share most words with a forgotten one; and the
     other kept pictures: what is watched is not trained on."""
     from memtrain.audit.repair.material import shared_words
@@ -191,9 +192,9 @@ def _watched(kept: Pictures, forgotten: Pictures, count: int) -> tuple[list[str]
     return watched, kept.index([row for row, caption in enumerate(kept.captions) if caption not in watched])
 
 
-def _earlier(cfg: DictConfig) -> tuple[Pictures | None, dict[str, dict]]:
-    """Pictures that earlier repairs took out of the model, and what those repairs say, by folder."""
-    from memtrain.audit.repair.material import Pictures
+def _earlier(cfg: DictConfig) -> tuple[CaptionedPictures | None, dict[str, dict]]:
+    """CaptionedPictures that earlier repairs took out of the model, and what those repairs say, by folder."""
+    from memtrain.audit.repair.material import CaptionedPictures
 
     named = OmegaConf.to_container(cfg, resolve=True)["earlier"] or []
     named = [named] if isinstance(named, str) else named
@@ -206,12 +207,12 @@ def _earlier(cfg: DictConfig) -> tuple[Pictures | None, dict[str, dict]]:
             if place < len(named) and own is None:
                 raise ValueError(f"earlier={folder} is no repair: it has no {FOLDER}/{MEMORY}; name a repair's out")
             continue
-        loaded = Pictures.load(own / FOLDER / MEMORY)
+        loaded = CaptionedPictures.load(own / FOLDER / MEMORY)
         if loaded is None:
             raise ValueError(f"{own / FOLDER / MEMORY} cannot be read; make that repair again, or delete the file")
         parts.append(loaded[0])
         said[str(own)] = json.loads((own / FOLDER / WRITTEN).read_text(encoding="utf-8"))
-    return (Pictures.cat(parts) if parts else None), said
+    return (CaptionedPictures.cat(parts) if parts else None), said
 
 
 def _check_base(cfg: DictConfig, denoiser: Denoiser, said: dict[str, dict]) -> None:
@@ -254,7 +255,7 @@ def _write(cfg: DictConfig, denoiser: Denoiser, made: Repair, done: Repaired, ba
     import torch
 
     from memtrain.audit.pictures import decode_latents
-    from memtrain.audit.repair.material import Pictures
+    from memtrain.audit.repair.material import CaptionedPictures
     from memtrain.report.repair import write_report
 
     out = Path(cfg.out).expanduser()
@@ -264,7 +265,7 @@ def _write(cfg: DictConfig, denoiser: Denoiser, made: Repair, done: Repaired, ba
     if cfg.weights == "lora":
         made.adapter.export(denoiser.model, out / "lora", torch.float32)
     known = [made.forgotten] if made.earlier is None else [made.earlier, made.forgotten]
-    Pictures.cat(known).save(folder / MEMORY)
+    CaptionedPictures.cat(known).save(folder / MEMORY)
 
     def decoded(latents: torch.Tensor):
         pictures = decode_latents(denoiser, latents.flatten(0, 1), made.batches)

@@ -61,6 +61,9 @@ TYPES = {
     "repair.data.shards": Any,  # as data.shards of train
     "repair.keep.shards": Any,
     "repair.target_modules": Any,  # a name, or a list
+    "bench_repair.runs": Any,  # one, or a list
+    "bench_repair.rows": dict[str, list[str]],
+    "bench_repair.only": list[str] | None,
     "evaluate.models": Any,  # one, or a list
     "evaluate.lora": Any,  # one for all models, or a list with one or null for each
     "evaluate.data.shards": Any,  # as data.shards of train

@@ -16,7 +16,7 @@ from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.repair import methods
 from memtrain.audit.repair.forget_list import read_forget_list
 from memtrain.audit.repair.low_rank import LowRankEdit, edit
-from memtrain.audit.repair.material import Pictures, kept_from_shards
+from memtrain.audit.repair.material import CaptionedPictures, kept_from_shards
 from memtrain.audit.repair.work import Steps, Work
 from memtrain.audit.scored_path import ScoredPath, mean_scores
 from memtrain.cli.main import main
@@ -40,7 +40,9 @@ def work_on(folder, adapter, **options) -> Work:
     model.eval()
     generator = torch.Generator().manual_seed(1)
     forgotten, kept = (
-        Pictures(captions, torch.randn(len(captions), *model.own_shape, generator=generator), [""] * len(captions))
+        CaptionedPictures(
+            captions, torch.randn(len(captions), *model.own_shape, generator=generator), [""] * len(captions)
+        )
         for captions in (CAPTIONS, ["fox", "owl on a teal background", "bee", "cow"])
     )
     anchor = adapter.anchor(model)
@@ -171,7 +173,7 @@ def test_lists_that_other_commands_wrote(tmp_path):
 def test_what_shows_a_forgotten_picture_is_not_kept(denoiser, corpus):
     samples = ShardSamples(str(corpus), 64)
     size, batches = denoiser.model.own_size, ShrinkingBatches(16)
-    nothing = Pictures(["x"], torch.full((1, *denoiser.latent_shape), 1e3), [""])
+    nothing = CaptionedPictures(["x"], torch.full((1, *denoiser.latent_shape), 1e3), [""])
     every = kept_from_shards(denoiser, samples, 12, nothing, 1e-3, 0, batches)
     assert len(every) == 12 and size == (64, 64)
     fewer = kept_from_shards(denoiser, samples, 12, every.index([0, 1]), 1e-3, 0, batches)
@@ -236,7 +238,7 @@ def test_a_second_list_is_checked_against_the_first(repaired, corpus, deep_folde
     said = capsys.readouterr().out
     assert written["earlier"].keys() == {"before", "after"} and "pictures forgotten before" in said
     assert said.startswith("not forgotten within 2 steps") and not written["reached"]
-    pictures, _ = Pictures.load(repaired / "two" / "repair" / "forgotten.safetensors")
+    pictures, _ = CaptionedPictures.load(repaired / "two" / "repair" / "forgotten.safetensors")
     assert len(pictures) == 3  # of both lists
     said = fails(capsys, "repair", f"model={repaired}/one", lora, *second, f"out={repaired}/three")
     assert "repairs another model" in said

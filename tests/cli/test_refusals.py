@@ -32,7 +32,7 @@ for argv in json.load(sys.stdin):
     assert os.waitpid(child, 0)[1] == 0, argv
 """
 HELP = [["--help"], ["--version"], *([command, "--help"] for command in (
-    "train", "detect", "explain", "mitigate", "evaluate", "report", "shards", "cache", "bench", "demo", "ledger",
+    "train", "detect", "explain", "mitigate", "repair", "evaluate", "report", "shards", "cache", "bench", "demo", "ledger",
     "sweep",
 ))]  # fmt: skip
 AUDIT = ["detect", "explain", "mitigate"]
@@ -111,6 +111,16 @@ REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is
     (["mitigate", "model={pipeline}", "prompt=a", "judge={tmp}"], "judge={tmp} is not a pipeline"),
     (["mitigate", "model={pipeline}", "prompt=a", "clip=/no/clip"], "clip=/no/clip: no such folder"),
     (["mitigate", "model={pipeline}", "prompts={prompts}", "data=/nowhere"], "data.shards=/nowhere: no such shard"),
+    (["repair", "forget={prompts}", "out={tmp}/new"], "model.pretrained"),
+    (["repair", "model={pipeline}", "out={tmp}/new"], "forget"),
+    (["repair", "model={pipeline}", "forget={tmp}/no.csv", "out={tmp}/new"], "forget={tmp}/no.csv: no such file"),
+    (["repair", "model={pipeline}", "forget={prompts}", "out={tmp}/new", "method=magic"], "method must be one of"),
+    (
+        ["repair", "model={pipeline}", "forget={prompts}", "out={tmp}/new", "weights=half"],
+        "weights must be lora or all",
+    ),
+    (["repair", "model={pipeline}", "forget={prompts}", "out={tmp}/new", "keep=/nowhere"], "/nowhere: no such shard"),
+    (["repair", "model={pipeline}", "forget={prompts}", "out={shards}"], "holds other things"),
     (["evaluate", "data={shards}"], "no model"),
     (["evaluate", "models=[/nowhere/x]", "data={shards}"], "model=/nowhere/x: no such folder"),
     (["evaluate", "model={pipeline}"], "data is missing"),

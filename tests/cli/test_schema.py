@@ -28,13 +28,17 @@ IN_PYTHON = [
     ("mitigate", "memtrain.audit.mitigate.mitigation.Sampling"),
     ("mitigate", "memtrain.audit.mitigate.comparison.Judges"),
     ("mitigate", "memtrain.audit.mitigate.comparison.Comparison"),
+    ("repair", "memtrain.audit.repair.work.Steps"),
+    ("repair", "memtrain.audit.repair.repairing.Criterion"),
+    ("repair", "memtrain.audit.repair.material.Drawing"),
     ("evaluate", "memtrain.audit.evaluate.similarity.LatentRmse"),
     ("evaluate", "memtrain.audit.evaluate.similarity.Sscd"),
     ("data/shards", "memtrain.data.datamodule.DataModule"),
     ("data/shards", "memtrain.data.samples.ShardSamples"),
 ]
-# `out` is a folder on the command line and nothing in Python; `method` is a name there, and a mitigation here
-DIFFERENT = {("detect", "out"), ("mitigate", "method")}
+# `out` is a folder on the command line and nothing in Python; `method` is a name there, and a mitigation here; `lr`
+# null is that of a LoRA or of all weights
+DIFFERENT = {("detect", "out"), ("mitigate", "method"), ("repair", "lr")}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -37,7 +37,7 @@ _MEDOID_OF = 4  # generations of a prompt whose picture is not at hand
 
 
 @dataclass(frozen=True)
-class Pictures:
+class CaptionedPictures:
     """Captioned pictures as a model sees them."""
 
     captions: list[str]
@@ -47,12 +47,14 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def index(self, rows: Sequence[int]) -> Pictures:
-        return Pictures([self.captions[row] for row in rows], self.latents[list(rows)], [self.names[r] for r in rows])
+    def index(self, rows: Sequence[int]) -> CaptionedPictures:
+        return CaptionedPictures(
+            [self.captions[row] for row in rows], self.latents[list(rows)], [self.names[r] for r in rows]
+        )
 
     @staticmethod
-    def cat(parts: Sequence[Pictures]) -> Pictures:
-        return Pictures(
+    def cat(parts: Sequence[CaptionedPictures]) -> CaptionedPictures:
+        return CaptionedPictures(
             [caption for part in parts for caption in part.captions],
             torch.cat([part.latents for part in parts]),
             [name for part in parts for name in part.names],
@@ -65,19 +67,19 @@ class Pictures:
             save_file({"latents": self.latents.contiguous()}, aside, written)
 
     @staticmethod
-    def load(path: Path) -> tuple[Pictures, dict[str, str]] | None:
+    def load(path: Path) -> tuple[CaptionedPictures, dict[str, str]] | None:
         """What was saved, and what was said about it; None where there is nothing, or a damaged file."""
         try:
             with safe_open(path, "pt") as file:
                 about = dict(file.metadata())
                 captions, names = json.loads(about.pop("captions")), json.loads(about.pop("names"))
-                return Pictures(captions, file.get_tensor("latents"), names), about
+                return CaptionedPictures(captions, file.get_tensor("latents"), names), about
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Drawing:
     """How a repair draws its generations, each from a seed."""
 
     num_inference_steps: int = 50
@@ -119,10 +121,10 @@ def forgotten_pictures(
     denoiser: Denoiser,
     entries: Sequence[Entry],
     samples: ShardSamples | None,
-    sampling: Sampling,
+    sampling: Drawing,
     seed: int,
     batches: ShrinkingBatches,
-) -> Pictures:
+) -> CaptionedPictures:
     """The pictures of a forget list, encoded. A prompt without one has that of its generations which is nearest to the
     others: what a model has learnt by heart it draws from any noise.
 
@@ -152,7 +154,7 @@ def forgotten_pictures(
     given = [pixels for _, pixels, _ in found if pixels is not None]
     encoded = iter(encode_images(denoiser, np.stack(given), batches) if given else ())
     latents = [next(own_pictures) if pixels is None else next(encoded) for _, pixels, _ in found]
-    return Pictures([caption for caption, _, _ in found], torch.stack(latents), [name for _, _, name in found])
+    return CaptionedPictures([caption for caption, _, _ in found], torch.stack(latents), [name for _, _, name in found])
 
 
 def shared_words(captions: Sequence[str], forgotten: Sequence[str]) -> list[int]:
@@ -170,7 +172,7 @@ def _read_file(file: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _medoids(
-    denoiser: Denoiser, captions: list[str], sampling: Sampling, seed: int, batches: ShrinkingBatches
+    denoiser: Denoiser, captions: list[str], sampling: Drawing, seed: int, batches: ShrinkingBatches
 ) -> list[Tensor]:
     """Of each prompt's generations the one with the least distance to the others, (C, H, W)."""
     if not captions:
@@ -180,10 +182,10 @@ def _medoids(
 
 
 def kept_from_shards(
-    denoiser: Denoiser, samples: ShardSamples, count: int, forgotten: Pictures, max_rmse: float, seed: int,
+    denoiser: Denoiser, samples: ShardSamples, count: int, forgotten: CaptionedPictures, max_rmse: float, seed: int,
     batches: ShrinkingBatches,
-) -> Pictures:  # fmt: skip
-    """Pictures of shards that are to stay, drawn by seed, without those that show a picture that is to go.
+) -> CaptionedPictures:  # fmt: skip
+    """CaptionedPictures of shards that are to stay, drawn by seed, without those that show a picture that is to go.
 
     Args:
         count: so many are drawn.
@@ -203,10 +205,10 @@ def kept_from_shards(
             read.append((caption, image.transpose(1, 2, 0), samples.key(position)))
         else:
             skipped += 1
-    kept = Pictures([], torch.zeros(0, *denoiser.latent_shape), [])
+    kept = CaptionedPictures([], torch.zeros(0, *denoiser.latent_shape), [])
     if read:
         latents = encode_images(denoiser, np.stack([pixels for _, pixels, _ in read]), batches)
-        kept = Pictures([caption for caption, _, _ in read], latents, [name for *_, name in read])
+        kept = CaptionedPictures([caption for caption, _, _ in read], latents, [name for *_, name in read])
         kept = _without(kept, forgotten, max_rmse)
     if not len(kept):
         raise ValueError(
@@ -220,7 +222,7 @@ def kept_from_shards(
     return kept
 
 
-def _without(kept: Pictures, forgotten: Pictures, max_rmse: float) -> Pictures:
+def _without(kept: CaptionedPictures, forgotten: CaptionedPictures, max_rmse: float) -> CaptionedPictures:
     apart = rmse_of_all(kept.latents, forgotten.latents).amin(dim=1)  # (K,)
     return kept.index([row for row, distance in enumerate(apart.tolist()) if distance > max_rmse])
 
@@ -229,13 +231,13 @@ def kept_of_its_own(
     denoiser: Denoiser,
     captions: Sequence[str],
     count: int,
-    forgotten: Pictures,
+    forgotten: CaptionedPictures,
     max_rmse: float,
-    sampling: Sampling,
+    sampling: Drawing,
     seed: int,
     batches: ShrinkingBatches,
     cache: Path,
-) -> Pictures:
+) -> CaptionedPictures:
     """The model's own generations from harmless captions, as many as `count`, made once and read from `cache` then.
 
     Args:
@@ -250,13 +252,13 @@ def kept_of_its_own(
     each = replace(sampling, num_images_per_prompt=-(-count // len(captions)))
     said = f"{denoiser.fingerprint()} {captions} {each} {seed}"
     identity = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
-    saved = Pictures.load(cache)
+    saved = CaptionedPictures.load(cache)
     if saved is not None and saved[1].get("identity") == identity:
         made = saved[0]
     else:
         drawn = each.draw(denoiser, captions, seed, batches)
         told = [caption for caption in captions for _ in range(each.num_images_per_prompt)]
-        made = Pictures(told, drawn.flatten(0, 1), [""] * len(told))
+        made = CaptionedPictures(told, drawn.flatten(0, 1), [""] * len(told))
         cache.parent.mkdir(parents=True, exist_ok=True)
         made.save(cache, identity=identity)
     kept = _without(made, forgotten, max_rmse)

@@ -16,7 +16,7 @@ from torch import Tensor
 from memtrain.audit.alignment import latents_margin
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.repair.material import Pictures, Sampling
+from memtrain.audit.repair.material import CaptionedPictures, Drawing
 from memtrain.audit.repair.methods import Method
 from memtrain.audit.repair.work import Steps, Work
 from memtrain.audit.scored_path import ScoredPath, mean_scores
@@ -38,7 +38,7 @@ class Criterion:
 
     score_margin: float = 0.1
     copy_margin: float = 0.02
-    min_steps: int = 30
+    min_steps: int = 25
     look_every: int = 5
     max_rmse: float = DEFAULT_MAX_RMSE
     false_copies: float = DEFAULT_FALSE_COPIES
@@ -137,16 +137,16 @@ class Repair:
         self,
         denoiser: Denoiser,
         adapter: Adapter,
-        forgotten: Pictures,
-        kept: Pictures,
+        forgotten: CaptionedPictures,
+        kept: CaptionedPictures,
         never_seen: Sequence[str],
         watched: Sequence[str],
         *,
         settings: Steps | None = None,
         criterion: Criterion | None = None,
-        sampling: Sampling | None = None,
+        sampling: Drawing | None = None,
         neighbours: Sequence[str] | None = None,
-        earlier: Pictures | None = None,
+        earlier: CaptionedPictures | None = None,
         seed: int = 0,
         batch_size: int = 16,
     ):
@@ -155,7 +155,7 @@ class Repair:
         self.denoiser, self.adapter = denoiser, adapter
         self.forgotten, self.kept, self.earlier = forgotten, kept, earlier
         self.settings, self.criterion = settings or Steps(), criterion or Criterion()
-        self.sampling, self.seed, self.neighbours = sampling or Sampling(), seed, neighbours
+        self.sampling, self.seed, self.neighbours = sampling or Drawing(), seed, neighbours
         self.batches, self.watched = ShrinkingBatches(batch_size), list(watched)
         self.path = ScoredPath((0,), self.sampling.num_inference_steps, self.sampling.guidance_scale)
         self.passes: Counter[str] = Counter()
@@ -246,7 +246,7 @@ class Repair:
         self.passes["looks"] += self.sampling.passes(len(captions))
         return self.sampling.draw(self.denoiser, captions, self.seed, self.batches)
 
-    def _copies(self, drawn: Tensor, pictures: Pictures) -> list[float]:
+    def _copies(self, drawn: Tensor, pictures: CaptionedPictures) -> list[float]:
         """Share of each caption's generations, (N, G, …), that are copies of its picture."""
         apart = latent_rmse(drawn.flatten(0, 1), pictures.latents.repeat_interleave(drawn.shape[1], dim=0))
         return (apart <= self.never_seen.cut).float().unflatten(0, drawn.shape[:2]).mean(dim=1).tolist()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memtrain.audit.repair.material import Pictures, shared_words
+from memtrain.audit.repair.material import CaptionedPictures, shared_words
 from memtrain.core.diffusion import draw
 from memtrain.core.losses import denoising_loss
 from memtrain.core.streams import Stream, place_seed
@@ -41,7 +41,7 @@ class Steps:
             is decided about a picture any more, and what is changed there changes all.
     """
 
-    steps: int = 40
+    steps: int = 30
     lr: float = 5e-4
     forgotten_rows: int = 6
     kept_rows: int = 10
@@ -98,15 +98,15 @@ class Work:
         self,
         model: DiffusionModel,
         anchor: Anchor,
-        forgotten: Pictures,
-        kept: Pictures,
+        forgotten: CaptionedPictures,
+        kept: CaptionedPictures,
         settings: Steps,
         seed: int = 0,
         neighbours: Sequence[str] | None = None,
-        earlier: Pictures | None = None,
+        earlier: CaptionedPictures | None = None,
     ):
         self.model, self.anchor, self.settings, self.seed = model, anchor, settings, seed
-        self.forgotten, self.kept = forgotten, kept if earlier is None else Pictures.cat([earlier, kept])
+        self.forgotten, self.kept = forgotten, kept if earlier is None else CaptionedPictures.cat([earlier, kept])
         self.num_earlier = 0 if earlier is None else len(earlier)
         shared = np.array(shared_words(kept.captions, forgotten.captions))
         self.near = self.num_earlier + np.argsort(-shared, kind="stable")[: -(-len(kept) // 4)]  # of self.kept

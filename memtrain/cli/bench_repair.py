@@ -1,0 +1,130 @@
+"""`memtrain bench repair`: repair each model by each method, evaluate it before and after, write the table."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+
+from memtrain.cli.arguments import spelled
+from memtrain.cli.bench_mitigation import check_into, made_by
+from memtrain.cli.evaluate import evaluate
+from memtrain.cli.repair import FOLDER, WRITTEN, repair
+from memtrain.data.paths import check_run
+from memtrain.report.repair_table import BEFORE, RepairFigures, read_figures, write
+
+log = logging.getLogger(__name__)
+
+_A_ROW = 4  # forward passes of a row that is trained on: forward, backward, and the score's
+_ALIKE = ["timesteps_per_sample=4", "fid_samples=0", "gallery=0", "nearest=500", "num_images_per_prompt=2"]
+
+
+def bench_repair(cfg: DictConfig) -> None:
+    given = OmegaConf.to_container(cfg, resolve=True)
+    rows = {name: words for name, words in given["rows"].items() if name in (given["only"] or given["rows"])}
+    unknown = [name for name in given["only"] or () if name not in rows]
+    if unknown:
+        raise ValueError(f"only={unknown[0]}: there is no such row; there are {', '.join(given['rows'])}")
+    folders = [given["runs"]] if isinstance(given["runs"], str) else given["runs"]
+    runs = [check_run(Path(folder).expanduser()) for folder in folders]
+    into = None if cfg.into is None else Path(cfg.into)
+    if into is not None:
+        check_into(into, "repair")
+    models = [_Model(run, cfg) for run in runs]
+    out, found = Path(cfg.out), list[RepairFigures]()
+    for row, words in {BEFORE: None, **rows}.items():
+        for model in models:
+            found.append(_measured(row, words, model, cfg, found))
+            text = write(out, found, [BEFORE, *rows], _caption(models))
+    if into is not None:
+        from memtrain.core.files import written_aside
+        from memtrain.report.table import marks_of, put_between_marks
+
+        with written_aside(into) as aside:
+            whole = put_between_marks(into.read_text(encoding="utf-8"), text, *marks_of("repair"))
+            aside.write_text(whole, encoding="utf-8")
+    print(f"{text}\n\n{out}: table.md, results.csv")
+
+
+class _Model:
+    """A run's model, the canaries of it that are to be forgotten, and what it is judged by: lists in `folder`."""
+
+    def __init__(self, run: Path, cfg: DictConfig):
+        self.name, self.export = run.name, run / "export"
+        self.folder = Path(cfg.out) / "models" / self.name
+        own = OmegaConf.load(run / "config.yaml")
+        self.shards = cfg.shards or own.data.shards
+        self.passes = _A_ROW * own.trainer.max_steps * own.data.batch_size * own.trainer.accumulate_grad_batches
+        copied = _copied(run / "copies.csv")
+        if len(copied) <= cfg.forget:
+            raise ValueError(f"{run}: {len(copied)} canaries are copied; forget={cfg.forget} leaves none untouched")
+        with (run / "canaries.csv").open(newline="", encoding="utf-8") as stream:
+            never = [row for row in csv.DictReader(stream) if row["group"] == "reference"][: cfg.reference]
+        forgotten, untouched = copied[: cfg.forget], copied[cfg.forget :]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._list("forget", [(*row, "forgotten") for row in forgotten])
+        reference = [(row["key"], row["caption"], "reference") for row in never]
+        self._list("reference", reference[-12:])  # the mark of the repair itself; not among those that are attacked
+        self._list("attacked", [*((*row, "forgotten") for row in forgotten), *reference[: cfg.attacked]])
+        self._list("plain", [*((*row, "untouched") for row in untouched), *reference])
+
+    def _list(self, name: str, rows: Sequence[tuple]) -> None:
+        with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("key", "caption", "group"), *rows])
+
+
+def _copied(copies: Path) -> list[tuple[str, str]]:
+    """Key and caption of each canary of which at least half of the generations are copies, of a run's copies.csv."""
+    from memtrain.data.copies_file import read_copies
+
+    canaries: dict[int, list] = {}
+    for row in read_copies(copies):
+        if row.group == "canary" and row.canary is not None:
+            canaries.setdefault(row.canary, []).append(row)
+    return [(of[0].key, of[0].caption) for of in canaries.values() if sum(row.is_copy for row in of) >= len(of) / 2]
+
+
+def _measured(
+    row: str, words: Sequence[str] | None, model: _Model, cfg: DictConfig, found: Sequence[RepairFigures]
+) -> RepairFigures:
+    """Repair a model, unless that was done already, and evaluate it; words None: the model as it is."""
+    folder = Path(cfg.out) / "runs" / f"{row}_{model.name}"
+    repaired, source = None, model.export
+    if words is not None:
+        repaired, source = folder / "model" / FOLDER / WRITTEN, folder / "model"
+        if not repaired.is_file():
+            log.info("repairing %s: %s", model.name, row)
+            _run(repair, "repair", [
+                f"model={model.export}", f"forget={model.folder}/forget.csv", f"keep={model.shards}",
+                f"reference={model.folder}/reference.csv", f"out={source}", "force=true", *cfg.drawing, *words,
+            ])  # fmt: skip
+    parts = {"attacked": ["attack=embedding"], "plain": ["attack=none"]}
+    for name, attack in parts.items():
+        log.info("evaluating %s: %s, %s", model.name, row, name)
+        _run(evaluate, "evaluate", [
+            f"model={source}", f"data={model.shards}", f"samples={model.folder}/{name}.csv", f"out={folder}/{name}",
+            *_ALIKE, *cfg.drawing, *attack,
+        ])  # fmt: skip
+    before = next((one for one in found if (one.row, one.model) == (BEFORE, model.name)), None)
+    paths = (folder / name for name in parts)
+    return read_figures(row, model.name, *paths, repaired, before, model.passes)
+
+
+def _run(task, command: str, words: Sequence[str]) -> None:
+    with contextlib.suppress(SystemExit):  # a repair that did not reach its mark is measured, too
+        task(compose(command, spelled(command, list(words))))
+
+
+def _caption(models: Sequence[_Model]) -> str:
+    return (
+        f"{made_by()} Figures are means ± standard deviations over models. Under attack: 50 Adam steps on the text "
+        "embedding. Held-out loss: of never-trained pictures, against the same model before. Drift: RMSE of latents of "
+        "watched captions' pictures, before to after, which share words with forgotten ones and were not trained on. "
+        f"Cost: forward passes of the repair's steps, a backward counting two, as a share of the training's "
+        f"{models[0].passes}."
+    )
