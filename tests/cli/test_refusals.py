@@ -32,8 +32,8 @@ for argv in json.load(sys.stdin):
     assert os.waitpid(child, 0)[1] == 0, argv
 """
 HELP = [["--help"], ["--version"], *([command, "--help"] for command in (
-    "train", "detect", "explain", "mitigate", "repair", "evaluate", "report", "shards", "cache", "bench", "demo", "ledger",
-    "sweep",
+    "train", "detect", "explain", "mitigate", "repair", "evaluate", "report", "shards", "cache", "bench", "demo",
+    "ledger", "sweep",
 ))]  # fmt: skip
 AUDIT = ["detect", "explain", "mitigate"]
 REFUSED = [  # the command, {tmp} an empty folder and {shards} a corpus; what is said
