@@ -26,7 +26,7 @@ class Change:
 
 
 class Method(ABC):
-    """Subclass this and name the class in the config (`+method.mine._target_=…`) to have a method of your own."""
+    """Subclass this, or `Trained`, to have a method of your own; `Repair.run` takes it."""
 
     needs_neighbours = False  # True: asks for a caption near to each forgotten one
 
