@@ -35,6 +35,8 @@ class LowRankEdit(Method):
         strengths: dW is multiplied by these, one after another.
     """
 
+    trains = False
+
     def __init__(self, rank: int = 16, keep: float = 1.0, strengths: Sequence[float] = (0.5, 1.0, 1.5, 2.0)):
         if rank < 1:
             raise ValueError(f"method.low_rank.rank must be >= 1, got {rank}")

@@ -29,6 +29,7 @@ class Method(ABC):
     """Subclass this, or `Trained`, to have a method of your own; `Repair.run` takes it."""
 
     needs_neighbours = False  # True: asks for a caption near to each forgotten one
+    trains = True  # False: its few changes are whole repairs, of which the first that is enough is kept
 
     @abstractmethod
     def changes(self, work: Work) -> Iterator[Change]:
@@ -105,7 +106,7 @@ class Repelled(Trained):
         other_captions: share of rows that are told another caption.
     """
 
-    def __init__(self, beyond: float = 3.0, other_captions: float = 0.5):
+    def __init__(self, beyond: float = 5.0, other_captions: float = 0.5):
         if not beyond >= 0:
             raise ValueError(f"method.repelled.beyond must be >= 0, got {beyond:g}")
         if not 0 <= other_captions < 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import torch
@@ -17,7 +17,7 @@ from memtrain.audit.alignment import latents_margin
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.repair.material import CaptionedPictures, Drawing
-from memtrain.audit.repair.methods import Method
+from memtrain.audit.repair.methods import Change, Method
 from memtrain.audit.repair.work import Steps, Work
 from memtrain.audit.scored_path import ScoredPath, mean_scores
 from memtrain.core.copies import DEFAULT_FALSE_COPIES, DEFAULT_MAX_RMSE, copy_cut, latent_rmse, nearest
@@ -183,23 +183,7 @@ class Repair:
         model.eval()
         anchor = self.adapter.anchor(model)
         work = Work(model, anchor, self.forgotten, self.kept, self.settings, self.seed, self.neighbours, self.earlier)
-        looks, losses, drifts, after = [self.first], [], [], self.before
-        for step, change in enumerate(method.changes(work), start=1):
-            losses.append(change.forgotten)
-            drifts.append(change.kept)
-            advance(step, self.settings.steps)
-            if step % self.criterion.look_every and step != self.settings.steps:
-                continue
-            look, drawn = self._look(step, losses, drifts)
-            looks.append(look)
-            after = drawn if drawn is not None else after
-            losses, drifts = [], []
-            if look.copies is not None and self._is_reached(look):
-                break
-        if looks[-1].copies is None or losses:
-            step = looks[-1].step + len(losses)
-            looks.append(self._look(step, losses, drifts, draw=True)[0])
-            after = self._draw(self.forgotten.captions)
+        looks, after = self._change(method, work, advance)
         kept_after = self._draw(self.watched)
         with torch.no_grad(), anchor.in_place(model):
             margins = [self._margin(drawn) for drawn in (kept_before, kept_after)]
@@ -221,17 +205,33 @@ class Repair:
             passes=self.passes + work.passes,
         )
 
+    def _change(self, method: Method, work: Work, advance: Callable[[int, int], None]) -> tuple[list[Look], Tensor]:
+        """Change the weights, and look at them; the looks, and what forgotten captions draw after it, (N, G, …)."""
+        every, least = (self.criterion.look_every, self.criterion.min_steps) if method.trains else (1, 0)
+        looks, changes = [self.first], list[Change]()
+        for step, change in enumerate(method.changes(work), start=1):
+            changes.append(change)
+            advance(step, self.settings.steps)
+            if step % every:
+                continue
+            look = self._look(step, changes)
+            changes = []
+            if step >= least and self._scores_reached(look.score):
+                drawn = self._draw(self.forgotten.captions)
+                look = replace(look, copies=self._copies(drawn, self.forgotten))
+                if self._is_reached(look):
+                    return [*looks, look], drawn
+            looks.append(look)
+        last = self._look(looks[-1].step + len(changes), changes) if changes else looks.pop()
+        drawn = self._draw(self.forgotten.captions)
+        return [*looks, replace(last, copies=self._copies(drawn, self.forgotten))], drawn
+
     # ---- looks
 
-    def _look(
-        self, step: int, losses: Sequence[float], drifts: Sequence[float], draw: bool = False
-    ) -> tuple[Look, Tensor | None]:
-        """Scores; and copies, with the generations that show them, where scores and steps are enough."""
-        scores = self._scores()
-        enough = step >= self.criterion.min_steps and self._scores_reached(fmean(scores))
-        drawn = self._draw(self.forgotten.captions) if draw or enough else None
-        copies = None if drawn is None else self._copies(drawn, self.forgotten)
-        return Look(step, scores, copies, _mean(losses), _mean(drifts)), drawn
+    def _look(self, step: int, changes: Sequence[Change]) -> Look:
+        """Scores after a step, and what the steps since the last look did."""
+        losses, drifts = ([getattr(change, name) for change in changes] for name in ("forgotten", "kept"))
+        return Look(step, self._scores(), None, _mean(losses), _mean(drifts))
 
     def _scores(self, captions: Sequence[str] | None = None) -> list[float]:
         captions = self.forgotten.captions if captions is None else captions
