@@ -21,7 +21,6 @@ from memtrain.report.repair_table import BEFORE, RepairFigures, read_figures, wr
 log = logging.getLogger(__name__)
 
 _A_ROW = 4  # forward passes of a row that is trained on: forward, backward, and the score's
-_ALIKE = ["timesteps_per_sample=4", "fid_samples=0", "gallery=0", "nearest=500", "num_images_per_prompt=2"]
 
 
 def bench_repair(cfg: DictConfig) -> None:
@@ -103,12 +102,12 @@ def _measured(
                 f"model={model.export}", f"forget={model.folder}/forget.csv", f"keep={model.shards}",
                 f"reference={model.folder}/reference.csv", f"out={source}", "force=true", *cfg.drawing, *words,
             ])  # fmt: skip
-    parts = {"attacked": ["attack=embedding"], "plain": ["attack=none"]}
+    parts = {"attacked": list(cfg.attack), "plain": ["attack=none"]}
     for name, attack in parts.items():
         log.info("evaluating %s: %s, %s", model.name, row, name)
         _run(evaluate, "evaluate", [
             f"model={source}", f"data={model.shards}", f"samples={model.folder}/{name}.csv", f"out={folder}/{name}",
-            *_ALIKE, *cfg.drawing, *attack,
+            *cfg.evaluate, *cfg.drawing, *attack,
         ])  # fmt: skip
     before = next((one for one in found if (one.row, one.model) == (BEFORE, model.name)), None)
     paths = (folder / name for name in parts)
