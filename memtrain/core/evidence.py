@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memtrain.core.exclusion import (
+    EXCLUDE,
     REFERENCE,
     SACRIFICED,
     Decision,
@@ -38,7 +39,7 @@ class Evidence(ExclusionRule):
         num_bins: timestep bins over the whole schedule.
         half_life: reference scores of a bin after which an older one counts half.
         warmup: reference scores that a bin needs before its visits count.
-        start_step: before this optimizer step every sample is kept.
+        start_step, action: of every rule.
     """
 
     learns = True
@@ -54,14 +55,15 @@ class Evidence(ExclusionRule):
         half_life: int,
         warmup: int,
         start_step: int,
+        action: str,
     ):
+        super().__init__(start_step, action)
         if not 0 <= memory <= 1:
             raise ValueError(f"exclusion.memory must be in [0, 1], got {memory:g}; 0 acts on single draws")
         at_least(1, num_bins=num_bins, half_life=half_life, warmup=warmup)
-        at_least(0, start_step=start_step)
         reachable(warmup, half_life)
         self.enter, self.leave, self.memory = enter, leave, memory
-        self.num_bins, self.warmup, self.start_step = num_bins, warmup, start_step
+        self.num_bins, self.warmup = num_bins, warmup
         self.reference = BinnedMoments(num_bins, half_life)
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:
@@ -170,6 +172,7 @@ class LikelihoodEvidence(Evidence):
         own_visits: first visits of a sample that tell what is its own, in [0, 255].
         own_limit: of a sample's own part, in the reference set's deviations.
         copies_weight: of the logarithm of the number of a picture's samples in the corpus, >= 0.
+        latch: a sample that has entered never leaves, as long as the run lasts.
     """
 
     def __init__(
@@ -186,8 +189,10 @@ class LikelihoodEvidence(Evidence):
         own_visits: int,
         own_limit: float,
         copies_weight: float,
+        latch: bool,
         warmup: int,
         start_step: int = 0,
+        action: str = EXCLUDE,
     ):
         fpr = open_share("false_positive_rate", false_positive_rate, "0.05 is usual")
         miss = open_share("miss_rate", miss_rate, "0.1 is usual")
@@ -197,7 +202,8 @@ class LikelihoodEvidence(Evidence):
                 "a coin does as well"
             )
         enter, leave = math.log((1 - miss) / fpr), math.log(miss / (1 - fpr))
-        super().__init__(enter, leave, memory, num_bins, half_life, warmup, start_step)
+        lets_go = -math.inf if latch else leave
+        super().__init__(enter, lets_go, memory, num_bins, half_life, warmup, start_step, action)
         at_least(1, canary_half_life=canary_half_life)
         self.floor = leave
         self.clip, self.shift = positive("clip", clip), positive("shift", shift)
@@ -298,8 +304,9 @@ class ZScoreEvidence(Evidence):
         half_life: int,
         warmup: int,
         start_step: int = 0,
+        action: str = EXCLUDE,
     ):
-        super().__init__(positive("enter", enter), leave, memory, num_bins, half_life, warmup, start_step)
+        super().__init__(positive("enter", enter), leave, memory, num_bins, half_life, warmup, start_step, action)
         if not leave <= enter:
             raise ValueError(f"exclusion.leave must be <= exclusion.enter ({enter:g}), got {leave:g}")
         if not memory < 1:

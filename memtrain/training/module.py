@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from memtrain.core import losses
-from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
+from memtrain.core.exclusion import PULL, SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.scores import ANCHORED, MAGNITUDE
 from memtrain.core.streams import Stream
 from memtrain.data.batches import Batch
@@ -36,7 +36,7 @@ from memtrain.training.latent_cache import with_foreign_latents
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import OptimizerConfig
-from memtrain.training.predictor import Predictor
+from memtrain.training.predictor import Predictor, Visit
 from memtrain.training.reference import ReferenceSet, say_unscored
 from memtrain.training.schedule_free import ScheduleFreeAdamW
 from memtrain.training.score_memory import ScoreMemory, Scoring
@@ -179,13 +179,26 @@ class DiffusionTraining(pl.LightningModule):
         """The sum of a micro-batch's kept losses; what it is divided by is settled when the step is whole."""
         data_of(self.trainer).report(batch)
         self.stops.missing = self.stops.missing or batch.missing
-        loss, observed = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
+        visit = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
+        loss, observed = visit.found.loss, visit.observed
         if self.memory:
             observed = self.memory.fill(observed)
         decision = self._decide(observed, batch.valid)
         self.accumulation.add(observed, decision, batch.valid)
         self._log_progress(observed, decision, batch.valid)
-        return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), decision.keep_mask)
+        taught = decision.keep_mask
+        if self.exclusion.action == PULL:
+            loss, taught = self._pulled(visit, decision.keep_mask), batch.valid
+        return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), taught)
+
+    def _pulled(self, visit: Visit, keep_mask: Tensor) -> Tensor:
+        """The losses of B rows, where a row is excluded the distance to what is predicted without its caption. (B,)"""
+        loss, left_out = visit.found.loss, ~keep_mask
+        # sharded weights are gathered by all ranks together, so that each has the forward pass of all of its rows
+        rows = (left_out | (self.device_mesh is not None)).nonzero()[:, 0]
+        if len(rows):
+            loss = torch.where(left_out, loss.index_copy(0, rows, self.predictor.pull(visit, rows)), loss)
+        return loss
 
     def _due(self, picture: Tensor, timesteps: Tensor, has_caption: Tensor) -> Tensor | None:
         """Say which of B rows are scored now: (B,) bool on the CPU; None: all, without a look at the data."""

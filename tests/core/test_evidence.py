@@ -344,3 +344,19 @@ def test_a_weight_of_zero_makes_nothing_of_copies_and_less_is_refused():
     assert likelihood().prior(torch.tensor([1])).tolist() == [0]
     with pytest.raises(ValueError, match=r"exclusion\.copies_weight must be >= 0, got -1"):
         likelihood(copies_weight=-1.0)
+
+
+def test_what_is_latched_stays_out_whatever_its_visits_show():
+    """Without the latch the same visits let it in again; and a sample that never entered stays in."""
+    held, free = likelihood(latch=True), likelihood()
+    for rule in (held, free):
+        warm(rule)
+        for visits, score in ((10, 20.0), (60, 0.05)):
+            for _ in range(visits):
+                rule.update(observe([score, 1.0], index=[1, 2]))
+    assert held.excluded[1] and not free.excluded[1] and not held.excluded[2]
+    assert not held.decide(observe([1e-6], index=[1])).keep_mask.any()
+    assert held.evidence[1] == free.evidence[1]  # it tells what the visits show, latched or not
+    again = likelihood(latch=True)
+    again.load_state_dict(held.state_dict())
+    assert not again.decide(observe([1e-6], index=[1])).keep_mask.any()
