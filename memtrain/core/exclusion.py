@@ -86,6 +86,7 @@ class ExclusionRule(ABC):
     learns = False  # True: `update` is called after every step with the observations of all ranks
     needs_score = True  # False: decides without scores, on every captioned row
     needs_reference = False  # True: useless without a reference set
+    start_step, action = 0, EXCLUDE  # of a rule whose constructor takes neither
 
     def __init__(self, start_step: int = 0, action: str = EXCLUDE):
         at_least(0, start_step=start_step)
@@ -182,7 +183,7 @@ class KeepAll(ExclusionRule):
 
     needs_score = False
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # takes nothing from a config
         super().__init__()
 
     def decide(self, observed: Observations) -> Decision:
