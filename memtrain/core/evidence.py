@@ -42,7 +42,7 @@ class Evidence(ExclusionRule):
         start_step, action: of every rule.
     """
 
-    learns = True
+    learns = remembers = True
     needs_reference = True
     floor = -math.inf  # evidence rests here, however much speaks for a sample
 

@@ -86,6 +86,7 @@ class ExclusionRule(ABC):
     learns = False  # True: `update` is called after every step with the observations of all ranks
     needs_score = True  # False: decides without scores, on every captioned row
     needs_reference = False  # True: useless without a reference set
+    remembers = False  # True: decides by earlier visits, and so also where this one, of a dropped caption, says nothing
     start_step, action = 0, EXCLUDE  # of a rule whose constructor takes neither
 
     def __init__(self, start_step: int = 0, action: str = EXCLUDE):
@@ -101,8 +102,8 @@ class ExclusionRule(ABC):
     def decide(self, observed: Observations) -> Decision:
         """Decide on the rows of one micro-batch.
 
-        Kept whatever is said here: rows that are not `known` (where the rule needs no score: not `captioned`),
-        sacrificed canaries, and all rows before `start_step`.
+        Kept whatever is said here: rows that are not `known` (where the rule needs no score: not `captioned`), unless
+        the rule remembers; sacrificed canaries; and all rows before `start_step`.
         """
 
     def update(self, observed: Observations) -> None:  # noqa: B027

@@ -209,8 +209,9 @@ class DiffusionTraining(pl.LightningModule):
     def _decide(self, observed: Observations, valid: Tensor) -> Decision:
         """Ask the rule about B rows; what says nothing is kept, what cannot be decoded is not trained on."""
         decision = self.exclusion.decide(observed)
-        decidable = observed.known if self.exclusion.needs_score else observed.captioned
-        free = ~decidable | (observed.group == SACRIFICED)
+        free = observed.group == SACRIFICED
+        if not self.exclusion.remembers:
+            free = free | ~(observed.known if self.exclusion.needs_score else observed.captioned)
         if self.global_step < self.exclusion.start_step:
             free = torch.ones_like(free)
         return Decision((decision.keep_mask | free) & valid, decision.threshold)

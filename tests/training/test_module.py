@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from memtrain.core.evidence import LikelihoodEvidence
 from memtrain.core.exclusion import (
     EXCLUDE,
     PULL,
@@ -14,6 +15,7 @@ from memtrain.core.exclusion import (
     FixedThreshold,
     KeepAll,
     NormalizedThreshold,
+    Observations,
 )
 from memtrain.core.scores import ANCHORED, MAGNITUDE
 from memtrain.core.streams import Stream
@@ -111,6 +113,26 @@ def test_dropped_captions_score_zero_are_kept_and_enter_no_statistic(pipeline_fo
     # even a rule that excludes everything keeps them
     _, record, _ = run(pipeline_folder, corpus, tmp_path, exclusion=KeepNothing(), caption_dropout=1.0)
     assert torch.cat(record.kept).all()
+
+
+class EvenLatched(LikelihoodEvidence):
+    """Half of the pictures were found memorized before the first step."""
+
+    def setup(self, num_samples, num_timesteps):
+        super().setup(num_samples, num_timesteps)
+        self.excluded[::2] = True
+
+
+def test_what_evidence_has_latched_is_left_out_with_and_without_its_caption(pipeline_folder, corpus, tmp_path):
+    settings = dict(num_bins=1, half_life=50, canary_half_life=50, own_visits=0, own_limit=1.0, copies_weight=0.0)
+    rule = EvenLatched(0.01, 0.1, 0.95, 2.0, 1.0, 5, latch=True, warmup=2, action=PULL, **settings)
+    data = build_data(corpus, 4, canaries=0)
+    _, record, _ = run(pipeline_folder, corpus, tmp_path, steps=6, exclusion=rule, data=data, caption_dropout=0.5)
+    seen = Observations.concatenate(record.observed)
+    assert torch.equal(torch.cat(record.kept), seen.picture % 2 == 1)
+    assert (
+        len({(captioned, even) for captioned, even in zip(seen.captioned.tolist(), (seen.picture % 2).tolist())}) == 4
+    )
 
 
 def test_normalized_goes_by_the_latents_of_the_bucket(pipeline_folder, tmp_path):
