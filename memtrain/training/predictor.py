@@ -227,13 +227,13 @@ class Predictor:
         with torch.no_grad(), self.scoring_time.running(noisy.device):
             if due is None:
                 scores, null = self._scores(noisy, timesteps, output, told)
-                return Prediction(loss, *scores, output, noisy, null)
+                return Prediction(loss, scores[0], scores[1], output, noisy, null)
             scores = loss.new_zeros(2, len(loss))
             rows = due.nonzero()[:, 0].to(noisy.device)  # (D,), D of the B rows
             if len(rows):  # a UNet cannot have a batch of none
                 told = told.map(lambda conditioning: conditioning.index(rows))
                 scores[:, rows], _ = self._scores(noisy[rows], timesteps[rows], output[rows], told)
-            return Prediction(loss, *scores, output, noisy, None)
+            return Prediction(loss, scores[0], scores[1], output, noisy, null_output=None)
 
     def _scores(self, noisy: Tensor, timesteps: Tensor, output: Tensor, told: Told) -> tuple[Tensor, Tensor | None]:
         """The rule's score and the second one of B rows, given the output (B, C, h, w) with their captions. (2, B)
@@ -241,7 +241,8 @@ class Predictor:
         The second one is 0 where there is none. With them comes the output with the empty caption, where it was taken.
         """
         noise_pred = self.model.to_noise(output.detach().float(), noisy, timesteps)
-        taken, null = [], None
+        taken: list[Tensor] = []
+        null = None
         for kind in (self.scoring.rule, self.scoring.second):
             if kind is None:
                 taken.append(torch.zeros_like(taken[0]))
