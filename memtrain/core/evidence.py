@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memtrain.core.exclusion import (
     EXCLUDE,
+    PULL,
     REFERENCE,
     SACRIFICED,
     Decision,
@@ -192,7 +193,7 @@ class LikelihoodEvidence(Evidence):
         latch: bool,
         warmup: int,
         start_step: int = 0,
-        action: str = EXCLUDE,
+        action: str = PULL,
     ):
         fpr = open_share("false_positive_rate", false_positive_rate, "0.05 is usual")
         miss = open_share("miss_rate", miss_rate, "0.1 is usual")

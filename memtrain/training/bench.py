@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from memtrain.core.binned_rules import IetAgc
 from memtrain.core.evidence import LikelihoodEvidence
-from memtrain.core.exclusion import PULL, ExclusionRule, FixedThreshold, KeepAll
+from memtrain.core.exclusion import ExclusionRule, FixedThreshold, KeepAll
 from memtrain.data.batches import Batch
 from memtrain.data.datamodule import DataModule
 from memtrain.data.images import BadSample
@@ -68,7 +68,7 @@ def _evidence() -> LikelihoodEvidence:
     return LikelihoodEvidence(
         0.01, 0.1, memory=0.95, clip=2.0, shift=1.0, shift_weight=10.0, num_bins=10, half_life=200,
         canary_half_life=100, own_visits=0, own_limit=1.0, copies_weight=0.5, latch=True, warmup=20,
-        start_step=NEVER, action=PULL,
+        start_step=NEVER,
     )  # fmt: skip
 
 
