@@ -66,9 +66,12 @@ class Decision:
 
     keep_mask: Tensor  # (B,) bool, True = trained on
     threshold: Tensor  # (B,) float32, what each sample was held against, in the rule's own unit
+    # (B,) bool, which of those that are left out are pulled, where that is the rule's action; None: all of them
+    pull_mask: Tensor | None = None
 
     @staticmethod
     def concatenate(parts: list[Decision]) -> Decision:
+        """Whom the parts keep, and why, one after the other; whom they pull is over with the step."""
         return Decision(torch.cat([part.keep_mask for part in parts]), torch.cat([part.threshold for part in parts]))
 
 
@@ -164,7 +167,7 @@ def reachable(warmup: float, half_life: int, *, bins: int = 1, needed: str = "wa
         )
 
 
-def restored(state: dict[str, Tensor], **own: Tensor) -> list[Tensor]:
+def restored(state: dict[str, Tensor], /, **own: Tensor) -> list[Tensor]:
     """Fill a rule's own tensors with what the checkpoint has of them; no second copy of 100 M samples."""
     for name, tensor in own.items():
         if name not in state or state[name].shape != tensor.shape:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -188,16 +189,19 @@ class DiffusionTraining(pl.LightningModule):
         self._log_progress(observed, decision, batch.valid)
         taught = decision.keep_mask
         if self.exclusion.action == PULL:
-            loss, taught = self._pulled(visit, decision.keep_mask), batch.valid
+            pulled = ~taught & batch.valid
+            if decision.pull_mask is not None:
+                pulled &= decision.pull_mask
+            loss, taught = self._pulled(visit, pulled), taught | pulled
         return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), taught)
 
-    def _pulled(self, visit: Visit, keep_mask: Tensor) -> Tensor:
-        """The losses of B rows, where a row is excluded the distance to what is predicted without its caption. (B,)"""
-        loss, left_out = visit.found.loss, ~keep_mask
+    def _pulled(self, visit: Visit, pulled: Tensor) -> Tensor:
+        """The losses of B rows; where a row is pulled, the distance to what is predicted without its caption. (B,)"""
+        loss = visit.found.loss
         # sharded weights are gathered by all ranks together, so that each has the forward pass of all of its rows
-        rows = (left_out | (self.device_mesh is not None)).nonzero()[:, 0]
+        rows = (pulled | (self.device_mesh is not None)).nonzero()[:, 0]
         if len(rows):
-            loss = torch.where(left_out, loss.index_copy(0, rows, self.predictor.pull(visit, rows)), loss)
+            loss = torch.where(pulled, loss.index_copy(0, rows, self.predictor.pull(visit, rows)), loss)
         return loss
 
     def _due(self, picture: Tensor, timesteps: Tensor, has_caption: Tensor) -> Tensor | None:
@@ -214,7 +218,7 @@ class DiffusionTraining(pl.LightningModule):
             free = free | ~(observed.known if self.exclusion.needs_score else observed.captioned)
         if self.global_step < self.exclusion.start_step:
             free = torch.ones_like(free)
-        return Decision((decision.keep_mask | free) & valid, decision.threshold)
+        return replace(decision, keep_mask=(decision.keep_mask | free) & valid)
 
     def _log_progress(self, observed: Observations, decision: Decision, valid: Tensor) -> None:
         """Give the progress bar the micro-batch's means over its rows, B of them, that could be decoded."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memtrain.core.evidence import LikelihoodEvidence
+from memtrain.core.evidence import LATCHED, LikelihoodEvidence
 from memtrain.core.exclusion import (
     EXCLUDE,
     PULL,
@@ -73,7 +73,7 @@ def test_a_pulled_row_is_drawn_to_what_is_predicted_without_its_caption(pipeline
     visit = module.predictor.visit(batch, 5, Stream.TRAIN)
     keep_mask, model, found = torch.tensor([True, False, True, False]), module.model, visit.found
     assert (found.null_output is None) == (kinds == (ANCHORED,))
-    module._pulled(visit, keep_mask).sum().backward()
+    module._pulled(visit, ~keep_mask).sum().backward()
     gradient = [parameter.grad.clone() for parameter in module.trained_parameters()]
 
     module.zero_grad()
@@ -120,7 +120,7 @@ class EvenLatched(LikelihoodEvidence):
 
     def setup(self, num_samples, num_timesteps):
         super().setup(num_samples, num_timesteps)
-        self.excluded[::2] = True
+        self.state[::2] = LATCHED
 
 
 def test_what_evidence_has_latched_is_left_out_with_and_without_its_caption(pipeline_folder, corpus, tmp_path):
