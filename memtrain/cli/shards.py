@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from memtrain.cli.arguments import Parser
 from memtrain.cli.checks import check_new_file
+from memtrain.cli.distributors import add_distributor, add_parts, cores, part_from, taken_from
 from memtrain.core.files import written_aside
 from memtrain.data.escaping import printable
 from memtrain.data.paths import check_empty, check_pictures
@@ -59,8 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("paths", nargs="+", metavar="PATH", help="a folder, a tar or a brace pattern")
 
     def with_workers(added: argparse.ArgumentParser) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        added.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
+        added.add_argument("--workers", type=int, default=cores(), help="processes (%(default)s)")
 
     added = task(_check, "check", "say what training would lose, by name; exit with 1 if anything")
     over_shards(added)
@@ -70,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
     added = task(_index, "index", "write the index of each shard, and hashes of its images, beside it")
     over_shards(added)
-    with_workers(added)
+    add_distributor(added)
+    add_parts(added)
     added.add_argument("--no-hashes", action="store_false", dest="hashed", help="faster; duplicates stay unknown")
 
     added = task(_pack, "pack", "write pictures with captions as shards")
@@ -139,14 +139,36 @@ def _print_check(report) -> None:
     _print_some([f"{fate}  {name}: {cause}" for fate, name, cause in said], "--json lists all")
 
 
-def _index(paths: list[str], workers: int, hashed: bool) -> None:
+def _index(paths: list[str], hashed: bool, merge: bool, **options) -> None:
+    distributor, part = taken_from(options), part_from(options)
     found = local_shards(paths)
-    from memtrain.data.index import write_indexes
+    from memtrain.data.index import index_beside, write_indexes
 
-    written = write_indexes([shard.path for shard in found], workers, hashed)
-    counts = list(_progress("Indexing shards")(written, len(found)))
-    samples, skipped = (sum(column) for column in zip(*counts, strict=True))
-    print(f"indexed {samples} samples in {len(found)} shards, {skipped} skipped")
+    mine = [found[place].path for place in part.of(len(found))]
+    if merge:
+        lacking = [shard.name for shard in found if index_beside(shard.path, hashed) is None]
+        if lacking:
+            raise ValueError(
+                f"{len(lacking)} of {len(found)} shards have no index yet, such as {lacking[0]}; do the other parts "
+                "first, or leave merge out to write them here"
+            )
+    done = list(_progress("Indexing shards")(write_indexes(mine, hashed, distributor), len(mine)))
+    counts = [one.result for one in done if one.result is not None]
+    samples, skipped = (sum(count[column] for count in counts) for column in (0, 1))
+    there = sum(not count[2] for count in counts)
+    print(
+        f"indexed {samples} samples in {len(counts)} shards, {skipped} skipped"
+        + (f"; {there} were indexed already" if there else "")
+    )
+    _end_with_those_left([(str(mine[one.index]), one.failure) for one in done if one.failure])
+
+
+def _end_with_those_left(left: list[tuple[str, str]]) -> None:
+    """Name the shards that were left after some tries, and exit with 1 where there are any."""
+    if left:
+        print(f"left {len(left)} shards, the same command tries them again:")
+        _print_some([f"{shown(name)}: {shown(why)}" for name, why in left], "the log names all")
+        sys.exit(1)
 
 
 def _pack(source: Path, out: Path, **options) -> None:
