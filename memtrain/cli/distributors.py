@@ -43,11 +43,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def add_distributor(parser: argparse.ArgumentParser) -> None:
-    """Options of a command that goes over shards; `taken_from` reads them."""
+def add_distributor(parser: argparse.ArgumentParser, otherwise: int) -> None:
+    """Options of a command that goes over shards; `taken_from` reads them. `otherwise`: local workers if not said."""
     parser.add_argument("--distributor", default="local", metavar="NAME", help="local processes, or a ray cluster")
-    parser.add_argument("--workers", type=int, metavar="N", help="at a time (as many as there are cores)")
+    parser.add_argument("--workers", type=int, metavar="N", help=f"at a time (local: {otherwise}; ray: one a core)")
     parser.add_argument("--ray.address", default="auto", dest="ray_address", metavar="HOST:PORT", help="(%(default)s)")
+    parser.set_defaults(otherwise=otherwise)
 
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +59,7 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
 
 def taken_from(options: dict) -> Distributor:
     """The distributor that options say, which are taken out of them."""
-    return distributor_of(options.pop("distributor"), options.pop("workers"), options.pop("ray_address"), cores())
+    return distributor_of(*(options.pop(name) for name in ("distributor", "workers", "ray_address", "otherwise")))
 
 
 def part_from(options: dict) -> Part:
