@@ -50,6 +50,7 @@ TYPES = {
     **{f"{command}.guidance_scale": float | None for command in ("detect", "explain", "mitigate", "evaluate")},
     **{f"{command}.nearest": int | None for command in ("mitigate", "evaluate")},
     "detect.workers": int | None,
+    "cache.processes": int | None,
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
     **{f"{command}.max_sequence_length": int | None for command in ("detect", "explain", "mitigate", "evaluate")},

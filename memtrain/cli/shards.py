@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from memtrain.cli.arguments import Parser
 from memtrain.cli.checks import check_new_file
-from memtrain.cli.distributors import add_distributor, add_parts, cores, part_from, taken_from
+from memtrain.cli.distributors import add_distributor, add_parts, cores, part_from, progress, taken_from
 from memtrain.core.files import written_aside
 from memtrain.data.escaping import printable
 from memtrain.data.paths import check_empty, check_pictures
@@ -102,7 +102,7 @@ def _check(paths: list[str], workers: int, as_json: bool, decode: bool) -> None:
     found = local_shards(paths)
     from memtrain.data.check import check
 
-    report = check(found, decode, workers, _progress("Checking shards"))
+    report = check(found, decode, workers, progress("Checking shards"))
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -154,7 +154,7 @@ def _index(paths: list[str], hashed: bool, merge: bool, **options) -> None:
                 f"{len(lacking)} of {len(found)} shards have no index yet, such as {lacking[0]}; do the other parts "
                 "first, or leave merge out to write them here"
             )
-    done = list(_progress("Indexing shards")(write_indexes(mine, hashed, distributor), len(mine)))
+    done = list(progress("Indexing shards")(write_indexes(mine, hashed, distributor), len(mine)))
     counts = [one.result for one in done if one.result is not None]
     samples, skipped = (sum(count[column] for count in counts) for column in (0, 1))
     there = sum(not count[2] for count in counts)
@@ -180,7 +180,7 @@ def _pack(source: Path, out: Path, **options) -> None:
     from memtrain.data.pack import pack
 
     options |= {"distributor": distributor, "part": part}
-    report = pack(source, out, **options, progress=_progress("Packing"))
+    report = pack(source, out, **options, progress=progress("Packing"))
     where = shown(str(out)) if part.count == 1 else f"part {part}; `merge` makes {shown(str(out))} of all parts"
     print(f"wrote {report.samples} samples in {report.shards} shards: {where}")
     if report.ignored:
@@ -196,7 +196,7 @@ def _draw(paths: list[str], out: Path, count: int, **options) -> None:
     from memtrain.data.draw import draw
     from memtrain.data.samples import ShardSamples
 
-    passed = draw(ShardSamples(paths, _DRAWN_SIDE), out, count, **options, progress=_progress("Drawing"))
+    passed = draw(ShardSamples(paths, _DRAWN_SIDE), out, count, **options, progress=progress("Drawing"))
     print(
         f"wrote {count} samples: {shown(str(out))}" + (f"; passed over {passed} that cannot be read" if passed else "")
     )
@@ -209,7 +209,7 @@ def _duplicates(paths: list[str], workers: int, out: Path, distance: int) -> Non
 
     from memtrain.data.duplicates import find_duplicates
 
-    found = find_duplicates(there, distance, workers, _progress("Hashing images"))
+    found = find_duplicates(there, distance, workers, progress("Hashing images"))
     with written_aside(out, shared=True) as aside:
         pq.write_table(found.groups, aside, compression="zstd")
     groups: dict[tuple[int, str], list[str]] = {}
@@ -234,13 +234,3 @@ def _print_some(lines: list[str], rest: str) -> None:
 def shown(text: str, limit: int = 200) -> str:
     """Text from a corpus, safe on a terminal: what is not printable is escaped, what is long is cut."""
     return printable(text if len(text) <= limit else f"{text[: limit - 1]}…")
-
-
-def _progress(description: str) -> Callable[[Iterable, int], Iterable]:
-    """A bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return lambda items, total: track(items, description, total, console=console, disable=hidden)
