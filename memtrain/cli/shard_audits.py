@@ -27,7 +27,7 @@ log = logging.getLogger("memtrain.shards")
 _TABLE_ROWS = 50
 _GB = 10**9
 _LEAST = _GB // 2  # of memory=
-_BASE = 350_000_000  # bytes that a process takes with all that is imported to decode pictures
+BASE = 350_000_000  # bytes that a process takes with all that is imported to decode pictures
 _WORKER = 450_000_000  # bytes that one takes while it decodes them
 _SEARCHER = 150_000_000  # bytes that one takes that looks for near duplicates, besides its arrays
 _AVX512 = "AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL"
@@ -94,7 +94,7 @@ def memory_of(said: str) -> int:
 def _workers(distributor: str, asked: int | None, memory: int) -> int:
     """How many processes there is memory for, of those that are asked for."""
     wanted = cores() if asked is None else asked
-    room = max(1, (memory - _BASE) // _WORKER)
+    room = max(1, (memory - BASE) // _WORKER)
     if distributor == "local" and wanted > room:
         log.info("memory=%.1fGB has room for %d of %d workers; raise it for more", memory / _GB, room, wanted)
         return room
@@ -128,7 +128,7 @@ def _check(paths: list[str], decode: bool, as_json: bool, **options) -> None:
 def _duplicates(paths: list[str], out: Path, distance: int, **options) -> None:
     check_new_file("--out", out)
     found = local_shards(paths)
-    _sort_fast()
+    sort_fast()
     from memtrain.data.duplicates import check_distance, hash_shards
     from memtrain.data.partials import open_manifest
 
@@ -162,11 +162,11 @@ class _Audit:
         self.name, self.asked = options["distributor"], options["workers"]
         self.distributor = distributor_of(self.name, _workers(self.name, self.asked, self.memory), cores())
         # while one process joins, it has all the memory but what the interpreter and libraries take
-        self.joining = self.memory - _BASE
+        self.joining = self.memory - BASE
         self.threads = max(1, min(cores(), self.memory // _GB))
         # a searcher decodes nothing; the process that started it waits
         self.num_searchers = max(1, min(cores() if self.asked is None else self.asked, self.memory // _GB))
-        self.searching = max(_LEAST // 4, (self.memory - _BASE) // self.num_searchers - _SEARCHER)
+        self.searching = max(_LEAST // 4, (self.memory - BASE) // self.num_searchers - _SEARCHER)
 
     def searchers(self):
         if self.name == "local":
@@ -255,22 +255,22 @@ def _report(manifest: Path, memory: str) -> None:
         if found.command == "check":
             from memtrain.data.check_report import report_check
 
-            report = report_check(found, Path(folder), size - _BASE, 1)
+            report = report_check(found, Path(folder), size - BASE, 1)
             print(f"{len(report.shards)} of {len(found.shards)} shards are checked")
             if report.shards:
                 _print_check(report)
             return
         from memtrain.data.duplicate_groups import standing
 
-        now = standing(found, Path(folder), size - _BASE, 1)
+        now = standing(found, Path(folder), size - BASE, 1)
     print(f"{now.shards} of {now.of_shards} shards are hashed: {now.samples} samples, {now.unreadable} unreadable")
     print(f"{now.exact_groups} groups of exact duplicates with {now.exact_samples} samples among these")
     if now.searches:
         print(f"{now.searched} of {now.searches} parts of the search for near ones are done: {now.near_pairs} pairs")
 
 
-def _sort_fast() -> None:
-    """Have numpy, before it is imported, sort by AVX2 on AMD's processors: with AVX-512 they take five times as long."""
+def sort_fast() -> None:
+    """Have numpy, where it is not imported yet, sort by AVX2 on AMD's processors: AVX-512 is 5 times slower there."""
     with contextlib.suppress(OSError):
         said = Path("/proc/cpuinfo").read_text()
         if "AuthenticAMD" in said and "avx512f" in said:

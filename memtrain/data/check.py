@@ -48,7 +48,7 @@ _SKIPPED = {  # causes of index_shard that are of a sample; all others are damag
 }
 # A row a complete sample, then a row a fault: a sample has a sha256, a fault a kind. Keys are bytes, as they are
 # in the tar
-_ROWS = pa.schema(
+ROWS = pa.schema(
     [
         ("key", pa.binary()),
         ("sha256", pa.binary(32)),
@@ -112,7 +112,7 @@ def _checked(shard: LocalShard, decode: bool) -> tuple[pa.Table, dict]:
     ]
     counts = {name: getattr(report, name) for name in ("samples", "complete", "successes")}
     lost = sum(fault.lost for fault in report.faults)
-    return pa.concat_tables([samples, pa.Table.from_pylist(faults, _ROWS)]), counts | {"lost": lost} | report.counts
+    return pa.concat_tables([samples, pa.Table.from_pylist(faults, ROWS)]), counts | {"lost": lost} | report.counts
 
 
 def encoded(text: str) -> bytes:
@@ -125,7 +125,7 @@ def decoded(data: bytes) -> str:
 
 
 def check_shard(shard: LocalShard, decode: bool) -> tuple[ShardReport, pa.Table]:
-    """What is wrong inside a shard, and a row of `_ROWS` for each complete sample. Bad data raises nothing."""
+    """What is wrong inside a shard, and a row of `ROWS` for each complete sample. Bad data raises nothing."""
     report = ShardReport(shard.name)
     fingerprints: list[tuple[bytes, bytes]] = []
     try:
@@ -134,7 +134,7 @@ def check_shard(shard: LocalShard, decode: bool) -> tuple[ShardReport, pa.Table]
         report.note("damage", "", f"shard cannot be read: {error.strerror or error}", lost=True)
     _check_stats(shard.path, report)
     rows = [{"key": key, "sha256": digest} for key, digest in fingerprints]
-    return report, pa.Table.from_pylist(rows, _ROWS)
+    return report, pa.Table.from_pylist(rows, ROWS)
 
 
 def _check_samples(path: Path, report: ShardReport, decode: bool) -> Iterator[tuple[bytes, bytes]]:

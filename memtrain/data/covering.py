@@ -13,7 +13,8 @@ are those that let few unlike hashes agree.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class BitRange:
     @property
     def mirrored(self) -> np.uint64:
         """Which of these bits change their sign in a mirror image."""
-        return self.of(np.full(WORDS, MIRRORED))[()]
+        return np.uint64(self.of(np.full(WORDS, MIRRORED)))
 
 
 def covering(distance: int, count: int) -> list[BitRange]:
@@ -67,19 +68,24 @@ def _parts(distance: int, number: int) -> list[BitRange]:
     shares = [(distance + 1) * (n + 1) // number - (distance + 1) * n // number for n in range(number)]
     return [
         BitRange(begin, end - begin, _code(share, end - begin))
-        for begin, end, share in zip(bounds, bounds[1:], shares, strict=False)
+        for (begin, end), share in zip(pairwise(bounds), shares, strict=True)
         if share
     ]
 
 
-def _seconds(plan: list[BitRange], count: int) -> float:
+def effort(plan: list[BitRange], count: int) -> tuple[float, float]:
+    """Rows times passes, and how many pairs of random hashes meet, as they are or mirrored, among so many."""
     passes = sum(len(part.masks) for part in plan)
     chance = sum(float(np.exp2(-np.bitwise_count(part.masks).astype(float)).sum()) for part in plan)
-    # of each pair, as it is and mirrored
-    return passes * count * _ROW_SECONDS + count**2 * chance * _PAIR_SECONDS
+    return float(passes * count), float(count) ** 2 * chance
 
 
-@lru_cache(maxsize=None)
+def _seconds(plan: list[BitRange], count: int) -> float:
+    rows, pairs = effort(plan, count)
+    return rows * _ROW_SECONDS + pairs * _PAIR_SECONDS
+
+
+@cache
 def _code(dimension: int, length: int) -> np.ndarray:
     """The masks of a code: for each v in F_2^dimension but 0, the bits i with <m_i, v> = 1. (2^dimension - 1,) uint64
 

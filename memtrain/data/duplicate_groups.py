@@ -23,7 +23,7 @@ from memtrain.data.covering import MIRRORED, WORDS
 from memtrain.data.distribute import Distributor
 from memtrain.data.duplicates import COLUMNS, Duplicates
 from memtrain.data.hashes import MIN_QUALITY
-from memtrain.data.joins import copied, join_components, joins, name_partials, rows_of, text
+from memtrain.data.joins import copied, join_components, joins, name_partials, text
 from memtrain.data.near_pairs import OnDisk, count_passes, near_pairs
 from memtrain.data.partials import Manifest, all_done, full_disk_named, merging
 from memtrain.data.sources import LocalShard
@@ -63,21 +63,9 @@ def group_duplicates(
         OSError: the disk is full.
     """
     with merging(manifest):
-        there = all_done(manifest)
-        shards = [shard for shard, _ in there]
-        work = _work_folder(manifest, distance)
-        if not (work / _DISTINCT).exists():
-            with joins(work, memory, threads) as connection:
-                name_partials(connection, manifest, shards)
-                _find_equal(connection, manifest, shards, work)
-        _search(work, distance, searcher_memory, searchers, progress)
-        with joins(work, memory, threads) as connection:
-            name_partials(connection, manifest, shards)
-            num_groups, grouped = _write_groups(connection, manifest, work, out)
-            unreadable = _unreadable(connection, manifest, _NAMED)
-        shutil.rmtree(work)
-    samples, bad = (sum(counts[name] for _, counts in there) for name in ("samples", "unreadable"))
-    return Duplicates(out, samples, num_groups, grouped, bad, unreadable)
+        work = find_equal(manifest, distance, memory, threads)
+        search(work, distance, searcher_memory, searchers, progress)
+        return write_groups(manifest, work, out, memory, threads)
 
 
 @dataclass(frozen=True)
@@ -133,10 +121,23 @@ def _work_folder(manifest: Manifest, distance: int) -> Path:
     return work
 
 
+def find_equal(manifest: Manifest, distance: int, memory: int, threads: int) -> Path:
+    """Write pairs of equal sha256, pairs of equal perceptual hashes, and the distinct ones of these.
+
+    Returns the work folder, in which they are; where they were written before, this is all.
+    """
+    shards = [shard for shard, _ in all_done(manifest)]
+    work = _work_folder(manifest, distance)
+    if not (work / _DISTINCT).exists():
+        with joins(work, memory, threads) as connection:
+            name_partials(connection, manifest, shards)
+            _find_equal(connection, manifest, shards, work)
+    return work
+
+
 def _find_equal(
     connection: duckdb.DuckDBPyConnection, manifest: Manifest, shards: Sequence[LocalShard], work: Path
 ) -> None:
-    """Write pairs of equal sha256, pairs of equal perceptual hashes, and the distinct ones of these."""
     hashes = work / "hashes.parquet"
     with full_disk_named(hashes), pq.ParquetWriter(hashes, _HASHES) as writer:
         done = set(shards)
@@ -148,8 +149,8 @@ def _find_equal(
     query = "select p.position a, t.f b from partials p join sha_twice t using (sha256) where p.position <> t.f"
     copied(connection, query, work / _EXACT)
     run(
-        f"""create table distinct_hashes as select min(position) f, count(*) n, {words} from read_parquet({text(hashes)})
-        group by {words}"""
+        f"""create table distinct_hashes as select min(position) f, count(*) n, {words}
+        from read_parquet({text(hashes)}) group by {words}"""
     )
     query = f"""select h.position a, d.f b from read_parquet({text(hashes)}) h join distinct_hashes d using ({words})
         where d.n > 1 and h.position <> d.f"""
@@ -177,10 +178,16 @@ def _comparable(file: Path, number: int) -> pa.Table:
     return pa.table([(number << 32) + rows, *columns], schema=_HASHES)
 
 
-def _search(work: Path, distance: int, memory: int, searchers: Distributor, progress: Progress) -> None:
-    """Find all near pairs of distinct hashes; passes that were made before are not made again."""
-    tasks = searches(work, distance)
-    todo = [task for task in tasks if not _found_by(work, task).exists()]
+def search(
+    work: Path, distance: int, memory: int, searchers: Distributor, progress: Progress, at_most: int | None = None
+) -> None:
+    """Find all near pairs of distinct hashes; passes that were made before are not made again.
+
+    Args:
+        memory: bytes that each searcher may take.
+        at_most: do so many tasks alone.
+    """
+    todo = [task for task in searches(work, distance)[:at_most] if not _found_by(work, task).exists()]
     if not todo:
         return
     run = searchers.run(partial(_search_passes, work, distance, memory), todo, name=_passes_said)
@@ -208,16 +215,31 @@ def _passes_said(task: tuple[int, int]) -> str:
 def _search_passes(work: Path, distance: int, memory: int, task: tuple[int, int]) -> int:
     """Write the pairs that some passes find; returns how many."""
     target, count = _found_by(work, task), 0
-    with written_aside(target, shared=True) as aside, full_disk_named(target):
-        with pq.ParquetWriter(aside, _PAIRS, compression="zstd") as writer:
-            for left, right in near_pairs(OnDisk(work / _DISTINCT), distance, memory, range(*task)):
-                writer.write_table(pa.table([left, right], schema=_PAIRS))
-                count += len(left)
+    found = near_pairs(OnDisk(work / _DISTINCT), distance, memory, range(*task))
+    with (
+        written_aside(target, shared=True) as aside,
+        full_disk_named(target),
+        pq.ParquetWriter(aside, _PAIRS, compression="zstd") as writer,
+    ):
+        for left, right in found:
+            writer.write_table(pa.table([left, right], schema=_PAIRS))
+            count += len(left)
     return count
 
 
+def write_groups(manifest: Manifest, work: Path, out: Path, memory: int, threads: int) -> Duplicates:
+    """Join all pairs to groups, and write the table; the work folder is removed."""
+    there = all_done(manifest)
+    with joins(work, memory, threads) as connection:
+        name_partials(connection, manifest, [shard for shard, _ in there])
+        num_groups, grouped = _write_groups(connection, manifest, work, out)
+        unreadable = _unreadable(connection, manifest, _NAMED)
+    shutil.rmtree(work)
+    samples, bad = (sum(counts[name] for _, counts in there) for name in ("samples", "unreadable"))
+    return Duplicates(out, samples, num_groups, grouped, bad, unreadable)
+
+
 def _write_groups(connection: duckdb.DuckDBPyConnection, manifest: Manifest, work: Path, out: Path) -> tuple[int, int]:
-    """Join all pairs to groups, and write the table; how many groups there are, and samples in them."""
     edges = [f"select a, b from read_parquet({text(work / name)})" for name in (_EXACT, _EQUAL)]
     if any((work / _NEAR).iterdir()):
         connection.execute(
@@ -247,17 +269,20 @@ def _write_groups(connection: duckdb.DuckDBPyConnection, manifest: Manifest, wor
         """create table kinds as select number, if(min(sha256) = max(sha256), 'exact', 'near') as kind
         from grouped group by number"""
     )
-    query = """select number as "group", kind, shard, key, lower(hex(sha256)) as sha256, lower(hex(pdq)) as pdq, quality,
-        caption from grouped join kinds using (number) order by number, position"""
+    query = """select number as "group", kind, shard, key, lower(hex(sha256)) as sha256, lower(hex(pdq)) as pdq,
+        quality, caption from grouped join kinds using (number) order by number, position"""
     found = copied(connection, query, work / "groups.parquet")
     counted = found.metadata.num_rows
-    with written_aside(out, shared=True) as aside, full_disk_named(out):
-        with pq.ParquetWriter(aside, COLUMNS, compression="zstd") as writer:
-            for batch in found.iter_batches(_BATCH):
-                shards, keys = batch["shard"].to_pylist(), batch["key"].to_pylist()
-                names = [_name(manifest, shard, key) for shard, key in zip(shards, keys, strict=True)]
-                table = pa.Table.from_batches([batch]).drop_columns(["shard", "key"]).append_column("key", [names])
-                writer.write_table(table.select(COLUMNS.names).cast(COLUMNS))
+    with (
+        written_aside(out, shared=True) as aside,
+        full_disk_named(out),
+        pq.ParquetWriter(aside, COLUMNS, compression="zstd") as writer,
+    ):
+        for batch in found.iter_batches(_BATCH):
+            shards, keys = batch["shard"].to_pylist(), batch["key"].to_pylist()
+            names = [_name(manifest, shard, key) for shard, key in zip(shards, keys, strict=True)]
+            table = pa.Table.from_batches([batch]).drop_columns(["shard", "key"]).append_column("key", [names])
+            writer.write_table(table.select(COLUMNS.names).cast(COLUMNS))
     (groups,) = run("select count(*) from numbered").fetchone() or (0,)
     return groups, counted
 

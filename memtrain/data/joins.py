@@ -28,7 +28,7 @@ def joins(folder: Path, memory: int, threads: int) -> Iterator[duckdb.DuckDBPyCo
     home = folder / "joins"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
-    config = {
+    config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{int(memory * _LIMIT)}B",
         "threads": str(threads),
         "temp_directory": str(home / "spilled"),

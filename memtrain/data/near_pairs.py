@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -111,35 +113,34 @@ def near_pairs(
     room = 1 << 62 if memory is None else memory
     if memory is not None and not isinstance(hashes, Held) and count * (ROW_BYTES + 16) < 0.7 * memory:
         hashes, room = Held(hashes.read(0, count)), memory - ROW_BYTES * count
-    compare = _compare_held if isinstance(hashes, Held) else _compare_on_disk
     rows = min(count, max(_CHUNK, int(room * _SORTED) // 8))
-    most = max(_BLOCK, min(16 * _BLOCK, int(room * _COMPARED) // (2 * ROW_BYTES)))  # pairs compared at a time
+    # pairs compared at a time: the more, the seldomer all hashes are read
+    most = 16 * _BLOCK if isinstance(hashes, Held) else max(_BLOCK, int(room * _COMPARED) // (2 * ROW_BYTES))
     sorting = np.empty(rows, np.uint64)
-    gathered, waiting, column, of_part, first = [], 0, None, -1, None
+    gathered: list[np.ndarray] = []
+    begun: tuple[int, int] | None = None  # part and pass in which the first of these met
 
-    def compared() -> tuple[np.ndarray, np.ndarray]:
+    def compared(part: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         pairs = np.concatenate(gathered)
         pairs.sort()  # by their left row; np.unique would hash them, which takes ten times as long
         pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
-        pairs, differ = compare(hashes, pairs, distance)
-        part, number = all_passes[first]
+        pairs, differ = _compare(hashes, pairs, distance)
         pairs = pairs[~_met_before(differ, plan, part, number)]
         return (pairs >> _PLACE).astype(np.int64), (pairs & _LOW).astype(np.int64)
 
-    for place in range(len(all_passes)) if passes is None else passes:
-        part, number = all_passes[place]
-        if part != of_part:
-            column, of_part = hashes.column(plan[part]), part
-        mask = plan[part].masks[number]
-        for pairs in _meeting(column, mask, plan[part].mirrored & mask, count, sorting):
-            first = place if first is None else first
-            gathered.append(pairs)
-            waiting += len(pairs)
-            if waiting >= most:
-                yield compared()
-                gathered, waiting, first = [], 0, None
-    if waiting:
-        yield compared()
+    wanted = [all_passes[place] for place in (range(len(all_passes)) if passes is None else passes)]
+    for part, in_part in groupby(wanted, itemgetter(0)):
+        column = hashes.column(plan[part])
+        for _, number in in_part:
+            mask = plan[part].masks[number]
+            for pairs in _meeting(column, mask, plan[part].mirrored & mask, count, sorting):
+                begun = begun or (part, number)
+                gathered.append(pairs)
+                if sum(map(len, gathered)) >= most:
+                    yield compared(*begun)
+                    gathered, begun = [], None
+    if begun:
+        yield compared(*begun)
 
 
 def _chunks(count: int) -> Iterator[tuple[int, int]]:
@@ -162,7 +163,7 @@ def _meeting(
     if ranges > 1:
         ranges = -(-count * 21 // (len(sorting) * 20))  # they are not all alike
     bounds = [2**64 * n // ranges for n in range(ranges + 1)]
-    todo = [*zip(bounds, bounds[1:], strict=False)]
+    todo = [*pairwise(bounds)]
     while todo:
         begin, end = todo.pop()
         used = _fill(sorting, column, mask, flip, count, (begin, end), low)
@@ -214,8 +215,14 @@ def _neighbours(found: np.ndarray, low: np.uint64) -> Iterator[np.ndarray]:
         left = left[(found[left + apart] ^ found[left]) <= low]
 
 
+def _compare(hashes: Hashes, pairs: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the pairs that are near, and the bits in which they differ. (M,) sorted -> (K,), (K, 4)"""
+    if isinstance(hashes, Held):
+        return _compare_held(hashes, pairs, distance)
+    return _compare_read(hashes, pairs, distance)
+
+
 def _compare_held(hashes: Held, pairs: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the pairs that are near, and the bits in which they differ. (M,) -> (K,), (K, 4)"""
     near, differ = [pairs[:0]], [np.empty((0, WORDS), np.uint64)]
     for begin in range(0, len(pairs), _BLOCK):
         block = pairs[begin : begin + _BLOCK]
@@ -226,8 +233,8 @@ def _compare_held(hashes: Held, pairs: np.ndarray, distance: int) -> tuple[np.nd
     return np.concatenate(near), np.concatenate(differ)
 
 
-def _compare_on_disk(hashes: Hashes, pairs: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same, of hashes that are read once for all the pairs."""
+def _compare_read(hashes: Hashes, pairs: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the hashes once, one after the other."""
     left = pairs >> _PLACE  # sorted
     right = (pairs & _LOW) << _PLACE | np.arange(len(pairs), dtype=np.uint64)  # right row · 2^32 + place of the pair
     right.sort()
@@ -254,7 +261,7 @@ def _compare_on_disk(hashes: Hashes, pairs: np.ndarray, distance: int) -> tuple[
 
 
 def _apart(differ: np.ndarray) -> np.ndarray:
-    """Hamming distance by the bits in which hashes differ, of the lesser one: as they are, or mirrored. (M, 4) -> (M,)"""
+    """Hamming distance, as they are or mirrored, by the bits in which hashes differ. (M, 4) -> (M,)"""
     unlike = np.bitwise_count(differ).sum(1, dtype=np.uint16)
     return np.minimum(unlike, np.bitwise_count(differ ^ MIRRORED).sum(1, dtype=np.uint16))
 

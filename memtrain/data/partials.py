@@ -54,16 +54,17 @@ class Manifest:
         """What a shard's partial counts; None where there is none, or it is not true of the shard any more."""
         try:
             said = json.loads((pq.read_metadata(self.partial(shard)).metadata or {})[_SAID])
-            return said["counts"] if said["of"] == self._identity(shard) else None
+            return said["counts"] if said["of"] == self.state(shard) else None
         except (OSError, ValueError, KeyError, TypeError):  # an error of pyarrow is a ValueError, too
             return None
 
-    def _identity(self, shard: LocalShard) -> list:
+    def state(self, shard: LocalShard) -> list:
+        """What a partial is true of, as it is now."""
         return [VERSION, self.command, self.option, shard.name, *_state(shard.path)]
 
     def identity(self) -> str:
         """A name for the state of all shards."""
-        states = json.dumps([self._identity(shard) for shard in self.shards])
+        states = json.dumps([self.state(shard) for shard in self.shards])
         return hashlib.sha256(states.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -128,15 +129,20 @@ def _make(manifest: Manifest, work: Work, shard: LocalShard) -> dict[str, int]:
     """A shard's partial, where there is none that is true of it. Raises RuntimeError where it changes meanwhile."""
     if (there := manifest.done(shard)) is not None:
         return there | {"kept": 1}
-    before = manifest._identity(shard)
+    before = manifest.state(shard)
     table, counts = work(shard)
-    if manifest._identity(shard) != before:
+    if manifest.state(shard) != before:
         raise RuntimeError(f"{shard.name} changes while it is read; wait until it is finished")
-    said = json.dumps({"of": before, "counts": counts}).encode(errors="surrogateescape")
+    write_partial(manifest, shard, before, table, counts)
+    return counts | {"kept": 0}
+
+
+def write_partial(manifest: Manifest, shard: LocalShard, state: list, table: pa.Table, counts: dict[str, int]) -> None:
+    """Write what was found in a shard when it was in this state."""
+    said = json.dumps({"of": state, "counts": counts}).encode(errors="surrogateescape")
     target = manifest.partial(shard)
     with written_aside(target, shared=True) as aside, full_disk_named(target):
         pq.write_table(table.replace_schema_metadata({_SAID: said}), aside, compression="zstd")
-    return counts | {"kept": 0}
 
 
 def all_done(manifest: Manifest) -> list[tuple[LocalShard, dict[str, int]]]:
