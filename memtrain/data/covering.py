@@ -58,11 +58,11 @@ def covering(distance: int, count: int) -> list[BitRange]:
 
     More and shorter parts need fewer passes over all hashes, and let more unlike ones meet.
     """
-    plans = [_parts(distance, number) for number in range(_FEWEST, _MOST + 1)]
+    plans = [parts(distance, number) for number in range(_FEWEST, _MOST + 1)]
     return min(plans, key=lambda plan: _seconds(plan, count))
 
 
-def _parts(distance: int, number: int) -> list[BitRange]:
+def parts(distance: int, number: int) -> list[BitRange]:
     """So many parts of about the same length and radius; those of radius -1, which none needs, are left out."""
     bounds = [BITS * n // number for n in range(number + 1)]
     shares = [(distance + 1) * (n + 1) // number - (distance + 1) * n // number for n in range(number)]

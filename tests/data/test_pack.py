@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from memtrain.cli.shards import shards
-from memtrain.data.check import check
 from memtrain.data.images import decode_image
 from memtrain.data.pack import COLUMNS, pack
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import find_shards, index_shard
 from memtrain.data.sources import local_shards
+from tests.support.audits import check_all
 from tests.support.corpora import encode, png_bomb, textured, turned
 
 
@@ -55,7 +55,7 @@ def parquet(out: Path) -> list[dict]:
 
 def faults(out: Path) -> list[tuple[str, str]]:
     """Name and kind of all that is wrong with a packed corpus."""
-    report = check(local_shards([str(out)]), True, 1, lambda items, total: items)
+    report = check_all(local_shards([str(out)]))
     return [(fault.name, fault.kind) for fault in report.faults]
 
 
