@@ -93,6 +93,8 @@ def spelled(command: str, arguments: list[str]) -> list[str]:
     """
     if command == "demo" and arguments and not re.match(r"-|\w+=", arguments[0]):
         arguments = [f"out={arguments[0]}", *arguments[1:]]
+    if command in ("detect", "evaluate", "cache"):
+        arguments = ["merge=true" if argument == "merge" else argument for argument in arguments]
     if command in _OWN:
         arguments = _for_every_run(arguments, _OWN[command])
     if command == "bench_mitigation":

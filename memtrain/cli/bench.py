@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from memtrain.cli.arguments import Parser
+from memtrain.cli.distributors import add_distributor, cores, taken_from
+from memtrain.data.paths import check_empty
 
 
 def bench(argv: list[str]) -> None:
@@ -57,6 +60,16 @@ def bench(argv: list[str]) -> None:
     scale.add_argument("--folder", type=Path, help="where to write: about 250 bytes a row (default: the system's)")
     scale.add_argument("--json", action="store_true", help="print the figures as JSON")
     scale.set_defaults(run=_scale)
+    recall = commands.add_parser(
+        "duplicates", help="plant near duplicates among pictures: how many shards duplicates finds, and what else"
+    )
+    recall.add_argument("paths", nargs="*", metavar="PATH", help="shards to take pictures from (default: made up)")
+    recall.add_argument("--pictures", type=int, default=1000, metavar="N", help="(default 1000)")
+    recall.add_argument("--distance", type=int, default=31, help="of 256 bits (%(default)s)")
+    recall.add_argument("--out", type=Path, help="a new folder, for the shards with what is planted (default: none)")
+    add_distributor(recall, cores())
+    recall.add_argument("--json", action="store_true", help="print the figures as JSON")
+    recall.set_defaults(run=_recall)
     commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
     args = parser.parse_args(argv)
     args.run(args)
@@ -248,4 +261,33 @@ def _print_scale(scale, is_first: bool) -> None:
     print(
         f"{scale.rows:>13,}{times[0]:>16}{times[1]:>16}{times[2]:>18}{times[3]:>16}{scale.rows / duplicates:>9.0f}"
         f"{max(scale.peak_bytes.values()) / 1e9:>6.2f} GB{scale.disk_bytes / 1e9:>6.1f} GB{groups:>20}"
+    )
+
+
+def _recall(args: argparse.Namespace) -> None:
+    distributor = taken_from(vars(args))
+    if args.out is not None:
+        check_empty(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
+    from memtrain.data.duplicates import check_distance
+    from memtrain.data.recall import EVERY, measure_recall
+    from memtrain.data.sources import local_shards
+
+    check_distance(args.distance)
+    source = local_shards(args.paths) if args.paths else []
+    with contextlib.ExitStack() as stack:
+        folder = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memtrain-bench-")))
+        found = measure_recall(folder, args.pictures, source, args.distance, distributor, 10**9)
+    if args.json:
+        print(json.dumps(asdict(found) | {"precision": found.precision}, indent=2))
+        return
+    print(
+        f"{found.pictures} pictures, one near duplicate for {EVERY} of them; within {found.distance} of 256 bits\n\n"
+        f"{'':<24}{'planted':>8}{'found':>8}{'recall':>9}"
+    )
+    for kind in found.planted:
+        print(f"{kind:<24}{found.planted[kind]:>8}{found.found[kind]:>8}{found.recall(kind):>9.1%}")
+    print(
+        f"\n{found.true} of {found.pairs} pairs in groups are of one picture: precision {found.precision:.1%}"
+        + ("; what the shards repeat themselves counts as false" if args.paths else "")
     )

@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+
+from omegaconf import DictConfig
 
 from memtrain.data.distribute import Distributor, Local, Part
 
-DISTRIBUTORS = ("local",)
+DISTRIBUTORS = ("local", "ray")
 
 
-def distributor_of(name: str, workers: int | None, otherwise: int) -> Distributor:
+def distributor_of(name: str, workers: int | None, address: str, otherwise: int) -> Distributor:
     """What `distributor=NAME` is.
 
     Args:
-        workers: None: `otherwise` of this machine.
+        workers: at a time; None: `otherwise` of this machine, or all that a cluster has room for.
+        address: of the cluster.
+
+    Raises:
+        ValueError: there is none of that name, or it is not installed.
     """
-    if name not in DISTRIBUTORS:
+    if name == "local":
+        return Local(otherwise if workers is None else workers)
+    if name != "ray":
         raise ValueError(f"distributor must be one of {', '.join(DISTRIBUTORS)}, got {name}")
-    return Local(otherwise if workers is None else workers)
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("distributor=ray needs an extra: pip install 'memtrain[ray]'")
+    from memtrain.data.on_ray import OnRay
+
+    return OnRay(address, workers)
+
+
+def distributor_in(cfg: DictConfig, otherwise: int) -> Distributor:
+    """That of a config with the keys `distributor`, `workers` and `ray.address`."""
+    return distributor_of(cfg.distributor, cfg.workers, cfg.ray.address, otherwise)
 
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def add_distributor(parser: argparse.ArgumentParser) -> None:
-    """Options of a command that goes over shards; `taken_from` reads them."""
-    parser.add_argument("--distributor", default="local", metavar="NAME", help=" or ".join(DISTRIBUTORS))
-    parser.add_argument("--workers", type=int, metavar="N", help="processes at a time (as many as there are cores)")
+def add_distributor(parser: argparse.ArgumentParser, otherwise: int) -> None:
+    """Options of a command that goes over shards; `taken_from` reads them. `otherwise`: local workers if not said."""
+    parser.add_argument("--distributor", default="local", metavar="NAME", help="local processes, or a ray cluster")
+    parser.add_argument("--workers", type=int, metavar="N", help=f"at a time (local: {otherwise}; ray: one a core)")
+    parser.add_argument("--ray.address", default="auto", dest="ray_address", metavar="HOST:PORT", help="(%(default)s)")
+    parser.set_defaults(otherwise=otherwise)
 
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +59,7 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
 
 def taken_from(options: dict) -> Distributor:
     """The distributor that options say, which are taken out of them."""
-    return distributor_of(options.pop("distributor"), options.pop("workers"), cores())
+    return distributor_of(*(options.pop(name) for name in ("distributor", "workers", "ray_address", "otherwise")))
 
 
 def part_from(options: dict) -> Part:

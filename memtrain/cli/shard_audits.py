@@ -53,7 +53,7 @@ def add_audits(task: Callable[[Callable, str, str], argparse.ArgumentParser]) ->
 
     def common(added: argparse.ArgumentParser, default: str) -> None:
         added.add_argument("paths", nargs="+", metavar="PATH", help="a folder, a tar or a brace pattern")
-        add_distributor(added)
+        add_distributor(added, cores())
         add_parts(added)
         with_memory(added)
         added.add_argument(
@@ -91,11 +91,13 @@ def memory_of(said: str) -> int:
     return size
 
 
-def _workers(distributor: str, asked: int | None, memory: int) -> int:
-    """How many processes there is memory for, of those that are asked for."""
+def _workers(distributor: str, asked: int | None, memory: int) -> int | None:
+    """How many processes there is memory for, of those that are asked for. None: as many as a cluster has room for."""
+    if distributor != "local":
+        return asked
     wanted = cores() if asked is None else asked
     room = max(1, (memory - BASE) // _WORKER)
-    if distributor == "local" and wanted > room:
+    if wanted > room:
         log.info("memory=%.1fGB has room for %d of %d workers; raise it for more", memory / _GB, room, wanted)
         return room
     return wanted
@@ -160,7 +162,9 @@ class _Audit:
         self.memory = memory_of(options["memory"])
         self.part, self.merge = part_from(options), options["merge"]
         self.name, self.asked = options["distributor"], options["workers"]
-        self.distributor = distributor_of(self.name, _workers(self.name, self.asked, self.memory), cores())
+        self.address = options["ray_address"]
+        workers = _workers(self.name, self.asked, self.memory)
+        self.distributor = distributor_of(self.name, workers, self.address, 1)
         # while one process joins, it has all the memory but what the interpreter and libraries take
         self.joining = self.memory - BASE
         self.threads = max(1, min(cores(), self.memory // _GB))
@@ -170,7 +174,7 @@ class _Audit:
 
     def searchers(self):
         if self.name == "local":
-            return distributor_of(self.name, self.num_searchers, 1)
+            return distributor_of(self.name, self.num_searchers, self.address, 1)
         return self.distributor
 
     def make(self, description: str, manifest, work: Callable) -> bool:

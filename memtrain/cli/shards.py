@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memtrain.cli.arguments import Parser
-from memtrain.cli.distributors import add_distributor, add_parts, part_from, taken_from
+from memtrain.cli.distributors import add_distributor, add_parts, cores, part_from, taken_from
 from memtrain.cli.listing import print_some, progress_bar, shown
 from memtrain.cli.shard_audits import add_audits
 from memtrain.data.paths import check_empty, check_pictures
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
     added = task(_index, "index", "write the index of each shard, and hashes of its images, beside it")
     over_shards(added)
-    add_distributor(added)
+    add_distributor(added, cores())
     add_parts(added)
     added.add_argument("--no-hashes", action="store_false", dest="hashed", help="faster; duplicates stay unknown")
 
@@ -54,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--resolution", type=int, help="px: scale the short side down, re-encode as JPEG")
     added.add_argument("--caption-column", default="caption", help="of a table (%(default)s)")
     added.add_argument("--path-column", default="path", help="of a table, relative to it (%(default)s)")
+    add_distributor(added, 1)
+    add_parts(added)
 
     added = task(_draw, "draw", "draw a small corpus from a large one, by seed")
     over_shards(added)
@@ -97,12 +99,15 @@ def _end_with_those_left(left: list[tuple[str, str]]) -> None:
 
 
 def _pack(source: Path, out: Path, **options) -> None:
+    distributor, part = taken_from(options), part_from(options)
     check_empty(out)
     check_pictures(source)
     from memtrain.data.pack import pack
 
+    options |= {"distributor": distributor, "part": part}
     report = pack(source, out, **options, progress=progress_bar("Packing"))
-    print(f"wrote {report.samples} samples in {report.shards} shards: {shown(str(out))}")
+    where = shown(str(out)) if part.count == 1 else f"part {part}; `merge` makes {shown(str(out))} of all parts"
+    print(f"wrote {report.samples} samples in {report.shards} shards: {where}")
     if report.ignored:
         print(f"left {report.ignored} files alone that are neither a picture nor the caption of one")
     if report.failures:

@@ -7,7 +7,6 @@ another one; after `TRIES` it is named and left, and the others go on.
 
 from __future__ import annotations
 
-import errno
 import logging
 import multiprocessing
 import os
@@ -15,33 +14,38 @@ import pickle
 import re
 import signal
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
+
+from memtrain.data.crews import (
+    PASSING,
+    TRIES,
+    Answer,
+    Crew,
+    Done,
+    Gone,
+    Raised,
+    Ready,
+    answer_to,
+    in_words,
+    portable,
+    prepared,
+    raise_what_stays,
+    shared,
+)
+
+__all__ = ["TRIES", "Distributor", "Done", "Local", "Part"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-TRIES = 3  # of a task whose worker dies, or that fails in a way that another time may not
-FULL = (errno.ENOSPC, errno.EDQUOT)
-_PASSING = (OSError, MemoryError, RuntimeError)  # another worker, or another minute, may have better luck
 _STOPPED_SOFTLY = 5.0  # s that a worker has to end by itself
-
-
-@dataclass(frozen=True)
-class Done(Generic[R]):
-    """One task is over: `result` is what it gave, or `failure` says why it was left; `index` is its place."""
-
-    index: int
-    result: R | None = None
-    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Distributor(ABC):
 
         Raises:
             Exception: what a task raised, where it is of a kind that trying again cannot mend, and whatever
-                `prepare` raised. OSError, MemoryError and RuntimeError are tried again, but for a full disk.
+                `prepare` raised. OSError and MemoryError are tried again, but for a full disk.
         """
 
 
@@ -125,153 +129,15 @@ def _in_this_process(
         for tried in range(1, TRIES + 1):
             try:
                 done = Done(index, work(task))
-            except _PASSING as error:
-                _raise_what_stays(error)
+            except PASSING as error:
+                raise_what_stays(error)
                 if tried < TRIES:
-                    log.warning("%s: %s; it is tried again", name(task), _said(error))
+                    log.warning("%s: %s; it is tried again", name(task), in_words(error))
                     continue
-                log.warning("%s is left after %d tries: %s", name(task), TRIES, _said(error))
-                done = Done(index, failure=_said(error))
+                log.warning("%s is left after %d tries: %s", name(task), TRIES, in_words(error))
+                done = Done(index, failure=in_words(error))
             yield done
             break
-
-
-def _raise_what_stays(error: Exception) -> None:
-    """Raises an error again that another try would meet, too."""
-    if not isinstance(error, _PASSING) or (isinstance(error, OSError) and error.errno in FULL):
-        raise error
-
-
-def _said(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# ---- tasks among workers that may die
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A worker has prepared what it needs."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """A worker has done its task, and this is what it gave."""
-
-    result: Any
-
-
-@dataclass(frozen=True)
-class Raised:
-    """A worker's task, or its preparation, raised this; the worker is alive."""
-
-    error: Exception
-
-
-@dataclass(frozen=True)
-class Gone:
-    """A worker is dead."""
-
-    why: str
-
-
-Answer = Ready | Given | Raised | Gone
-
-
-class Crew(ABC):
-    """Workers of one run. A worker is whatever can be looked up; it says `Ready` once, then answers each task."""
-
-    @abstractmethod
-    def places(self) -> int:
-        """How many workers there is room for, now."""
-
-    @abstractmethod
-    def hire(self) -> Any:
-        """Start one more worker."""
-
-    @abstractmethod
-    def give(self, worker: Any, task: Any) -> None:
-        """Hand a task to a worker that has nothing to do."""
-
-    @abstractmethod
-    def listen(self, workers: list[Any]) -> list[tuple[Any, Answer]]:
-        """Wait until some of these, which prepare or have a task, say something. May return none after a while."""
-
-    @abstractmethod
-    def dismiss(self) -> None:
-        """End all workers."""
-
-
-@dataclass
-class _Try(Generic[T]):
-    index: int
-    task: T
-    deaths: int = 0
-
-
-@dataclass
-class _Staff:
-    """Who does what: of all workers, those that prepare, those without a task, and the others' tasks."""
-
-    starting: set[Any] = field(default_factory=set)
-    idle: list[Any] = field(default_factory=list)
-    busy: dict[Any, _Try] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.starting) + len(self.idle) + len(self.busy)
-
-
-def shared(crew: Crew, tasks: Iterable[T], name: Callable[[T], str]) -> Iterator[Done[Any]]:
-    """The tasks, done by a crew; see `Distributor.run`."""
-    source, queue, staff = enumerate(tasks), deque[_Try[T]](), _Staff()
-    died_preparing = 0  # in a row
-    try:
-        while True:
-            places = max(1, crew.places())
-            while len(queue) < places and (found := next(source, None)) is not None:
-                queue.append(_Try(*found))
-            while queue and staff.idle:
-                worker, given = staff.idle.pop(), queue.popleft()
-                crew.give(worker, given.task)
-                staff.busy[worker] = given
-            while len(staff) < places and len(staff.starting) < len(queue):
-                staff.starting.add(crew.hire())
-            if not queue and not staff.busy:
-                return
-            for worker, answer in crew.listen([*staff.starting, *staff.busy]):
-                if worker in staff.starting:
-                    staff.starting.remove(worker)
-                    if isinstance(answer, Raised):
-                        raise answer.error
-                    died_preparing = died_preparing + 1 if isinstance(answer, Gone) else 0
-                    if isinstance(answer, Gone) and died_preparing >= TRIES:
-                        raise OSError(f"{TRIES} workers in a row died while they prepared ({answer.why}); nothing done")
-                    if not isinstance(answer, Gone):
-                        staff.idle.append(worker)
-                    continue
-                given = staff.busy.pop(worker)
-                if not isinstance(answer, Gone):
-                    staff.idle.append(worker)
-                if isinstance(answer, Given):
-                    yield Done(given.index, answer.result)
-                    continue
-                if isinstance(answer, Raised):
-                    _raise_what_stays(answer.error)
-                    why = _said(answer.error)
-                else:
-                    assert isinstance(answer, Gone)
-                    why = answer.why
-                given.deaths += 1
-                if given.deaths < TRIES:
-                    log.warning("%s: %s; it is tried again", name(given.task), why)
-                    queue.appendleft(given)
-                else:
-                    log.warning("%s is left after %d tries: %s", name(given.task), TRIES, why)
-                    yield Done(given.index, failure=why)
-    finally:
-        crew.dismiss()
 
 
 # ---- processes of this machine
@@ -365,30 +231,7 @@ def _serve(connection: Connection, number: int, threads: int, has_gpu: bool) -> 
             return
         connection.send(Ready())
         while True:
-            connection.send_bytes(_answer(work, connection.recv_bytes()))
-
-
-def prepared(function: Callable[..., R], prepare: Callable[[], Any] | None) -> Callable[[Any], R]:
-    """What a worker does with a task."""
-    return function if prepare is None else partial(function, prepare())
-
-
-def _answer(work: Callable[[Any], Any], task: bytes) -> bytes:
-    """What a worker says about a task, pickled as the task is; a result that cannot be is an error of the task."""
-    try:
-        return pickle.dumps(Given(work(pickle.loads(task))))
-    except Exception as error:
-        return pickle.dumps(Raised(portable(error)))
-
-
-def portable(error: Exception) -> Exception:
-    """The error as one that survives the way to another process, with its traceback."""
-    wrapped = ExceptionWithTraceback(error, error.__traceback__)
-    try:
-        pickle.loads(pickle.dumps(wrapped))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return wrapped  # it is unpickled as the error itself
+            connection.send_bytes(answer_to(work, connection.recv_bytes()))
 
 
 def _take_a_gpu(number: int) -> None:

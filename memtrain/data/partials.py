@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from memtrain.core.files import written_aside
 from memtrain.data.distribute import Distributor, Done, Part
-from memtrain.data.kept import locked
+from memtrain.data.kept import alone
 from memtrain.data.sources import LocalShard
 
 VERSION = 1  # raise it where the same tar gives another partial
@@ -117,7 +117,8 @@ def make_partials(manifest: Manifest, work: Work, part: Part, distributor: Distr
         ValueError: another process does the same part.
     """
     shards = [manifest.shards[place] for place in part.of(len(manifest.shards))]
-    with _alone(manifest, f"part {part}"):
+    remedy = "wait until it ends, or share the work with part=1/2 and part=2/2"
+    with alone(manifest.folder / f".part-{part.number}-of-{part.count}.lock", remedy):
         yield from distributor.run(partial(_make, manifest, work), shards, name=_name)
 
 
@@ -164,32 +165,8 @@ def _state(path: Path) -> list[int | None]:
 
 
 def merging(manifest: Manifest) -> contextlib.AbstractContextManager[None]:
-    """Raises ValueError where another process merges these partials."""
-    return _alone(manifest, "merge")
-
-
-@contextlib.contextmanager
-def _alone(manifest: Manifest, what: str) -> Iterator[None]:
-    """Raises ValueError where another process does the same. Where the file system has no locks, both do it."""
-    file = manifest.folder / f".{what.replace('/', '-of-').replace(' ', '-')}.lock"
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(_locked_at_once(file))
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another memtrain shards {manifest.command} works on {manifest.folder} ({what}); wait until it "
-                "ends, or share the work with part=1/2 and part=2/2"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        yield
-
-
-def _locked_at_once(file: Path) -> contextlib.AbstractContextManager[None]:
-    import fcntl
-
-    return locked(file, fcntl.LOCK_NB)
+    """Raises ValueError where another process joins these partials."""
+    return alone(manifest.folder / ".joining.lock", "it joins the partial results; wait until it ends")
 
 
 @contextlib.contextmanager
