@@ -127,13 +127,13 @@ def _name(shard: LocalShard) -> str:
 
 
 def _make(manifest: Manifest, work: Work, shard: LocalShard) -> dict[str, int]:
-    """A shard's partial, where there is none that is true of it. Raises RuntimeError where it changes meanwhile."""
+    """A shard's partial, where there is none that is true of it. Raises OSError where it changes meanwhile."""
     if (there := manifest.done(shard)) is not None:
         return there | {"kept": 1}
     before = manifest.state(shard)
     table, counts = work(shard)
     if manifest.state(shard) != before:
-        raise RuntimeError(f"{shard.name} changes while it is read; wait until it is finished")
+        raise OSError(f"{shard.name} changes while it is read; wait until it is finished")
     write_partial(manifest, shard, before, table, counts)
     return counts | {"kept": 0}
 
