@@ -10,7 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from memtrain.cli.checks import check_training
-from memtrain.cli.distributors import distributor_of, listed, progress
+from memtrain.cli.distributors import distributor_of, listed
+from memtrain.cli.listing import progress_bar
 from memtrain.data.distribute import Local, Part
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def cache(cfg: DictConfig) -> None:
     if distributor == Local():
         prepare = partial(Encoder, plain, header, model, samples)  # here: what has been loaded anyway
     encoding = distributor.run(Encoder.encode, mine, prepare, names.__getitem__)
-    done = list(progress("Encoding shards")(encoding, len(mine)))
+    done = list(progress_bar("Encoding shards")(encoding, len(mine)))
     if left := [(names[mine[one.index]], one.failure) for one in done if one.failure]:
         raise OSError(f"{len(left)} shards could not be encoded, the same command tries them again: {listed(left)}")
 

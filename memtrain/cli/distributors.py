@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from memtrain.cli.listing import LISTED
 from memtrain.data.distribute import Distributor, Local, Part
 
 DISTRIBUTORS = ("local", "ray")
-_LISTED = 20
 
 
 def distributor_of(name: str, workers: int | None, address: str, otherwise: int) -> Distributor:
@@ -69,17 +69,7 @@ def part_from(options: dict) -> Part:
     return Part.parse(options.pop("part"))
 
 
-def progress(description: str) -> Callable[[Iterable, int], Iterable]:
-    """A bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return lambda items, total: track(items, description, total, console=console, disable=hidden)
-
-
 def listed(left: Sequence[tuple[str, str]]) -> str:
     """The first of the tasks that were left, each with its reason, on one line."""
-    said = ", ".join(f"{name} ({why})" for name, why in left[:_LISTED])
-    return f"{said}, … and {len(left) - _LISTED} more" if len(left) > _LISTED else said
+    said = ", ".join(f"{name} ({why})" for name, why in left[:LISTED])
+    return f"{said}, … and {len(left) - LISTED} more" if len(left) > LISTED else said

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from memtrain.cli.shards import shards
-from memtrain.data.check import check
 from memtrain.data.distribute import Part
 from memtrain.data.images import decode_image
 from memtrain.data.pack import COLUMNS, pack
@@ -21,6 +20,7 @@ from memtrain.data.packing import Packing
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import find_shards, index_shard
 from memtrain.data.sources import local_shards
+from tests.support.audits import check_all
 from tests.support.corpora import encode, png_bomb, textured, turned
 
 
@@ -57,7 +57,7 @@ def parquet(out: Path) -> list[dict]:
 
 def faults(out: Path) -> list[tuple[str, str]]:
     """Name and kind of all that is wrong with a packed corpus."""
-    report = check(local_shards([str(out)]), True, 1, lambda items, total: items)
+    report = check_all(local_shards([str(out)]))
     return [(fault.name, fault.kind) for fault in report.faults]
 
 
