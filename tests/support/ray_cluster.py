@@ -22,7 +22,7 @@ import psutil
 
 from tests.support.forks import PATIENCE
 
-SECONDS_WITHOUT_HEAD = "3"  # after which Ray ends whoever needs it; 60 unless said
+WITHOUT_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # s, after which Ray ends a program; 60 unless said
 
 
 class RayCluster:
@@ -33,7 +33,8 @@ class RayCluster:
         self.nodes: list[subprocess.Popen] = []
 
     def start_head(self) -> None:
-        self._start("--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.folder}")
+        port = self.address.rpartition(":")[2]
+        self._start("--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false")
 
     def join(self) -> None:
         self._start(f"--address={self.address}")
@@ -42,7 +43,7 @@ class RayCluster:
         log = Path(self.folder, f"node-{len(self.nodes)}.log")
         log.parent.mkdir(exist_ok=True)
         words = ["start", *options, "--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=80000000",
-                 "--include-dashboard=false", "--disable-usage-stats", "--block"]  # fmt: skip
+                 "--disable-usage-stats", "--block"]  # fmt: skip
         with log.open("wb") as file:
             self.nodes.append(
                 subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *words], stdout=file, stderr=file)
@@ -75,7 +76,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     """Two nodes of a core each, with a token of their own, as whoever finds the port could run programs."""
     said = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": SECONDS_WITHOUT_HEAD, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        "RAY_raylet_start_wait_time_s": "300", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
     }  # fmt: skip
     before = {name: os.environ.get(name) for name in said}
     os.environ.update(said)
