@@ -31,6 +31,7 @@ class RayCluster:
     def __init__(self, folder: str, port: int):
         self.folder, self.address = folder, f"127.0.0.1:{port}"
         self.nodes: list[subprocess.Popen] = []
+        self.started: dict[int, set[psutil.Process]] = {}  # by each node
 
     def start_head(self) -> None:
         port = self.address.rpartition(":")[2]
@@ -43,7 +44,8 @@ class RayCluster:
         log = Path(self.folder, f"node-{len(self.nodes)}.log")
         log.parent.mkdir(exist_ok=True)
         words = ["start", *options, "--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=80000000",
-                 "--disable-usage-stats", "--block"]  # fmt: skip
+                 "--disable-usage-stats", "--block", *_ports()]  # fmt: skip
+        before = self._processes()
         with log.open("wb") as file:
             self.nodes.append(
                 subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *words], stdout=file, stderr=file)
@@ -52,23 +54,42 @@ class RayCluster:
         while b"--block" not in log.read_bytes():  # said when all of the node's processes are there
             assert self.nodes[-1].poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.05)
+        self.started[self.nodes[-1].pid] = self._processes() - before
 
     def kill_head(self) -> None:
         """As where its machine loses power: no process of it says goodbye."""
-        head = self.nodes.pop(0)
-        _kill(head)
+        self._kill(self.nodes.pop(0))
 
     def shut_down(self) -> None:
-        for node in self.nodes:
-            _kill(node)
+        while self.nodes:
+            self._kill(self.nodes.pop())
 
-
-def _kill(node: subprocess.Popen) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+    def _kill(self, node: subprocess.Popen) -> None:
+        """End a node's program and Ray's processes that it has started, which have gone from under it."""
+        started = self.started.pop(node.pid)
+        for process in [psutil.Process(node.pid), *started]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-    node.wait()
+        node.wait()
+
+    def _processes(self) -> set[psutil.Process]:
+        """Those of Ray that name the cluster's folder."""
+        found = psutil.process_iter(["cmdline"])
+        return {process for process in found if any(self.folder in word for word in process.info["cmdline"] or ())}
+
+
+def _ports() -> list[str]:
+    """Options that name a node's ports: where Ray is to find free ones, a node waits for each, 15 s and no longer."""
+    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+    return [f"--{name}-port={port}" for name, port in zip(names, _free_ports(len(names)), strict=True)]
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @contextlib.contextmanager
@@ -76,14 +97,11 @@ def ray_cluster() -> Iterator[RayCluster]:
     """Two nodes of a core each, with a token of their own, as whoever finds the port could run programs."""
     said = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000",  # busy machines
+        "RAY_raylet_start_wait_time_s": "120", "RAY_agent_register_timeout_ms": "300000",  # busy machines
     }  # fmt: skip
     before = {name: os.environ.get(name) for name in said}
     os.environ.update(said)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cluster = RayCluster(tempfile.mkdtemp(prefix="ray-"), port)  # short: sockets lie in it
+    cluster = RayCluster(tempfile.mkdtemp(prefix="ray-"), *_free_ports(1))  # short: sockets lie in it
     try:
         cluster.start_head()
         cluster.join()
