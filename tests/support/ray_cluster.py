@@ -20,9 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.forks import PATIENCE
-
-WITHOUT_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3"}  # s, after which Ray ends a program; 60 unless said
+STARTS = 3  # of a node: Ray gives its agents 15 s to start, which a busy machine may not have
 
 
 class RayCluster:
@@ -41,20 +39,22 @@ class RayCluster:
         self._start(f"--address={self.address}")
 
     def _start(self, *options: str) -> None:
-        log = Path(self.folder, f"node-{len(self.nodes)}.log")
+        log = Path(self.folder, "node.log")
         log.parent.mkdir(exist_ok=True)
         words = ["start", *options, "--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=80000000",
-                 "--disable-usage-stats", "--block", *_ports()]  # fmt: skip
-        before = self._processes()
-        with log.open("wb") as file:
-            self.nodes.append(
-                subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *words], stdout=file, stderr=file)
-            )
-        end = time.monotonic() + PATIENCE
-        while b"--block" not in log.read_bytes():  # said when all of the node's processes are there
-            assert self.nodes[-1].poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
-        self.started[self.nodes[-1].pid] = self._processes() - before
+                 "--disable-usage-stats", "--block"]  # fmt: skip
+        for _ in range(STARTS):
+            before = self._processes()
+            with log.open("wb") as file:
+                node = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *words], stdout=file, stderr=file)
+            while node.poll() is None and b"--block" not in log.read_bytes():  # said when all its processes are there
+                time.sleep(0.05)
+            self.nodes.append(node)
+            self.started[node.pid] = self._processes() - before
+            if node.poll() is None:
+                return
+            self._kill(self.nodes.pop())
+        raise AssertionError(log.read_text())
 
     def kill_head(self) -> None:
         """As where its machine loses power: no process of it says goodbye."""
@@ -67,10 +67,11 @@ class RayCluster:
     def _kill(self, node: subprocess.Popen) -> None:
         """End a node's program and Ray's processes that it has started, which have gone from under it."""
         started = self.started.pop(node.pid)
-        for process in [psutil.Process(node.pid), *started]:
+        node.kill()
+        node.wait()
+        for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-        node.wait()
 
     def _processes(self) -> set[psutil.Process]:
         """Those of Ray that name the cluster's folder."""
@@ -78,18 +79,10 @@ class RayCluster:
         return {process for process in found if any(self.folder in word for word in process.info["cmdline"] or ())}
 
 
-def _ports() -> list[str]:
-    """Options that name a node's ports: where Ray is to find free ones, a node waits for each, 15 s and no longer."""
-    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
-    return [f"--{name}-port={port}" for name, port in zip(names, _free_ports(len(names)), strict=True)]
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -97,11 +90,11 @@ def ray_cluster() -> Iterator[RayCluster]:
     """Two nodes of a core each, with a token of their own, as whoever finds the port could run programs."""
     said = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "120", "RAY_agent_register_timeout_ms": "300000",  # busy machines
+        "RAY_raylet_start_wait_time_s": "60", "RAY_agent_register_timeout_ms": "300000",  # busy machines
     }  # fmt: skip
     before = {name: os.environ.get(name) for name in said}
     os.environ.update(said)
-    cluster = RayCluster(tempfile.mkdtemp(prefix="ray-"), *_free_ports(1))  # short: sockets lie in it
+    cluster = RayCluster(tempfile.mkdtemp(prefix="ray-"), _free_port())  # short: sockets lie in it
     try:
         cluster.start_head()
         cluster.join()
