@@ -27,7 +27,7 @@ log = logging.getLogger("memtrain.shards")
 _TABLE_ROWS = 50
 _GB = 10**9
 _LEAST = _GB // 2  # of memory=
-BASE = 350_000_000  # bytes that a process takes with all that is imported to decode pictures
+BASE = 400_000_000  # bytes that a process takes with all that is imported to decode pictures
 _WORKER = 450_000_000  # bytes that one takes while it decodes them
 _SEARCHER = 150_000_000  # bytes that one takes that looks for near duplicates, besides its arrays
 _AVX512 = "AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL"

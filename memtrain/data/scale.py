@@ -23,8 +23,9 @@ from memtrain.data.check import ROWS as CHECKED
 from memtrain.data.check_report import report_check
 from memtrain.data.covering import MIRRORED, WORDS, covering, effort
 from memtrain.data.distribute import Local
-from memtrain.data.duplicate_groups import find_equal, search, searches, write_groups
+from memtrain.data.duplicate_groups import find_equal, write_groups
 from memtrain.data.duplicates import ROWS as HASHED
+from memtrain.data.near_search import search, searches
 from memtrain.data.partials import Manifest, open_manifest, write_partial
 from memtrain.data.sources import LocalShard
 
