@@ -153,6 +153,7 @@ def _duplicates(paths: list[str], out: Path, distance: int, **options) -> None:
         print(f"{groups.unreadable} that could not be hashed:")
         lines = [f"{shown(name)}: {shown(why)}" for name, why in groups.some_unreadable]
         print_some(lines, "memtrain shards check --json lists all", groups.unreadable)
+    log.info("partial results stay in %s: a next search takes what has not changed from there", folder)
 
 
 class _Audit:
