@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from memtrain.cli.listing import LISTED
 from memtrain.data.distribute import Distributor, Local, Part
 
 DISTRIBUTORS = ("local", "ray")
@@ -65,3 +67,9 @@ def taken_from(options: dict) -> Distributor:
 def part_from(options: dict) -> Part:
     """The part that options say, which is taken out of them."""
     return Part.parse(options.pop("part"))
+
+
+def listed(left: Sequence[tuple[str, str]]) -> str:
+    """The first of the tasks that were left, each with its reason, on one line."""
+    said = ", ".join(f"{name} ({why})" for name, why in left[:LISTED])
+    return f"{said}, … and {len(left) - LISTED} more" if len(left) > LISTED else said

@@ -38,7 +38,7 @@ from memtrain.data.crews import (
     shared,
 )
 
-__all__ = ["TRIES", "Distributor", "Done", "Local", "Part"]
+__all__ = ["TRIES", "Distributor", "Done", "Local", "Part", "in_order"]
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,26 @@ class Distributor(ABC):
             Exception: what a task raised, where it is of a kind that trying again cannot mend, and whatever
                 `prepare` raised. OSError and MemoryError are tried again, but for a full disk.
         """
+
+
+def in_order(done: Iterable[Done[R]], name: Callable[[int], str]) -> Iterator[R]:
+    """What tasks gave, in their order, each as soon as it and all before it are done; later ones wait in memory.
+
+    Args:
+        name: what the task of this place is called.
+
+    Raises:
+        OSError: a task was left.
+    """
+    waiting: dict[int, R] = {}
+    place = 0
+    for one in done:
+        if one.failure is not None:
+            raise OSError(f"{name(one.index)} could not be done: {one.failure}; the same command tries it again")
+        waiting[one.index] = one.result  # type: ignore[assignment]  # it may be None, where that is what R is
+        while place in waiting:
+            yield waiting.pop(place)
+            place += 1
 
 
 @dataclass

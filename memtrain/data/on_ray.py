@@ -31,7 +31,8 @@ R = TypeVar("R")
 PATIENCE = 600.0  # s that a cluster whose head is gone has to come back
 _LOOKS = 5.0  # s between two looks at how large the cluster is
 _AGAIN = 2.0  # s between two tries to join it
-_ANSWERS = 60.0  # s within which a cluster that is there lets one join
+_ANSWERS = 120.0  # s within which a cluster that is there lets one join, on busy machines, too
+_STARTS = 600.0  # s within which one of our own has started
 _GOODBYE = 20.0  # s that the bridge has to end by itself
 OWN = "local"  # as Ray calls a cluster that lasts as long as who started it
 _TOLD = ("MEMTRAIN_CACHE", "HF_HOME", "HF_HUB_OFFLINE")  # of the environment, to workers on other machines
@@ -153,7 +154,7 @@ class _Bridged(Crew):
         theirs.close()
         self.bridge = process, ours
         try:
-            said = ours.recv() if ours.poll(_ANSWERS) else None
+            said = ours.recv() if ours.poll(_STARTS if self.address == OWN else _ANSWERS) else None
         except (EOFError, OSError):
             said = None
         if not isinstance(said, _Joined):

@@ -14,7 +14,8 @@ from memtrain.audit.attack import Attack
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.fid import LatentGrid
 from memtrain.audit.evaluate.judging import judge, summarise
-from memtrain.audit.evaluate.results import Measures, ModelResult, Settings
+from memtrain.audit.evaluate.results import ModelResult
+from memtrain.audit.evaluate.settings import Measures, Settings
 from memtrain.audit.evaluate.several_models import evaluate, read_rows, short_names
 from memtrain.audit.evaluate.similarity import LatentRmse
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
