@@ -79,7 +79,7 @@ def evaluate(cfg: DictConfig) -> None:
     )
     out, plain = Path(cfg.out), OmegaConf.to_container(cfg, resolve=True)
     load = None if distributor == Local() else partial(_loaded, plain)  # this process has loaded the model anyway
-    spread = room.Spread(distributor, load, part, cfg.merge)
+    spread = room.ModelsSpread(distributor, load, part, cfg.merge)
     with Progress(*columns, transient=True) as progress:
         results = room.evaluate(
             models,

@@ -60,7 +60,7 @@ Look = OfSamples | OfPictures | OfReal
 
 
 @dataclass(frozen=True)
-class Generations:
+class SeenGenerations:
     """What generations of n samples came to, a sample's G after another's.
 
     `rows`: one a generation; `compared`: what they are compared by; `nearest`: of those nearest to their own picture,
@@ -98,7 +98,7 @@ class Looker:
     batches: ShrinkingBatches
     advance: Advance = lambda what, done, total: None
 
-    def look(self, at: Look) -> list[Generations] | SeenPictures | Tensor:
+    def look(self, at: Look) -> list[SeenGenerations] | SeenPictures | Tensor:
         """Of samples their generations and, where there is an attack, those after it."""
         if isinstance(at, OfSamples):
             return self._look_at_samples(at.rows)
@@ -118,7 +118,7 @@ class Looker:
         pixels = read_pictures(self.samples, list(positions), self.denoiser.model.own_size)
         return Pictures(encode_images(self.denoiser, pixels, ShrinkingBatches(len(pixels))), pixels)
 
-    def _look_at_samples(self, which: range) -> list[Generations]:
+    def _look_at_samples(self, which: range) -> list[SeenGenerations]:
         positions = self.chosen.positions[which.start : which.stop]
 
         def work(rows: range) -> tuple[Tensor, Tensor]:
@@ -181,8 +181,8 @@ class Looker:
 
     def _generate(
         self, which: range, latents: Tensor, originals: Tensor, encode: Encode, attacked: bool = False
-    ) -> Generations:
-        """Generations of these samples, and what they are to their own pictures."""
+    ) -> SeenGenerations:
+        """SeenGenerations of these samples, and what they are to their own pictures."""
         said = " under attack" if attacked else ""
         losses = self._losses(which, latents, encode, said)
         settings, similarity, chosen = self.settings, self.measures.similarity, self.chosen
@@ -231,7 +231,7 @@ class Looker:
             counted = [not has_reference or chosen.groups[which.start + n] == REFERENCE_GROUP for n, _ in part]
             if any(counted) and not attacked:
                 judged.append(features[counted])
-        return Generations(rows, torch.cat(all_compared), nearest, judged)
+        return SeenGenerations(rows, torch.cat(all_compared), nearest, judged)
 
     def _look_at_pictures(self, positions: list[int]) -> SeenPictures:
         pixels, found = [], []

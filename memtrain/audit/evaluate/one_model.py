@@ -20,12 +20,12 @@ from memtrain.audit.evaluate.fid import Distances
 from memtrain.audit.evaluate.judging import judge, note_nearest, summarise
 from memtrain.audit.evaluate.looks import (
     Advance,
-    Generations,
     Look,
     Looker,
     OfPictures,
     OfReal,
     OfSamples,
+    SeenGenerations,
     SeenPictures,
     nearest_of,
 )
@@ -111,7 +111,9 @@ class Evaluation:
         load = self.lookers.load or (lambda: self.looker)
         return in_order(self.lookers.distributor.run(Looker.look, looks, load, str), lambda place: str(looks[place]))
 
-    def _generations(self, found: list[list[Generations]]) -> tuple[list[dict], Tensor, list[tuple[int, np.ndarray]]]:
+    def _generations(
+        self, found: list[list[SeenGenerations]]
+    ) -> tuple[list[dict], Tensor, list[tuple[int, np.ndarray]]]:
         """A row a generation, those under attack last, what they are compared by (Q, …), and (row, pixels) of those
         nearest to their own."""
         rows: list[dict] = []

@@ -54,7 +54,7 @@ def evaluate(
     max_sequence_length: int | None = None,
     config: str | None = None,
     advance: Advance = lambda what, done, total: None,
-    spread: Spread | None = None,
+    spread: ModelsSpread | None = None,
 ) -> list[ModelResult]:
     """One result a model, in the order given; each is written to `out`/NAME once it is whole, and kept.
 
@@ -70,7 +70,7 @@ def evaluate(
         ValueError: a model cannot be loaded, or is named twice; or one is missing to merge.
         OSError: a part of a model could not be evaluated, however often that was tried.
     """
-    results, spread = [], spread or Spread()
+    results, spread = [], spread or ModelsSpread()
     loras = loras or [None] * len(models)
     named = list(zip(models, loras, short_names(named_by(models, loras)), strict=True))
     for source, lora, name in [named[place] for place in spread.part.of(len(named))]:
@@ -111,7 +111,7 @@ Load = Callable[[str, str | None], tuple[Denoiser, ShardSamples, Measures]]  # b
 
 
 @dataclass(frozen=True)
-class Spread:
+class ModelsSpread:
     """Who evaluates, and which of the models.
 
     Args:
