@@ -127,6 +127,8 @@ class _Bridged(Crew):
                 self.room = said.places
                 if self.address != OWN:
                     self.address = said.address  # of `auto`: another one would not be this one come back
+                if self.room == 0:
+                    log.warning("the Ray cluster at %s has no room for a worker yet; waiting", self.address)
                 if was_there:
                     log.warning("the Ray cluster at %s is back; going on", self.address)
                 return

@@ -90,7 +90,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     """Two nodes of a core each, with a token of their own, as whoever finds the port could run programs."""
     said = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "60", "RAY_agent_register_timeout_ms": "300000",  # busy machines
+        "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "60", "RAY_agent_register_timeout_ms": "300000",
     }  # fmt: skip
     before = {name: os.environ.get(name) for name in said}
     os.environ.update(said)
