@@ -125,8 +125,8 @@ class _Bridged(Crew):
             said = self._start()
             if isinstance(said, _Joined):
                 self.room = said.places
-                if self.address != OWN:
-                    self.address = said.address  # of `auto`: another one would not be this one come back
+                if self.address == "auto":
+                    self.address = said.address  # another one would not be this one come back
                 if self.room == 0:
                     log.warning("the Ray cluster at %s has no room for a worker yet; waiting", self.address)
                 if was_there:

@@ -100,7 +100,7 @@ def test_a_head_that_goes_away_and_comes_back_loses_nothing(cluster, tmp_path, c
     with caplog.at_level(logging.WARNING):
         running = OnRay(cluster.address).run(do_prepared, given, partial(prepare, str(tmp_path)), named)
         done = [next(running)]
-        cluster.kill_head()
+        cluster.kill()
         cluster.start_head()
         done += running
     assert Counter(one.index for one in done) == Counter(range(8)) and not any(one.failure for one in done)

@@ -56,11 +56,8 @@ class RayCluster:
             self._kill(self.nodes.pop())
         raise AssertionError(log.read_text())
 
-    def kill_head(self) -> None:
-        """As where its machine loses power: no process of it says goodbye."""
-        self._kill(self.nodes.pop(0))
-
-    def shut_down(self) -> None:
+    def kill(self) -> None:
+        """As where power is lost: no process says goodbye. (Ray starts no head where a node of another one runs.)"""
         while self.nodes:
             self._kill(self.nodes.pop())
 
@@ -100,7 +97,7 @@ def ray_cluster() -> Iterator[RayCluster]:
         cluster.join()
         yield cluster
     finally:
-        cluster.shut_down()
+        cluster.kill()
         shutil.rmtree(cluster.folder, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
