@@ -50,6 +50,8 @@ TYPES = {
     "trainer.gradient_clip_val": float | None,
     **{f"{command}.guidance_scale": float | None for command in _AUDIT},
     **{f"{command}.nearest": int | None for command in ("mitigate", "evaluate")},
+    **{f"{command}.workers": int | None for command in ("detect", "evaluate")},
+    "cache.processes": int | None,
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
     **{f"{command}.max_sequence_length": int | None for command in _AUDIT},
