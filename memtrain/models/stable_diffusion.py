@@ -135,11 +135,16 @@ class StableDiffusion(DiffusionModel):
         pipeline = self.pipeline()
         pipeline.register_modules(
             scheduler=self.scheduler,
-            **{
-                name: nn.Module.to(  # type: ignore[call-overload] # torch's annotations lack memory_format
-                    copy.deepcopy(getattr(self, name)), "cpu", dtype, memory_format=torch.contiguous_format
-                )
-                for name in self.network_names
-            },
+            **{name: _as_written(getattr(self, name), dtype) for name in self.network_names},
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _as_written(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network on the CPU in this precision; of weights that are so already it has no copy, but shares them."""
+
+    def written(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+    memo: dict[int, Any] = {id(p): nn.Parameter(written(p), requires_grad=False) for p in network.parameters()}
+    return copy.deepcopy(network, memo | {id(buffer): written(buffer) for buffer in network.buffers()})

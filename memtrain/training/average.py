@@ -67,26 +67,16 @@ class AveragedWeights:
             finally:
                 for name, module in sharded.items():
                     setattr(self._model, name, module)
-        elif others is not None:
-            parameters: list[Tensor] = [*trained_parameters(self._model)]
-            trained = [parameter.detach().clone() for parameter in parameters]
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, list(others))
-            try:
-                yield
-            finally:
-                with torch.no_grad():
-                    torch._foreach_copy_(parameters, trained)
-        elif self._ema is None:
-            yield
         else:
-            averaged = trained_parameters(self._model)
-            self._ema.store(averaged)
-            self._ema.copy_to(averaged)
+            parameters = trained_parameters(self._model)
+            own = [parameter.data for parameter in parameters]
+            for parameter, other in zip(parameters, self.shadow_params if others is None else others, strict=True):
+                parameter.data = other.data.to(parameter.device)  # where it is there already, nothing is copied
             try:
                 yield
             finally:
-                self._ema.restore(averaged)
+                for parameter, data in zip(parameters, own, strict=True):
+                    parameter.data = data
 
     def state_dict(self) -> dict | None:
         if self._ema is None:
@@ -96,6 +86,9 @@ class AveragedWeights:
 
     def load_state_dict(self, state: dict | None) -> None:
         if self._ema and state:
-            parts = zip(state["shadow_params"], self._ema.shadow_params, strict=True)
-            shadow = [strategy.cut_like(loaded, own) for loaded, own in parts]
-            self._ema.load_state_dict(state | {"shadow_params": shadow})
+            own = self._ema.shadow_params
+            self._ema.load_state_dict(state | {"shadow_params": []})  # it would copy what it is given
+            self._ema.shadow_params = own
+            with torch.no_grad():
+                for loaded, tensor in zip(state["shadow_params"], own, strict=True):
+                    tensor.copy_(strategy.cut_like(loaded, tensor))
