@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from memtrain.cli import bench_peers
 from memtrain.cli.arguments import Parser
 
 
@@ -43,6 +45,23 @@ def bench(argv: list[str]) -> None:
     )
     memory.add_argument("--json", action="store_true", help="print the figures as JSON")
     memory.set_defaults(run=_memory)
+    real_size = commands.add_parser(
+        "real_size", help="Stable Diffusion 1.4's size with random weights: steps, checkpoint, resume, export, detect"
+    )
+    real_size.add_argument(
+        "--model", default="CompVis/stable-diffusion-v1-4", metavar="NAME",
+        help="whose architecture: a hub id that `memtrain bench memory` knows, or a diffusers folder (default %(default)s)",
+    )  # fmt: skip
+    real_size.add_argument("--resolution", type=int, default=256, metavar="PX", help="(default 256)")
+    real_size.add_argument(
+        "--folder", type=Path, default=Path("bench/real_size"), metavar="PATH",
+        help="is made, and removed at the end; on a disk with 35 GB free (default bench/real_size)",
+    )  # fmt: skip
+    real_size.add_argument("--json", action="store_true", help="print the figures as JSON")
+    real_size.set_defaults(run=_real_size)
+    peers = commands.add_parser("peers", help="training, loading and detection against what its users use now")
+    bench_peers.add_arguments(peers)
+    peers.set_defaults(run=bench_peers.peers)
     commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
     args = parser.parse_args(argv)
     args.run(args)
@@ -180,3 +199,12 @@ def _memory(args: argparse.Namespace) -> None:
         f"\n{cards}; {RESERVED / 2**30:.0f} GiB of each left free. Not counted: what the forward without a gradient, "
         "the backward, the VAE and drawing need for a moment, and DDP's second copy of the gradients."
     )
+
+
+def _real_size(args: argparse.Namespace) -> None:
+    from memtrain.cli.bench_real_size import as_json, measure_real_size, shown
+
+    found = measure_real_size(
+        args.model, args.resolution, args.folder, said=lambda what: print(what, file=sys.stderr, flush=True)
+    )
+    print(as_json(found) if args.json else shown(found))
