@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import DDPM, PREDICTION_TYPES
+from memtrain.core.transfer import sent
 from memtrain.models.base import DiffusionModel
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import FAMILIES
@@ -105,8 +106,8 @@ class StableDiffusion(DiffusionModel):
     def _encode(self, captions: list[str]) -> Conditioning:
         tokens, mask = self._tokens(captions, self.tokenizer), None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(self.device)
-        return Conditioning(self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0])
+            mask = sent(tokens.attention_mask, self.device)
+        return Conditioning(self.text_encoder(sent(tokens.input_ids, self.device), attention_mask=mask)[0])
 
     def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         added = (

@@ -181,7 +181,7 @@ class DiffusionTraining(pl.LightningModule):
         self.stops.missing = self.stops.missing or batch.missing
         loss, observed = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
         if self.memory:
-            observed = self.memory.fill(observed)
+            observed = self.memory.fill(observed, batch.on_host.picture)
         decision = self._decide(observed, batch.valid)
         self.accumulation.add(observed, decision, batch.valid)
         self._log_progress(observed, decision, batch.valid)
@@ -195,7 +195,9 @@ class DiffusionTraining(pl.LightningModule):
 
     def _decide(self, observed: Observations, valid: Tensor) -> Decision:
         """Ask the rule about B rows; what says nothing is kept, what cannot be decoded is not trained on."""
-        decision = self.exclusion.decide(observed)
+        # a rule that remembers decides on the CPU, where its memory is
+        seen = ranks.on_host(observed) if self.exclusion.learns else observed
+        decision = self.exclusion.decide(seen).to(observed.score.device)
         decidable = observed.known if self.exclusion.needs_score else observed.captioned
         free = ~decidable | (observed.group == SACRIFICED)
         if self.global_step < self.exclusion.start_step:
@@ -245,12 +247,13 @@ class DiffusionTraining(pl.LightningModule):
 
     def _learn(self, record: StepRecord) -> None:
         """Show memory and rule all ranks' rows, by their place in the global batch, the reference set's after them."""
-        observed = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
+        gathered = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
+        observed = ranks.on_host(gathered)  # where memory and rule are
         if self.memory:
             self.memory.update(observed)
         if record.reference is not None:
             reference = ranks.gather(self.trainer, record.reference.observed, 1)
-            observed = Observations.concatenate([observed, reference])
+            observed = Observations.concatenate([observed, ranks.on_host(reference)])
         if self.exclusion.learns:
             self.exclusion.update(observed)
 
