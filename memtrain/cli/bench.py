@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from memtrain.cli import bench_peers
+from memtrain.cli import bench_all, bench_peers
 from memtrain.cli.arguments import Parser
 
 
@@ -62,6 +62,9 @@ def bench(argv: list[str]) -> None:
     peers = commands.add_parser("peers", help="training, loading and detection against what its users use now")
     bench_peers.add_arguments(peers)
     peers.set_defaults(run=bench_peers.peers)
+    everything = commands.add_parser("all", help="the ratios of all of these, beside the last ones that were committed")
+    bench_all.add_arguments(everything)
+    everything.set_defaults(run=bench_all.bench_all)
     commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
     args = parser.parse_args(argv)
     args.run(args)
