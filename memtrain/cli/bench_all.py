@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -92,10 +92,10 @@ def start(rounds: int) -> list[Ratio]:
 
 def cpu_seconds(command: list[str]) -> float:
     """CPU time of a process from its beginning to its end, whatever it says and however it ends."""
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 BENCHES: tuple[Callable[[int], list[Ratio]], ...] = (start, decoding, loading, scoring, detection)
