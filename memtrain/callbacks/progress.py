@@ -7,7 +7,6 @@ import time
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 
-
 _PATIENCE = 0.25  # s between two looks at the numbers
 
 

@@ -50,7 +50,7 @@ def bench(argv: list[str]) -> None:
     )
     real_size.add_argument(
         "--model", default="CompVis/stable-diffusion-v1-4", metavar="NAME",
-        help="whose architecture: a hub id that `memtrain bench memory` knows, or a diffusers folder (default %(default)s)",
+        help="whose architecture: a hub id that `memtrain bench memory` knows, or a folder (default %(default)s)",
     )  # fmt: skip
     real_size.add_argument("--resolution", type=int, default=256, metavar="PX", help="(default 256)")
     real_size.add_argument(

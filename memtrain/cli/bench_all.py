@@ -85,7 +85,9 @@ def start(rounds: int) -> list[Ratio]:
     }
     nothing = median(cpu_seconds([sys.executable, "-c", ""]) for _ in range(rounds))
     return [
-        Ratio(f"{name}: CPU time against an empty Python", median(cpu_seconds(c) for _ in range(rounds)) / nothing, False)
+        Ratio(
+            f"{name}: CPU time against an empty Python", median(cpu_seconds(c) for _ in range(rounds)) / nothing, False
+        )
         for name, c in commands.items()
     ]
 

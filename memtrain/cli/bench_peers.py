@@ -311,8 +311,8 @@ def peers(args: argparse.Namespace) -> None:
     if "detection" in found:
         one = found["detection"]
         lines.append(f"detection, prompts a second: {one.memtrain:.1f}; {one.against_whole_loop:.0f}x a loop of all "
-                     f"{one.num_inference_steps} steps, decoded, a prompt at a time, and {one.against_stopped_loop:.2f}x"
-                     " the loop stopped after the scored step")  # fmt: skip
+                     f"{one.num_inference_steps} steps, decoded, a prompt at a time, and "
+                     f"{one.against_stopped_loop:.2f}x the loop stopped after the scored step")  # fmt: skip
     print("\n".join(lines))
 
 

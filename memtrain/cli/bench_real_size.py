@@ -221,7 +221,9 @@ class Watched:
             words = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             code = self._process.returncode
             killed = " (killed, as where memory runs out)" if code == -signal.SIGKILL else ""
-            raise ValueError(f"a part of the bench ended with code {code}{killed}: {(words or ['it said nothing'])[-1]}")
+            raise ValueError(
+                f"a part of the bench ended with code {code}{killed}: {(words or ['it said nothing'])[-1]}"
+            )
 
     def kill(self) -> None:
         self._process.kill()
@@ -258,7 +260,10 @@ def shown(found: RealSize) -> str:
         for phase in found.phases
     ]
     if found.gpu:
-        lines += ["", f"training took {found.gpu / 2**30:.2f} GiB of the GPU, {found.gpu / found.must_sum:.2f}x the sum"]
+        lines += [
+            "",
+            f"training took {found.gpu / 2**30:.2f} GiB of the GPU, {found.gpu / found.must_sum:.2f}x the sum",
+        ]
     lines += ["", f"a checkpoint has {found.checkpoint / 1e9:.2f} GB"]
     return "\n".join(lines)
 

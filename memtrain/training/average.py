@@ -29,14 +29,14 @@ class AveragedWeights:
     @property
     def shadow_params(self) -> Sequence[Tensor]:
         """The averaged weights, in the order of `trained_parameters`; sharded as these are."""
-        return self._ema.shadow_params if self._ema else trained_parameters(self._model)
+        return self._ema.shadow_params if self._ema else self._trained
 
     def begin(self, model: DiffusionModel, bones: dict[str, nn.Module]) -> None:
         """Start from the weights as they are now; `bones` as `strategy.shard_trained` gives them."""
         self._model, self._bones = model, bones
+        self._trained = trained_parameters(model)
         if self.decay:
-            parameters = trained_parameters(model)
-            self._ema = EMAModel(parameters, decay=self.decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+            self._ema = EMAModel(self._trained, decay=self.decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
 
     def to(self, device: torch.device) -> None:
         if self._ema:
@@ -44,7 +44,7 @@ class AveragedWeights:
 
     def step(self) -> None:
         if self._ema:
-            self._ema.step(trained_parameters(self._model))
+            self._ema.step(self._trained)
 
     @contextlib.contextmanager
     def in_place(self, others: Sequence[Tensor] | None = None) -> Iterator[None]:
@@ -68,14 +68,13 @@ class AveragedWeights:
                 for name, module in sharded.items():
                     setattr(self._model, name, module)
         else:
-            parameters = trained_parameters(self._model)
-            own = [parameter.data for parameter in parameters]
-            for parameter, other in zip(parameters, self.shadow_params if others is None else others, strict=True):
+            own = [parameter.data for parameter in self._trained]
+            for parameter, other in zip(self._trained, self.shadow_params if others is None else others, strict=True):
                 parameter.data = other.data.to(parameter.device)  # where it is there already, nothing is copied
             try:
                 yield
             finally:
-                for parameter, data in zip(parameters, own, strict=True):
+                for parameter, data in zip(self._trained, own, strict=True):
                     parameter.data = data
 
     def state_dict(self) -> dict | None:

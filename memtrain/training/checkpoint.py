@@ -167,7 +167,6 @@ class AsideIO(TorchCheckpointIO):
             number = cause.errno or errno.ENOSPC
             raise OSError(number, f"the checkpoint could not be written ({os.strerror(number)})", str(path)) from None
 
-
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:

@@ -227,8 +227,8 @@ class DiffusionTraining(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update weights and average, leave a record of the step, and have rule and memory learn from it."""
         super().optimizer_step(*args, **kwargs)
-        for parameter in self.trained_parameters():
-            parameter.grad = None  # here, and not at the next backward: whatever comes between has its memory
+        [optimizer] = self.trainer.optimizers
+        optimizer.zero_grad()  # here, and not at the next backward: whatever comes between has its memory
         if not self.accumulation.is_skipped:
             self.ema.step()
         observed, decision = self.accumulation.take()

@@ -53,7 +53,7 @@ def test_the_first_visits_that_are_scored_are_spread_evenly():
 def test_the_average_is_put_in_place_exported_and_restored_without_a_second_copy(pipeline_folder, tmp_path):
     model = build_module(pipeline_folder).model
     model.vae.to(memory_format=torch.contiguous_format)  # as files have it; small beside the network, it is copied
-    trained = [parameter for parameter in model.unet.parameters()]
+    trained = list(model.unet.parameters())
     own = [parameter.data_ptr() for parameter in trained]
     size = sum(parameter.nbytes for parameter in trained)
     ema = AveragedWeights(0.9)

@@ -11,7 +11,7 @@ from tests.support.no_float64 import DEVICE
 from tests.support.no_waits import NoWaits
 from tests.support.rules import quick_rules
 
-DECIDED = "ranks.py: return observed if observed.score.device.type == \"cpu\" else unpack(pack(observed).cpu(), observed)"
+DECIDED = 'ranks.py: return observed if observed.score.device.type == "cpu" else unpack(pack(observed).cpu(), observed)'
 SETTLED = "accumulation.py: sums = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()"
 
 
@@ -66,8 +66,8 @@ def test_the_mode_sees_waits():
         there = torch.arange(4.0).to(DEVICE, non_blocking=True)
         assert device.waits == []
         mask = there > 1
-        for wait in (lambda: there.tolist(), lambda: bool(mask.any()), lambda: there[mask], lambda: there.cpu(),
-                     lambda: there.nonzero(), lambda: torch.ones(2).to(DEVICE), lambda: there.sum().item()):  # fmt: skip
+        reads = [lambda: there.tolist(), lambda: bool(mask.any()), lambda: there[mask], lambda: there.cpu()]
+        for wait in [*reads, lambda: there.nonzero(), lambda: torch.ones(2).to(DEVICE), lambda: there.sum().item()]:
             device.waits.clear()
             wait()
             assert len(device.waits) == 1
