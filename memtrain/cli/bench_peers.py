@@ -91,7 +91,7 @@ def steps_of(found: dict[str, list[dict[str, float]]], work: Work) -> dict[str, 
     """What the clocks of all rounds say, by program: CPU time where there is one thread and no GPU, else time."""
     clock = "wall" if work.threads > 1 or "gpu_bytes" in next(iter(found.values()))[0] else "cpu"
     seconds = {name: [one[clock] for one in rounds] for name, rounds in found.items()}
-    against = {PLAIN: (DIFFUSERS,), SCORED: (DIFFUSERS, PAPER), CACHED: (DIFFUSERS,)}
+    against = {PLAIN: (DIFFUSERS,), SCORED: (DIFFUSERS, PAPER), CACHED: (DIFFUSERS, PAPER)}
     return {
         name: Step(
             seconds[name],
