@@ -82,7 +82,7 @@ def _of_folder(folder: Path) -> Architecture:
     return Architecture(index["_class_name"], parts)
 
 
-def _build(config: dict[str, Any], device: str) -> Any:
+def _build(config: dict[str, Any], device: str = "meta") -> Any:
     """A part of a pipeline: of diffusers where its config names a class, else of transformers."""
     if "Scheduler" in config.get("_class_name", ""):
         return getattr(diffusers, config["_class_name"]).from_config(config)
