@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from memtrain.core.exclusion import EXCLUDE, PULL
 from memtrain.training.score_memory import ScoreMemory, Scoring
 from tests.conftest import build_data, build_module
 from tests.support.no_float64 import DEVICE
@@ -12,6 +13,7 @@ from tests.support.no_waits import NoWaits
 from tests.support.rules import quick_rules
 
 DECIDED = 'ranks.py: return observed if observed.score.device.type == "cpu" else unpack(pack(observed).cpu(), observed)'
+PULLED = "module.py: rows = (pulled | (self.device_mesh is not None)).nonzero()[:, 0]"
 SETTLED = "accumulation.py: sums = ranks.all_reduce(trainer, torch.cat([counts, reported])).tolist()"
 
 
@@ -57,8 +59,13 @@ def test_forward_score_decision_and_backward_wait_for_nothing(rule, scoring, pip
 
 
 def test_a_rule_that_remembers_waits_once_to_decide(pipeline_folder, corpus):
-    _, waits = step(pipeline_folder, corpus, quick_rules()["evidence"], steps=1)
+    rule = quick_rules()["evidence"]
+    rule.action = EXCLUDE
+    _, waits = step(pipeline_folder, corpus, rule, steps=1)
     assert waits == [DECIDED]
+    rule.action = PULL  # which rows have one more forward pass is asked for, then
+    _, waits = step(pipeline_folder, corpus, rule, steps=1)
+    assert waits == [DECIDED, PULLED]
 
 
 def test_the_mode_sees_waits():
