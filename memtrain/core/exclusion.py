@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from memtrain.core.statistics import most_remembered
+from memtrain.core.transfer import sent
 
 # Groups. Canaries are planted; a sacrificed one is never excluded, so that rules learn what memorized looks like;
 # a reference sample is never trained on.
@@ -68,6 +69,11 @@ class Decision:
     threshold: Tensor  # (B,) float32, what each sample was held against, in the rule's own unit
     # (B,) bool, which of those that are left out are pulled, where that is the rule's action; None: all of them
     pull_mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Decision:
+        """The same on a device, for which the host does not wait."""
+        pull_mask = None if self.pull_mask is None else sent(self.pull_mask, device)
+        return Decision(sent(self.keep_mask, device), sent(self.threshold, device), pull_mask)
 
     @staticmethod
     def concatenate(parts: list[Decision]) -> Decision:

@@ -183,7 +183,7 @@ class DiffusionTraining(pl.LightningModule):
         visit = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
         loss, observed = visit.found.loss, visit.observed
         if self.memory:
-            observed = self.memory.fill(observed)
+            observed = self.memory.fill(observed, batch.on_host.picture)
         decision = self._decide(observed, batch.valid)
         self.accumulation.add(observed, decision, batch.valid)
         self._log_progress(observed, decision, batch.valid)
@@ -212,7 +212,9 @@ class DiffusionTraining(pl.LightningModule):
 
     def _decide(self, observed: Observations, valid: Tensor) -> Decision:
         """Ask the rule about B rows; what says nothing is kept, what cannot be decoded is not trained on."""
-        decision = self.exclusion.decide(observed)
+        # a rule that learns decides on the CPU, where its memory is
+        seen = ranks.on_host(observed) if self.exclusion.learns else observed
+        decision = self.exclusion.decide(seen).to(observed.score.device)
         free = observed.group == SACRIFICED
         if not self.exclusion.remembers:
             free = free | ~(observed.known if self.exclusion.needs_score else observed.captioned)
@@ -243,6 +245,8 @@ class DiffusionTraining(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update weights and average, leave a record of the step, and have rule and memory learn from it."""
         super().optimizer_step(*args, **kwargs)
+        [optimizer] = self.trainer.optimizers
+        optimizer.zero_grad()  # here, and not at the next backward: whatever comes between has its memory
         if not self.accumulation.is_skipped:
             self.ema.step()
         observed, decision = self.accumulation.take()
@@ -261,12 +265,13 @@ class DiffusionTraining(pl.LightningModule):
 
     def _learn(self, record: StepRecord) -> None:
         """Show memory and rule all ranks' rows, by their place in the global batch, the reference set's after them."""
-        observed = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
+        gathered = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
+        observed = ranks.on_host(gathered)  # where memory and rule are
         if self.memory:
             self.memory.update(observed)
         if record.reference is not None:
             reference = ranks.gather(self.trainer, record.reference.observed, 1)
-            observed = Observations.concatenate([observed, reference])
+            observed = Observations.concatenate([observed, ranks.on_host(reference)])
         if self.exclusion.learns:
             self.exclusion.update(observed)
 
