@@ -241,6 +241,7 @@ def from_shards(
     max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
     max_visits_per_group: int | None = None,
+    fetch: str = "shards",
     repeats: int | Sequence[int] | None,
     canaries_file: str | None = None,
     sacrificed_keys: Sequence[str] = (),
@@ -279,6 +280,7 @@ def from_shards(
         bucket_multiple,
         workers=max(1, num_workers),
         exclude_keys=exclude_keys,
+        fetch=fetch,
     )
     samples.log_counts()
     if repeats_from:

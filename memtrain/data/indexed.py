@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memtrain.data.index import VERSION, IndexFile, open_indexes, open_remote_indexes
 from memtrain.data.remote import ShardCache
-from memtrain.data.sources import Shard, find_sources
+from memtrain.data.sources import Shard, check_fetch, find_sources
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
@@ -25,12 +25,21 @@ class IndexedShards:
         cache_dir: see `cache_folder`; holds indexes that do not lie beside their shard, and remote shards.
         cache_bytes: how much of it remote shards may take.
         workers: processes that write missing indexes.
+        fetch: how remote shards are read afterwards, see `memtrain.data.sources.check_fetch`.
     """
 
-    def __init__(self, spec: str | Mapping | Sequence, cache_dir: str | Path | None, cache_bytes: int, workers: int):
+    def __init__(
+        self,
+        spec: str | Mapping | Sequence,
+        cache_dir: str | Path | None,
+        cache_bytes: int,
+        workers: int,
+        fetch: str = "shards",
+    ):
         self.cache_dir = cache_folder(cache_dir)
         self.remote = ShardCache(self.cache_dir / "shards", cache_bytes)
         self.shards: list[Shard] = find_sources(spec)
+        check_fetch(fetch, self.shards)
         local = [shard.url for shard in self.shards if not shard.is_remote]
         remote = [shard.url for shard in self.shards if shard.is_remote]
         found = dict(zip(local, open_indexes(local, self.cache_dir, workers), strict=True))

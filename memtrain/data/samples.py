@@ -45,6 +45,7 @@ class ShardSamples:
         max_aspect_ratio, bucket_multiple: see `memtrain.data.buckets`; 1 decodes squares alone.
         workers: processes that write missing indexes.
         exclude_keys: a list of samples that are left out, see `memtrain.data.excluded_keys`.
+        fetch: remote `shards` whole, or `samples` alone, see `memtrain.data.open_shards.OpenShards`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ShardSamples:
         bucket_multiple: int = 64,
         workers: int = 1,
         exclude_keys: str | Path | None = None,
+        fetch: str = "shards",
     ):
         if missing_shards not in ("stop", "skip"):
             raise ValueError(f"data.missing_shards must be stop or skip, got {missing_shards}")
@@ -70,7 +72,7 @@ class ShardSamples:
         clauses = parse_filter(where) if where else []
         listed = read_keys(exclude_keys) if exclude_keys else frozenset()
 
-        self.indexed = IndexedShards(shards, cache_dir, cache_bytes, workers)
+        self.indexed = IndexedShards(shards, cache_dir, cache_bytes, workers, fetch)
         self.shards = self.indexed.shards
         filtered = filter_rows(clauses, self.indexed)
         excluded = excluded_rows(listed, exclude_keys, self.indexed, filtered) if exclude_keys and listed else {}
@@ -78,8 +80,9 @@ class ShardSamples:
         self.counts = self.rows.counts
         if len(self) == 0:
             raise ValueError(self._why_empty(shards, exclude_keys))
-        self._open = OpenShards(self.shards, self.indexed.indexes, self.indexed.remote, filtered.stems)
-        self._buckets = RowBuckets(self.sizes, self.indexed, self._open, filtered, where)
+        opened = (self.shards, self.indexed.indexes, self.indexed.remote, filtered.stems)
+        self._open = OpenShards(*opened, in_ranges=fetch == "samples")
+        self._buckets = RowBuckets(self.sizes, self.indexed, OpenShards(*opened), filtered, where)
         self._captions = Captions(caption)
         self._keys: dict[int, np.ndarray] = {}  # of one shard
         self._lost: set[int] = set()  # shards that could not be opened, where that is no reason to stop
@@ -162,6 +165,10 @@ class ShardSamples:
         """Fetch these shards in the background, where they are remote."""
         self._open.prefetch(numbers)
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Read the bytes of these samples at once, where they are read by ranges. Raises ShardMissing."""
+        self._open.read_ahead([self.rows.locate(index) for index in indices])
+
     def get(self, index: int, view: View = STRAIGHT, size: tuple[int, int] | None = None) -> Seen:
         """A sample as a view of it shows it, in this (height, width), else as the square.
 
@@ -172,15 +179,15 @@ class ShardSamples:
             raise BadSample("shard is missing")
         try:
             shard = self._open[number]
+            record = shard.record(row)
+            data, caption = shard.read(record["image"]), self._captions.one(shard, record, view.caption)
         except ShardMissing:
             if self.missing_shards == "stop":
                 raise
             self._lost.add(number)
             raise BadSample("shard is missing") from None
-        record = shard.record(row)
-        data = shard.read(record["image"])
         image, sizes = decode_crop(data, *(size or self.sizes[0]), crop=view.crop, flip=view.flip)
-        return Seen(image, self._captions.one(shard, record, view.caption), sizes)
+        return Seen(image, caption, sizes)
 
     def members(self, index: int) -> tuple[bytes, bytes, bytes | None]:
         """Bytes of a sample's image, caption and json, as they lie in its shard. Raises BadSample, and ShardMissing."""
