@@ -43,6 +43,7 @@ class Evidence(ExclusionRule):
 
     learns = True
     needs_reference = True
+    per_sample: tuple[str, ...] = ("evidence", "excluded")
     floor = -math.inf  # evidence rests here, however much speaks for a sample
 
     def __init__(
@@ -171,6 +172,8 @@ class LikelihoodEvidence(Evidence):
         own_limit: of a sample's own part, in the reference set's deviations.
         copies_weight: of the logarithm of the number of a picture's samples in the corpus, >= 0.
     """
+
+    per_sample = (*Evidence.per_sample, "own", "seen")
 
     def __init__(
         self,

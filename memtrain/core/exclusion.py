@@ -78,6 +78,8 @@ class ExclusionRule(ABC):
     needs_score = True  # False: decides without scores, on every captioned row
     needs_reference = False  # True: useless without a reference set
     start_step = 0  # before this optimizer step every sample is kept; rules learn from the first step on
+    # tensors (num_samples,) of zeros that `setup` makes, looked up by `picture` alone: ranks of a machine share them
+    per_sample: tuple[str, ...] = ()
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:  # noqa: B027
         """Called once, before the first step, with what the corpus and the model are like."""
