@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from memtrain.data.index import VERSION, IndexFile, open_indexes, open_remote_indexes
@@ -52,6 +53,13 @@ class IndexedShards:
         index = self.indexes[number]
         said = f"{self.shards[number].url}\n{index.size} {index.mtime_ns} {VERSION}\n{of}"
         return hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()[:32]
+
+    @cached_property
+    def state(self) -> str:
+        """Names the shards in their present states, all of them."""
+        pairs = zip(self.shards, self.indexes, strict=True)
+        said = (f"{shard.url} {index.size} {index.mtime_ns}" for shard, index in pairs)
+        return hashlib.sha256("\n".join([str(VERSION), *said]).encode(errors="surrogateescape")).hexdigest()
 
     def derived(self, folder: str, of: str) -> list[str]:
         """Where to keep what is derived from each shard's columns, which a parquet beside it may hold; no suffix."""

@@ -8,18 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from memtrain.data.buckets import RowBuckets, bucket_sizes
 from memtrain.data.captions import Captions
 from memtrain.data.excluded_keys import excluded_rows, read_keys
 from memtrain.data.images import BadSample, decode_crop
-from memtrain.data.index import key_of
 from memtrain.data.indexed import IndexedShards
+from memtrain.data.kept import file_state
+from memtrain.data.names import as_names, by_shard, places
 from memtrain.data.open_shards import OpenShards
 from memtrain.data.remote import ShardMissing
 from memtrain.data.row_filter import filter_rows, parse_filter
 from memtrain.data.rows import SampleRows
-from memtrain.data.sources import home_of
 from memtrain.data.view import STRAIGHT, Seen, View
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,16 @@ class ShardSamples:
         self.sizes = bucket_sizes(resolution, max_aspect_ratio, bucket_multiple)  # (height, width), the square first
         # what a person wrote is checked first: the shards may take long to index
         clauses = parse_filter(where) if where else []
-        listed = read_keys(exclude_keys) if exclude_keys else frozenset()
+        listed = read_keys(exclude_keys) if exclude_keys else None
 
         self.indexed = IndexedShards(shards, cache_dir, cache_bytes, workers, fetch)
         self.shards = self.indexed.shards
         filtered = filter_rows(clauses, self.indexed)
-        excluded = excluded_rows(listed, exclude_keys, self.indexed, filtered) if exclude_keys and listed else {}
+        excluded: Mapping[int, np.ndarray] = {}
+        self._excluded = ""
+        if exclude_keys and listed is not None and len(listed):
+            self._excluded = file_state(exclude_keys)
+            excluded = excluded_rows(listed, exclude_keys, self.indexed, filtered, where)
         self.rows = SampleRows([index.samples for index in self.indexed.indexes], filtered, excluded)
         self.counts = self.rows.counts
         if len(self) == 0:
@@ -116,6 +121,11 @@ class ShardSamples:
         """What decides a sample's centre square and its caption, beside the shards themselves."""
         return {"resolution": self.resolution, "crop": "center", "caption": self.caption, "where": self.where}
 
+    @property
+    def state(self) -> str:
+        """Names which samples these are, in the present state of their shards."""
+        return f"{self.indexed.state}\n{self.where}\n{self._excluded}"
+
     def buckets(self, number: int) -> np.ndarray:
         """Which of `sizes` each sample of a shard has. (counts[number],)"""
         return self.rows.without_excluded(number, self._buckets.of_shard(number))
@@ -146,18 +156,17 @@ class ShardSamples:
             raise ValueError(f"no sample {missing[0]}{more} in data.shards; was the list made from another corpus?")
         return found
 
-    def look_up(self, names: Sequence[str]) -> np.ndarray:
+    def look_up(self, names: Sequence[str] | pa.ChunkedArray) -> np.ndarray:
         """Positions of the samples of these names, in their order; -1 where the corpus has none. (n,) int64"""
-        wanted: dict[str, int] = dict.fromkeys(names, -1)
-        homes = {home_of(name) for name in wanted}
-        for number, shard in enumerate(self.shards):
-            if shard.name in homes:
-                records = self.indexed.indexes[number].records()
-                for row, record in enumerate(self.rows.samples_of(number)):
-                    name = f"{shard.name}/{key_of(records[record])}"
-                    if name in wanted:
-                        wanted[name] = int(self.rows.starts[number]) + row
-        return np.array([wanted[name] for name in names], dtype=np.int64)
+        found = np.full(len(names), -1, dtype=np.int64)
+        numbers = {shard.name: number for number, shard in enumerate(self.shards)}
+        for home, which, wanted in by_shard(names if isinstance(names, pa.ChunkedArray) else as_names(names)):
+            number = numbers.get(home)
+            if number is not None:
+                keys = self.indexed.indexes[number].records()["key"][self.rows.samples_of(number)]
+                row = places(wanted, keys)
+                found[which] = np.where(row >= 0, self.rows.starts[number] + row, -1)
+        return found
 
     # ---- reading
 

@@ -79,11 +79,6 @@ def check_fetch(fetch: str, shards: Sequence[Shard]) -> None:
         )
 
 
-def home_of(name: str) -> str:
-    """The name of the shard that a sample's name, `SHARD.tar/KEY`, begins with."""
-    return name.rsplit(".tar/", 1)[0] + ".tar"
-
-
 def local_shards(spec: Sequence[str]) -> list[LocalShard]:
     """The shards that these folders, tars and brace patterns name.
 
