@@ -62,8 +62,6 @@ def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictu
                 found = np.stack([pictures.positions, pictures.first])  # (M,) each -> (2, M)
                 write_array(grouped, found)
     records, first = found
-    if len(samples) == samples.rows.records.sum():
-        return Pictures(records, first)  # mapped, as it lies in the file
 
     def of_samples() -> Pictures:
         positions = samples.rows.positions_of(records)
@@ -79,9 +77,11 @@ def _once(count: int, said: str, samples: ShardSamples, make: Callable[[], Pictu
 
     def arrays() -> dict[str, np.ndarray]:
         made = make()
-        return {"positions": made.positions, "first": made.first}
+        firsts, sizes = np.unique(made.first, return_counts=True)
+        return {"positions": made.positions, "first": made.first, "firsts": firsts, "sizes": sizes}
 
-    return Pictures(**once(samples.indexed.cache_dir / "pictures", said, arrays))
+    found = once(samples.indexed.cache_dir / "pictures", said, arrays)
+    return Pictures(found["positions"], found["first"], (found["firsts"], found["sizes"]))
 
 
 def _read_groups(file: Path) -> np.ndarray | None:

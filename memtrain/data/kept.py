@@ -83,6 +83,15 @@ def once(folder: Path, said: str, make: Callable[[], Mapping[str, np.ndarray]]) 
     return found
 
 
+def once_of(folder: Path, make: Callable[[], Mapping[str, np.ndarray]], *inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """The same, of arrays that are all they are made of."""
+    digest = hashlib.sha256()
+    for values in inputs:
+        digest.update(f"{values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).data)
+    return once(folder, digest.hexdigest(), make)
+
+
 def file_state(path: str | Path) -> str:
     """Names a file in its present state. Raises OSError where there is none."""
     file = Path(path).expanduser().absolute()

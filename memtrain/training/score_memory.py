@@ -72,7 +72,7 @@ class ScoreMemory:
         zeros: makes (n,) zeros of a dtype, such as `memtrain.training.machine.Machine.zeros`.
     """
 
-    per_sample = ("score", "score_timestep", "wait")
+    per_sample: tuple[str, ...] = ("score", "score_timestep", "wait")
 
     def __init__(self, num_samples: int, scoring: Scoring, zeros: Callable[[int, torch.dtype], Tensor] = _zeros):
         self.every_visits, self.timesteps = scoring.every_visits, scoring.timesteps
