@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,18 @@ def bench(argv: list[str]) -> None:
     )
     memory.add_argument("--json", action="store_true", help="print the figures as JSON")
     memory.set_defaults(run=_memory)
+    kept = commands.add_parser("kept", help="what a run keeps of every sample, by option: on a rank, and on a machine")
+    kept.add_argument("--shards", type=int, default=41_400, metavar="N", help="(default 41,400)")
+    kept.add_argument("--samples", type=int, default=10_000, metavar="N", help="of each shard (default 10,000)")
+    kept.add_argument("--ranks", type=int, default=8, metavar="N", help="of the machine (default 8)")
+    kept.add_argument(
+        "--share", type=float, default=0.1, metavar="X", help="of the samples, excluded or duplicates (default 0.1)"
+    )
+    kept.add_argument(
+        "--folder", type=Path, metavar="DIR", help="for shards that are links, 60 kB each (default a new one)"
+    )
+    kept.add_argument("--json", action="store_true", help="print the figures as JSON")
+    kept.set_defaults(run=_kept)
     commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
     args = parser.parse_args(argv)
     args.run(args)
@@ -79,6 +92,28 @@ def _startup(args: argparse.Namespace) -> None:
         f"corpus open after {found.corpus_seconds:.1f} s, first batch after {found.first_batch_seconds:.1f} s\n"
         f"{found.resident_bytes / 2**20:.0f} MiB resident beyond interpreter and libraries"
     )
+
+
+def _kept(args: argparse.Namespace) -> None:
+    from memtrain.training.bench_kept import measure_kept
+
+    with tempfile.TemporaryDirectory(prefix="memtrain-bench-", dir=args.folder) as folder:
+        found = measure_kept(
+            args.shards, args.samples, args.ranks, args.share, Path(folder),
+            said=lambda what: print(what, file=sys.stderr, flush=True),
+        )  # fmt: skip
+    if args.json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    print(
+        f"{found.samples:,} samples, {found.ranks} ranks, {found.share:.0%} of them on the list and duplicates; beyond "
+        f"interpreter and libraries\n\n{'':<28}{'a rank alone':>16}{'':>16}{'all ranks':>14}\n"
+        f"{'':<28}{'MiB':>16}{'bytes/sample':>16}{'MiB':>14}"
+    )
+    for row in found.rows:
+        print(
+            f"{row.option:<28}{row.own / 2**20:>16,.0f}{row.own / found.samples:>16.3f}{row.together / 2**20:>14,.0f}"
+        )
 
 
 def _score(args: argparse.Namespace) -> None:

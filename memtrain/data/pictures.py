@@ -47,7 +47,7 @@ class Pictures:
 
     def copies(self, positions: np.ndarray) -> np.ndarray:
         """How many samples of the corpus show the same picture; 1 where there is no other. (n,) -> (n,) int64"""
-        firsts, sizes = self._sizes
+        firsts, sizes = self.sizes_of_groups
         if len(firsts) == 0:
             return np.ones(len(positions), dtype=np.int64)
         first = self.of(positions)
@@ -55,14 +55,14 @@ class Pictures:
         return np.where(firsts[place] == first, sizes[place], 1)
 
     @cached_property
-    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+    def sizes_of_groups(self) -> tuple[np.ndarray, np.ndarray]:
         """The first position of each group, sorted, and how many its members are."""
         return np.unique(self.first, return_counts=True) if self.sizes is None else self.sizes
 
     @property
     def count(self) -> int:
         """How many groups there are."""
-        return len(self._sizes[0])
+        return len(self.sizes_of_groups[0])
 
     def groups(self, most: int, ahead: np.ndarray | None = None) -> list[np.ndarray]:
         """The positions of the `most` largest groups, or of fewer; of equally large ones, of those that come first.
@@ -70,7 +70,7 @@ class Pictures:
         Args:
             ahead: first positions of groups that come before the others.
         """
-        firsts, sizes = self._sizes
+        firsts, sizes = self.sizes_of_groups
         later = np.ones(len(firsts), dtype=bool) if ahead is None else ~np.isin(firsts, ahead)
         # the order is wanted of a few, of maybe 40 million: those that cannot be among them are left out first
         least = np.partition(sizes, -most)[-most] if 0 < most < len(sizes) else 0
