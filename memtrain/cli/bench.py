@@ -106,14 +106,13 @@ def _kept(args: argparse.Namespace) -> None:
         print(json.dumps(asdict(found), indent=2))
         return
     print(
-        f"{found.samples:,} samples, {found.ranks} ranks, {found.share:.0%} of them on the list and duplicates; beyond "
-        f"interpreter and libraries\n\n{'':<28}{'a rank alone':>16}{'':>16}{'all ranks':>14}\n"
-        f"{'':<28}{'MiB':>16}{'bytes/sample':>16}{'MiB':>14}"
+        f"{found.samples:,} samples, {found.ranks} ranks, {found.share:.0%} of the samples listed; MiB beyond "
+        "interpreter and libraries, and what a rank has alone in bytes a sample\n\n"
+        f"{'':<28}{'a rank alone':>14}{'bytes':>9}{'all ranks':>12}{'first, peak':>14}"
     )
     for row in found.rows:
-        print(
-            f"{row.option:<28}{row.own / 2**20:>16,.0f}{row.own / found.samples:>16.3f}{row.together / 2**20:>14,.0f}"
-        )
+        alone, together, peak = (f"{size / 2**20:,.0f}" for size in (row.own, row.together, row.first_peak))
+        print(f"{row.option:<28}{alone:>14}{row.own / found.samples:>9.3f}{together:>12}{peak:>14}")
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from memtrain.data.escaping import as_text
 from memtrain.data.indexed import IndexedShards
-from memtrain.data.kept import MANY, file_state, once
+from memtrain.data.kept import MANY, file_state, once, rows_of
 from memtrain.data.names import as_names, by_shard, places
 from memtrain.data.paths import KEYS, check_file
 from memtrain.data.row_filter import FilteredRows
@@ -46,16 +46,25 @@ def read_keys(path: str | Path) -> pa.Array:
         raise ValueError(f"data.exclude_keys={path} cannot be read ({str(error).splitlines()[0]}); {KEYS}") from error
 
 
+def check_list(path: str | Path) -> int:
+    """About how many keys a list has, which is looked at before anything that takes long; a short one is read whole.
+
+    Raises:
+        ValueError: see `read_keys`.
+    """
+    count = rows_of(path)
+    return len(read_keys(path)) if count < MANY else count
+
+
 def excluded_rows(
-    listed: pa.Array, path: str | Path, indexed: IndexedShards, filtered: FilteredRows, where: str | None
+    path: str | Path, indexed: IndexedShards, filtered: FilteredRows, where: str | None
 ) -> Mapping[int, np.ndarray]:
     """Shard -> rows of it whose samples are on the list, sorted. Rows keep their numbers, as caches need it.
 
-    Of a long list they are found by one process of a machine, in a file in the cache folder that all of them map.
+    Of a long list they are found by one process of a machine, in files in the cache folder that all of them map.
 
     Args:
-        listed: sample keys, see `read_keys`.
-        path: of the list, for what is said of it.
+        path: of the list, see `read_keys`.
         where: the filter whose rows these are.
 
     Raises:
@@ -63,25 +72,22 @@ def excluded_rows(
     """
 
     def make() -> dict[str, np.ndarray]:
-        return _find(listed, indexed, filtered)
+        return _find(read_keys(path), indexed, filtered)
 
-    if len(listed) < MANY:
-        found: Mapping[str, np.ndarray] = make()
+    if rows_of(path) < MANY:
+        found = make()
     else:
-        said = f"{file_state(path)}\n{where}\n{indexed.state}"
-        found = once(indexed.cache_dir / "excluded", said, make)
-    unknown = int(found["unknown"][0])
+        found = once(indexed.cache_dir / "excluded", f"{file_state(path)}\n{where}\n{indexed.state}", make)
+    listed, unknown = found["counts"].tolist()
     example = bytes(found["example"][0]).decode("utf-8", "replace")
-    if unknown == len(listed):
+    if unknown == listed:
         raise ValueError(
-            f"data.exclude_keys={path}: none of its {len(listed)} keys, such as {example}, is in "
+            f"data.exclude_keys={path}: none of its {listed} keys, such as {example}, is in "
             "data.shards; was the list made from another corpus?"
         )
     log.info("data.exclude_keys drops %d samples: %s", len(found["rows"]), path)
     if unknown:
-        log.warning(
-            "data.exclude_keys: %d of its %d keys are not in data.shards, such as %s", unknown, len(listed), example
-        )
+        log.warning("data.exclude_keys: %d of its %d keys are not in data.shards, such as %s", unknown, listed, example)
     return _Slices(found["rows"], dict(zip(found["shards"].tolist(), found["bounds"].tolist(), strict=True)))
 
 
@@ -103,7 +109,7 @@ class _Slices(Mapping[int, np.ndarray]):
 
 
 def _find(listed: pa.Array, indexed: IndexedShards, filtered: FilteredRows) -> dict[str, np.ndarray]:
-    """The excluded rows of all shards, the bounds of each shard's, how many keys are unknown, and one of these."""
+    """The excluded rows of all shards, each shard's bounds, how many keys are listed and unknown, and one such."""
     numbers = {as_text(shard.name): number for number, shard in enumerate(indexed.shards)}
     known = np.zeros(len(listed), dtype=bool)
     rows: dict[int, np.ndarray] = {}
@@ -121,7 +127,7 @@ def _find(listed: pa.Array, indexed: IndexedShards, filtered: FilteredRows) -> d
         "rows": np.concatenate([np.zeros(0, np.int32), *(rows[number] for number in order)]),
         "shards": np.array(order, dtype=np.int64),
         "bounds": np.stack([ends - [len(rows[number]) for number in order], ends], axis=1) if order else ends[:, None],
-        "unknown": np.array([len(unknown)]),
+        "counts": np.array([len(listed), len(unknown)]),
         "example": np.array([min(unknown.to_pylist()[:MANY], default=b"")], dtype=np.bytes_),
     }
 

@@ -21,7 +21,7 @@ from memtrain.data.duplicates import components, read_groups
 from memtrain.data.hashes import HASHES, read_hashes, shard_hashes
 from memtrain.data.index import IndexFile
 from memtrain.data.indexed import IndexedShards
-from memtrain.data.kept import MANY, file_state, once, one_at_a_time, read_array, write_array
+from memtrain.data.kept import MANY, file_state, once, one_at_a_time, read_array, rows_of, write_array
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.samples import ShardSamples
 
@@ -59,8 +59,10 @@ def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictu
             found = _read_groups(grouped)  # another rank may have been first
             if found is None:
                 pictures = _group(samples.indexed.indexes, [file for _, file in files], near=duplicates == "near")
-                found = np.stack([pictures.positions, pictures.first])  # (M,) each -> (2, M)
-                write_array(grouped, found)
+                made = np.stack([pictures.positions, pictures.first])  # (M,) each -> (2, M)
+                write_array(grouped, made)
+                found = _read_groups(grouped)
+                found = made if found is None else found
     records, first = found
 
     def of_samples() -> Pictures:
@@ -96,9 +98,9 @@ def read_pictures_from(path: str | Path, samples: ShardSamples) -> Pictures:
     Raises:
         ValueError: it is no such file, or is of another corpus.
     """
-    table = read_groups(path, "data.repeats_from")
 
     def of_table() -> Pictures:
+        table = read_groups(path, "data.repeats_from")
         keys = table["key"]
         positions = samples.look_up(keys)
         known = positions >= 0
@@ -115,7 +117,8 @@ def read_pictures_from(path: str | Path, samples: ShardSamples) -> Pictures:
             )  # fmt: skip
         return Pictures.labelled(positions[known], table["group"].to_numpy()[known])
 
-    return _once(len(table), f"{file_state(path)}\n{samples.state}", samples, of_table)
+    count = rows_of(path)
+    return of_table() if count < MANY else _once(count, f"{file_state(path)}\n{samples.state}", samples, of_table)
 
 
 def _hash_files(indexed: IndexedShards, workers: int) -> list[tuple[str, str | None]]:

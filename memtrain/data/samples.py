@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from memtrain.data.buckets import RowBuckets, bucket_sizes
 from memtrain.data.captions import Captions
-from memtrain.data.excluded_keys import excluded_rows, read_keys
+from memtrain.data.excluded_keys import check_list, excluded_rows
 from memtrain.data.images import BadSample, decode_crop
 from memtrain.data.indexed import IndexedShards
 from memtrain.data.kept import file_state
@@ -71,16 +71,16 @@ class ShardSamples:
         self.sizes = bucket_sizes(resolution, max_aspect_ratio, bucket_multiple)  # (height, width), the square first
         # what a person wrote is checked first: the shards may take long to index
         clauses = parse_filter(where) if where else []
-        listed = read_keys(exclude_keys) if exclude_keys else None
+        listed = check_list(exclude_keys) if exclude_keys else 0
 
         self.indexed = IndexedShards(shards, cache_dir, cache_bytes, workers, fetch)
         self.shards = self.indexed.shards
         filtered = filter_rows(clauses, self.indexed)
         excluded: Mapping[int, np.ndarray] = {}
         self._excluded = ""
-        if exclude_keys and listed is not None and len(listed):
+        if exclude_keys and listed:
             self._excluded = file_state(exclude_keys)
-            excluded = excluded_rows(listed, exclude_keys, self.indexed, filtered, where)
+            excluded = excluded_rows(exclude_keys, self.indexed, filtered, where)
         self.rows = SampleRows([index.samples for index in self.indexed.indexes], filtered, excluded)
         self.counts = self.rows.counts
         if len(self) == 0:

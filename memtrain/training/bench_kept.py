@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,10 @@ from memtrain.training.score_memory import ScoreMemory, Scoring
 
 _GROUP = 4  # duplicates of one picture
 _ROWS = 1_000_000  # of a list, written at a time
-_RULE = dict(memory=0.9, num_bins=10, half_life=2000, warmup=20)
+_RULES: dict[str, Callable[[], ExclusionRule]] = {  # those that keep something of every sample
+    "evidence": partial(LikelihoodEvidence, 0.05, 0.1, 0.9, 1.0, 2.0, 20.0, 10, 2000, 2000, 4, 2.0, 0.0, 20),
+    "z_scores": partial(ZScoreEvidence, 3.0, 1.5, 0.9, 0.7, 10, 2000, 20),
+}
 NOTHING = "imports alone"
 
 
@@ -40,11 +45,13 @@ class Kept:
     Args:
         own: of one rank, which no other one has.
         together: of all ranks, what they share counted once.
+        first_peak: the most that a process held that was the first to open it, when nothing was in the cache folder.
     """
 
     option: str
     own: int
     together: int
+    first_peak: int
 
 
 @dataclass(frozen=True)
@@ -92,35 +99,33 @@ def measure_kept(
         "data.repeats_from": dict(repeats_from=str(groups)),
         "data.max_visits_per_group": dict(repeats_from=str(groups), max_visits_per_group=1),
     }
-    keepers: dict[str, Callable[[Machine], Keeper]] = {
-        "exclusion=evidence": lambda machine: _rule(_evidence(), total, machine),
-        "exclusion=z_scores": lambda machine: _rule(
-            ZScoreEvidence(3.0, 1.5, min_timestep=0.7, **_RULE), total, machine
-        ),
-        "score.every_visits": lambda machine: ScoreMemory(total, Scoring(every_visits=4), machine.zeros),
-    }
     work: dict[str, Callable[[Machine], object]] = {NOTHING: lambda machine: None}
-    work |= {name: lambda machine, more=options: _opened(corpus, folder, more) for name, options in data.items()}
-    work |= {name: lambda machine, make=make: _touched(make(machine)) for name, make in keepers.items()}
+    work |= {name: partial(_opened, corpus, folder, options) for name, options in data.items()}
+    work |= {f"exclusion={name}": partial(_rule, make, total) for name, make in _RULES.items()}
+    work["score.every_visits"] = partial(_memory, total)
     rows = []
     for name, hold in work.items():
         said(name)
-        of_ranks = _in_ranks(ranks, folder / f"rendezvous-{len(rows)}", hold)
-        rows.append(Kept(name, max(own for own, _ in of_ranks), sum(part for _, part in of_ranks)))
+        [(_, _, peak)] = _in_ranks(1, folder / f"{name}-first", hold)
+        of_ranks = _in_ranks(ranks, folder / f"{name}-all", hold)
+        rows.append(Kept(name, max(own for own, _, _ in of_ranks), sum(part for _, part, _ in of_ranks), peak))
     bare = rows[0]
-    less = [Kept(row.option, row.own - bare.own, row.together - bare.together) for row in rows[1:]]
-    return KeptBySample(total, ranks, share, less)
+    beyond = [
+        Kept(row.option, row.own - bare.own, row.together - bare.together, row.first_peak - bare.first_peak)
+        for row in rows[1:]
+    ]
+    return KeptBySample(total, ranks, share, beyond)
 
 
-def _evidence() -> ExclusionRule:
-    canaries = dict(canary_half_life=2000, shift=2.0, shift_weight=20.0)
-    return LikelihoodEvidence(0.05, 0.1, clip=1.0, own_visits=4, own_limit=2.0, copies_weight=0.0, **canaries, **_RULE)
-
-
-def _rule(rule: ExclusionRule, num_samples: int, machine: Machine) -> ExclusionRule:
+def _rule(make: Callable[[], ExclusionRule], num_samples: int, machine: Machine) -> Keeper:
+    rule = make()
     rule.setup(num_samples, 1000)
     machine.share(rule)
-    return rule
+    return _touched(rule)
+
+
+def _memory(num_samples: int, machine: Machine) -> Keeper:
+    return _touched(ScoreMemory(num_samples, Scoring(every_visits=4), machine.zeros))
 
 
 def _touched(keeper: Keeper) -> Keeper:
@@ -130,7 +135,7 @@ def _touched(keeper: Keeper) -> Keeper:
     return keeper
 
 
-def _opened(corpus: Path, folder: Path, options: dict[str, Any]) -> tuple[DataModule, list]:
+def _opened(corpus: Path, folder: Path, options: dict[str, Any], machine: Machine) -> tuple[DataModule, list]:
     """A corpus from which the first batch has come, and of which all has been read that is kept of its samples."""
     repeats = {} if "repeats_from" in options else {"repeats": 100}
     settings = dict(duplicates="none", cache_dir=str(folder / "cache"), seed=0, canaries=2, reference=4)
@@ -146,8 +151,8 @@ def _opened(corpus: Path, folder: Path, options: dict[str, Any]) -> tuple[DataMo
     return data, [batches]
 
 
-def _in_ranks(ranks: int, rendezvous: Path, hold: Callable[[Machine], object]) -> list[tuple[int, int]]:
-    """What each of so many forks of this process holds for itself, and its part of what it shares, bytes."""
+def _in_ranks(ranks: int, rendezvous: Path, hold: Callable[[Machine], object]) -> list[tuple[int, int, int]]:
+    """See `_held`, of each of so many forks of this process."""
     fork = multiprocessing.get_context("fork")
     gc.collect()
     gc.freeze()
@@ -177,17 +182,18 @@ def _rank(rank: int, ranks: int, rendezvous: Path, hold: Callable[[Machine], obj
     held = hold(Machine(rank, ranks))
     gc.collect()
     torch.distributed.barrier()  # here: all hold it
-    send.send(_memory())
+    send.send(_held())
     torch.distributed.barrier()  # and let go of it when all have been looked at
     del held
     torch.distributed.destroy_process_group()
 
 
-def _memory() -> tuple[int, int]:
-    """Bytes that this process holds alone, and its part of all memory that processes hold together."""
+def _held() -> tuple[int, int, int]:
+    """Bytes that this process holds alone, its part of all that processes hold together, and the most it ever held."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    return sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Pss"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Pss"], peak
 
 
 def _write_names(path: Path, total: int, count: int, samples_per_shard: int) -> None:
