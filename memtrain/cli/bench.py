@@ -54,6 +54,7 @@ def bench(argv: list[str]) -> None:
     kept.add_argument(
         "--folder", type=Path, metavar="DIR", help="for shards that are links, 60 kB each (default a new one)"
     )
+    kept.add_argument("--only", nargs="+", default=[], metavar="OPTION", help="shards, data.where, … (default all)")
     kept.add_argument("--json", action="store_true", help="print the figures as JSON")
     kept.set_defaults(run=_kept)
     commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
@@ -99,7 +100,7 @@ def _kept(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory(prefix="memtrain-bench-", dir=args.folder) as folder:
         found = measure_kept(
-            args.shards, args.samples, args.ranks, args.share, Path(folder),
+            args.shards, args.samples, args.ranks, args.share, Path(folder), args.only,
             said=lambda what: print(what, file=sys.stderr, flush=True),
         )  # fmt: skip
     if args.json:

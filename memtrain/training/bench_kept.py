@@ -6,7 +6,7 @@ import gc
 import logging
 import multiprocessing
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -35,6 +35,16 @@ _RULES: dict[str, Callable[[], ExclusionRule]] = {  # those that keep something 
     "evidence": partial(LikelihoodEvidence, 0.05, 0.1, 0.9, 1.0, 2.0, 20.0, 10, 2000, 2000, 4, 2.0, 0.0, 20),
     "z_scores": partial(ZScoreEvidence, 3.0, 1.5, 0.9, 0.7, 10, 2000, 20),
 }
+OPTIONS = (
+    "shards",
+    "data.where",
+    "data.exclude_keys",
+    "data.repeats_from",
+    "data.max_visits_per_group",
+    "exclusion=evidence",
+    "exclusion=z_scores",
+    "score.every_visits",
+)
 NOTHING = "imports alone"
 
 
@@ -65,13 +75,20 @@ class KeptBySample:
 
 
 def measure_kept(
-    shards: int, samples_per_shard: int, ranks: int, share: float, folder: Path, said: Callable[[str], None]
+    shards: int,
+    samples_per_shard: int,
+    ranks: int,
+    share: float,
+    folder: Path,
+    only: Sequence[str] = (),
+    said: Callable[[str], None] = lambda what: None,
 ) -> KeptBySample:
     """Open a corpus for training with each option, in as many processes as a machine has ranks, and look at them.
 
     Args:
         share: of the samples that are on the list of excluded ones, and that are duplicates.
         folder: an empty folder on a disk with 60 kB free a shard.
+        only: some of `OPTIONS`; empty: all.
         said: is told what is being measured.
 
     Raises:
@@ -84,6 +101,9 @@ def measure_kept(
         raise ValueError(f"--share must be in (0, 1), got {share:g}")
     if not Path("/proc/self/smaps_rollup").exists():
         raise ValueError("bench kept asks Linux what its processes hold; run it there")
+    unknown = sorted(set(only) - set(OPTIONS))
+    if unknown:
+        raise ValueError(f"--only has {unknown[0]}; it takes {', '.join(OPTIONS)}")
     corpus = folder / "shards"
     corpus.mkdir()
     said("writing shards and lists")
@@ -104,8 +124,10 @@ def measure_kept(
     work |= {f"exclusion={name}": partial(_rule, make, total) for name, make in _RULES.items()}
     work["score.every_visits"] = partial(_memory, total)
     rows = []
-    for name, hold in work.items():
+    assert list(work) == [NOTHING, *OPTIONS]
+    for name in [NOTHING, *(only or OPTIONS)]:
         said(name)
+        hold = work[name]
         [(_, _, peak)] = _in_ranks(1, folder / f"{name}-first", hold)
         of_ranks = _in_ranks(ranks, folder / f"{name}-all", hold)
         rows.append(Kept(name, max(own for own, _, _ in of_ranks), sum(part for _, part, _ in of_ranks), peak))
