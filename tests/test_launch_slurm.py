@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -40,6 +41,12 @@ class Cluster:
         return subprocess.run(
             command, cwd=self.folder, env=self.environment, check=True, stdout=subprocess.PIPE, text=True
         ).stdout
+
+    def parts(self, *words: str) -> str:
+        """The number of the job that merges what an array has done."""
+        script = str(REPO / "launch" / "array.sbatch")
+        array = self.call("sbatch", "--parsable", "--array=1-3", script, *words).strip()
+        return self.call("sbatch", "--parsable", f"--dependency=afterok:{array}", script, *words).strip()
 
     def submit(self, *words: str) -> None:
         said = self.call("sbatch", "--nodes=1", "--ntasks-per-node=2", str(SCRIPT), *words)
@@ -89,6 +96,18 @@ def test_a_job_whose_first_task_asks_for_it_goes_back_into_the_queue(cluster, tm
     started = [f"{start} {rank} train" for start in range(starts) for rank in range(2)]
     assert [" ".join(task.split()[:3]) for task in tasks] == started
     assert all("resume=auto" in task and "experiment=demo a=b c" in task for task in tasks)
+
+
+def test_an_array_does_a_command_in_parts_and_merges_them(cluster, forks, corpus, tmp_path):
+    cluster = cluster(f'#!/bin/sh\nexec "{forks.python}" -m memtrain.cli.main "$@"\n')
+    shards = tmp_path / "shards"
+    shutil.copytree(corpus, shards)
+    job = cluster.parts("shards", "index", str(shards), "workers=1", "--no-hashes")
+    wait_until(lambda: slurm.state(cluster.environment, job) in ("COMPLETED", "FAILED"))
+    said = {path.name: path.read_text() for path in cluster.folder.glob("slurm-*.out")}
+    assert len(list(shards.glob("*.index.npy"))) == 3, said
+    assert "in 3 shards" in said.pop(f"slurm-{job}.out")
+    assert len(said) == 3 and all("indexed 16 samples in 1 shards" in text for text in said.values()), said
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from typing import NoReturn
 
 from memtrain.sweep.space import quoted
@@ -50,7 +51,31 @@ _OWN = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with a ValueError of one line in place of the usage and that line."""
+    """Ends with a ValueError of one line in place of the usage and that line.
+
+    Options may be said as commands with a config have them: `distributor=ray` for `--distributor ray`, `merge=true`
+    or `merge` for `--merge`.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        end = words.index("--") if "--" in words else len(words)
+        options = [self._as_option(word) for word in words[:end]]
+        kept = [word for word, option in zip(words, options, strict=False) if option is None]
+        said = [option for option in options if option]
+        return super().parse_known_args([*said, *kept, *words[end:]], namespace)
+
+    def _as_option(self, word: str) -> str | None:
+        """`--name=value` for `name=value`, nothing for a flag that is off; None where the parser has no such option."""
+        name, equals, value = word.partition("=")
+        action = self._option_string_actions.get(f"--{name}")
+        if action is None or (not equals and name != "merge"):
+            return None
+        if action.nargs == 0:
+            if value not in ("", "true", "false"):
+                self.error(f"{word}: say {name}=true, or leave it out")
+            return "" if value == "false" else f"--{name}"
+        return f"--{word}"
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; {self.prog} --help says more")
@@ -68,6 +93,8 @@ def spelled(command: str, arguments: list[str]) -> list[str]:
     """
     if command == "demo" and arguments and not re.match(r"-|\w+=", arguments[0]):
         arguments = [f"out={arguments[0]}", *arguments[1:]]
+    if command in ("detect", "evaluate", "cache"):
+        arguments = ["merge=true" if argument == "merge" else argument for argument in arguments]
     if command in _OWN:
         arguments = _for_every_run(arguments, _OWN[command])
     if command == "bench_mitigation":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -10,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from memtrain.cli.arguments import Parser
+from memtrain.cli.distributors import add_distributor, cores, taken_from
+from memtrain.data.paths import check_empty
 
 
 def bench(argv: list[str]) -> None:
@@ -57,6 +60,30 @@ def bench(argv: list[str]) -> None:
     kept.add_argument("--only", nargs="+", default=[], metavar="OPTION", help="shards, data.where, … (default all)")
     kept.add_argument("--json", action="store_true", help="print the figures as JSON")
     kept.set_defaults(run=_kept)
+    scale = commands.add_parser(
+        "scale", help="time and memory of shards check and duplicates over made-up rows, and how they grow"
+    )
+    scale.add_argument(
+        "--rows", nargs="+", type=_count, default=[10**6, 10**7, 10**8], metavar="N", help="(default 1e6 1e7 1e8)"
+    )
+    scale.add_argument("--memory", default="2GB", help="that each may take (%(default)s)")
+    scale.add_argument(
+        "--search-parts", type=int, metavar="N",
+        help="do so many parts of the search for near duplicates, and scale their time (default: all)",
+    )  # fmt: skip
+    scale.add_argument("--folder", type=Path, help="where to write: about 250 bytes a row (default: the system's)")
+    scale.add_argument("--json", action="store_true", help="print the figures as JSON")
+    scale.set_defaults(run=_scale)
+    recall = commands.add_parser(
+        "duplicates", help="plant near duplicates among pictures: how many shards duplicates finds, and what else"
+    )
+    recall.add_argument("paths", nargs="*", metavar="PATH", help="shards to take pictures from (default: made up)")
+    recall.add_argument("--pictures", type=int, default=1000, metavar="N", help="(default 1000)")
+    recall.add_argument("--distance", type=int, default=31, help="of 256 bits (%(default)s)")
+    recall.add_argument("--out", type=Path, help="a new folder, for the shards with what is planted (default: none)")
+    add_distributor(recall, cores())
+    recall.add_argument("--json", action="store_true", help="print the figures as JSON")
+    recall.set_defaults(run=_recall)
     commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
     args = parser.parse_args(argv)
     args.run(args)
@@ -214,4 +241,88 @@ def _memory(args: argparse.Namespace) -> None:
     print(
         f"\n{cards}; {RESERVED / 2**30:.0f} GiB of each left free. Not counted: what the forward without a gradient, "
         "the backward, the VAE and drawing need for a moment, and DDP's second copy of the gradients."
+    )
+
+
+def _count(text: str) -> int:
+    """A number of rows, 1000000 or 1e6."""
+    return int(float(text))
+
+
+def _scale(args: argparse.Namespace) -> None:
+    from memtrain.cli.shard_audits import BASE, memory_of, sort_fast
+
+    memory = memory_of(args.memory)
+    sort_fast()
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from memtrain.data.scale import extrapolated, measure_scale, slope
+
+    found = []
+    for rows in args.rows:
+        with (
+            tempfile.TemporaryDirectory(prefix="memtrain-bench-", dir=args.folder) as folder,
+            ProcessPoolExecutor(1, get_context("spawn")) as pool,  # one each, so that none holds what another took
+        ):
+            wanted = pool.submit(measure_scale, rows, Path(folder), memory, BASE, args.search_parts)
+            found.append(wanted.result())
+        if not args.json:
+            _print_scale(found[-1], is_first=len(found) == 1)
+    larger = {rows: extrapolated(found, rows) for rows in (400_000_000, 5_000_000_000)}
+    if args.json:
+        print(json.dumps({"measured": [asdict(scale) for scale in found], "extrapolated": larger}, indent=2))
+        return
+    if len(found) > 1:
+        said = ", ".join(f"{step} {slope(found, step):.2f}" for step in found[0].cpu_seconds)
+        print(f"\ntime grows with rows to the power of: {said}")
+    print("\nextrapolated, hours of one core (docs/guides/large_corpora.md has the formula):")
+    for rows, hours in larger.items():
+        print(f"{rows:>15,} rows: " + ", ".join(f"{name} {seconds / 3600:.1f}" for name, seconds in hours.items()))
+
+
+def _print_scale(scale, is_first: bool) -> None:
+    if is_first:
+        print(
+            f"memory={scale.memory / 1e9:.1f}GB, one process and one thread. Seconds of processor (of the clock)\n\n"
+            f"{'rows':>13}{'check':>16}{'equal':>16}{'near':>18}{'groups':>16}{'rows/s':>9}{'peak':>9}{'disk':>9}"
+            f"{'found':>20}"
+        )
+    times = [f"{scale.cpu_seconds[name]:.0f} ({scale.seconds[name]:.0f})" for name in scale.cpu_seconds]
+    duplicates = sum(seconds for name, seconds in scale.cpu_seconds.items() if name != "check")
+    groups = f"{scale.found} of {scale.planted}"
+    if scale.found is None:
+        groups = f"{scale.searched} of {scale.searches} parts"
+    print(
+        f"{scale.rows:>13,}{times[0]:>16}{times[1]:>16}{times[2]:>18}{times[3]:>16}{scale.rows / duplicates:>9.0f}"
+        f"{max(scale.peak_bytes.values()) / 1e9:>6.2f} GB{scale.disk_bytes / 1e9:>6.1f} GB{groups:>20}"
+    )
+
+
+def _recall(args: argparse.Namespace) -> None:
+    distributor = taken_from(vars(args))
+    if args.out is not None:
+        check_empty(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
+    from memtrain.data.duplicates import check_distance
+    from memtrain.data.recall import EVERY, measure_recall
+    from memtrain.data.sources import local_shards
+
+    check_distance(args.distance)
+    source = local_shards(args.paths) if args.paths else []
+    with contextlib.ExitStack() as stack:
+        folder = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memtrain-bench-")))
+        found = measure_recall(folder, args.pictures, source, args.distance, distributor, 10**9)
+    if args.json:
+        print(json.dumps(asdict(found) | {"precision": found.precision}, indent=2))
+        return
+    print(
+        f"{found.pictures} pictures, one near duplicate for {EVERY} of them; within {found.distance} of 256 bits\n\n"
+        f"{'':<24}{'planted':>8}{'found':>8}{'recall':>9}"
+    )
+    for kind in found.planted:
+        print(f"{kind:<24}{found.planted[kind]:>8}{found.found[kind]:>8}{found.recall(kind):>9.1%}")
+    print(
+        f"\n{found.true} of {found.pairs} pairs in groups are of one picture: precision {found.precision:.1%}"
+        + ("; what the shards repeat themselves counts as false" if args.paths else "")
     )

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from memtrain.audit.prompts import read_prompts, together
 from memtrain.cli.checks import check_detection
+from memtrain.cli.distributors import distributor_in
+from memtrain.data.distribute import Local, Part
 
 if TYPE_CHECKING:  # torch is imported when what can be refused without it has been
     from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.detect.anchored import Anchored
+    from memtrain.audit.detect.scores import Density, StepScore
 
 
 def detect(cfg: DictConfig) -> None:
     check_detection(cfg)
     prompts = _prompts(cfg)
-    from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.detect import detection as audit
+    from memtrain.audit.detect.spread import Spread
     from memtrain.report.detection import show_summary, write_detection
 
     max_fprs = list(cfg.max_fpr) if isinstance(cfg.max_fpr, ListConfig) else [cfg.max_fpr]
     audit.check_max_fprs(max_fprs)
-    denoiser = Denoiser.load(
-        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length,
-    )  # fmt: skip
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    distributor = distributor_in(cfg, otherwise=1)
+    load = None if distributor == Local() else partial(_loaded, plain)  # this process has loaded the model anyway
+    spread = Spread(distributor, load, Part.parse(cfg.part), cfg.merge)
+    denoiser, scores = _loaded(plain)
     out = Path(cfg.out).expanduser()
     detection = audit.detect(
         denoiser,
         prompts.texts,
         prompts.labels,
         prompts.groups,
-        scores=audit.named_scores(list(cfg.scores), cfg.embedding, denoiser.device, _anchored(cfg, denoiser)),
+        scores=scores,
         num_images_per_prompt=cfg.num_images_per_prompt,
         num_scored_steps=cfg.num_scored_steps,
         num_inference_steps=cfg.num_inference_steps,
@@ -45,7 +50,11 @@ def detect(cfg: DictConfig) -> None:
         out=out,
         overwrite=cfg.overwrite,
         progress=True,
+        spread=spread,
     )
+    if spread.part.count > 1:
+        print(f"{out}: part {spread.part}, {len(detection.prompts)} prompts; `merge` writes the table of all parts")
+        return
     about = {
         "model": str(cfg.model.pretrained),
         "lora": cfg.lora,
@@ -60,6 +69,19 @@ def detect(cfg: DictConfig) -> None:
     print(
         f"\n{out}: scores.parquet, summary.json, steps.png, distributions.png" + (", roc.png" if prompts.labels else "")
     )
+
+
+def _loaded(plain: dict) -> tuple[Denoiser, list[StepScore | Density]]:
+    """The model and the scores that a config names; of each worker its own."""
+    from memtrain.audit.denoiser import Denoiser
+    from memtrain.audit.detect.detection import named_scores
+
+    cfg = OmegaConf.create(plain)
+    denoiser = Denoiser.load(
+        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
+        max_sequence_length=cfg.max_sequence_length,
+    )  # fmt: skip
+    return denoiser, named_scores(list(cfg.scores), cfg.embedding, denoiser.device, _anchored(cfg, denoiser))
 
 
 def _anchored(cfg: DictConfig, denoiser: Denoiser) -> Callable[[], Anchored] | None:

@@ -49,6 +49,8 @@ TYPES = {
     "trainer.gradient_clip_val": float | None,
     **{f"{command}.guidance_scale": float | None for command in ("detect", "explain", "mitigate", "evaluate")},
     **{f"{command}.nearest": int | None for command in ("mitigate", "evaluate")},
+    "detect.workers": int | None,
+    "cache.processes": int | None,
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
     **{f"{command}.max_sequence_length": int | None for command in ("detect", "explain", "mitigate", "evaluate")},

@@ -1,27 +1,26 @@
 """Validate a corpus: what training would lose, and what is odd but costs nothing, by shard and sample.
 
-In memory at once: the list of faults, and about 350 bytes a sample, for its key and its sha256.
+Shard by shard into partial results (`data.partials`), then equal images and keys by joins over all of them
+(`data.joins`). In memory at once: counts of each shard, and what a setting allows the joins.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import pyarrow as pa
-import torch
 
+from memtrain.data.distribute import Distributor, Done, Part
 from memtrain.data.images import FOREIGN, BadSample, decode_image
+from memtrain.data.partials import Manifest, make_partials
 from memtrain.data.shards import DAMAGED, Extent, holds_header, index_shard
 from memtrain.data.sources import LocalShard
 
@@ -40,16 +39,25 @@ KINDS = (
     "stats_missing",
     "stats_disagree",
 )
+DECODED, TRUSTED = "decoded", "trusted"  # what was done with images; a manifest's option
 _SKIPPED = {  # causes of index_shard that are of a sample; all others are damage
     "no image": "no_image",
     "no caption": "no_caption",
     "key occurs twice in the shard": "duplicate_key",
     DAMAGED: "damage",
 }
-_FINGERPRINTS = pa.schema([("key", pa.binary()), ("sha256", pa.binary(32))])
+# A row a complete sample, then a row a fault: a sample has a sha256, a fault a kind. Keys are bytes, as they are
+# in the tar
+ROWS = pa.schema(
+    [
+        ("key", pa.binary()),
+        ("sha256", pa.binary(32)),
+        ("kind", pa.string()),
+        ("cause", pa.binary()),
+        ("lost", pa.bool_()),
+    ]
+)
 _DECODED_SIDE = 64  # px; a JPEG is decoded at 1/8 of its size where that is enough
-
-Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable and its length
 
 
 @dataclass(frozen=True)
@@ -90,75 +98,34 @@ class ShardReport:
         return {kind: found[kind] for kind in KINDS}
 
 
-@dataclass
-class CorpusReport:
-    shards: list[ShardReport]
-    decoded: bool
-
-    @property
-    def faults(self) -> list[Fault]:
-        """Of all shards, those that lose something first."""
-        faults = [fault for shard in self.shards for fault in shard.faults]
-        return sorted(faults, key=lambda fault: not fault.lost)
-
-    @property
-    def loses(self) -> bool:
-        return any(fault.lost for shard in self.shards for fault in shard.faults)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for json."""
-        shards = [
-            {
-                "name": shard.name,
-                "samples": shard.samples,
-                "complete": shard.complete,
-                "successes": shard.successes,
-                "faults": shard.counts,
-            }
-            for shard in self.shards
-        ]
-        total = {
-            "shards": len(self.shards),
-            "samples": sum(shard.samples for shard in self.shards),
-            "complete": sum(shard.complete for shard in self.shards),
-            "faults": {kind: sum(shard.counts[kind] for shard in self.shards) for kind in KINDS},
-        }
-        return {
-            "loses": self.loses,
-            "decoded": self.decoded,
-            "total": total,
-            "shards": shards,
-            "faults": [asdict(fault) for fault in self.faults],
-        }
+def check_shards(manifest: Manifest, part: Part, distributor: Distributor) -> Iterator[Done]:
+    """Check this part's shards, each by itself; yields what each counts. `manifest.option` is what `decoded` says."""
+    return make_partials(manifest, partial(_checked, decode=manifest.option == DECODED), part, distributor)
 
 
-def over_shards(work: Callable, shards: Sequence[LocalShard], workers: int, progress: Progress) -> Iterator:
-    """`work(shard)` of each shard, in their order, by `workers` processes; by this one where 1 is enough."""
-    if workers < 1:
-        raise ValueError(f"--workers must be >= 1, got {workers}")
-    if min(workers, len(shards)) == 1:
-        yield from progress(map(work, shards), len(shards))
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads may hang
-    one_thread = torch.set_num_threads, (1,)  # each: the processes fill the cores
-    with ProcessPoolExecutor(min(workers, len(shards)), spawn, *one_thread) as pool:
-        yield from progress(pool.map(work, shards), len(shards))
+def _checked(shard: LocalShard, decode: bool) -> tuple[pa.Table, dict]:
+    """A shard's partial, and what it counts."""
+    report, samples = check_shard(shard, decode)
+    faults = [
+        {"key": encoded(fault.key), "kind": fault.kind, "cause": encoded(fault.cause), "lost": fault.lost}
+        for fault in report.faults
+    ]
+    counts = {name: getattr(report, name) for name in ("samples", "complete", "successes")}
+    lost = sum(fault.lost for fault in report.faults)
+    return pa.concat_tables([samples, pa.Table.from_pylist(faults, ROWS)]), counts | {"lost": lost} | report.counts
 
 
-def check(shards: Sequence[LocalShard], decode: bool, workers: int, progress: Progress) -> CorpusReport:
-    """Check every shard by itself, then look for equal images and keys among all of them.
+def encoded(text: str) -> bytes:
+    """Text of a tar as the bytes that it was, also where these are not UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
 
-    Args:
-        decode: decode every image; without, an image is bad only where it has no bytes.
-    """
-    found = list(over_shards(partial(check_shard, decode=decode), shards, workers, progress))
-    report = CorpusReport([shard for shard, _ in found], decode)
-    _note_repeats(report.shards, [fingerprints for _, fingerprints in found])
-    return report
+
+def decoded(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
 
 
 def check_shard(shard: LocalShard, decode: bool) -> tuple[ShardReport, pa.Table]:
-    """What is wrong inside a shard; key and sha256 of its complete samples. Bad data raises nothing."""
+    """What is wrong inside a shard, and a row of `ROWS` for each complete sample. Bad data raises nothing."""
     report = ShardReport(shard.name)
     fingerprints: list[tuple[bytes, bytes]] = []
     try:
@@ -166,8 +133,8 @@ def check_shard(shard: LocalShard, decode: bool) -> tuple[ShardReport, pa.Table]
     except OSError as error:
         report.note("damage", "", f"shard cannot be read: {error.strerror or error}", lost=True)
     _check_stats(shard.path, report)
-    rows = [dict(zip(_FINGERPRINTS.names, row, strict=True)) for row in fingerprints]
-    return report, pa.Table.from_pylist(rows, _FINGERPRINTS)
+    rows = [{"key": key, "sha256": digest} for key, digest in fingerprints]
+    return report, pa.Table.from_pylist(rows, ROWS)
 
 
 def _check_samples(path: Path, report: ShardReport, decode: bool) -> Iterator[tuple[bytes, bytes]]:
@@ -194,7 +161,7 @@ def _check_samples(path: Path, report: ShardReport, decode: bool) -> Iterator[tu
                 report.note("unreadable_image", entry.key, str(problem), lost=True)
                 continue
             report.complete += 1
-            yield entry.key.encode("utf-8", "surrogateescape"), image_sha256(image, metadata or {})
+            yield encoded(entry.key), image_sha256(image, metadata or {})
 
 
 def read_extent(file: BinaryIO, extent: Extent) -> bytes:
@@ -247,47 +214,3 @@ def _check_stats(path: Path, report: ShardReport) -> None:
     if successes != report.samples:
         cause = f"{stats.name} counts {successes} successes, the shard has {report.samples} samples"
         report.note("stats_disagree", "", cause, lost=report.samples < successes)
-
-
-def _note_repeats(reports: Sequence[ShardReport], tables: Sequence[pa.Table]) -> None:
-    """Note equal images and keys in the reports, by the keys and sha256 of each shard's samples.
-
-    All N rows of the corpus are numbered shard by shard; each is compared with the first one that equals it.
-    """
-    lengths = np.array([len(table) for table in tables])
-    start, shard = lengths.cumsum() - lengths, np.repeat(np.arange(len(tables)), lengths)  # (N,)
-
-    def key(row: int) -> str:
-        found = tables[shard[row]]["key"][int(row - start[shard[row]])]
-        return found.as_py().decode("utf-8", "surrogateescape")
-
-    samples, rows = pa.concat_tables(tables), np.arange(len(shard))
-    in_corpus = first_equal(codes(samples["sha256"]))
-    in_shard = start[shard] + np.concatenate([first_equal(codes(table["sha256"])) for table in tables])
-    for row in np.flatnonzero(in_shard != rows).tolist():
-        reports[shard[row]].note("duplicate_within", key(row), f"same image as {key(in_shard[row])}")
-    for row in np.flatnonzero((in_shard == rows) & (shard[in_corpus] != shard)).tolist():
-        other = in_corpus[row]
-        cause = f"same image as {reports[shard[other]].name}/{key(other)}"
-        reports[shard[row]].note("duplicate_across", key(row), cause)
-    first = first_equal(codes(samples["key"]))
-    # keys of earlier shards, noted once a shard: how many it has, and the first of them
-    repeated = np.flatnonzero(shard[first] != shard)
-    for number, place, count in zip(*np.unique(shard[repeated], True, False, True), strict=True):
-        row = repeated[place]
-        more = f", as are {count - 1} more of the shard" if count > 1 else ""
-        cause = f"key is in {reports[shard[first[row]]].name} too{more}; a sample is its shard and its key"
-        reports[number].note("key_across", key(row), cause)
-
-
-def codes(column: pa.ChunkedArray) -> np.ndarray:
-    """A number for each distinct value, counted from 0. (N,) int64"""
-    encoded = column.dictionary_encode()  # all chunks share one dictionary
-    return np.concatenate([np.empty(0, np.int64), *(chunk.indices.to_numpy() for chunk in encoded.chunks)])
-
-
-def first_equal(numbers: np.ndarray) -> np.ndarray:
-    """Of each number, from 0 to less than N, the place of the first one that equals it. (N,) -> (N,)"""
-    first = np.empty(len(numbers), dtype=np.int64)
-    first[numbers[::-1]] = np.arange(len(numbers))[::-1]  # the last to be written stays
-    return first[numbers]

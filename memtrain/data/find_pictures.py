@@ -17,7 +17,8 @@ from typing import TypeVar
 import numpy as np
 from rich.progress import track
 
-from memtrain.data.duplicates import components, read_groups
+from memtrain.data.components import components
+from memtrain.data.duplicates import read_groups
 from memtrain.data.hashes import HASHES, read_hashes, shard_hashes
 from memtrain.data.index import IndexFile
 from memtrain.data.indexed import IndexedShards

@@ -24,6 +24,7 @@ HASHES = np.dtype(
         ("quality", "u1"),  # of the PDQ, 0 to 100
     ]
 )
+MIN_QUALITY = 50  # of 100, of the PDQ: below, a picture has no features to compare
 _SIDE = 256  # px, short side of what is hashed; PDQ itself goes down to 64
 
 

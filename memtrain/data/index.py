@@ -24,6 +24,7 @@ import numpy as np
 from rich.progress import track
 
 from memtrain.core.files import written_aside
+from memtrain.data.distribute import Distributor, Done
 from memtrain.data.hashes import read_hashes, shard_hashes
 from memtrain.data.kept import DAMAGED, one_at_a_time, read_array, write_array
 from memtrain.data.remote import ShardCache, copy_url, shown
@@ -113,19 +114,29 @@ def write_index(shard: Path, stem: Path | None = None, hashed: bool = False) -> 
     return index
 
 
-def write_indexes(shards: Sequence[Path], workers: int, hashed: bool) -> Iterator[tuple[int, int]]:
-    """Write the index of each shard beside it, `workers` at a time; yields how many samples it has and skips."""
-    write = partial(_write_counted, hashed=hashed)
-    if workers <= 1:
-        yield from map(write, shards)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(write, shards)
+def write_indexes(
+    shards: Sequence[Path], hashed: bool, distributor: Distributor
+) -> Iterator[Done[tuple[int, int, bool]]]:
+    """Write the index of each shard beside it, where none is that is true of it.
+
+    Yields, as they come, how many samples each shard has and skips, and whether it was written now.
+    """
+    return distributor.run(partial(_write_counted, hashed=hashed), shards)
 
 
-def _write_counted(shard: Path, hashed: bool) -> tuple[int, int]:
+def _write_counted(shard: Path, hashed: bool) -> tuple[int, int, bool]:
+    if (there := index_beside(shard, hashed)) is not None:
+        return there.samples, there.skipped_count, False
     index = write_index(shard, hashed=hashed)
-    return len(index.entries), len(index.skipped)
+    return len(index.entries), len(index.skipped), True
+
+
+def index_beside(shard: Path, hashed: bool) -> IndexFile | None:
+    """The index beside a shard, where it is true of it and has the hashes that are asked for; else None."""
+    index = _load(f"{shard}.index")
+    if index is None or not index.is_of(shard.stat()) or (hashed and not index.is_hashed):
+        return None
+    return index
 
 
 def open_index(shard: str | Path, cache: Path) -> IndexFile | None:

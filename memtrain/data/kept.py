@@ -121,3 +121,24 @@ def one_at_a_time(folder: Path, names: Iterable[str]) -> Iterator[None]:
         with contextlib.suppress(OSError):
             stack.enter_context(locked(folder / f".{digest}.lock"))
         yield
+
+
+@contextlib.contextmanager
+def alone(file: Path, remedy: str) -> Iterator[None]:
+    """Be the only process that holds this lock file, as far as the file system has locks.
+
+    Args:
+        file: in a folder that is there.
+        remedy: what to do where another process holds it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise ValueError(f"another process is at work on {file.parent}; {remedy}") from None
+        except OSError:
+            pass  # no locks here
+        yield

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,9 +23,10 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 from webdataset import TarWriter
 
-from memtrain.core.files import written_aside
+from memtrain.data.distribute import Distributor, Local, Part
 from memtrain.data.images import BadSample, decode_image, picture_shape
 from memtrain.data.pack_source import Row, open_source, writable
+from memtrain.data.packing import PackedShard, Packing, new_aside, note, noted, state_of
 from memtrain.data.paths import check_empty
 from memtrain.data.shards import IMAGE_EXTENSIONS
 
@@ -66,42 +68,110 @@ def pack(
     caption_column: str = "caption",
     path_column: str = "path",
     progress: Callable[[Iterable, int], Iterable] = lambda rows, count: rows,
+    distributor: Distributor | None = None,
+    part: Part | None = None,
+    merge: bool = False,
 ) -> PackReport:
     """Write `source` as shards to the folder `out`; they appear there when all are whole.
+
+    A call that was stopped goes on with the shards that are not whole yet, or whose rows have changed.
 
     Args:
         source: a folder, searched to its ends, or a .parquet, .jsonl or .csv whose paths are relative to it.
         shard_size: rows of a shard, failures included.
         resolution: scale the short side down to this many px and re-encode as JPEG; None keeps the bytes.
         progress: wraps the rows and their number.
+        distributor: who packs, a shard a task; None: this process.
+        part: write these shards alone; `out` appears when `merge` finds those of all parts.
+        merge: write none.
 
     Raises:
-        ValueError: `out` is not empty, a number is out of range, `source` or a column of it is missing, or no
-            picture of it can be trained on.
+        ValueError: `out` is not empty, a number is out of range, `source` or a column of it is missing, no picture of
+            it can be trained on, or shards are missing to `merge`.
+        OSError: some shards could not be written, however often that was tried.
     """
     for name, value in (("--shard-size", shard_size), ("--resolution", resolution)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     check_empty(out)
-    out = out.absolute()  # "." has a name too
+    out, mine = out.absolute(), part or Part()  # "." has a name too
     found = open_source(source, caption_column, path_column, reserved=COLUMNS.names)
-    report = PackReport(ignored=found.ignored)
-    rows = iter(progress(found.rows, found.count))
     schema = pa.unify_schemas([COLUMNS, found.extras])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(out, shared=True) as aside:
-        aside.mkdir()
-        while part := list(islice(rows, shard_size)):
-            number, digits = report.shards, max(ROW_DIGITS, len(str(shard_size - 1)))
-            keys = [f"{number * 10**digits + row:0{SHARD_DIGITS + digits}d}" for row in range(len(part))]
-            failures = write_shard(aside / f"{number:0{SHARD_DIGITS}d}", part, keys, resolution, schema)
-            report.failures += failures
-            report.samples += len(part) - len(failures)
-            report.shards += 1
+    settings = [str(source.absolute()), found.count, shard_size, resolution, caption_column, path_column, str(schema)]
+    packing = Packing(out, {"made_of": settings}, is_part=merge or mine.count > 1)
+    names = [f"{number:0{SHARD_DIGITS}d}" for number in range(-(-found.count // shard_size))]
+    with packing.alone(mine):
+        if merge:
+            packed = [noted(packing.folder, name) for name in names]
+            lacking = [name for name, shard in zip(names, packed, strict=True) if shard is None]
+            if lacking:
+                raise ValueError(
+                    f"merge: {len(lacking)} of {len(names)} shards are not packed yet, such as {lacking[0]}.tar; do "
+                    "the other parts first, or leave merge out to pack them here"
+                )
+            shards = [shard for shard in packed if shard is not None]
+        else:
+            rows = iter(progress(found.rows, found.count))
+            shards = _pack_shards(packing.folder, rows, names, mine, shard_size, resolution, schema, distributor)
+    failures = [failure for shard in shards for failure in shard.failures]
+    report = PackReport(sum(shard.samples for shard in shards), len(shards), found.ignored, failures)
+    if mine.count == 1:
         if report.samples == 0:
+            packing.discard()
             name, why = (report.failures or [(str(source), "no picture in it")])[0]
             raise ValueError(f"{source}: nothing to pack ({name}: {why})")
+        packing.finish()
     return report
+
+
+def _pack_shards(
+    folder: Path, rows: Iterator[Row], names: Sequence[str], part: Part, shard_size: int, resolution: int | None,
+    schema: pa.Schema, distributor: Distributor | None,
+) -> list[PackedShard]:  # fmt: skip
+    """Write the shards of this part, those that are there already left as they are; in their order."""
+    mine = list(part.of(len(names)))
+    digits = max(ROW_DIGITS, len(str(shard_size - 1)))
+
+    def tasks() -> Iterator[_Shard]:
+        for number, name in enumerate(names):
+            some = list(islice(rows, shard_size))
+            keys = [f"{number * 10**digits + row:0{SHARD_DIGITS + digits}d}" for row in range(len(some))]
+            if number in part.of(len(names)):
+                yield _Shard(folder, name, some, keys, resolution, schema)
+
+    done = list((distributor or Local()).run(_pack_shard, tasks(), name=lambda shard: f"{shard.name}.tar"))
+    left = [(names[mine[one.index]], one.failure) for one in done if one.result is None]
+    if left:
+        name, why = left[0]
+        raise OSError(f"{len(left)} shards could not be packed, such as {name}.tar ({why}); the same command goes on")
+    return [one.result for one in sorted(done, key=lambda one: one.index) if one.result is not None]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard to be written into a folder."""
+
+    folder: Path
+    name: str
+    rows: list[Row]
+    keys: list[str]
+    resolution: int | None
+    schema: pa.Schema
+
+
+def _pack_shard(shard: _Shard) -> PackedShard:
+    """Write a shard, unless one of the same rows is there; aside, as whoever began it before may still be writing."""
+    state, there = state_of(shard.rows), noted(shard.folder, shard.name)
+    if there is not None and there.rows == state:
+        return there
+    aside = new_aside(shard.folder)
+    try:
+        failures = write_shard(aside / shard.name, shard.rows, shard.keys, shard.resolution, shard.schema)
+        packed = PackedShard(state, len(shard.rows) - len(failures), failures)
+        note(shard.folder, shard.name, packed, aside)
+    finally:
+        shutil.rmtree(aside)
+    return packed
 
 
 def write_shard(

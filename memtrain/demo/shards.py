@@ -18,8 +18,7 @@ from rich.progress import track
 from webdataset import TarWriter
 
 from memtrain.core.files import written_aside
-from memtrain.data.duplicates import MIN_QUALITY
-from memtrain.data.hashes import perceptual_hash
+from memtrain.data.hashes import MIN_QUALITY, perceptual_hash
 from memtrain.demo.canaries import jpeg, members_of, sample_of
 from memtrain.demo.compose import Composite, Composites, captions_of, distinct
 from memtrain.demo.corpus import SHARD_ROWS_IN_KEY, is_corpus, shard_count

@@ -118,9 +118,13 @@ def write_latents(
     num_workers: int,
     device: torch.device,
     progress: bool,
+    header: dict | None = None,
 ) -> None:
-    """Encode the shards of these numbers into a file each, written aside and renamed: what is there is whole."""
-    header = made_with(model, samples)
+    """Encode the shards of these numbers into a file each, written aside and renamed: what is there is whole.
+
+    `header`: what `made_with` says of model and samples, where it has been asked already: it reads all weights.
+    """
+    header = header or made_with(model, samples)
     model.to(device)
     numbers = list(numbers)
     for number in track(numbers, "Encoding shards", disable=not progress):

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.detect import detection as module
+from memtrain.audit.detect import scoring, spread
 from memtrain.audit.detect.bench import measure_detection
 from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density, tiled_distance
 from memtrain.audit.detect.detection import SCORE_NAMES, detect, named_scores
@@ -146,7 +146,7 @@ def test_tiled_distance_is_that_of_the_worst_tile():
 
 def test_a_stopped_call_goes_on_and_damaged_parts_are_redone(denoiser, tmp_path, monkeypatch, all_scores, caplog):
     calls = []
-    original = module.score_prompts
+    original = scoring.score_prompts
 
     def interrupted(denoiser, plan, prompts, batches):
         calls.append(list(prompts))
@@ -154,12 +154,12 @@ def test_a_stopped_call_goes_on_and_damaged_parts_are_redone(denoiser, tmp_path,
             raise KeyboardInterrupt
         return original(denoiser, plan, prompts, batches)
 
-    monkeypatch.setattr(module, "score_prompts", interrupted)
-    monkeypatch.setattr(module, "SECONDS_A_PART", 0.0)
+    monkeypatch.setattr(scoring, "score_prompts", interrupted)
+    monkeypatch.setattr(spread, "SECONDS_A_PART", 0.0)
     options = dict(scores=["magnitude"], batch_size=1, out=tmp_path, **SHORT)
     with pytest.raises(KeyboardInterrupt):
         detect(denoiser, PROMPTS, **options)
-    kept = sorted((tmp_path / "parts").iterdir())
+    kept = sorted((tmp_path / "parts").glob("[!.]*"))
     assert len(kept) == 2 and calls == [[PROMPTS[0]], [PROMPTS[1]], [PROMPTS[2]]]
     kept[0].write_bytes(b"PAR1 cut short")
     (tmp_path / "parts" / f".{kept[1].name}").write_bytes(kept[1].read_bytes())  # killed before it was renamed

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from memtrain.cli.shards import shards, shown
-from memtrain.data.check import KINDS, check
+from memtrain.cli.listing import shown
+from memtrain.cli.shards import shards
+from memtrain.data.check import KINDS
 from memtrain.data.images import BadSample
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import DAMAGED
 from memtrain.data.sources import local_shards
+from tests.support.audits import check_all
 from tests.support.corpora import (
     FaultyCorpus,
     corpus_with_every_fault,
@@ -24,12 +26,15 @@ from tests.support.corpora import (
 )
 
 
-def plain(items, total):
-    return items
-
-
 def check_folder(*folders: Path, decode: bool = True, workers: int = 1):
-    return check(local_shards([str(folder) for folder in folders]), decode, workers, plain)
+    return check_all(local_shards([str(folder) for folder in folders]), decode, workers)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Partial results are kept there."""
+    monkeypatch.setenv("MEMTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def run(capsys, *argv: str) -> tuple[int, str]:
@@ -168,7 +173,7 @@ def test_folders_whose_keys_collide_are_told_apart(tmp_path):
 def test_a_shard_that_vanishes_is_named_and_its_neighbours_are_read(healthy):
     found = local_shards([str(healthy)])
     found[0].path.unlink()
-    report = check(found, True, 1, plain)
+    report = check_all(found)
     assert [(fault.name, fault.kind) for fault in report.faults if fault.lost] == [
         ("00000.tar", "damage"),
         ("00000.tar", "stats_disagree"),
@@ -218,7 +223,7 @@ def test_names_and_captions_cannot_reach_the_terminal(tmp_path, capsys):
     ("argv", "says"),
     [
         (["{folder}/nothing"], "no such shard"),
-        (["{folder}", "--workers=0"], "--workers must be >= 1, got 0"),
+        (["{folder}", "--workers=0"], "workers must be >= 1, got 0"),
         (["https://example.org/x.tar"], "not on a local disk"),
         ([], "required: PATH"),
         (["{folder}", "--nonsense"], "--nonsense"),

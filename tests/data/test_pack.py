@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 
 from memtrain.cli.shards import shards
-from memtrain.data.check import check
+from memtrain.data.distribute import Part
 from memtrain.data.images import decode_image
 from memtrain.data.pack import COLUMNS, pack
+from memtrain.data.packing import Packing
 from memtrain.data.samples import ShardSamples
 from memtrain.data.shards import find_shards, index_shard
 from memtrain.data.sources import local_shards
+from tests.support.audits import check_all
 from tests.support.corpora import encode, png_bomb, textured, turned
 
 
@@ -55,7 +57,7 @@ def parquet(out: Path) -> list[dict]:
 
 def faults(out: Path) -> list[tuple[str, str]]:
     """Name and kind of all that is wrong with a packed corpus."""
-    report = check(local_shards([str(out)]), True, 1, lambda items, total: items)
+    report = check_all(local_shards([str(out)]))
     return [(fault.name, fault.kind) for fault in report.faults]
 
 
@@ -283,7 +285,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_nothing_is_left_where_packing_stops(tmp_path):
+def test_packing_that_was_stopped_goes_on_and_leaves_nothing_beside(tmp_path):
     write_pictures(tmp_path / "in")
     (tmp_path / "out").mkdir()  # empty: it may be taken
 
@@ -293,9 +295,38 @@ def test_nothing_is_left_where_packing_stops(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         pack(tmp_path / "in", tmp_path / "out", shard_size=1, progress=stops)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert not any((tmp_path / "out").iterdir())
-    assert pack(tmp_path / "in", tmp_path / "out").samples == 7
+    aside = tmp_path / ".out.packing"
+    begun = (aside / "00000.tar").stat().st_ino
+    (aside / "00001.tar").write_bytes(b"half of one")  # as where the power fails
+    assert pack(tmp_path / "in", tmp_path / "out", shard_size=1).samples == 7
+    assert (tmp_path / "out" / "00000.tar").stat().st_ino == begun
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    pack(tmp_path / "in", tmp_path / "whole", shard_size=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".tar", ".parquet")}
+
+
+def test_parts_of_one_are_merged_to_the_same_bytes(tmp_path, capsys):
+    write_pictures(tmp_path / "in")
+    pack(tmp_path / "in", tmp_path / "whole", shard_size=2)
+    words = ["pack", str(tmp_path / "in"), str(tmp_path / "out"), "--shard-size=2"]
+    shards([*words, "part=1/3"])
+    with pytest.raises(ValueError, match=r"2 of \d shards are not packed yet, such as 00001.tar"):
+        shards([*words, "merge"])
+    with pytest.raises(ValueError, match="holds shards of another source or other options"):
+        shards([*words, "part=2/3", "resolution=32"])
+    packing = Packing(tmp_path / "out", json.loads((tmp_path / ".out.packing/.notes/settings.json").read_text()), True)
+    with packing.alone(Part(2, 3)), pytest.raises(ValueError, match=r"another process is at work.*part=2/3"):
+        shards([*words, "part=2/3"])
+    shards([*words, "part=2/3"])
+    shards([*words, "distributor=local", "part=3/3"])
+    assert not (tmp_path / "out").exists()
+    shards([*words, "merge=true"])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

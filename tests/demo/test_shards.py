@@ -10,8 +10,7 @@ import pytest
 import webdataset as wds
 from PIL import Image, features
 
-from memtrain.data.duplicates import MIN_QUALITY
-from memtrain.data.hashes import perceptual_hash
+from memtrain.data.hashes import MIN_QUALITY, perceptual_hash
 from memtrain.data.samples import ShardSamples
 from memtrain.demo.compose import RESOLUTION, Composites, captions_of, compose
 from memtrain.demo.corpus import duplicates, recipe_of

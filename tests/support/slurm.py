@@ -73,6 +73,7 @@ def sbatch(*arguments: str) -> None:
         about["SLURM_NODELIST"] = about["SLURM_JOB_NODELIST"] = "localhost"
         if "array" in options:
             about |= {"SLURM_ARRAY_JOB_ID": str(number), "SLURM_ARRAY_TASK_ID": str(index)}
+            about["SLURM_ARRAY_TASK_COUNT"] = str(last - first + 1)
         folder = _jobs() / _name(about)
         folder.mkdir()
         (folder / "script").write_text(text)  # as it is now: SLURM, too, keeps a copy
@@ -82,7 +83,7 @@ def sbatch(*arguments: str) -> None:
             [sys.executable, "-I", __file__, "_run", folder.name], start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-    print(f"Submitted batch job {number}")
+    print(number if "parsable" in options else f"Submitted batch job {number}")
 
 
 def _run(name: str) -> None:
@@ -91,12 +92,15 @@ def _run(name: str) -> None:
     job = json.loads((folder / "job.json").read_text())
     again, restarts = folder / "again", 0
     (folder / "controller").write_text(str(os.getpid()))
+    while not _depended_on(job["options"].get("dependency", "")):
+        time.sleep(0.05)
     while True:
         environment = os.environ | job["about"]
         if restarts:
             environment["SLURM_RESTART_COUNT"] = str(restarts)
         (folder / "state").write_text("RUNNING")
-        output = job["options"].get("output", f"{job['about']['SLURM_SUBMIT_DIR']}/slurm-%j.out")
+        name = "slurm-%A_%a.out" if "array" in job["options"] else "slurm-%j.out"
+        output = job["options"].get("output", f"{job['about']['SLURM_SUBMIT_DIR']}/{name}")
         output = Path(_path(output, job["about"]))
         output.parent.mkdir(parents=True, exist_ok=True)  # submitit makes it, once sbatch has returned
         with output.open("ab") as file:
@@ -118,6 +122,13 @@ def _run(name: str) -> None:
     (folder / "controller").unlink()
     (folder / "code").write_text(str(script.returncode))
     (folder / "state").write_text("FAILED" if script.returncode else "COMPLETED")
+
+
+def _depended_on(said: str) -> bool:
+    """Whether the job of `afterok:17`, or all of an array, have ended well; true where nothing is said."""
+    number = said.removeprefix("afterok:")
+    folders = [folder for folder in _jobs().iterdir() if folder.name.split("_")[0] == number]
+    return all((folder / "state").read_text() == "COMPLETED" for folder in folders)
 
 
 def srun(*arguments: str) -> None:

@@ -6,10 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from memtrain.data.datamodule import from_shards
-from memtrain.data.duplicates import find_duplicates
-from memtrain.data.sources import local_shards
 from memtrain.training.checkpoint import checkpoint
 from tests.conftest import build_module, fit
+from tests.support.audits import duplicates_in
 from tests.support.corpora import corpus_with_every_fault
 from tests.support.training import Record
 
@@ -65,8 +64,7 @@ def test_natural_duplicates_serve_as_canaries(pipeline_folder, tmp_path):
         tmp_path / "shards" / "x.tar",
         [part for row, n in enumerate(copies) for part in sample(f"{row:09d}", pictures[n], f"picture {n}")],
     )
-    found = find_duplicates(local_shards([str(tmp_path / "shards")]), 31, 1, lambda items, total: items)
-    pq.write_table(found.groups, tmp_path / "groups.parquet")
+    pq.write_table(duplicates_in(tmp_path / "shards")[1], tmp_path / "groups.parquet")
     options = dict(seed=0, repeats=100, repeats_from=str(tmp_path / "groups.parquet"))
     data = from_shards(str(tmp_path / "shards"), 64, 2, 0, canaries=1, reference=3, **options)
     assert sorted(data.groups.canary.tolist()) == [0, 1, 2]  # the largest group

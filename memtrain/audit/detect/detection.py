@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 from diffusers import DiffusionPipeline
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
@@ -30,11 +20,20 @@ from memtrain.audit.detect.attention import cross_attention_layers
 from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density
 from memtrain.audit.detect.parts import Parts
 from memtrain.audit.detect.scores import STEP_SCORES, Density, StepScore
-from memtrain.audit.detect.scoring import DetectionSettings, Plan, Scored, in_chunks, score_prompts
+from memtrain.audit.detect.scoring import (
+    DetectionSettings,
+    Plan,
+    Scorer,
+    flat,
+    in_chunks,
+    load_scorer,
+    nested,
+    no_scores,
+    plan_of,
+)
 from memtrain.audit.detect.separation import by_group, by_step, check_labels, separation
+from memtrain.audit.detect.spread import Spread, score
 
-log = logging.getLogger(__name__)
-SECONDS_A_PART = 10.0  # a stop loses no more than this; millions of prompts still make few files
 SCORE_NAMES = (*(score.name for score in STEP_SCORES), TiledL2Density.name, EmbeddingDensity.name, Anchored.name)
 
 
@@ -94,7 +93,7 @@ class Detection:
             ),
         }
         columns |= {name: pa.array(self.of(name), pa.float32()) for name in self.names}
-        return pa.table(columns | {f"{name}_steps": _nested(values) for name, values in self.steps.items()})
+        return pa.table(columns | {f"{name}_steps": nested(values) for name, values in self.steps.items()})
 
     def summary(self, max_fprs: Sequence[float] = (0.01,), threshold: float | None = None, top: int = 20) -> dict:
         """What there is to say about the list: JSON values, `nan` aside.
@@ -158,6 +157,7 @@ def detect(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
+    spread: Spread | None = None,
 ) -> Detection:
     """Score prompts by what a model predicts for them (docs/method.md, detection).
 
@@ -176,9 +176,12 @@ def detect(
         out: folder that keeps the scores while they are made, and the table; a stopped call goes on there.
         overwrite: replace what another model or other settings left in `out`, instead of refusing.
         progress: draw a bar.
+        spread: who scores, and which of the prompts, a batch of them a task; None: this process, and all. Of a part
+            the detection is of its own prompts, and `out` gets the table once all are there.
 
     Raises:
         ValueError: in one line, what is wrong with the pipeline, the prompts, the labels or the settings.
+        OSError: some prompts could not be scored, however often that was tried; the others are kept in `out`.
     """
     denoiser = pipeline if isinstance(pipeline, Denoiser) else Denoiser.of(pipeline)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -189,43 +192,34 @@ def detect(
             raise ValueError(f"{name} must have one entry a prompt: got {len(values)} for {len(prompts)} prompts")
     if labels is not None:
         check_labels(labels)
-    chosen = [named_scores([score])[0] if isinstance(score, str) else score for score in scores]
+    chosen = [named_scores([one])[0] if isinstance(one, str) else one for one in scores]
     denoiser = denoiser.guided(guidance_scale)
     schedule = num_scored_steps, num_inference_steps, denoiser.guidance_scale
-    plan = Plan(
-        DetectionSettings(num_images_per_prompt, *schedule, seed),
-        tuple(score for score in chosen if isinstance(score, StepScore)),
-        tuple(score for score in chosen if not isinstance(score, StepScore)),
-    )
-    if any(score.reads_attention or score.to_the_end for score in plan.step_scores):
+    plan = plan_of(DetectionSettings(num_images_per_prompt, *schedule, seed), chosen)
+    if any(one.reads_attention or one.to_the_end for one in plan.step_scores):
         cross_attention_layers(denoiser.model.network)
     parts = None if out is None else Parts(Path(out), _made_with(denoiser, plan, prompts), overwrite)
-    tables = [] if parts is None else parts.read()
-    done = {position for table in tables for position in table["position"].to_pylist()}
-    missing = [position for position in range(len(prompts)) if position not in done]
-    if done and missing:
-        log.info("%s: %d of %d prompts are scored already; going on", out, len(done), len(prompts))
-
-    started = time.perf_counter()
-    tables += _score(denoiser, plan, prompts, missing, ShrinkingBatches(batch_size), parts, progress)
-    seconds = time.perf_counter() - started
-    everything = pa.concat_tables(tables).sort_by("position")
-    shape = (len(prompts), num_images_per_prompt, num_scored_steps)
+    spread, scorer = spread or Spread(), Scorer(denoiser, plan, ShrinkingBatches(batch_size))
+    prepare = partial(load_scorer, spread.load, plan.settings, batch_size) if spread.load else lambda: scorer
+    chunks = list(in_chunks(len(prompts), batch_size))  # n whole batches each
+    scored = score(prepare, prompts, chunks, no_scores(plan), parts, spread, progress)
+    table, own = scored.table, scored.table["position"].to_pylist()
+    shape = (len(own), num_images_per_prompt, num_scored_steps)
     detection = Detection(
-        prompts=prompts,
-        labels=None if labels is None else [bool(label) for label in labels],
-        groups=None if groups is None else list(groups),
-        truncated=_truncated(denoiser, prompts),
-        steps={score.name: _flat(everything[f"{score.name}_steps"]).reshape(shape) for score in plan.step_scores},
-        densities={density.name: everything[density.name].to_numpy() for density in plan.densities},
+        prompts=[prompts[place] for place in own],
+        labels=None if labels is None else [bool(labels[place]) for place in own],
+        groups=None if groups is None else [groups[place] for place in own],
+        truncated=_truncated(denoiser, [prompts[place] for place in own]),
+        steps={one.name: flat(table[f"{one.name}_steps"]).reshape(shape) for one in plan.step_scores},
+        densities={density.name: table[density.name].to_numpy() for density in plan.densities},
         timesteps=denoiser.model.sampler.timesteps(num_inference_steps)[:num_scored_steps],
         main=chosen[0].name,
         evaluations=plan.evaluations(),
         evaluations_alone=plan.evaluations_alone(),
-        seconds=seconds,
-        newly_scored=len(missing),
+        seconds=scored.seconds,
+        newly_scored=scored.newly_scored,
     )
-    if parts is not None:
+    if parts is not None and len(own) == len(prompts):
         parts.finish(detection.table())
     return detection
 
@@ -267,62 +261,9 @@ def named_scores(
     return found
 
 
-def _score(
-    denoiser: Denoiser,
-    plan: Plan,
-    prompts: list[str],
-    missing: list[int],
-    batches: ShrinkingBatches,
-    parts: Parts | None,
-    progress: bool,
-) -> list[pa.Table]:
-    """Tables of the missing prompts, saved on the way."""
-    tables: list[pa.Table] = []
-    saved, last_save = 0, time.monotonic()
-    columns = (
-        TextColumn("scoring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("scoring", total=len(missing))
-        try:
-            # as many prompts as a batch has rows: n whole batches
-            for chunk in in_chunks(len(missing), batches.batch_size):
-                positions = missing[chunk.start : chunk.stop]
-                scored = score_prompts(denoiser, plan, [prompts[position] for position in positions], batches)
-                tables.append(_part(positions, scored))
-                bar.advance(task, len(positions))
-                if parts is not None and time.monotonic() - last_save > SECONDS_A_PART:
-                    parts.add(pa.concat_tables(tables[saved:]))
-                    saved, last_save = len(tables), time.monotonic()
-        finally:  # a stop by hand keeps what is done
-            if parts is not None and tables[saved:]:
-                parts.add(pa.concat_tables(tables[saved:]))
-    return tables
-
-
-def _part(positions: list[int], scored: Scored) -> pa.Table:
-    columns = {"position": pa.array(positions, pa.int64())}
-    columns |= {f"{name}_steps": _nested(values) for name, values in scored.steps.items()}
-    return pa.table(columns | {name: pa.array(values, pa.float32()) for name, values in scored.densities.items()})
-
-
-def _nested(values: np.ndarray) -> pa.ListArray:
-    """(P, n, k) as a column of lists of lists."""
-    prompts, generations, steps = values.shape
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float32())
-    inner = pa.ListArray.from_arrays(pa.array(range(0, len(flat) + 1, steps), pa.int32()), flat)
-    return pa.ListArray.from_arrays(pa.array(range(0, prompts * generations + 1, generations), pa.int32()), inner)
-
-
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    return np.concatenate([chunk.flatten().flatten().to_numpy() for chunk in column.chunks])
-
-
 def _truncated(denoiser: Denoiser, prompts: list[str]) -> np.ndarray:
+    if not prompts:  # of a part that has none
+        return np.zeros(0, dtype=np.bool_)
     tokenizer = denoiser.model.caption_tokenizer
     lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
     return np.array(lengths) > tokenizer.model_max_length

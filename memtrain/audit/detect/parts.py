@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from memtrain.core.files import written_aside
+from memtrain.data.distribute import Part
+from memtrain.data.kept import alone, one_at_a_time
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +33,19 @@ class Parts:
     def __init__(self, folder: Path, made_with: dict, overwrite: bool):
         self.folder, self.parts = folder, folder / "parts"
         self.finished = folder / "scores.parquet"
-        settings = folder / "settings.json"
+        with one_at_a_time(self.parts, ["settings.json"]):  # parts of one list may start together
+            self._begin(folder / "settings.json", made_with, overwrite)
+
+    def _begin(self, settings: Path, made_with: dict, overwrite: bool) -> None:
         if settings.is_file():
             different = _differences(settings, made_with)
             if different and not overwrite:
                 raise ValueError(
-                    f"out={folder} holds scores of another run ({', '.join(different)} differ); "
+                    f"out={self.folder} holds scores of another run ({', '.join(different)} differ); "
                     "name another folder, or say overwrite=true to do it anew"
                 )
             if different:
-                log.warning("%s: the scores there are thrown away: %s differ", folder, ", ".join(different))
+                log.warning("%s: the scores there are thrown away: %s differ", self.folder, ", ".join(different))
                 self._clear()
         else:
             self._clear()  # parts without settings cannot be trusted
@@ -51,8 +57,13 @@ class Parts:
         shutil.rmtree(self.parts, ignore_errors=True)
         self.finished.unlink(missing_ok=True)
 
+    def alone(self, part: Part) -> AbstractContextManager[None]:
+        """While one process does this part, no other can. Raises ValueError where one does."""
+        file = self.parts / f".{part.number}-{part.count}.lock"
+        return alone(file, f"wait for it, or name another out=FOLDER (part={part})")
+
     def read(self) -> list[pa.Table]:
-        """What is there; a damaged part is left out, said and done anew."""
+        """What is there, of all parts; a damaged file is left out, said and its rows done anew."""
         tables = []
         for path in [self.finished] if self.finished.is_file() else sorted(self.parts.glob("[!.]*.parquet")):
             try:
@@ -69,7 +80,7 @@ class Parts:
     def finish(self, table: pa.Table) -> None:
         """All rows: one file, and the parts are gone."""
         write_table(self.finished, table)
-        shutil.rmtree(self.parts)
+        shutil.rmtree(self.parts, ignore_errors=True)
 
 
 def _differences(settings: Path, made_with: dict) -> list[str]:

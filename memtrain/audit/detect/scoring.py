@@ -5,10 +5,11 @@ Shapes: B rows (generations), k scored steps, P prompts, n generations of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from memtrain.audit.detect.scores import Density, ScoredStep, StepScore
 from memtrain.audit.sampling import SamplingPath
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.samplers import Predictions
+
+Load = Callable[[], tuple[Denoiser, Sequence[StepScore | Density]]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,15 @@ class Plan:
         alone = [Plan(self.settings, (score,)) for score in self.step_scores]
         alone += [Plan(self.settings, (), (density,)) for density in self.densities]
         return {plan.names[0]: plan.evaluations() for plan in alone}
+
+
+def plan_of(settings: DetectionSettings, scores: Sequence[StepScore | Density]) -> Plan:
+    """The plan that takes these scores. Raises ValueError where it makes no sense."""
+    return Plan(
+        settings,
+        tuple(score for score in scores if isinstance(score, StepScore)),
+        tuple(score for score in scores if not isinstance(score, StepScore)),
+    )
 
 
 @dataclass(frozen=True)
@@ -163,3 +175,48 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
 def in_chunks(total: int, size: int) -> Iterator[range]:
     """Consecutive ranges of at most `size` that cover range(total)."""
     return (range(first, min(first + size, total)) for first in range(0, total, size))
+
+
+@dataclass
+class Scorer:
+    """What scores prompts: a model, what is asked of it, and as many generations at a time as fit."""
+
+    denoiser: Denoiser
+    plan: Plan
+    batches: ShrinkingBatches
+
+    def __call__(self, positions: list[int], prompts: list[str]) -> pa.Table:
+        """A row a prompt, each with its place in the list."""
+        return _part(positions, score_prompts(self.denoiser, self.plan, prompts, self.batches))
+
+
+def load_scorer(load: Load, settings: DetectionSettings, batch_size: int) -> Scorer:
+    """The scorer of another process."""
+    denoiser, scores = load()
+    return Scorer(denoiser.guided(settings.guidance_scale), plan_of(settings, scores), ShrinkingBatches(batch_size))
+
+
+def no_scores(plan: Plan) -> pa.Table:
+    """Scores of no prompt."""
+    none = np.zeros((0, plan.settings.num_images_per_prompt, plan.settings.num_scored_steps), np.float32)
+    steps = {score.name: none for score in plan.step_scores}
+    return _part([], Scored(steps, {density.name: none[:, 0, 0] for density in plan.densities}))
+
+
+def _part(positions: list[int], scored: Scored) -> pa.Table:
+    columns = {"position": pa.array(positions, pa.int64())}
+    columns |= {f"{name}_steps": nested(values) for name, values in scored.steps.items()}
+    return pa.table(columns | {name: pa.array(values, pa.float32()) for name, values in scored.densities.items()})
+
+
+def nested(values: np.ndarray) -> pa.ListArray:
+    """(P, n, k) as a column of lists of lists."""
+    prompts, generations, steps = values.shape
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), pa.float32())
+    inner = pa.ListArray.from_arrays(pa.array(range(0, len(flat) + 1, steps), pa.int32()), flat)
+    return pa.ListArray.from_arrays(pa.array(range(0, prompts * generations + 1, generations), pa.int32()), inner)
+
+
+def flat(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of lists as its numbers, one after the other."""
+    return np.concatenate([np.zeros(0, np.float32), *(chunk.flatten().flatten().to_numpy() for chunk in column.chunks)])
