@@ -33,10 +33,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A tar on disk and its name, with which its samples' keys begin."""
+    """A tar that a command looks at as a whole, and its name, with which its samples' keys begin.
+
+    Args:
+        path: where it lies on disk; of one behind a URL, what tells it apart.
+        url: where it is fetched from, see `memtrain.data.staged.on_disk`; empty: it is on disk.
+    """
 
     path: Path
     name: str
+    url: str = ""
 
 
 def find_sources(spec: str | Mapping | Sequence[str | Mapping]) -> list[Shard]:
@@ -80,16 +86,17 @@ def check_fetch(fetch: str, shards: Sequence[Shard]) -> None:
 
 
 def local_shards(spec: Sequence[str]) -> list[LocalShard]:
-    """The shards that these folders, tars and brace patterns name.
+    """The shards that these folders, tars, brace patterns and URLs of object stores name.
 
     Raises:
-        ValueError: nothing is there, or it is not on a local disk.
+        ValueError: nothing is there, or it is neither on a local disk nor in a store that can be read.
     """
     shards = find_sources(list(spec))
-    remote = [shard.name for shard in shards if shard.is_remote]
-    if remote:
-        raise ValueError(f"{remote[0]} is not on a local disk; copy the shards to a folder first")
-    return [LocalShard(Path(shard.url), shard.name) for shard in shards]
+    for shard in shards:
+        if shard.is_remote and not stores.is_store(shard.url):
+            remedy = stores.remedy(shard.url) if scheme_of(shard.url) in stores.STORES else "copy the shards first"
+            raise ValueError(f"{shard.name} is neither on a local disk nor in an object store; {remedy}")
+    return [LocalShard(Path(shard.url), shard.name, shard.url if shard.is_remote else "") for shard in shards]
 
 
 def _tars_of(url: str) -> list[str]:

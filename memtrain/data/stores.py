@@ -77,11 +77,17 @@ def read_whole(url: str) -> bytes:
 
 def size_of(url: str) -> int:
     """Bytes of a file, as the store says them now."""
+    return state_of(url)[0]
+
+
+def state_of(url: str) -> tuple[int, str]:
+    """Bytes of a file, and what tells its states apart that are as long: its ETag, or when it was written."""
     with _file_of(url) as (system, path):
-        size = system.info(path)["size"]
-        if size is None:
-            raise OSError("the server does not say how long it is")
-        return int(size)
+        info = system.info(path)
+    if info["size"] is None:
+        raise OSError("the server does not say how long it is")
+    said = (info.get(name) for name in ("ETag", "etag", "blob_id", "LastModified", "mtime", "updated"))
+    return int(info["size"]), str(next((value for value in said if value), ""))
 
 
 def tars_in(url: str) -> list[str]:

@@ -1,14 +1,19 @@
 """Shards in an object store, behind a real S3 server on this machine: moto's, in a thread of the tests."""
 
+import json
 import logging
 import shutil
+import tempfile
 from itertools import islice
+from pathlib import Path
 
 import fsspec
+import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 from torch.utils.data import DataLoader
 
+from memtrain.cli.shards import shards
 from memtrain.data import stores
 from memtrain.data.batches import BatchDecoder
 from memtrain.data.datamodule import _Positions
@@ -17,7 +22,7 @@ from memtrain.data.index import write_index
 from memtrain.data.order import GlobalBatchSampler
 from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples
-from memtrain.data.sources import find_sources
+from memtrain.data.sources import find_sources, local_shards
 from memtrain.data.stores import Range, read_ranges
 from tests.conftest import build_data
 
@@ -144,7 +149,7 @@ def test_a_shard_that_is_gone_stops_or_is_passed_over(bucket, corpus, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("shards", "said"),
+    ("source", "said"),
     [
         ("s3://no-such-bucket/laion", r"s3://no-such-bucket/laion cannot be listed \(.*bucket does not exist"),
         ("s3://corpus/empty", r"s3://corpus/empty .*(cannot be listed|has no \.tar)"),
@@ -154,9 +159,9 @@ def test_a_shard_that_is_gone_stops_or_is_passed_over(bucket, corpus, tmp_path, 
         ),
     ],
 )
-def test_what_cannot_be_read_is_one_line(bucket, tmp_path, shards, said):
+def test_what_cannot_be_read_is_one_line(bucket, tmp_path, source, said):
     with pytest.raises(ValueError, match=said) as caught:
-        ShardSamples(shards, 64, cache_dir=tmp_path, fetch="samples")
+        ShardSamples(source, 64, cache_dir=tmp_path, fetch="samples")
     assert "\n" not in str(caught.value) and "a-secret" not in str(caught.value)
 
 
@@ -179,3 +184,47 @@ def test_a_store_whose_package_is_not_there_says_which(monkeypatch):
     with pytest.raises(ValueError, match=r"pip install 'memtrain\[gs\]'"):
         find_sources("gs://bucket/laion")
     assert [shard.url for shard in find_sources("gs://bucket/{0..1}.tar")] == ["gs://bucket/0.tar", "gs://bucket/1.tar"]
+
+
+# ---- commands that look at whole shards
+
+
+def test_commands_over_a_bucket_find_what_they_find_on_disk(bucket, corpus, requests, tmp_path, capsys):
+    tables = {}
+    requests.clear()
+    for name, source in {"here": str(corpus), "there": "s3://corpus/laion"}.items():
+        out = tmp_path / f"{name}.parquet"
+        shards(["duplicates", source, "--out", str(out), "workers=1"])
+        tables[name] = pq.read_table(out)
+        capsys.readouterr()
+        shards(["check", source, "--json", "--manifest", str(tmp_path / f"{name}-check"), "workers=1"])
+        tables[f"{name}-check"] = json.loads(capsys.readouterr().out)
+    assert tables["there"] == tables["here"] and tables["there-check"] == tables["here-check"]
+    assert len(tars_fetched_whole(requests)) == 6
+    shards(["duplicates", "s3://corpus/laion", "--out", str(tmp_path / "again.parquet"), "--manifest",
+            str(tmp_path / "there.partials"), "workers=1"])  # fmt: skip
+    assert len(tars_fetched_whole(requests)) == 6  # what was looked at is not fetched again
+    assert not list(Path(tempfile.gettempdir()).glob("memtrain-shard-*"))
+
+
+def test_an_index_is_written_beside_a_shard_in_a_bucket(bucket, corpus, requests, tmp_path, capsys):
+    first = sorted(corpus.glob("*.tar"))[0]
+    stores.upload(first, "s3://corpus/unindexed/0.tar")
+    for said in ("indexed 16 samples in 1 shards", "1 were indexed already"):
+        shards(["index", "s3://corpus/unindexed", "workers=1"])
+        assert said in capsys.readouterr().out
+    requests.clear()
+    samples = ShardSamples("s3://corpus/unindexed", 64, cache_dir=tmp_path, fetch="samples")
+    assert len(samples) == 16 and samples.indexed.indexes[0].is_hashed and not tars_fetched_whole(requests)
+
+
+def test_a_small_corpus_is_drawn_from_a_bucket(bucket, corpus, tmp_path):
+    for name, source in {"here": str(corpus), "there": bucket}.items():
+        shards(["draw", source, str(tmp_path / name), "--count", "5"])
+    here, there = (next((tmp_path / name).glob("*.tar")).read_bytes() for name in ("here", "there"))
+    assert here == there
+
+
+def test_what_is_neither_on_disk_nor_in_a_store_is_refused():
+    with pytest.raises(ValueError, match=r"neither on a local disk nor in an object store; copy the shards first"):
+        local_shards(["https://host/0.tar"])
