@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it. `install_memtrain [EXTRA]` makes .venv and installs memtrain into it with
-# the versions of constraints.txt; where that was done before, it does nothing. Afterwards $repo is this
+# the versions of constraints.txt; where that was done before, it does nothing. A Linux machine without a GPU gets the
+# wheel of torch for CPUs, where it can be had (MEMTRAIN_TORCH=default: pip's own choice; cpu: that one). Afterwards $repo is this
 # repository and $python the interpreter of its .venv. `let_ranks_stop` sets what torchrun reads. `train_settings` makes
 # the runs of a table.
 
@@ -121,6 +122,34 @@ fingerprint() {
         "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
+has_gpu() {
+    [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || command -v nvidia-smi >/dev/null 2>&1
+}
+
+wants_cpu_torch() {
+    case "${MEMTRAIN_TORCH:-auto}" in
+    auto) [ "$(uname -s)" = Linux ] && ! has_gpu || return 1 ;;
+    cpu) ;;
+    default) return 1 ;;
+    *) die "MEMTRAIN_TORCH must be auto, cpu or default, got $MEMTRAIN_TORCH" ;;
+    esac
+    ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+}
+
+# On Linux the default wheel of torch brings CUDA: 5 GB with what it asks for, where that for CPUs takes 200 MB.
+# Where neither pip's own sources nor torch's index have it, the default one will do.
+install_cpu_torch() {
+    local wheel index log="$venv/install-torch.log"
+    wheel="$(grep -oE '^torch==[0-9.]+' "$repo/launch/constraints.txt")+cpu"
+    for index in "" "${MEMTRAIN_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"; do
+        if "$python" -m pip install --no-input --no-deps --retries 0 --timeout 20 ${index:+--index-url "$index"} \
+            "$wheel" >"$log" 2>&1 </dev/null; then
+            return 0
+        fi
+    done
+    printf 'no wheel of torch for CPUs can be had here (log: %s): installing the default one, gigabytes\n' "$log"
+}
+
 install_memtrain() {
     local extra="${1:-}" log="$venv/install.log" state stamp status=0 began=$SECONDS
     make_venv
@@ -135,6 +164,9 @@ install_memtrain() {
     printf 'installing memtrain%s into %s: minutes the first time (log: %s)\n' "${extra:+[$extra]}" "$venv" "$log"
     rm -f "$venv"/memtrain-installed*
     touch "$unfinished"
+    if wants_cpu_torch; then
+        install_cpu_torch
+    fi
     # Relative paths, because pip splits the variables at spaces. They hold for the build environments, which
     # -c does not reach: PIP_CONSTRAINT up to pip 26.1, PIP_BUILD_CONSTRAINT from 25.3.
     (

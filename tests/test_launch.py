@@ -62,7 +62,7 @@ def launch(script: Path, *arguments: str, cwd: Path, **environment: str) -> subp
     return subprocess.run(
         ["bash", str(script), *arguments],
         cwd=cwd,
-        env=inherited | {"PIP_CONFIG_FILE": os.devnull} | environment,
+        env=inherited | {"PIP_CONFIG_FILE": os.devnull, "MEMTRAIN_TORCH": "default"} | environment,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -116,6 +116,25 @@ def test_venv_module_missing(checkout, tmp_path):
     path = path_with(tmp_path / "bin", python3=without_venv)
     line = the_only_line(launch(checkout / "launch" / "test.sh", cwd=tmp_path, PATH=path))
     assert "venv and ensurepip" in line and "python3.12-venv" in line
+
+
+@pytest.mark.parametrize("reached", ["own", "torch's", "none"])
+def test_a_machine_without_a_gpu_asks_for_the_wheel_for_cpus(checkout, tmp_path, reached):
+    """`pip` writes down how it is called; it finds the wheel in its own sources, in torch's index, or nowhere."""
+    pip = f'case "$*" in -c*) exit 1 ;; esac; echo "$*" >>"{tmp_path}/calls"; '
+    pip += {"own": "exit 0", "torch's": 'case "$*" in *index-url*) ;; *) exit 1 ;; esac', "none": "exit 1"}[reached]
+    (fake := tmp_path / "python").write_text(f"#!/bin/sh\n{pip}\n")
+    fake.chmod(0o755)
+    (tmp_path / "install.sh").write_text(
+        f'source "{checkout}/launch/common.sh"; mkdir -p "$venv"; python="{fake}"\n'
+        "wants_cpu_torch && install_cpu_torch; MEMTRAIN_TORCH=default; wants_cpu_torch || echo left\n"
+    )
+    done = launch(tmp_path / "install.sh", cwd=tmp_path, MEMTRAIN_TORCH="cpu")
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == (1 if reached == "own" else 2) and all("--no-deps" in call for call in calls)
+    assert calls[-1].endswith("+cpu") and ("--index-url" in calls[-1]) == (reached != "own")
+    assert done.stdout.splitlines()[-1] == "left" and ("the default one" in done.stdout) == (reached == "none")
 
 
 def is_usable(root: Path) -> bool:

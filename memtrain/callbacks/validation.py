@@ -130,7 +130,7 @@ class Validation(AfterEachStep):
             told = predictor.encode([captions[n] for n in samples], predictor.model.encode)
             found = predictor.predict_and_score(
                 latents[samples].to(predictor.device),
-                torch.cat([draw.noise for draw in draws]),
+                torch.cat([draw.noise for draw in draws]).to(predictor.device),
                 timesteps[[i for _, i in part]].to(predictor.device),
                 told.map(lambda conditioning, sizes=sizes[samples]: conditioning.sized(sizes)),
             )

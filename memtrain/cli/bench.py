@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from memtrain.cli import bench_all, bench_peers
 from memtrain.cli.arguments import Parser
 from memtrain.cli.distributors import add_distributor, cores, taken_from
 from memtrain.data.paths import check_empty
@@ -84,6 +85,26 @@ def bench(argv: list[str]) -> None:
     add_distributor(recall, cores())
     recall.add_argument("--json", action="store_true", help="print the figures as JSON")
     recall.set_defaults(run=_recall)
+    real_size = commands.add_parser(
+        "real_size", help="Stable Diffusion 1.4's size with random weights: steps, checkpoint, resume, export, detect"
+    )
+    real_size.add_argument(
+        "--model", default="CompVis/stable-diffusion-v1-4", metavar="NAME",
+        help="whose architecture: a hub id that `memtrain bench memory` knows, or a folder (default %(default)s)",
+    )  # fmt: skip
+    real_size.add_argument("--resolution", type=int, default=256, metavar="PX", help="(default 256)")
+    real_size.add_argument(
+        "--folder", type=Path, default=Path("bench/real_size"), metavar="PATH",
+        help="is made, and removed at the end; on a disk with 35 GB free (default bench/real_size)",
+    )  # fmt: skip
+    real_size.add_argument("--json", action="store_true", help="print the figures as JSON")
+    real_size.set_defaults(run=_real_size)
+    peers = commands.add_parser("peers", help="training, loading and detection against what its users use now")
+    bench_peers.add_arguments(peers)
+    peers.set_defaults(run=bench_peers.peers)
+    everything = commands.add_parser("all", help="the ratios of all of these, beside the last ones that were committed")
+    bench_all.add_arguments(everything)
+    everything.set_defaults(run=bench_all.bench_all)
     commands.add_parser("mitigation", help="baselines against one another: `memtrain bench mitigation --help`")
     args = parser.parse_args(argv)
     args.run(args)
@@ -326,3 +347,12 @@ def _recall(args: argparse.Namespace) -> None:
         f"\n{found.true} of {found.pairs} pairs in groups are of one picture: precision {found.precision:.1%}"
         + ("; what the shards repeat themselves counts as false" if args.paths else "")
     )
+
+
+def _real_size(args: argparse.Namespace) -> None:
+    from memtrain.cli.bench_real_size import as_json, measure_real_size, shown
+
+    found = measure_real_size(
+        args.model, args.resolution, args.folder, said=lambda what: print(what, file=sys.stderr, flush=True)
+    )
+    print(as_json(found) if args.json else shown(found))

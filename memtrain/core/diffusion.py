@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.core.streams import Stream, place_seed
+from memtrain.core.transfer import sent
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 DENSITIES = ("uniform", "logit_normal", "mode")
@@ -229,7 +230,8 @@ class Draws:
     uniform: Tensor  # (B,) in [0, 1): a caption is dropped where it is below the dropout rate
 
     def to(self, device: torch.device) -> Draws:
-        return Draws(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        """The same on a device, for which the host does not wait."""
+        return Draws(*(sent(getattr(self, name), device) for name in self.__dataclass_fields__))
 
 
 def draw(

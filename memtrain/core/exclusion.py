@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from memtrain.core.statistics import most_remembered
+from memtrain.core.transfer import sent
 
 # Groups. Canaries are planted; a sacrificed one is never excluded, so that rules learn what memorized looks like;
 # a reference sample is never trained on.
@@ -62,6 +63,10 @@ class Decision:
 
     keep_mask: Tensor  # (B,) bool, True = trained on
     threshold: Tensor  # (B,) float32, what each sample was held against, in the rule's own unit
+
+    def to(self, device: torch.device) -> Decision:
+        """The same on a device, for which the host does not wait."""
+        return Decision(sent(self.keep_mask, device), sent(self.threshold, device))
 
     @staticmethod
     def concatenate(parts: list[Decision]) -> Decision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,20 +91,30 @@ class Batch:
     pooled: Tensor | None = None  # (B, P): the same, of families that have it
     sizes: Tensor | None = None  # (B, 6) float32, `Sizes`; None: a cache for a family that is not told of them
     missing: str | None = None  # a shard that is gone, in words: the batch is not to be trained on
+    host: Batch | None = field(default=None, init=False)  # of one that was sent to a device: what it was on the CPU
 
     @property
     def is_cached(self) -> bool:
         """Whether latents and embeddings came from a cache; then there are no images."""
         return self.posterior is not None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    @property
+    def on_host(self) -> Batch:
+        """The batch where looking at it is no waiting."""
+        return self.host or self
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, for which the host does not wait."""
+        wait = torch.device(device).type == "cpu"  # for what comes from a GPU
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=not wait))
+        moved.host = self.on_host
+        return moved
 
     def pin_memory(self) -> Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return Batch(**values | changed)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import webdataset as wds
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from webdataset import TarWriter
 
 from memtrain.data.batches import BatchDecoder
@@ -52,9 +55,23 @@ def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
     return out.getvalue()
 
 
+def write_photos(folder: Path, shards: int, samples: int, height: int = HEIGHT, width: int = WIDTH) -> None:
+    """Write shards of so many samples each, as img2dataset does: such JPEGs, and captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        with TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as tar:
+            for number in range(shard * samples, (shard + 1) * samples):
+                picture = jpeg(photo(number, height, width))
+                tar.write({"__key__": f"{number:09d}", "jpg": picture, "txt": f"photograph {number}", "json": b"{}"})
+
+
 def pillow_pipeline(data: bytes, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
     """Decode, resize, centre crop -> (3, height, width) uint8, the usual way."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return crop_and_resize(Image.open(io.BytesIO(data)).convert("RGB"), height, width, resample)
+
+
+def crop_and_resize(image: Image.Image, height: int, width: int, resample: Image.Resampling) -> np.ndarray:
+    """Resize to the short side, centre crop -> (3, height, width) uint8, by Pillow."""
     scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -116,6 +133,99 @@ def _seconds(pipeline: Callable[[bytes, int, int], np.ndarray], pictures: list[b
     for data in pictures:
         pipeline(data, SIDE, SIDE)
     return time.process_time() - start
+
+
+# ---- from shards to batches
+
+LOADERS = ("webdataset, Pillow, DataLoader", "memtrain")
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class LoadingSpeed:
+    """How fast each loader makes batches of shards, medians over the rounds, on one core. `speedup`: of memtrain."""
+
+    images: int
+    rounds: int
+    side: int  # px, of the squares
+    images_per_second: dict[str, float]
+    speedup: float
+    spread: tuple[float, float]  # the smallest and the largest speedup of a round
+
+
+def measure_loading(images: int, rounds: int, folder: Path, side: int = SIDE) -> LoadingSpeed:
+    """Load the same shards by either loader in turn, round by round, in this process, on one thread, in CPU time.
+
+    Args:
+        images: in a round.
+        folder: an empty one, for the shards.
+
+    Raises:
+        ValueError: fewer than a batch of images, or no round.
+    """
+    if images < _BATCH or rounds < 1:
+        raise ValueError(f"a round loads {_BATCH} images at least, got {images}, and there is one, got {rounds}")
+    shards, (height, width) = folder / "shards", (side * HEIGHT // SIDE, side * WIDTH // SIDE)
+    write_photos(shards, 2, max(_BATCH, images // 4), height, width)
+    data = from_shards(
+        str(shards), side, _BATCH, 0, duplicates="none", seed=0, canaries=0, repeats=1, reference=0,
+        cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+
+    def ours() -> Iterator[Any]:
+        sampler = GlobalBatchSampler(data.order, _BATCH, 1, 0, 1, num_steps=images // _BATCH)
+        decoder = BatchDecoder(data.samples, data.groups, data.views)
+        return iter(DataLoader(Rows(), batch_sampler=sampler, collate_fn=decoder, num_workers=0))
+
+    def theirs() -> Iterator[Any]:
+        return itertools.islice(_as_open_clip(sorted(map(str, shards.glob("*.tar"))), side), images // _BATCH)
+
+    rates: dict[str, list[float]] = {name: [] for name in LOADERS}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for load in (theirs, ours):  # plugins are imported, memory is mapped
+            next(load())
+        for _ in range(rounds):
+            for name, load in zip(LOADERS, (theirs, ours), strict=True):
+                start = time.process_time()
+                loaded = sum(len(batch[0] if isinstance(batch, (list, tuple)) else batch.images) for batch in load())
+                rates[name].append(loaded / (time.process_time() - start))
+    finally:
+        torch.set_num_threads(threads)
+    ratios = [fast / slow for slow, fast in zip(*rates.values(), strict=True)]
+    medians = {name: median(rate) for name, rate in rates.items()}
+    return LoadingSpeed(images, rounds, side, medians, median(ratios), (min(ratios), max(ratios)))
+
+
+class Rows(Dataset):
+    """Hands on what the sampler says, as the DataModule has it: rows are decoded a batch at a time."""
+
+    def __getitem__(self, row: Any) -> Any:
+        return row
+
+
+def _as_open_clip(urls: list[str], side: int) -> Iterator[Any]:
+    """Batches (images, captions) without an end, by webdataset's own stages in the order of open_clip's loader."""
+
+    def picture(image: Image.Image) -> torch.Tensor:
+        pixels = crop_and_resize(image, side, side, Image.Resampling.BICUBIC)
+        return (torch.from_numpy(pixels).float() / 255 - 0.5) / 0.5  # (3, side, side), as ToTensor and Normalize
+
+    stages = wds.DataPipeline(
+        wds.ResampledShards(urls),
+        wds.tarfile_to_samples(),
+        wds.shuffle(64),
+        wds.decode("pilrgb"),
+        wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+        wds.map_dict(image=picture),
+        wds.to_tuple("image", "text"),
+        wds.batched(_BATCH, partial=False),
+    )
+    return iter(wds.WebLoader(stages, batch_size=None, shuffle=False, num_workers=0))
+
+
+# ---- the first batch of a large corpus
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import NoiseProcess
+from memtrain.core.transfer import sent
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.pipelines import hash_weights
 from memtrain.models.samplers import Sampler
@@ -241,7 +242,7 @@ class DiffusionModel(nn.Module, ABC):
     def token_embeds(self, captions: list[str]) -> Tensor:
         """Token embeddings before the aligned text encoders, (B, L, E), those of several side by side in E."""
         parts = [
-            encoder.get_input_embeddings()(self._tokens(captions, tokenizer).input_ids.to(self.device))
+            encoder.get_input_embeddings()(sent(self._tokens(captions, tokenizer).input_ids, self.device))
             for tokenizer, encoder in self.aligned_encoders
         ]
         return torch.cat(parts, dim=-1)

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from memtrain.core.transfer import sent
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.flow_transformer import FlowTransformer
 
@@ -54,7 +55,7 @@ class Flux(FlowTransformer):
         return ("text_encoder",)  # a T5 stays as it is: with its dropout no step could be made again
 
     def _encode(self, captions: list[str]) -> Conditioning:
-        clip = self.text_encoder(self._tokens(captions, self.tokenizer).input_ids.to(self.device))
+        clip = self.text_encoder(sent(self._tokens(captions, self.tokenizer).input_ids, self.device))
         hidden = self.text_encoder_2(self.tokenize(captions).to(self.device))[0]
         told = self.transformer.config.guidance_embeds
         guidance = torch.full((len(captions),), self.guidance, device=self.device) if told else None

@@ -63,7 +63,7 @@ def hash_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().float().contiguous().flatten().numpy())  # its bytes, not copied
     for name, layer in module.named_modules():
         if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):  # peft's: in what its weights do not show
             digest.update(f"{name} {layer.active_adapters} {layer.scaling} {layer.disable_adapters}".encode())

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from memtrain.core.diffusion import DDPM, PREDICTION_TYPES
+from memtrain.core.transfer import sent
 from memtrain.models.base import DiffusionModel
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import FAMILIES
@@ -105,8 +106,8 @@ class StableDiffusion(DiffusionModel):
     def _encode(self, captions: list[str]) -> Conditioning:
         tokens, mask = self._tokens(captions, self.tokenizer), None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(self.device)
-        return Conditioning(self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0])
+            mask = sent(tokens.attention_mask, self.device)
+        return Conditioning(self.text_encoder(sent(tokens.input_ids, self.device), attention_mask=mask)[0])
 
     def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         added = (
@@ -135,11 +136,16 @@ class StableDiffusion(DiffusionModel):
         pipeline = self.pipeline()
         pipeline.register_modules(
             scheduler=self.scheduler,
-            **{
-                name: nn.Module.to(  # type: ignore[call-overload] # torch's annotations lack memory_format
-                    copy.deepcopy(getattr(self, name)), "cpu", dtype, memory_format=torch.contiguous_format
-                )
-                for name in self.network_names
-            },
+            **{name: _as_written(getattr(self, name), dtype) for name in self.network_names},
         )
         pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _as_written(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network on the CPU in this precision; of weights that are so already it has no copy, but shares them."""
+
+    def written(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+    memo: dict[int, Any] = {id(p): nn.Parameter(written(p), requires_grad=False) for p in network.parameters()}
+    return copy.deepcopy(network, memo | {id(buffer): written(buffer) for buffer in network.buffers()})

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
+from memtrain.core.transfer import sent
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.flow_transformer import FlowTransformer
 from memtrain.models.joint_attention import count_zero_tokens
@@ -92,7 +93,7 @@ class StableDiffusion3(FlowTransformer):
 
     def _encode(self, captions: list[str]) -> Conditioning:
         outputs = [
-            encoder(self._tokens(captions, tokenizer).input_ids.to(self.device), output_hidden_states=True)
+            encoder(sent(self._tokens(captions, tokenizer).input_ids, self.device), output_hidden_states=True)
             for tokenizer, encoder in self.aligned_encoders
         ]
         # the last layer but one of both CLIPs, side by side, zeros up to T5's width; after them T5's tokens
@@ -114,7 +115,7 @@ class StableDiffusion3(FlowTransformer):
             truncation=True,
             return_tensors="pt",
         )
-        return self.text_encoder_3(tokens.input_ids.to(self.device))[0]
+        return self.text_encoder_3(sent(tokens.input_ids, self.device))[0]
 
     def make_trainable(
         self, train_text_encoder: bool, gradient_checkpointing: bool, channels_last: bool, compile: bool

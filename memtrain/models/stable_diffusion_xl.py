@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from memtrain.core.transfer import sent
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.stable_diffusion import StableDiffusion
 
@@ -45,7 +46,7 @@ class StableDiffusionXL(StableDiffusion):
         return encoded.where(has_caption, self.null(len(captions)))
 
     def _encode(self, captions: list[str]) -> Conditioning:
-        tokens = [self._tokens(captions, tokenizer).input_ids.to(self.device) for tokenizer in self.tokenizers]
+        tokens = [sent(self._tokens(captions, tokenizer).input_ids, self.device) for tokenizer in self.tokenizers]
         outputs, seen = zip(*map(_last_but_one, self.text_encoders, tokens), strict=True)
         # the last layer but one of both, side by side; pooled is the second one's projection
         hidden = torch.cat(seen, dim=-1).to(self.text_encoder_2.dtype)

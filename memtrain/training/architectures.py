@@ -1,4 +1,4 @@
-"""Models without weights, on torch's meta device: of a folder's configs, or of those of well-known models.
+"""Models without weights, or with random ones, of a folder's configs, or of those of well-known models.
 
 `architectures/` holds the configs of public models, as their own folders have them, but for keys at their defaults.
 """
@@ -31,8 +31,10 @@ class Architecture:
     pipeline: str
     parts: dict[str, dict[str, Any]]
 
-    def model(self) -> DiffusionModel:
-        """The model on the meta device. Its tokenizers are stand-ins, which give any caption as many tokens as it has.
+    def model(self, device: str = "meta") -> DiffusionModel:
+        """The model, without weights on the meta device, with random ones on another.
+
+        Its tokenizers are stand-ins, which give any caption as many tokens as it has.
 
         Raises:
             ValueError: the family's class has no use for such a pipeline.
@@ -41,7 +43,7 @@ class Architecture:
         pipeline = getattr(diffusers, self.pipeline)
         names = list(pipeline._get_signature_keys(pipeline)[0])
         built: dict[str, Any] = {name: None for name in names if name not in self.parts}
-        built |= {name: _build(config) for name, config in self.parts.items()}
+        built |= {name: _build(config, device) for name, config in self.parts.items()}
         for encoder in [name for name in self.parts if name.startswith("text_encoder")]:
             window = self.parts[encoder].get("max_position_embeddings", _WINDOW)
             tokenizer = transformers.CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer", model_max_length=window)
@@ -80,11 +82,11 @@ def _of_folder(folder: Path) -> Architecture:
     return Architecture(index["_class_name"], parts)
 
 
-def _build(config: dict[str, Any]) -> Any:
+def _build(config: dict[str, Any], device: str) -> Any:
     """A part of a pipeline: of diffusers where its config names a class, else of transformers."""
     if "Scheduler" in config.get("_class_name", ""):
         return getattr(diffusers, config["_class_name"]).from_config(config)
-    with torch.device("meta"):
+    with torch.device(device):
         if "_class_name" in config:
             network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
         else:

@@ -29,14 +29,14 @@ class AveragedWeights:
     @property
     def shadow_params(self) -> Sequence[Tensor]:
         """The averaged weights, in the order of `trained_parameters`; sharded as these are."""
-        return self._ema.shadow_params if self._ema else trained_parameters(self._model)
+        return self._ema.shadow_params if self._ema else self._trained
 
     def begin(self, model: DiffusionModel, bones: dict[str, nn.Module]) -> None:
         """Start from the weights as they are now; `bones` as `strategy.shard_trained` gives them."""
         self._model, self._bones = model, bones
+        self._trained = trained_parameters(model)
         if self.decay:
-            parameters = trained_parameters(model)
-            self._ema = EMAModel(parameters, decay=self.decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+            self._ema = EMAModel(self._trained, decay=self.decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
 
     def to(self, device: torch.device) -> None:
         if self._ema:
@@ -44,7 +44,7 @@ class AveragedWeights:
 
     def step(self) -> None:
         if self._ema:
-            self._ema.step(trained_parameters(self._model))
+            self._ema.step(self._trained)
 
     @contextlib.contextmanager
     def in_place(self, others: Sequence[Tensor] | None = None) -> Iterator[None]:
@@ -67,26 +67,15 @@ class AveragedWeights:
             finally:
                 for name, module in sharded.items():
                     setattr(self._model, name, module)
-        elif others is not None:
-            parameters: list[Tensor] = [*trained_parameters(self._model)]
-            trained = [parameter.detach().clone() for parameter in parameters]
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, list(others))
-            try:
-                yield
-            finally:
-                with torch.no_grad():
-                    torch._foreach_copy_(parameters, trained)
-        elif self._ema is None:
-            yield
         else:
-            averaged = trained_parameters(self._model)
-            self._ema.store(averaged)
-            self._ema.copy_to(averaged)
+            own = [parameter.data for parameter in self._trained]
+            for parameter, other in zip(self._trained, self.shadow_params if others is None else others, strict=True):
+                parameter.data = other.data.to(parameter.device)  # where it is there already, nothing is copied
             try:
                 yield
             finally:
-                self._ema.restore(averaged)
+                for parameter, data in zip(self._trained, own, strict=True):
+                    parameter.data = data
 
     def state_dict(self) -> dict | None:
         if self._ema is None:
@@ -96,6 +85,9 @@ class AveragedWeights:
 
     def load_state_dict(self, state: dict | None) -> None:
         if self._ema and state:
-            parts = zip(state["shadow_params"], self._ema.shadow_params, strict=True)
-            shadow = [strategy.cut_like(loaded, own) for loaded, own in parts]
-            self._ema.load_state_dict(state | {"shadow_params": shadow})
+            own = self._ema.shadow_params
+            self._ema.load_state_dict(state | {"shadow_params": []})  # it would copy what it is given
+            self._ema.shadow_params = own
+            with torch.no_grad():
+                for loaded, tensor in zip(state["shadow_params"], own, strict=True):
+                    tensor.copy_(strategy.cut_like(loaded, tensor))

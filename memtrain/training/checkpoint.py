@@ -15,6 +15,8 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from memtrain.core.files import written_aside
 from memtrain.data.canaries_digest import canaries_digest
@@ -23,6 +25,8 @@ from memtrain.training.module import DiffusionTraining
 from memtrain.training.resume import LAST, RunState, checkpoint_name, checkpoints_in
 
 log = logging.getLogger(__name__)
+
+_COPIED = ("ema", "exclusion", "scores")  # parts of memtrain's own state that `load_state_dict` copies into place
 
 
 class Checkpoints(Checkpoint):
@@ -145,7 +149,11 @@ def checkpoint(every: int, folder: str, keep: int = 2) -> Checkpoints:
 
 
 class AsideIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its file, in the same folder, and renames it: a file under its name is whole."""
+    """Writes a checkpoint beside its file, in the same folder, and renames it: a file under its name is whole.
+
+    What is read of it as it is copied into place, weights, their average, and what is kept of every sample, never takes
+    memory of its own.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
@@ -161,6 +169,19 @@ class AsideIO(TorchCheckpointIO):
                 raise
             number = cause.errno or errno.ENOSPC
             raise OSError(number, f"the checkpoint could not be written ({os.strerror(number)})", str(path)) from None
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
+        state = checkpoint.get("memtrain", {})
+        copied = {part: state.pop(part) for part in _COPIED if part in state}
+        kept = {part: value for part, value in checkpoint.items() if part != "state_dict"}
+        # the file may be deleted or replaced while the run goes on: what is held on to is not left in it
+        checkpoint |= tree_map_only(Tensor, Tensor.clone, kept)
+        if copied:
+            checkpoint["memtrain"] |= copied
+        return checkpoint
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -86,19 +86,19 @@ class Machine:
     def changing(self, keepers: Sequence[Keeper], pictures: Tensor) -> Iterator[Tensor]:
         """Have the keepers change what they keep of these pictures, by the numbers that are given for them.
 
-        (R,) int64 -> (R,) int64, on the same device. All ranks of the machine do this together, with the same pictures;
+        (R,) int64 -> (R,) int64, on the CPU. All ranks of the machine do this together, with the same pictures;
         what comes of it is put in place when the block is left, once, and on all ranks no sooner than that.
         """
         whole = [(keeper, name, getattr(keeper, name)) for keeper in keepers for name in keeper.per_sample]
         if self._group is None or not whole:
             yield pictures
             return
-        index, place = pictures.cpu().unique(return_inverse=True)  # (P,) sorted, (R,)
+        index, place = pictures.unique(return_inverse=True)  # (P,) sorted, (R,)
         for keeper, name, shared in whole:
             setattr(keeper, name, shared[index])  # (P,), a copy
         self._wait()  # here: every rank has read
         try:
-            yield place.to(pictures.device)
+            yield place
         finally:
             for keeper, name, shared in whole:
                 if self.is_first:

@@ -186,7 +186,7 @@ class DiffusionTraining(pl.LightningModule):
         self.stops.missing = self.stops.missing or batch.missing
         loss, observed = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
         if self.memory:
-            observed = self.memory.fill(observed)
+            observed = self.memory.fill(observed, batch.on_host.picture)
         decision = self._decide(observed, batch.valid)
         self.accumulation.add(observed, decision, batch.valid)
         self._log_progress(observed, decision, batch.valid)
@@ -200,7 +200,9 @@ class DiffusionTraining(pl.LightningModule):
 
     def _decide(self, observed: Observations, valid: Tensor) -> Decision:
         """Ask the rule about B rows; what says nothing is kept, what cannot be decoded is not trained on."""
-        decision = self.exclusion.decide(observed)
+        # a rule that remembers decides on the CPU, where its memory is
+        seen = ranks.on_host(observed) if self.exclusion.learns else observed
+        decision = self.exclusion.decide(seen).to(observed.score.device)
         decidable = observed.known if self.exclusion.needs_score else observed.captioned
         free = ~decidable | (observed.group == SACRIFICED)
         if self.global_step < self.exclusion.start_step:
@@ -230,6 +232,8 @@ class DiffusionTraining(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update weights and average, leave a record of the step, and have rule and memory learn from it."""
         super().optimizer_step(*args, **kwargs)
+        [optimizer] = self.trainer.optimizers
+        optimizer.zero_grad()  # here, and not at the next backward: whatever comes between has its memory
         if not self.accumulation.is_skipped:
             self.ema.step()
         observed, decision = self.accumulation.take()
@@ -248,10 +252,11 @@ class DiffusionTraining(pl.LightningModule):
 
     def _learn(self, record: StepRecord) -> None:
         """Show memory and rule all ranks' rows, by their place in the global batch, the reference set's after them."""
-        trained = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
+        gathered = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
+        trained = ranks.on_host(gathered)  # where memory and rule are
         parts = [trained]
         if record.reference is not None:
-            parts.append(ranks.gather(self.trainer, record.reference.observed, 1))
+            parts.append(ranks.on_host(ranks.gather(self.trainer, record.reference.observed, 1)))
         observed = Observations.concatenate(parts)
         keepers: list[Keeper] = [self.exclusion, self.memory] if self.memory else [self.exclusion]
         with self.machine.changing(keepers, observed.picture) as pictures:

@@ -20,6 +20,7 @@ from memtrain.core.diffusion import Draws
 from memtrain.core.exclusion import Observations
 from memtrain.core.scores import ANCHORED, anchored_magnitude, text_conditional_magnitude
 from memtrain.core.streams import Stream, place_seed
+from memtrain.core.transfer import sent
 from memtrain.data.batches import Batch
 from memtrain.models.anchors import Anchor
 from memtrain.models.base import DiffusionModel
@@ -29,8 +30,8 @@ from memtrain.training.objective import Objective
 from memtrain.training.score_memory import Scoring
 from memtrain.training.stopwatch import Stopwatch
 
-# (B,) first samples of the rows' pictures, (B,) timesteps, (B,) whose caption is not empty -> (B,) bool on the CPU,
-# which rows are scored; None: all of them
+# (B,) first samples of the rows' pictures, (B,) timesteps, (B,) whose caption is not empty -> (B,) bool, all on the
+# CPU, which rows are scored; None: all of them
 Due = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
 
@@ -101,15 +102,16 @@ class Predictor:
         # mean and standard deviation of the VAE's posterior, (B, C, h, w) each; a cache has (B, 2, C, h, w)
         cached = batch.posterior
         mean, std = self.model.encode_posterior(batch.images) if cached is None else cached.unbind(1)
-        draws = self.draw(stream, step, batch.place.tolist(), mean.shape[1:])
+        drawn = self.draw(stream, step, batch.on_host.place.tolist(), mean.shape[1:])
+        draws = drawn.to(self.device)
         latents = self.model.sample_latents(mean, std, draws.posterior_noise)
-        told, has_caption = self._caption(batch, draws, step, stream)
+        told, has_caption = self._caption(batch, drawn, step, stream)
 
         noise = draws.noise + self.objective.noise_offset * draws.offset_noise  # (B, C, h, w) + (B, C, 1, 1)
-        rows_due = None if due is None else due(batch.picture, draws.timesteps, has_caption)
+        rows_due = None if due is None else due(batch.on_host.picture, drawn.timesteps, has_caption)
         found = self.predict_and_score(latents, noise, draws.timesteps, told, rows_due)
 
-        captioned = has_caption.to(self.device) & batch.valid
+        captioned = sent(has_caption, self.device) & batch.valid
         # rows that are not due have a score of 0, and so have those at which no caption could change a thing:
         # v-prediction where abar_t = 0, words that the tokenizer does not know; an anchored score where nothing is
         # learnt yet. None of them says anything
@@ -129,9 +131,8 @@ class Predictor:
         )
 
     def draw(self, stream: Stream, step: int, places: Sequence[int], latent_shape: Sequence[int]) -> Draws:
-        """What is random about the rows at these places of a step, on the model's device."""
-        process = self.model.noise_process
-        return diffusion.draw(self.seed, stream, step, places, latent_shape, process).to(self.device)
+        """What is random about the rows at these places of a step, on the CPU."""
+        return diffusion.draw(self.seed, stream, step, places, latent_shape, self.model.noise_process)
 
     def encode(self, captions: list[str], encode: Callable[[list[str]], Conditioning]) -> Told:
         """Captions as the model's text encoders give them by this function of its, and as those of its base do."""
@@ -141,19 +142,23 @@ class Predictor:
         with torch.no_grad(), self.scoring_time.running(self.device), self.anchor.in_place(self.model):
             return Told(own, encode(captions))
 
-    def _caption(self, batch: Batch, draws: Draws, step: int, stream: Stream) -> tuple[Told, Tensor]:
-        """What the networks are told about the rows, and whose caption is not empty: (B,) bool, on the CPU."""
+    def _caption(self, batch: Batch, drawn: Draws, step: int, stream: Stream) -> tuple[Told, Tensor]:
+        """What the networks are told about the rows, and whose caption is not empty: (B,) bool, on the CPU.
+
+        Args:
+            drawn: on the CPU.
+        """
         trained = stream == Stream.TRAIN
         dropout = self.objective.caption_dropout if trained else 0.0
         method = Stream.METHOD if trained else Stream.REFERENCE_METHOD
         generators = [
-            np.random.default_rng(place_seed(self.seed, method, step, place)) for place in batch.place.tolist()
+            np.random.default_rng(place_seed(self.seed, method, step, place)) for place in batch.on_host.place.tolist()
         ]
         captions = self.method.captions(batch.captions, generators, self.model)
-        dropped = (draws.uniform < dropout).tolist()
+        dropped = (drawn.uniform < dropout).tolist()
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
         has_caption = torch.tensor([bool(caption) for caption in captions])
-        captioned = has_caption.to(self.device)
+        captioned = sent(has_caption, self.device)
         # embeddings of a cache serve where they are what the text encoder would give
         if batch.hidden is not None and not self.model.text_encoder_is_trained and not self.method.rewrites:
             null = self.model.null(len(captions)).map(Tensor.float)
@@ -192,7 +197,7 @@ class Predictor:
             if due is None:
                 return Prediction(loss, *self._scores(noisy, timesteps, prediction, told))
             scores = loss.new_zeros(2, len(loss))
-            rows = due.nonzero()[:, 0].to(noisy.device)  # (D,), D of the B rows
+            rows = sent(due.nonzero()[:, 0], noisy.device)  # (D,), D of the B rows
             if len(rows):  # a UNet cannot have a batch of none
                 told = told.map(lambda conditioning: conditioning.index(rows))
                 scores[:, rows] = self._scores(noisy[rows], timesteps[rows], prediction[rows], told)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memtrain.core.exclusion import Observations
 from memtrain.core.scores import MAGNITUDE, SCORES
+from memtrain.core.transfer import sent
 
 
 def _zeros(count: int, dtype: torch.dtype) -> Tensor:
@@ -94,14 +95,18 @@ class ScoreMemory:
     def recall(self, picture: Tensor) -> tuple[Tensor, Tensor]:
         """The last score of these pictures, NaN where there is none, and its timestep.
 
-        (B,) int64 -> (B,) float32, (B,) int64, on the same device
+        (B,) int64 -> (B,) float32, (B,) int64, all on the CPU
         """
-        index = picture.cpu()
-        return self.score[index].to(picture.device), self.score_timestep[index].long().to(picture.device)
+        return self.score[picture], self.score_timestep[picture].long()
 
-    def fill(self, observed: Observations) -> Observations:
-        """Rows as they are; but those that were not scored now get their picture's last score, if there is one."""
-        last, last_timesteps = self.recall(observed.picture)
+    def fill(self, observed: Observations, picture: Tensor | None = None) -> Observations:
+        """Rows as they are; but those that were not scored now get their picture's last score, if there is one.
+
+        Args:
+            picture: the rows', (B,) int64 on the CPU, so that nobody waits for the device; None: asked for there.
+        """
+        known = self.recall(observed.picture.cpu() if picture is None else picture)
+        last, last_timesteps = (sent(values, observed.picture.device) for values in known)
         remembered = observed.captioned & ~observed.scored & ~last.isnan()
         return replace(
             observed,

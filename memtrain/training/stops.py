@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memtrain.core.exclusion import Observations
+from memtrain.core.transfer import sent
 from memtrain.data.remote import ShardMissing
 from memtrain.training import ranks
 from memtrain.training.exit_codes import EXIT_CODES
@@ -50,7 +51,7 @@ class Stops:
         """
         told = [float(self.missing is not None), *(float(self.received == number) for number in EXIT_CODES)]
         bad = torch.stack([bad_losses, bad_gradients]).float()  # () each -> (2,)
-        return torch.cat([bad, torch.tensor(told, device=bad.device)])
+        return torch.cat([bad, sent(torch.tensor(told), bad.device)])
 
     def break_off(self, trainer: pl.Trainer, missing: float) -> None:
         """Raises ShardMissing on all ranks where a shard is gone for any: a step with half its rows is none.

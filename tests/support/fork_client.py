@@ -12,6 +12,8 @@ import sys
 
 SLOW = (
     "memtrain.cli.main",
+    "memtrain.training.real_size",
+    "memtrain.training.step_clock",
     "tests.support.slow_to_end",
     "joblib.externals.loky.backend.popen_loky_posix",
     "submitit.core._submit",

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from memtrain.core.exclusion import ExclusionRule
+from memtrain.training.average import AveragedWeights
+from memtrain.training.checkpoint import AsideIO
 from memtrain.training.score_memory import ScoreMemory, Scoring
+from tests.conftest import build_module
 from tests.support.allocations import Allocations
 from tests.support.rules import quick_rules
 
@@ -45,3 +48,32 @@ def test_what_is_remembered_of_samples_is_made_and_loaded_without_temporaries(ma
 def test_the_first_visits_that_are_scored_are_spread_evenly():
     wait = ScoreMemory(1001, Scoring(every_visits=7)).wait
     assert torch.equal(wait.long(), torch.arange(1001) % 7) and wait.dtype == torch.uint8
+
+
+def test_the_average_is_put_in_place_exported_and_restored_without_a_second_copy(pipeline_folder, tmp_path):
+    model = build_module(pipeline_folder).model
+    model.vae.to(memory_format=torch.contiguous_format)  # as files have it; small beside the network, it is copied
+    trained = list(model.unet.parameters())
+    own = [parameter.data_ptr() for parameter in trained]
+    size = sum(parameter.nbytes for parameter in trained)
+    ema = AveragedWeights(0.9)
+    ema.begin(model, {})
+    for tensor in ema.shadow_params:
+        tensor.add_(1.0)
+    with Allocations() as made, ema.in_place():
+        assert [p.data_ptr() for p in trained] == [tensor.data_ptr() for tensor in ema.shadow_params]
+        model.export(tmp_path / "export", torch.float32)
+    assert [parameter.data_ptr() for parameter in trained] == own and made.bytes < size / 2
+    again = build_module(tmp_path / "export").model
+    assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), ema.shadow_params, strict=True))
+
+    state = {"state_dict": {}, "memtrain": {"ema": ema.state_dict()}, "other": [torch.ones(3)]}
+    AsideIO().save_checkpoint(state, tmp_path / "one.ckpt")
+    with Allocations() as loaded:
+        checkpoint = AsideIO().load_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+        for tensor in ema.shadow_params:
+            tensor.zero_()
+        ema.load_state_dict(checkpoint["memtrain"]["ema"])
+    (tmp_path / "one.ckpt").unlink()  # what is held on to is not left in it
+    assert torch.equal(checkpoint["other"][0], torch.ones(3)) and loaded.bytes < 1.5 * size  # the file, mapped
+    assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), ema.shadow_params, strict=True))
