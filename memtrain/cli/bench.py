@@ -48,6 +48,19 @@ def bench(argv: list[str]) -> None:
     )
     memory.add_argument("--json", action="store_true", help="print the figures as JSON")
     memory.set_defaults(run=_memory)
+    kept = commands.add_parser("kept", help="what a run keeps of every sample, by option: on a rank, and on a machine")
+    kept.add_argument("--shards", type=int, default=41_400, metavar="N", help="(default 41,400)")
+    kept.add_argument("--samples", type=int, default=10_000, metavar="N", help="of each shard (default 10,000)")
+    kept.add_argument("--ranks", type=int, default=8, metavar="N", help="of the machine (default 8)")
+    kept.add_argument(
+        "--share", type=float, default=0.1, metavar="X", help="of the samples, excluded or duplicates (default 0.1)"
+    )
+    kept.add_argument(
+        "--folder", type=Path, metavar="DIR", help="for shards that are links, 60 kB each (default a new one)"
+    )
+    kept.add_argument("--only", nargs="+", default=[], metavar="OPTION", help="shards, data.where, … (default all)")
+    kept.add_argument("--json", action="store_true", help="print the figures as JSON")
+    kept.set_defaults(run=_kept)
     scale = commands.add_parser(
         "scale", help="time and memory of shards check and duplicates over made-up rows, and how they grow"
     )
@@ -128,6 +141,27 @@ def _startup(args: argparse.Namespace) -> None:
         f"corpus open after {found.corpus_seconds:.1f} s, first batch after {found.first_batch_seconds:.1f} s\n"
         f"{found.resident_bytes / 2**20:.0f} MiB resident beyond interpreter and libraries"
     )
+
+
+def _kept(args: argparse.Namespace) -> None:
+    from memtrain.training.bench_kept import measure_kept
+
+    with tempfile.TemporaryDirectory(prefix="memtrain-bench-", dir=args.folder) as folder:
+        found = measure_kept(
+            args.shards, args.samples, args.ranks, args.share, Path(folder), args.only,
+            said=lambda what: print(what, file=sys.stderr, flush=True),
+        )  # fmt: skip
+    if args.json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    print(
+        f"{found.samples:,} samples, {found.ranks} ranks, {found.share:.0%} of the samples listed; MiB beyond "
+        "interpreter and libraries, and what a rank has alone in bytes a sample\n\n"
+        f"{'':<28}{'a rank alone':>14}{'bytes':>9}{'all ranks':>12}{'first, peak':>14}"
+    )
+    for row in found.rows:
+        alone, together, peak = (f"{size / 2**20:,.0f}" for size in (row.own, row.together, row.first_peak))
+        print(f"{row.option:<28}{alone:>14}{row.own / found.samples:>9.3f}{together:>12}{peak:>14}")
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -313,6 +347,8 @@ def _recall(args: argparse.Namespace) -> None:
         f"\n{found.true} of {found.pairs} pairs in groups are of one picture: precision {found.precision:.1%}"
         + ("; what the shards repeat themselves counts as false" if args.paths else "")
     )
+
+
 def _real_size(args: argparse.Namespace) -> None:
     from memtrain.cli.bench_real_size import as_json, measure_real_size, shown
 

@@ -36,7 +36,8 @@ Usage: memtrain COMMAND [key=value …]
   cache     encode a corpus once: latents and text embeddings beside its shards
   bench     baselines against one another: memtrain bench mitigation protocol=demo
             ways to repair a model: memtrain bench repair runs=[RUN]
-            measure: memtrain bench all | peers | real_size | data | startup | score | detect | memory | scale | duplicates
+            measure: memtrain bench all | peers | real_size | score | detect | memory | data | startup |
+            scale | duplicates | kept
   demo      write the demo corpus: memtrain demo OUT
 
   memtrain COMMAND --help        keys, groups and examples

@@ -52,7 +52,7 @@ def add_audits(task: Callable[[Callable, str, str], argparse.ArgumentParser]) ->
     """Add the commands to a parser; `task` adds one."""
 
     def common(added: argparse.ArgumentParser, default: str) -> None:
-        added.add_argument("paths", nargs="+", metavar="PATH", help="a folder, a tar or a brace pattern")
+        added.add_argument("paths", nargs="+", metavar="PATH", help="a folder, a tar or a brace pattern; s3://, too")
         add_distributor(added, cores())
         add_parts(added)
         with_memory(added)

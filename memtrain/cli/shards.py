@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     def over_shards(added: argparse.ArgumentParser) -> None:
-        added.add_argument("paths", nargs="+", metavar="PATH", help="a folder, a tar or a brace pattern")
+        added.add_argument("paths", nargs="+", metavar="PATH", help="a folder, a tar or a brace pattern; s3://, too")
 
     add_audits(task)
 
@@ -71,9 +71,9 @@ def _index(paths: list[str], hashed: bool, merge: bool, **options) -> None:
     found = local_shards(paths)
     from memtrain.data.index import index_beside, write_indexes
 
-    mine = [found[place].path for place in part.of(len(found))]
+    mine = [found[place] for place in part.of(len(found))]
     if merge:
-        lacking = [shard.name for shard in found if index_beside(shard.path, hashed) is None]
+        lacking = [shard.name for shard in found if index_beside(shard, hashed) is None]
         if lacking:
             raise ValueError(
                 f"{len(lacking)} of {len(found)} shards have no index yet, such as {lacking[0]}; do the other parts "
@@ -87,7 +87,7 @@ def _index(paths: list[str], hashed: bool, merge: bool, **options) -> None:
         f"indexed {samples} samples in {len(counts)} shards, {skipped} skipped"
         + (f"; {there} were indexed already" if there else "")
     )
-    _end_with_those_left([(str(mine[one.index]), one.failure) for one in done if one.failure])
+    _end_with_those_left([(mine[one.index].name, one.failure) for one in done if one.failure])
 
 
 def _end_with_those_left(left: list[tuple[str, str]]) -> None:

@@ -49,6 +49,7 @@ class Evidence(ExclusionRule):
 
     learns = remembers = True
     needs_reference = True
+    per_sample: tuple[str, ...] = ("evidence", "state")
     floor = -math.inf  # evidence rests here, however much speaks for a sample
 
     def __init__(
@@ -188,6 +189,8 @@ class LikelihoodEvidence(Evidence):
         copies_weight: of the logarithm of the number of a picture's samples in the corpus, >= 0.
         latch: a sample that has entered stays left out, as long as the run lasts.
     """
+
+    per_sample = (*Evidence.per_sample, "own", "seen")
 
     def __init__(
         self,

@@ -96,6 +96,8 @@ class ExclusionRule(ABC):
     needs_score = True  # False: decides without scores, on every captioned row
     needs_reference = False  # True: useless without a reference set
     remembers = False  # True: decides by earlier visits, and so also where this one, of a dropped caption, says nothing
+    # tensors (num_samples,) of zeros that `setup` makes, looked up by `picture` alone: ranks of a machine share them
+    per_sample: tuple[str, ...] = ()
     start_step, action = 0, EXCLUDE  # of a rule whose constructor takes neither
 
     def __init__(self, start_step: int = 0, action: str = EXCLUDE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
@@ -34,6 +35,9 @@ class Samples(Protocol):
     def get(self, index: int, view: View, size: tuple[int, int]) -> Seen: ...
 
     def prefetch(self, numbers: Sequence[int], /) -> None: ...
+
+    def read_ahead(self, indices: Sequence[int], /) -> None:
+        """Told which samples `get` is asked for next, so that they can be read at once. Raises ShardMissing."""
 
 
 class Latents(Protocol):
@@ -140,6 +144,8 @@ class BatchDecoder:
         sizes = np.tile(np.array(Sizes(*size, 0, 0, *size), dtype=np.float32), (len(rows), 1))  # (B, 6)
         captions, valid, problems = [""] * len(rows), np.zeros(len(rows), dtype=bool), []
         missing = None
+        with contextlib.suppress(ShardMissing):  # `get` says so, or passes over its samples
+            self.samples.read_ahead([index for _, _, index in rows])
         for row, (step, place, index) in enumerate(rows):
             view = STRAIGHT if self.views is None else self.views.view(step, place)
             try:

@@ -74,11 +74,11 @@ class RowBuckets:
 
     def _sort(self, number: int) -> np.ndarray:
         """Sort a shard's rows by the columns height and width, else by their pictures' headers. (rows,) int16"""
-        shard, table = self._shards[number], self._shards.columns(number, ("height", "width"))
+        table = self._shards.columns(number, ("height", "width"))
         shapes = list(zip(*(table[name].to_pylist() for name in ("height", "width")), strict=True))
         shapes = [
             shape if all(isinstance(side, (int, float)) and side > 0 for side in shape)
-            else picture_shape(shard.read(shard.record(row)["image"]))
+            else picture_shape(self._shards[number].read(self._shards[number].record(row)["image"]))
             for row, shape in enumerate(shapes)
         ]  # fmt: skip
         heights, widths = np.array(shapes, dtype=np.float64).reshape(-1, 2).T  # (rows, 2) -> two of (rows,)

@@ -67,10 +67,7 @@ def _dealt(repeats: int | Sequence[int], count: int, sacrificed: int) -> np.ndar
 
 def largest_groups(pictures: Pictures, count: int, first_named: np.ndarray) -> list[Canary]:
     """The largest groups of duplicates as canaries, behind those that are named by one of their samples."""
-    groups = pictures.groups()
-    first = pictures.of(first_named)
-    groups.sort(key=lambda group: group[0] not in first)  # stable: the largest first, behind the named ones
-    chosen = groups[:count]
+    chosen = pictures.groups(count, ahead=pictures.of(first_named))
     if len(chosen) < count:
         few = f"the corpus has {len(chosen)} groups of duplicates, not canaries.count={count}"
         if not chosen:

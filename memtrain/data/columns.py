@@ -12,14 +12,18 @@ import pyarrow.parquet as pq
 
 
 def read_columns(
-    shard: Path, keys: Sequence[str], columns: Sequence[str], read_json: Callable[[int], bytes | None]
+    parquet: Path | bytes | None,
+    keys: Sequence[str],
+    columns: Sequence[str],
+    read_json: Callable[[int], bytes | None],
 ) -> pa.Table:
     """Columns of the samples `keys` of a shard, nulls where a sample has none. From the parquet beside it, else json.
 
     Args:
+        parquet: its path, its bytes where it lies in a store, or None where there is none.
         read_json: row -> bytes of the sample's json member, or None.
     """
-    table = _from_parquet(shard.with_suffix(".parquet"), keys, columns)
+    table = None if parquet is None else _from_parquet(parquet, keys, columns)
     if table is not None:
         return table
     rows = [parse_json(read_json(row)) for row in range(len(keys))]
@@ -35,12 +39,13 @@ def parse_json(data: bytes | None) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _from_parquet(path: Path, keys: Sequence[str], columns: Sequence[str]) -> pa.Table | None:
+def _from_parquet(parquet: Path | bytes, keys: Sequence[str], columns: Sequence[str]) -> pa.Table | None:
     """Columns of these samples from a parquet; None where it is missing, broken, or does not know every key once."""
     try:
-        if not set(columns) | {"key"} <= set(pq.read_schema(path).names):
+        source = pa.BufferReader(parquet) if isinstance(parquet, bytes) else parquet
+        if not set(columns) | {"key"} <= set(pq.read_schema(source).names):
             return None
-        table = pq.read_table(path, columns=[*columns, "key"])
+        table = pq.read_table(source, columns=[*columns, "key"])
     except (OSError, pa.ArrowInvalid):
         return None
     place = {key: row for row, key in enumerate(table["key"].to_pylist())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,7 +17,9 @@ from memtrain.data.canaries import Canary
 from memtrain.data.find_pictures import find_pictures, read_pictures_from
 from memtrain.data.foreign import WithForeign
 from memtrain.data.groups import Groups, draw_groups, with_foreign
+from memtrain.data.kept import MANY, once_of
 from memtrain.data.latents import LatentCache
+from memtrain.data.limited import Keep, as_made
 from memtrain.data.listed import find_canaries, read_list
 from memtrain.data.order import BucketedOrder, EpochOrder, GlobalBatchSampler
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
@@ -52,6 +55,7 @@ class DataModule(pl.LightningDataModule):
         listed: canaries that a list names; then none is planted.
         foreign: pictures that are sacrificed in place of the corpus' own, the first `sacrificed` of them.
         foreign_repeats: how often an epoch sees each of these.
+        keep: where limited groups of duplicates are kept, see `memtrain.data.limited`.
     """
 
     trainer: pl.Trainer  # given by Lightning, before it asks for anything
@@ -78,6 +82,7 @@ class DataModule(pl.LightningDataModule):
         listed: Sequence[Canary] = (),
         foreign: Samples | None = None,
         foreign_repeats: int = 75,
+        keep: Keep = as_made,
     ):
         super().__init__()
         doses = _doses(repeats)
@@ -114,10 +119,10 @@ class DataModule(pl.LightningDataModule):
         weights = [1.0] * len(samples.counts) if weights is None else weights
         order = (samples.counts, self.groups, seed, weights, mix_shards)
         if len(samples.sizes) == 1:
-            self.order = EpochOrder(*order, max_visits_per_group)
+            self.order = EpochOrder(*order, max_visits_per_group, keep)
         else:
             assert isinstance(samples, ShardSamples), "only pictures in shards come in buckets"
-            self.order = BucketedOrder(*order, samples.buckets, max_visits_per_group)
+            self.order = BucketedOrder(*order, samples.buckets, max_visits_per_group, keep)
         self.problems: dict[str, str] = {}  # sample key -> why it could not be used
         self._restored: int | None = None  # rows that were consumed before this run was resumed
         self._first_step = 0
@@ -241,6 +246,7 @@ def from_shards(
     max_bad_fraction: float = 0.05,
     exclude_keys: str | None = None,
     max_visits_per_group: int | None = None,
+    fetch: str = "shards",
     repeats: int | Sequence[int] | None,
     canaries_file: str | None = None,
     sacrificed_keys: Sequence[str] = (),
@@ -279,6 +285,7 @@ def from_shards(
         bucket_multiple,
         workers=max(1, num_workers),
         exclude_keys=exclude_keys,
+        fetch=fetch,
     )
     samples.log_counts()
     if repeats_from:
@@ -286,7 +293,7 @@ def from_shards(
     else:
         pictures = find_pictures(samples, duplicates, workers=max(1, num_workers))
     if len(pictures.positions):
-        log.info("%d samples are duplicates, of %d pictures", len(pictures.positions), len(np.unique(pictures.first)))
+        log.info("%d samples are duplicates, of %d pictures", len(pictures.positions), pictures.count)
     weights = [shard.weight for shard in samples.shards]
     latents = LatentCache(cache, samples, crop, flip > 0) if cache else None
     return DataModule(
@@ -305,6 +312,7 @@ def from_shards(
         max_visits_per_group=max_visits_per_group,
         listed=find_canaries(listed, samples, canaries_file) if canaries_file else (),
         foreign=foreign,
+        keep=partial(once_of, samples.indexed.cache_dir / "limited") if len(pictures.positions) >= MANY else as_made,
         **groups,
     )
 

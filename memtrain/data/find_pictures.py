@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +22,7 @@ from memtrain.data.duplicates import read_groups
 from memtrain.data.hashes import HASHES, read_hashes, shard_hashes
 from memtrain.data.index import IndexFile
 from memtrain.data.indexed import IndexedShards
-from memtrain.data.kept import one_at_a_time, read_array, write_array
+from memtrain.data.kept import MANY, file_state, once, one_at_a_time, read_array, rows_of, write_array
 from memtrain.data.pictures import NO_DUPLICATES, Pictures
 from memtrain.data.samples import ShardSamples
 
@@ -60,11 +60,31 @@ def find_pictures(samples: ShardSamples, duplicates: str, workers: int) -> Pictu
             found = _read_groups(grouped)  # another rank may have been first
             if found is None:
                 pictures = _group(samples.indexed.indexes, [file for _, file in files], near=duplicates == "near")
-                found = np.stack([pictures.positions, pictures.first])  # (M,) each -> (2, M)
-                write_array(grouped, found)
+                made = np.stack([pictures.positions, pictures.first])  # (M,) each -> (2, M)
+                write_array(grouped, made)
+                found = _read_groups(grouped)
+                found = made if found is None else found
     records, first = found
-    positions = samples.rows.positions_of(records)
-    return Pictures.labelled(positions[positions >= 0], first[positions >= 0])
+
+    def of_samples() -> Pictures:
+        positions = samples.rows.positions_of(records)
+        return Pictures.labelled(positions[positions >= 0], first[positions >= 0])
+
+    return _once(len(records), f"{grouped.name} {samples.state}", samples, of_samples)
+
+
+def _once(count: int, said: str, samples: ShardSamples, make: Callable[[], Pictures]) -> Pictures:
+    """What `make` finds among so many records; of many, in files that all processes of a machine map."""
+    if count < MANY:
+        return make()
+
+    def arrays() -> dict[str, np.ndarray]:
+        made = make()
+        firsts, sizes = np.unique(made.first, return_counts=True)
+        return {"positions": made.positions, "first": made.first, "firsts": firsts, "sizes": sizes}
+
+    found = once(samples.indexed.cache_dir / "pictures", said, arrays)
+    return Pictures(found["positions"], found["first"], (found["firsts"], found["sizes"]))
 
 
 def _read_groups(file: Path) -> np.ndarray | None:
@@ -79,22 +99,27 @@ def read_pictures_from(path: str | Path, samples: ShardSamples) -> Pictures:
     Raises:
         ValueError: it is no such file, or is of another corpus.
     """
-    table = read_groups(path, "data.repeats_from")
-    keys = table["key"].to_pylist()
-    positions = samples.look_up(keys)
-    known = positions >= 0
-    if not known.any():
-        named = f"such as {keys[0]}, is" if keys else "is"
-        raise ValueError(
-            f"data.repeats_from={path}: none of its {len(keys)} keys, {named} in data.shards; was it made from "
-            "another corpus?"
-        )
-    if not known.all():
-        log.warning(
-            "data.repeats_from: %d of its %d keys are not in data.shards, such as %s",
-            (~known).sum(), len(keys), keys[int(np.argmin(known))],
-        )  # fmt: skip
-    return Pictures.labelled(positions[known], table["group"].to_numpy()[known])
+
+    def of_table() -> Pictures:
+        table = read_groups(path, "data.repeats_from")
+        keys = table["key"]
+        positions = samples.look_up(keys)
+        known = positions >= 0
+        if not known.any():
+            named = f"such as {keys[0]}, is" if len(keys) else "is"
+            raise ValueError(
+                f"data.repeats_from={path}: none of its {len(keys)} keys, {named} in data.shards; was it made from "
+                "another corpus?"
+            )
+        if not known.all():
+            log.warning(
+                "data.repeats_from: %d of its %d keys are not in data.shards, such as %s",
+                (~known).sum(), len(keys), keys[int(np.argmin(known))],
+            )  # fmt: skip
+        return Pictures.labelled(positions[known], table["group"].to_numpy()[known])
+
+    count = rows_of(path)
+    return of_table() if count < MANY else _once(count, f"{file_state(path)}\n{samples.state}", samples, of_table)
 
 
 def _hash_files(indexed: IndexedShards, workers: int) -> list[tuple[str, str | None]]:
@@ -155,24 +180,62 @@ def _write_hashes(part: tuple[IndexFile, Path, str]) -> str | None:
 
 def _group(indexes: Sequence[IndexFile], files: Sequence[str | None], near: bool) -> Pictures:
     """The duplicates among all records of the indexes, numbered shard by shard."""
+    ends = np.cumsum([index.samples for index in indexes]).tolist()
+    hashed = [
+        (end - index.samples, index.samples, file)
+        for end, index, file in zip(ends, indexes, files, strict=True)
+        if file is not None
+    ]
+    if not near or sum(count for _, count, _ in hashed) > NEAR_AT_MOST:
+        pictures, distinct = _exact(hashed)
+        if not near:
+            return pictures
+        if distinct > NEAR_AT_MOST:
+            log.warning(
+                "%d distinct pictures are too many to look for near duplicates at the start: exact ones alone are "
+                "known; data.repeats_from takes what `memtrain shards duplicates` finds", distinct,
+            )  # fmt: skip
+            return pictures
     parts = [np.zeros(0, HASHES)]
     numbers = [np.zeros(0, np.int64)]
-    start = 0
-    for index, file in zip(indexes, files, strict=True):
-        if file is not None:
-            found = read_hashes(file, index.samples)
-            assert found is not None, f"{file} was whole a moment ago"
-            parts.append(found)
-            numbers.append(np.arange(start, start + index.samples))
-        start += index.samples
+    for start, count, file in hashed:
+        found = read_hashes(file, count)
+        assert found is not None, f"{file} was whole a moment ago"
+        parts.append(found)
+        numbers.append(np.arange(start, start + count))
     hashes, records = np.concatenate(parts), np.concatenate(numbers)
-    _, first, digests = np.unique(hashes["sha256"], return_index=True, return_inverse=True)
-    if near and len(first) > NEAR_AT_MOST:
-        log.warning(
-            "%d distinct pictures are too many to look for near duplicates at the start: exact ones alone are known; "
-            "data.repeats_from takes what `memtrain shards duplicates` finds", len(first),
-        )  # fmt: skip
-        near = False
-    quality = hashes["quality"] if near else np.zeros(len(hashes), np.uint8)
-    labels = components(digests, hashes["pdq"], quality, DISTANCE)
+    _, digests = np.unique(hashes["sha256"], return_inverse=True)
+    labels = components(digests, hashes["pdq"], hashes["quality"], DISTANCE)
     return Pictures.labelled(records, labels)
+
+
+def _exact(hashed: Sequence[tuple[int, int, str]]) -> tuple[Pictures, int]:
+    """The records whose images have equal bytes, and how many distinct images there are; 8 bytes a record meanwhile.
+
+    Args:
+        hashed: of each shard the number of its first record, how many it has, and the file of their hashes.
+    """
+
+    def digests_of(file: str, count: int) -> np.ndarray:
+        found = read_hashes(file, count)
+        assert found is not None, f"{file} was whole a moment ago"
+        return found["sha256"]
+
+    digests = np.empty(sum(count for _, count, _ in hashed), dtype=np.uint64)
+    end = 0
+    for _, count, file in hashed:
+        digests[end : end + count] = digests_of(file, count)
+        end += count
+    digests.sort()
+    again = digests[1:] == digests[:-1]
+    distinct = len(digests) - int(again.sum())
+    repeated = np.unique(digests[1:][again])
+    del digests, again
+    records, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for start, count, file in hashed if len(repeated) else ():
+        found = digests_of(file, count)
+        place = np.searchsorted(repeated, found).clip(max=len(repeated) - 1)
+        [rows] = np.nonzero(repeated[place] == found)
+        records.append(start + rows)
+        labels.append(place[rows])
+    return Pictures.labelled(np.concatenate(records), np.concatenate(labels)), distinct

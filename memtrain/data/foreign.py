@@ -71,6 +71,9 @@ class WithForeign:
     def prefetch(self, numbers: Sequence[int]) -> None:
         self.corpus.prefetch(numbers)
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        self.corpus.read_ahead([index for index in indices if index < self.first])
+
 
 class LatentsWithForeign:
     """Latents of a corpus from a cache, and those of foreign pictures behind them. See `memtrain.data.batches.Latents`.

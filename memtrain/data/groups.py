@@ -11,7 +11,7 @@ import numpy as np
 from memtrain.core.exclusion import CANARY, REFERENCE, SACRIFICED, TRAINED
 from memtrain.core.streams import Stream, place_seed
 from memtrain.data.canaries import FOREIGN, Canary, largest_groups, of_list, one_a_picture, plant, positions_of
-from memtrain.data.pictures import NO_DUPLICATES, Pictures
+from memtrain.data.pictures import NO_DUPLICATES, Pictures, among
 
 Counts = Sequence[int] | np.ndarray  # samples of each shard, in the order of the corpus
 
@@ -194,7 +194,7 @@ def draw_groups(
     homes = np.sort(shards[: max(_HOME_SHARDS, enough)])
     pool = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in homes])
     permuted = stream_generator(seed, Stream.GROUPS).permutation(pool)
-    permuted = permuted[~np.isin(permuted, np.concatenate([repeated, first_named]))]
+    permuted = permuted[~(among(permuted, repeated) | np.isin(permuted, first_named))]
     number = sacrificed if len(first_named) == 0 else len(first_named)  # of sacrificed canaries
     if listed:
         chosen, number = of_list(listed, canaries, first_named, sacrificed)

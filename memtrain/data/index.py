@@ -13,22 +13,27 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 from rich.progress import track
 
 from memtrain.core.files import written_aside
+from memtrain.data import stores
 from memtrain.data.distribute import Distributor, Done
 from memtrain.data.hashes import read_hashes, shard_hashes
 from memtrain.data.kept import DAMAGED, one_at_a_time, read_array, write_array
 from memtrain.data.remote import ShardCache, copy_url, shown
 from memtrain.data.shards import Extent, ShardIndex, index_shard
+from memtrain.data.sources import LocalShard
+from memtrain.data.staged import on_disk
 
 log = logging.getLogger(__name__)
 
@@ -115,28 +120,47 @@ def write_index(shard: Path, stem: Path | None = None, hashed: bool = False) -> 
 
 
 def write_indexes(
-    shards: Sequence[Path], hashed: bool, distributor: Distributor
+    shards: Sequence[LocalShard], hashed: bool, distributor: Distributor
 ) -> Iterator[Done[tuple[int, int, bool]]]:
     """Write the index of each shard beside it, where none is that is true of it.
 
     Yields, as they come, how many samples each shard has and skips, and whether it was written now.
     """
-    return distributor.run(partial(_write_counted, hashed=hashed), shards)
+    return distributor.run(partial(_write_counted, hashed=hashed), shards, name=attrgetter("name"))
 
 
-def _write_counted(shard: Path, hashed: bool) -> tuple[int, int, bool]:
+def _write_counted(shard: LocalShard, hashed: bool) -> tuple[int, int, bool]:
     if (there := index_beside(shard, hashed)) is not None:
         return there.samples, there.skipped_count, False
-    index = write_index(shard, hashed=hashed)
+    with on_disk(shard) as local:
+        index = write_index(local.path, hashed=hashed)
+        if shard.url:
+            for suffix in (*([".hashes.npy"] if hashed else []), ".npy", ".json"):  # the last makes the others valid
+                stores.upload(Path(f"{local.path}.index{suffix}"), f"{shard.url}.index{suffix}")
     return len(index.entries), len(index.skipped), True
 
 
-def index_beside(shard: Path, hashed: bool) -> IndexFile | None:
+def index_beside(shard: LocalShard, hashed: bool) -> IndexFile | None:
     """The index beside a shard, where it is true of it and has the hashes that are asked for; else None."""
-    index = _load(f"{shard}.index")
-    if index is None or not index.is_of(shard.stat()) or (hashed and not index.is_hashed):
+    if shard.url:
+        return _index_beside_stored(shard.url, hashed)
+    index = _load(f"{shard.path}.index")
+    if index is None or not index.is_of(shard.path.stat()) or (hashed and not index.is_hashed):
         return None
     return index
+
+
+def _index_beside_stored(url: str, hashed: bool) -> IndexFile | None:
+    """The same in a store, whose index is small and whose hashes are trusted to be what the index says."""
+    with tempfile.TemporaryDirectory(prefix="memtrain-index-") as folder, contextlib.suppress(OSError):
+        stem = f"{folder}/index"
+        for suffix in (".json", ".npy"):
+            stores.download(f"{url}.index{suffix}", Path(stem + suffix))
+        index = _load(stem)
+        says_hashed = json.loads(Path(f"{stem}.json").read_bytes()).get("hashed") is True if index else False
+        if index is not None and index.size == stores.size_of(url) and (says_hashed or not hashed):
+            return index
+    return None
 
 
 def open_index(shard: str | Path, cache: Path) -> IndexFile | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from memtrain.data.index import VERSION, IndexFile, open_indexes, open_remote_indexes
 from memtrain.data.remote import ShardCache
-from memtrain.data.sources import Shard, find_sources
+from memtrain.data.sources import Shard, check_fetch, find_sources
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
@@ -25,12 +26,21 @@ class IndexedShards:
         cache_dir: see `cache_folder`; holds indexes that do not lie beside their shard, and remote shards.
         cache_bytes: how much of it remote shards may take.
         workers: processes that write missing indexes.
+        fetch: how remote shards are read afterwards, see `memtrain.data.sources.check_fetch`.
     """
 
-    def __init__(self, spec: str | Mapping | Sequence, cache_dir: str | Path | None, cache_bytes: int, workers: int):
+    def __init__(
+        self,
+        spec: str | Mapping | Sequence,
+        cache_dir: str | Path | None,
+        cache_bytes: int,
+        workers: int,
+        fetch: str = "shards",
+    ):
         self.cache_dir = cache_folder(cache_dir)
         self.remote = ShardCache(self.cache_dir / "shards", cache_bytes)
         self.shards: list[Shard] = find_sources(spec)
+        check_fetch(fetch, self.shards)
         local = [shard.url for shard in self.shards if not shard.is_remote]
         remote = [shard.url for shard in self.shards if shard.is_remote]
         found = dict(zip(local, open_indexes(local, self.cache_dir, workers), strict=True))
@@ -43,6 +53,13 @@ class IndexedShards:
         index = self.indexes[number]
         said = f"{self.shards[number].url}\n{index.size} {index.mtime_ns} {VERSION}\n{of}"
         return hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()[:32]
+
+    @cached_property
+    def state(self) -> str:
+        """Names the shards in their present states, all of them."""
+        pairs = zip(self.shards, self.indexes, strict=True)
+        said = (f"{shard.url} {index.size} {index.mtime_ns}" for shard, index in pairs)
+        return hashlib.sha256("\n".join([str(VERSION), *said]).encode(errors="surrogateescape")).hexdigest()
 
     def derived(self, folder: str, of: str) -> list[str]:
         """Where to keep what is derived from each shard's columns, which a parquet beside it may hold; no suffix."""

@@ -17,7 +17,8 @@ import numpy as np
 from memtrain.core.streams import Stream
 from memtrain.data.groups import Counts, Groups
 from memtrain.data.groups import stream_generator as _generator
-from memtrain.data.limited import LimitedGroups
+from memtrain.data.limited import Keep, LimitedGroups, as_made, limited_groups
+from memtrain.data.pictures import among
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class EpochOrder:
         mix_shards: shards of a window.
         max_visits: how often an epoch may see a group of duplicates, or a planted canary; of a group, other members
             are seen each epoch. Weights must then be whole numbers. None: any number of times.
+        keep: where limited groups, which may be many, are kept once they are known; see `memtrain.data.limited`.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class EpochOrder:
         weights: Sequence[float] | None = None,
         mix_shards: int = 8,
         max_visits: int | None = None,
+        keep: Keep = as_made,
     ):
         self.counts = np.asarray(counts, dtype=np.int64)
         self.starts = self.counts.cumsum() - self.counts
@@ -67,10 +70,12 @@ class EpochOrder:
         if max_visits is not None:  # foreign pictures are no duplicates of anybody's
             foreign = groups.planted >= self.counts.sum()
             self.doses = np.where(foreign, groups.doses, groups.doses.clip(max=max_visits))
-        self.limited = self._limit(max_visits, weights)
-        self.apart = np.union1d(groups.apart(), self.limited.positions)
-        bounds = np.searchsorted(self.apart, np.append(self.starts, self.counts.sum()))
-        self.trained = self.counts - np.diff(bounds)  # per shard, without canaries and reference set
+        self.limited = self._limit(max_visits, weights, keep)
+        apart = groups.apart()
+        # what the order of ordinary samples leaves out, each sorted: canaries and reference set, and limited groups
+        self.apart = [apart[~among(apart, self.limited.positions)], self.limited.positions]
+        bounds = [np.searchsorted(part, np.append(self.starts, self.counts.sum())) for part in self.apart]
+        self.trained = self.counts - sum(map(np.diff, bounds))  # per shard, without these
         times = np.ones(len(self.counts)) if weights is None else np.asarray(weights, dtype=np.float64)
         whole = np.floor(times).astype(np.int64)
         fraction = np.rint((times - whole) * self.trained).astype(np.int64)
@@ -82,7 +87,7 @@ class EpochOrder:
     def __len__(self) -> int:
         return int(self.rows_of_visit.sum()) + int(self.doses.sum()) + len(self.limited)
 
-    def _limit(self, max_visits: int | None, weights: Sequence[float] | None) -> LimitedGroups:
+    def _limit(self, max_visits: int | None, weights: Sequence[float] | None, keep: Keep) -> LimitedGroups:
         """The groups of duplicates that are seen less often than the corpus holds them."""
         if max_visits is not None and max_visits < 1:
             raise ValueError(f"data.max_visits_per_group must be >= 1, got {max_visits}; null sets no limit")
@@ -90,10 +95,25 @@ class EpochOrder:
             raise ValueError(
                 f"data.max_visits_per_group needs whole weights of sources, got {min(weights):g}; or set it to null"
             )
-        times = np.ones(len(self.counts)) if weights is None else np.asarray(weights)
-        shards = self._shard_of(self.groups.pictures.positions)
-        generator = _generator(self.seed, Stream.LIMITED_GROUPS)
-        return LimitedGroups(self.groups, self.doses, times[shards].astype(np.int64), max_visits, generator)
+        weighed = np.ones(len(self.counts)) if weights is None else np.asarray(weights)
+        pictures = self.groups.pictures
+
+        def make() -> dict[str, np.ndarray]:
+            times = weighed[self._shard_of(pictures.positions)].astype(np.int64)
+            generator = _generator(self.seed, Stream.LIMITED_GROUPS)
+            return limited_groups(self.groups, self.doses, times, max_visits, generator)
+
+        if max_visits is None:
+            return LimitedGroups(**make())
+        numbers = np.array([self.seed, max_visits])
+        inputs = (numbers, self.counts, weighed, self.groups.planted, self.doses, pictures.positions, pictures.first)
+        return LimitedGroups(**keep(make, *inputs))
+
+    def _apart_in(self, shard: int) -> np.ndarray:
+        """Which rows of a shard the order of ordinary samples leaves out, sorted."""
+        start, end = self.starts[shard], self.starts[shard] + self.counts[shard]
+        parts = [part[np.searchsorted(part, start) : np.searchsorted(part, end)] for part in self.apart]
+        return np.sort(np.concatenate(parts)) - start
 
     def _shard_of(self, positions: np.ndarray) -> np.ndarray:
         """The number of the shard in which each position lies. (n,) -> (n,) int64"""
@@ -114,6 +134,9 @@ class EpochOrder:
         for number, group in reversed(list(enumerate(groups))):
             first[self.visits[group]] = number
         window_of = first[self._shard_of(limited)]
+        by_window = np.argsort(window_of, kind="stable")
+        ends = np.searchsorted(window_of[by_window], np.arange(len(groups) + 1))
+        limited = limited[by_window]
         return [
             Window(
                 epoch,
@@ -121,7 +144,7 @@ class EpochOrder:
                 tuple(self.visits[group].tolist()),
                 tuple(self.rows_of_visit[group].tolist()),
                 planted[0 if number == 0 else bounds[number - 1] : bounds[number]],
-                limited[window_of == number],
+                limited[ends[number] : ends[number + 1]],
             )
             for number, group in enumerate(groups)
         ]
@@ -132,8 +155,7 @@ class EpochOrder:
         rows = [window.canaries, window.limited]
         for shard, part in zip(window.shards, window.parts, strict=True):
             start, end = self.starts[shard], self.starts[shard] + self.counts[shard]
-            held = self.apart[np.searchsorted(self.apart, start) : np.searchsorted(self.apart, end)]
-            trained = np.delete(np.arange(start, end), held - start)
+            trained = np.delete(np.arange(start, end), self._apart_in(shard))
             rows.append(trained if part == len(trained) else generator.permutation(trained)[:part])
         return generator.permutation(np.concatenate(rows))
 
@@ -182,8 +204,9 @@ class BucketedOrder(EpochOrder):
         mix_shards: int,
         buckets: Callable[[int], np.ndarray],
         max_visits: int | None = None,
+        keep: Keep = as_made,
     ):
-        super().__init__(counts, groups, seed, weights, mix_shards, max_visits)
+        super().__init__(counts, groups, seed, weights, mix_shards, max_visits, keep)
         if any(weight % 1 for weight in weights):
             raise ValueError(
                 f"data.max_aspect_ratio needs whole weights of sources, got {min(weights):g}; or set it to 1"
@@ -193,11 +216,9 @@ class BucketedOrder(EpochOrder):
         # members of limited groups, others each epoch, not counted
         rows: Counter[int] = Counter()
         for number, weight in enumerate(weights):
-            for bucket, count in Counter(buckets(number).tolist()).items():
+            of_shard = np.asarray(buckets(number))
+            for bucket, count in Counter(np.delete(of_shard, self._apart_in(number)).tolist()).items():
                 rows[bucket] += count * int(weight)
-        shards = self._shard_of(self.apart).tolist()
-        for bucket, number in zip(self.bucket_of(self.apart).tolist(), shards, strict=True):
-            rows[bucket] -= int(weights[number])
         for bucket, dose in zip(self.bucket_of(groups.planted).tolist(), self.doses.tolist(), strict=True):
             rows[bucket] += dose
         self.rows_of_bucket = rows

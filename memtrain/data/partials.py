@@ -26,6 +26,7 @@ from memtrain.core.files import written_aside
 from memtrain.data.distribute import Distributor, Done, Part
 from memtrain.data.kept import alone
 from memtrain.data.sources import LocalShard
+from memtrain.data.staged import on_disk, state_of
 
 VERSION = 1  # raise it where the same tar gives another partial
 MANIFEST = "manifest.json"
@@ -60,7 +61,7 @@ class Manifest:
 
     def state(self, shard: LocalShard) -> list:
         """What a partial is true of, as it is now."""
-        return [VERSION, self.command, self.option, shard.name, *_state(shard.path)]
+        return [VERSION, self.command, self.option, shard.name, *state_of(shard)]
 
     def identity(self) -> str:
         """A name for the state of all shards."""
@@ -85,7 +86,7 @@ def open_manifest(folder: Path, command: str, option: str, shards: Sequence[Loca
     said = {
         "command": command,
         "option": option,
-        "shards": [[os.fsdecode(shard.path), shard.name] for shard in shards],
+        "shards": [[os.fsdecode(shard.path), shard.name, shard.url] for shard in shards],
     }
     with written_aside(found.folder / MANIFEST, shared=True) as aside:
         aside.write_text(json.dumps(said, indent=1), encoding="utf-8")
@@ -97,7 +98,7 @@ def read_manifest(path: Path) -> Manifest:
     folder = _folder_of(path)
     try:
         said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        shards = tuple(LocalShard(Path(path), name) for path, name in said["shards"])
+        shards = tuple(LocalShard(Path(path), name, *url) for path, name, *url in said["shards"])
         return Manifest(folder, str(said["command"]), str(said["option"]), shards)
     except OSError as error:
         raise ValueError(f"{path} is no manifest ({error.strerror}); {GIVE_MANIFEST}") from error
@@ -131,7 +132,8 @@ def _make(manifest: Manifest, work: Work, shard: LocalShard) -> dict[str, int]:
     if (there := manifest.done(shard)) is not None:
         return there | {"kept": 1}
     before = manifest.state(shard)
-    table, counts = work(shard)
+    with on_disk(shard) as local:
+        table, counts = work(local)
     if manifest.state(shard) != before:
         raise OSError(f"{shard.name} changes while it is read; wait until it is finished")
     write_partial(manifest, shard, before, table, counts)
@@ -150,18 +152,6 @@ def all_done(manifest: Manifest) -> list[tuple[LocalShard, dict[str, int]]]:
     """Shards, in their order, and what each partial counts; those without one are left out."""
     found = ((shard, manifest.done(shard)) for shard in manifest.shards)
     return [(shard, counts) for shard, counts in found if counts is not None]
-
-
-def _state(path: Path) -> list[int | None]:
-    """Size and time of a tar and of the _stats.json beside it."""
-    found: list[int | None] = []
-    for file in (path, path.with_name(f"{path.stem}_stats.json")):
-        try:
-            status = file.stat()
-            found += [status.st_size, status.st_mtime_ns]
-        except OSError:
-            found += [None, None]
-    return found
 
 
 def merging(manifest: Manifest) -> contextlib.AbstractContextManager[None]:

@@ -33,10 +33,15 @@ def config_folder() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
+def scheme_of(url: str) -> str:
+    """`s3` of s3://…, in small letters; empty where there is none, as of a path."""
+    scheme = _SCHEME.match(url)
+    return scheme[1].lower() if scheme else ""
+
+
 def is_remote(url: str) -> bool:
     """Whether it takes an opener to read: `pipe:COMMAND` or any SCHEME:// but file://."""
-    scheme = _SCHEME.match(url)
-    return url.startswith("pipe:") or (scheme is not None and scheme[1].lower() != "file")
+    return url.startswith("pipe:") or scheme_of(url) not in ("", "file")
 
 
 def expand(pattern: str) -> list[str]:

@@ -22,6 +22,7 @@ from memtrain.data.duplicates import hash_shards
 from memtrain.data.partials import open_manifest
 from memtrain.data.shards import index_shard
 from memtrain.data.sources import LocalShard, local_shards
+from memtrain.data.staged import on_disk
 
 _SIDE = 256  # px, of made-up pictures
 _SHARD = 1000  # samples of a shard
@@ -96,8 +97,8 @@ def _pictures(count: int, source: list[LocalShard]) -> Iterator[bytes]:
         yield from (jpeg(photo(seed, _SIDE, _SIDE)) for seed in range(count))
         return
     for shard in source:
-        with shard.path.open("rb") as file:
-            for entry in index_shard(shard.path).entries:
+        with on_disk(shard) as local, local.path.open("rb") as file:
+            for entry in index_shard(local.path).entries:
                 if count == 0:
                     return
                 data = read_extent(file, entry.image)

@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url, set_options
 
+from memtrain.data import stores
 from memtrain.data.kept import locked
 
 log = logging.getLogger(__name__)
@@ -63,9 +64,10 @@ class ShardCache:
     what was evicted while a reader had it open. A path holds until others fetch `max_bytes` more, so open it
     at once, and fetch again should it be gone.
 
-    As `gopen` runs curl, one try takes a minute where the server says 5xx (30 retries, 2 s apart), a
-    connection that stalls is waited for without end (`speed-time` in ~/.curlrc ends it), and a body that is
-    cut short looks whole if it came without a Content-Length.
+    What lies in an object store comes through fsspec, where that store's package is installed (`memtrain.data.stores`),
+    all else through webdataset's `gopen`. As that runs curl, one try takes a minute where the server says 5xx (30
+    retries, 2 s apart), a connection that stalls is waited for without end (`speed-time` in ~/.curlrc ends it), and a
+    body that is cut short looks whole if it came without a Content-Length.
 
     Args:
         folder: made where missing.
@@ -132,7 +134,7 @@ class ShardCache:
                     self._fetch_once(url, path)
                     return path
                 except OSError as error:
-                    reason = _reason(error, url)
+                    reason = one_line(error, url)
             log.warning("shard %s: try %d of %d failed: %s", shown(url), attempt, tries, reason)
             if attempt < tries:
                 time.sleep(self.backoff_s * 2 ** (attempt - 1))
@@ -198,9 +200,16 @@ def _touch(path: Path) -> bool:
     return True
 
 
+def _is_for_fsspec(url: str) -> bool:
+    """Whether fsspec fetches it: webdataset goes first where it was told to rewrite it, or how to open s3://."""
+    return stores.is_store(url) and "s3" not in gopen_schemes and rewrite_url(url) == url
+
+
 def _open(url: str) -> BinaryIO | Pipe:
     """Open a URL with webdataset's opener, which knows no s3://; its rewriting and its USE_AIS_FOR=s3 go first."""
     if url.startswith("s3://") and "s3" not in gopen_schemes and rewrite_url(url) == url:
+        if shutil.which("aws") is None:
+            raise OSError(f"s3:// takes {stores.remedy(url)}, or the command aws")
         url = f"pipe:aws s3 cp {shlex.quote(url)} -"
     try:
         return gopen(url)
@@ -212,8 +221,11 @@ def copy_url(url: str, part: Path) -> None:
     """Write all that the opener gives to the file `part`.
 
     Raises:
-        OSError: it ended with any status but 0, or the disk refused.
+        OSError: it ended with any status but 0, the store or the disk refused.
     """
+    if _is_for_fsspec(url):
+        stores.download(url, part)
+        return
     stream = _open(url)
     # gopen takes 23 and 141 for success, under GOPEN_VERBOSE every status; its errors hold the whole command
     set_options(stream, ignore_errors=True)
@@ -235,7 +247,7 @@ def copy_url(url: str, part: Path) -> None:
         )
 
 
-def _reason(error: OSError, url: str) -> str:
+def one_line(error: OSError, url: str) -> str:
     """What an error says, on one line and without credentials."""
     text = str(error).replace(url, shown(url))
     return " ".join(_CREDENTIALS.sub(r"\1\2", text).split())

@@ -8,18 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from memtrain.data.buckets import RowBuckets, bucket_sizes
 from memtrain.data.captions import Captions
-from memtrain.data.excluded_keys import excluded_rows, read_keys
+from memtrain.data.excluded_keys import check_list, excluded_rows
 from memtrain.data.images import BadSample, decode_crop
-from memtrain.data.index import key_of
 from memtrain.data.indexed import IndexedShards
+from memtrain.data.kept import file_state
+from memtrain.data.names import as_names, by_shard, places
 from memtrain.data.open_shards import OpenShards
 from memtrain.data.remote import ShardMissing
 from memtrain.data.row_filter import filter_rows, parse_filter
 from memtrain.data.rows import SampleRows
-from memtrain.data.sources import home_of
 from memtrain.data.view import STRAIGHT, Seen, View
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class ShardSamples:
         max_aspect_ratio, bucket_multiple: see `memtrain.data.buckets`; 1 decodes squares alone.
         workers: processes that write missing indexes.
         exclude_keys: a list of samples that are left out, see `memtrain.data.excluded_keys`.
+        fetch: remote `shards` whole, or `samples` alone, see `memtrain.data.open_shards.OpenShards`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ShardSamples:
         bucket_multiple: int = 64,
         workers: int = 1,
         exclude_keys: str | Path | None = None,
+        fetch: str = "shards",
     ):
         if missing_shards not in ("stop", "skip"):
             raise ValueError(f"data.missing_shards must be stop or skip, got {missing_shards}")
@@ -68,18 +71,23 @@ class ShardSamples:
         self.sizes = bucket_sizes(resolution, max_aspect_ratio, bucket_multiple)  # (height, width), the square first
         # what a person wrote is checked first: the shards may take long to index
         clauses = parse_filter(where) if where else []
-        listed = read_keys(exclude_keys) if exclude_keys else frozenset()
+        listed = check_list(exclude_keys) if exclude_keys else 0
 
-        self.indexed = IndexedShards(shards, cache_dir, cache_bytes, workers)
+        self.indexed = IndexedShards(shards, cache_dir, cache_bytes, workers, fetch)
         self.shards = self.indexed.shards
         filtered = filter_rows(clauses, self.indexed)
-        excluded = excluded_rows(listed, exclude_keys, self.indexed, filtered) if exclude_keys and listed else {}
+        excluded: Mapping[int, np.ndarray] = {}
+        self._excluded = ""
+        if exclude_keys and listed:
+            self._excluded = file_state(exclude_keys)
+            excluded = excluded_rows(exclude_keys, self.indexed, filtered, where)
         self.rows = SampleRows([index.samples for index in self.indexed.indexes], filtered, excluded)
         self.counts = self.rows.counts
         if len(self) == 0:
             raise ValueError(self._why_empty(shards, exclude_keys))
-        self._open = OpenShards(self.shards, self.indexed.indexes, self.indexed.remote, filtered.stems)
-        self._buckets = RowBuckets(self.sizes, self.indexed, self._open, filtered, where)
+        opened = (self.shards, self.indexed.indexes, self.indexed.remote, filtered.stems)
+        self._open = OpenShards(*opened, in_ranges=fetch == "samples")
+        self._buckets = RowBuckets(self.sizes, self.indexed, OpenShards(*opened), filtered, where)
         self._captions = Captions(caption)
         self._keys: dict[int, np.ndarray] = {}  # of one shard
         self._lost: set[int] = set()  # shards that could not be opened, where that is no reason to stop
@@ -113,6 +121,11 @@ class ShardSamples:
         """What decides a sample's centre square and its caption, beside the shards themselves."""
         return {"resolution": self.resolution, "crop": "center", "caption": self.caption, "where": self.where}
 
+    @property
+    def state(self) -> str:
+        """Names which samples these are, in the present state of their shards."""
+        return f"{self.indexed.state}\n{self.where}\n{self._excluded}"
+
     def buckets(self, number: int) -> np.ndarray:
         """Which of `sizes` each sample of a shard has. (counts[number],)"""
         return self.rows.without_excluded(number, self._buckets.of_shard(number))
@@ -143,24 +156,27 @@ class ShardSamples:
             raise ValueError(f"no sample {missing[0]}{more} in data.shards; was the list made from another corpus?")
         return found
 
-    def look_up(self, names: Sequence[str]) -> np.ndarray:
+    def look_up(self, names: Sequence[str] | pa.ChunkedArray) -> np.ndarray:
         """Positions of the samples of these names, in their order; -1 where the corpus has none. (n,) int64"""
-        wanted: dict[str, int] = dict.fromkeys(names, -1)
-        homes = {home_of(name) for name in wanted}
-        for number, shard in enumerate(self.shards):
-            if shard.name in homes:
-                records = self.indexed.indexes[number].records()
-                for row, record in enumerate(self.rows.samples_of(number)):
-                    name = f"{shard.name}/{key_of(records[record])}"
-                    if name in wanted:
-                        wanted[name] = int(self.rows.starts[number]) + row
-        return np.array([wanted[name] for name in names], dtype=np.int64)
+        found = np.full(len(names), -1, dtype=np.int64)
+        numbers = {shard.name: number for number, shard in enumerate(self.shards)}
+        for home, which, wanted in by_shard(names if isinstance(names, pa.ChunkedArray) else as_names(names)):
+            number = numbers.get(home)
+            if number is not None:
+                keys = self.indexed.indexes[number].records()["key"][self.rows.samples_of(number)]
+                row = places(wanted, keys)
+                found[which] = np.where(row >= 0, self.rows.starts[number] + row, -1)
+        return found
 
     # ---- reading
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Fetch these shards in the background, where they are remote."""
         self._open.prefetch(numbers)
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Read the bytes of these samples at once, where they are read by ranges. Raises ShardMissing."""
+        self._open.read_ahead([self.rows.locate(index) for index in indices])
 
     def get(self, index: int, view: View = STRAIGHT, size: tuple[int, int] | None = None) -> Seen:
         """A sample as a view of it shows it, in this (height, width), else as the square.
@@ -172,15 +188,15 @@ class ShardSamples:
             raise BadSample("shard is missing")
         try:
             shard = self._open[number]
+            record = shard.record(row)
+            data, caption = shard.read(record["image"]), self._captions.one(shard, record, view.caption)
         except ShardMissing:
             if self.missing_shards == "stop":
                 raise
             self._lost.add(number)
             raise BadSample("shard is missing") from None
-        record = shard.record(row)
-        data = shard.read(record["image"])
         image, sizes = decode_crop(data, *(size or self.sizes[0]), crop=view.crop, flip=view.flip)
-        return Seen(image, self._captions.one(shard, record, view.caption), sizes)
+        return Seen(image, caption, sizes)
 
     def members(self, index: int) -> tuple[bytes, bytes, bytes | None]:
         """Bytes of a sample's image, caption and json, as they lie in its shard. Raises BadSample, and ShardMissing."""

@@ -32,6 +32,9 @@ class ForeignComposites:
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Nothing is to be fetched."""
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Nothing is to be read."""
+
     def key(self, index: int) -> str:
         return f"composites/{index:09d}"
 

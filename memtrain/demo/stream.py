@@ -31,6 +31,9 @@ class CompositeSamples:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Nothing is to be fetched."""
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Nothing is to be read."""
+
     def key(self, index: int) -> str:
         return f"composites/{index:09d}"
 

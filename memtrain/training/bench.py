@@ -265,6 +265,9 @@ class NoiseSamples:
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Nothing is to be fetched."""
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Nothing is to be read."""
+
 
 class NoiseLatents:
     """Noise in the place of cached latents: neither VAE nor text encoder takes part in a step.

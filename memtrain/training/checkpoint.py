@@ -26,6 +26,8 @@ from memtrain.training.resume import LAST, RunState, checkpoint_name, checkpoint
 
 log = logging.getLogger(__name__)
 
+_COPIED = ("ema", "exclusion", "scores")  # parts of memtrain's own state that `load_state_dict` copies into place
+
 
 class Checkpoints(Checkpoint):
     """Writes a checkpoint every `every` optimizer steps, at the end, and where the run is stopped; `keep` stay.
@@ -149,7 +151,8 @@ def checkpoint(every: int, folder: str, keep: int = 2) -> Checkpoints:
 class AsideIO(TorchCheckpointIO):
     """Writes a checkpoint beside its file, in the same folder, and renames it: a file under its name is whole.
 
-    What is read of it as it is copied into place, weights and their average, never takes memory of its own.
+    What is read of it as it is copied into place, weights, their average, and what is kept of every sample, never takes
+    memory of its own.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -171,12 +174,13 @@ class AsideIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
-        average = checkpoint.get("memtrain", {}).pop("ema", None)
+        state = checkpoint.get("memtrain", {})
+        copied = {part: state.pop(part) for part in _COPIED if part in state}
         kept = {part: value for part, value in checkpoint.items() if part != "state_dict"}
         # the file may be deleted or replaced while the run goes on: what is held on to is not left in it
         checkpoint |= tree_map_only(Tensor, Tensor.clone, kept)
-        if "memtrain" in checkpoint:
-            checkpoint["memtrain"]["ema"] = average
+        if copied:
+            checkpoint["memtrain"] |= copied
         return checkpoint
 
 

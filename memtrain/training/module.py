@@ -34,6 +34,7 @@ from memtrain.training.accumulation import Accumulation
 from memtrain.training.average import AveragedWeights
 from memtrain.training.encoded import EncodedSamples, encode_pictures, encode_samples
 from memtrain.training.latent_cache import with_foreign_latents
+from memtrain.training.machine import Keeper, Machine
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import OptimizerConfig
@@ -105,6 +106,7 @@ class DiffusionTraining(pl.LightningModule):
         self.objective, self.scoring = objective, scoring
         self.predictor = Predictor(model, method, objective, seed, scoring, self.anchor)
         self.memory: ScoreMemory | None = None
+        self.machine = Machine()  # until `setup` has ranks
         self.reference = ReferenceSet(reference_every, reference_batch)
         self.ema = AveragedWeights(0.0 if optimizer.averages else ema_decay)
         self.stops = Stops(max_bad_steps)
@@ -141,8 +143,10 @@ class DiffusionTraining(pl.LightningModule):
             self.model.latent_shape(*size)  # raises where the model cannot have it
         num_samples = data_of(self.trainer).groups.num_samples
         self.exclusion.setup(num_samples, self.num_timesteps)
+        self.machine = Machine(self.trainer.global_rank, self.trainer.world_size, self.trainer.node_rank)
+        self.machine.share(self.exclusion)
         if self.scoring.remembers:
-            self.memory = ScoreMemory(num_samples, self.scoring)
+            self.memory = ScoreMemory(num_samples, self.scoring, self.machine.zeros)
 
     def configure_model(self) -> None:
         """Shard what is trained where the strategy has a mesh for it (trainer=fsdp); begin the average."""
@@ -266,14 +270,17 @@ class DiffusionTraining(pl.LightningModule):
     def _learn(self, record: StepRecord) -> None:
         """Show memory and rule all ranks' rows, by their place in the global batch, the reference set's after them."""
         gathered = ranks.gather(self.trainer, record.trained.observed, self.trainer.accumulate_grad_batches)
-        observed = ranks.on_host(gathered)  # where memory and rule are
-        if self.memory:
-            self.memory.update(observed)
+        trained = ranks.on_host(gathered)  # where memory and rule are
+        parts = [trained]
         if record.reference is not None:
-            reference = ranks.gather(self.trainer, record.reference.observed, 1)
-            observed = Observations.concatenate([observed, ranks.on_host(reference)])
-        if self.exclusion.learns:
-            self.exclusion.update(observed)
+            parts.append(ranks.on_host(ranks.gather(self.trainer, record.reference.observed, 1)))
+        observed = Observations.concatenate(parts)
+        keepers: list[Keeper] = [self.exclusion, self.memory] if self.memory else [self.exclusion]
+        with self.machine.changing(keepers, observed.picture) as pictures:
+            if self.memory:
+                self.memory.update(replace(trained, picture=pictures[: len(trained.picture)]))
+            if self.exclusion.learns:
+                self.exclusion.update(replace(observed, picture=pictures))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Stop the run where it is to: here the callbacks, the checkpoint last, are done with the step."""

@@ -43,6 +43,7 @@ _FREE = (
     "data.num_workers",
     "data.cache_dir",
     "data.cache_bytes",
+    "data.fetch",
 )
 _BATCH = ("data.batch_size", "trainer.accumulate_grad_batches")  # with the number of ranks, the global batch
 

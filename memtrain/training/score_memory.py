@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from memtrain.core.exclusion import Observations
 from memtrain.core.scores import MAGNITUDE, SCORES
 from memtrain.core.transfer import sent
+
+
+def _zeros(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(count, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,18 @@ class ScoreMemory:
     Args:
         num_samples: positions in the corpus.
         scoring: which visits are scored.
+        zeros: makes (n,) zeros of a dtype, such as `memtrain.training.machine.Machine.zeros`.
     """
 
-    def __init__(self, num_samples: int, scoring: Scoring):
+    per_sample: tuple[str, ...] = ("score", "score_timestep", "wait")
+
+    def __init__(self, num_samples: int, scoring: Scoring, zeros: Callable[[int, torch.dtype], Tensor] = _zeros):
         self.every_visits, self.timesteps = scoring.every_visits, scoring.timesteps
-        self.score = torch.full((num_samples,), torch.nan)
-        self.score_timestep = torch.zeros(num_samples, dtype=torch.int16)
-        turns = torch.arange(scoring.every_visits, dtype=torch.uint8)
-        self.wait = turns.repeat(-(-num_samples // len(turns)))[:num_samples]  # int64 would take as much as all else
+        self.score = zeros(num_samples, torch.float32).fill_(torch.nan)
+        self.score_timestep = zeros(num_samples, torch.int16)
+        self.wait = zeros(num_samples, torch.uint8)
+        for turn in range(scoring.every_visits):
+            self.wait[turn :: scoring.every_visits] = turn
 
     def due(self, picture: Tensor, timesteps: Tensor) -> Tensor:
         """Which of B visits are scored. (B,) bool, on the CPU"""

@@ -105,7 +105,7 @@ def test_groups_are_those_of_equal_labels(labels, seed):
     for one in everyone.tolist():
         twins = [p for p in label if one in label and label[p] == label[one]]
         assert of[one] == min([one, *twins])
-    sizes = [len(group) for group in pictures.groups()]
+    sizes = [len(group) for group in pictures.groups(len(pictures.first))]
     assert sizes == sorted((n for n in np.bincount(labels).tolist() if n > 1), reverse=True) if labels else not sizes
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 
+from memtrain.data import stores
 from memtrain.data.paths import is_remote
 from memtrain.data.remote import ShardCache, ShardMissing, shown
 from tests.support.remote import MORE, Source, cache_of, parts_in, shards_in
@@ -132,13 +133,17 @@ def test_a_scheme_without_an_opener_says_what_would_open_it(tmp_path):
         cache_of(tmp_path).fetch("hdfs://host/0.tar")
 
 
-def test_s3_goes_through_aws(tmp_path, monkeypatch):
+def test_s3_goes_through_aws_where_no_package_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "find_spec", lambda name: None)
     aws = tmp_path / "bin" / "aws"
     aws.parent.mkdir()
     aws.write_text('#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && printf "shard of $3"\n')
     aws.chmod(0o755)
     monkeypatch.setenv("PATH", f"{aws.parent}:{os.environ['PATH']}")
     assert cache_of(tmp_path).fetch("s3://bucket/a b.tar").read_text() == "shard of s3://bucket/a b.tar"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ShardMissing, match=r"s3:// takes pip install 'memtrain\[s3\]', or the command aws"):
+        cache_of(tmp_path).fetch("s3://bucket/b.tar")
 
 
 def test_a_local_disk_that_refuses_is_the_reason(tmp_path):

@@ -45,6 +45,15 @@ def test_what_is_remembered_of_samples_is_made_and_loaded_without_temporaries(ma
         assert tensor.untyped_storage().nbytes() <= tensor.nbytes + 255  # a checkpoint holds storages whole
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_names_all_that_it_keeps_of_every_sample(name):
+    """What it names is shared by the ranks of a machine, and looked up there by other numbers while it learns."""
+    rule = set_up(RULES[name])
+    kept = {name for name, value in vars(rule).items() if isinstance(value, torch.Tensor) and len(value) == SAMPLES}
+    assert kept == set(rule.per_sample)
+    assert not any(getattr(rule, name).any() for name in kept)
+
+
 def test_the_first_visits_that_are_scored_are_spread_evenly():
     wait = ScoreMemory(1001, Scoring(every_visits=7)).wait
     assert torch.equal(wait.long(), torch.arange(1001) % 7) and wait.dtype == torch.uint8
