@@ -1,8 +1,7 @@
-"""Does a generation show what its caption says? By CLIP (Hessel et al. 2021), or by a diffusion model."""
+"""CLIP score: does a generation show what its caption says? (Hessel et al. 2021)"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.denoiser import Denoiser
-from memtrain.audit.pictures import encode_images
-from memtrain.core.streams import Stream, place_seed
 from memtrain.models.folders import CLIP, check_folder, is_folder
-
-_MARGIN_TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # of 1000
 
 
 class ClipScore:
@@ -71,40 +64,3 @@ class ClipScore:
 
     def identity(self) -> str:
         return f"clip {self.clip}"
-
-
-def caption_margin(
-    judge: Denoiser, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], batches: ShrinkingBatches
-) -> Tensor:
-    """`latents_margin` of R pictures, (R, height, width, 3) uint8. (R,)"""
-    return latents_margin(judge, encode_images(judge, images, batches), prompts, seeds, batches)
-
-
-@torch.no_grad()
-def latents_margin(
-    judge: Denoiser, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int], batches: ShrinkingBatches
-) -> Tensor:
-    """(R,) by how much the prompt lowers another model's denoising loss on a picture: 1 - loss_c / loss_null.
-
-    A stand-in for a CLIP score where there is no CLIP: how much of the prompt a judge that has memorized
-    nothing finds in the picture, over fixed timesteps and noise (the idea of Li et al. 2023, *Your Diffusion
-    Model is Secretly a Zero-Shot Classifier*). Negative where the picture shows something else.
-
-    Args:
-        latents: (R, C, H, W) scaled.
-    """
-
-    def work(rows: range) -> Tensor:
-        clean, count = latents[rows.start : rows.stop].to(judge.device), len(rows)
-        cond, null = judge.encode([prompts[row] for row in rows]), judge.model.null(count)
-        losses = torch.zeros(2, count, device=judge.device)
-        for t in _MARGIN_TIMESTEPS:
-            noise = judge.noise([place_seed(seeds[row], Stream.MARGIN, t, 0) for row in rows])
-            steps = torch.full((count,), t, device=judge.device)
-            noisy = judge.model.noise_process.add_noise(clean, noise, steps)
-            pair = judge.predict_pair(noisy, t, cond, null)
-            for loss, predicted in zip(losses, (pair.noise_cond, pair.noise_null), strict=True):
-                loss += (predicted - noise).square().flatten(1).mean(dim=1)
-        return (1 - losses[0] / losses[1]).cpu()
-
-    return torch.cat(list(batches.over(len(latents), work)))

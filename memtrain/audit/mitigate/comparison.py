@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtrain.audit.alignment import ClipScore, caption_margin
+from memtrain.audit.alignment import ClipScore
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.margin import caption_margin
 from memtrain.audit.mitigate.methods import Mitigation
 from memtrain.audit.mitigate.mitigation import Generations, Sampling, generate, resolve_target
 from memtrain.audit.pictures import decode_latents, encode_images

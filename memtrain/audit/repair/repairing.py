@@ -13,9 +13,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from memtrain.audit.alignment import latents_margin
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.margin import latents_margin
 from memtrain.audit.repair.material import CaptionedPictures, Drawing
 from memtrain.audit.repair.methods import Change, Method
 from memtrain.audit.repair.work import Steps, Work
