@@ -104,11 +104,11 @@ def _workers(distributor: str, asked: int | None, memory: int) -> int | None:
 
 
 def _check(paths: list[str], decode: bool, as_json: bool, **options) -> None:
+    found = local_shards(paths)
     from memtrain.data.check import DECODED, TRUSTED, check_shards
     from memtrain.data.indexed import cache_folder
     from memtrain.data.partials import merging, open_manifest
 
-    found = local_shards(paths)
     named = hashlib.sha256("\n".join(os.fsdecode(shard.path) for shard in found).encode(errors="surrogateescape"))
     option = DECODED if decode else TRUSTED
     folder = options["manifest"] or cache_folder(None) / "check" / f"{named.hexdigest()[:16]}-{option}"
