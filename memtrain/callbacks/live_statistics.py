@@ -52,7 +52,8 @@ class LiveStatistics:
     def add(self, observed: Observations, decision: Decision) -> None:
         """Add N rows, and what the rule said of them."""
         kept, threshold = decision.keep_mask, decision.threshold
-        rows = observed.captioned | kept  # the others could not be read
+        # the others could not be read, or are left out at a dropped caption, which is not counted
+        rows = observed.captioned | kept
         held = observed.captioned & threshold.isfinite()
         held &= observed.scored | ~observed.known  # a remembered score met the threshold of its own timestep
         # the figures in their order: which rows count for each, and what they add; None: 1

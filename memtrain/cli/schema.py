@@ -62,7 +62,10 @@ TYPES = {
     "sweep.patience": float | None,
     "bench_mitigation.seeds": int | None,
     "bench_mitigation.workers": Any,  # a number, or auto
-    **{f"protocol.{name}.rows": dict[str, list[str]] for name in ("demo", "imagenette", "laion10k", "wen2024")},
+    **{
+        f"protocol.{name}.rows": dict[str, list[str]]
+        for name in ("demo", "demo_lora", "imagenette", "laion10k", "wen2024")
+    },
     "study.space": dict[str, _varied()],
 }
 _ASKS = re.compile(r"/schema/(\S+)@_here_")

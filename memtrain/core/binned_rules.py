@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memtrain.core.exclusion import (
+    EXCLUDE,
     REFERENCE,
     Decision,
     ExclusionRule,
@@ -46,15 +47,15 @@ class BinnedThreshold(ExclusionRule):
     Args:
         num_bins: timestep bins over the whole schedule.
         warmup: observations that a threshold needs before it counts.
-        start_step: before this optimizer step every sample is kept.
+        start_step, action: of every rule.
     """
 
     learns = True
 
-    def __init__(self, num_bins: int, warmup: int, start_step: int):
+    def __init__(self, num_bins: int, warmup: int, start_step: int, action: str):
+        super().__init__(start_step, action)
         at_least(1, num_bins=num_bins, warmup=warmup)
-        at_least(0, start_step=start_step)
-        self.num_bins, self.warmup, self.start_step = num_bins, warmup, start_step
+        self.num_bins, self.warmup = num_bins, warmup
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
@@ -84,8 +85,10 @@ class Quantile(BinnedThreshold):
         warmup: observations that a bin needs before its threshold counts.
     """
 
-    def __init__(self, quantile: float, num_bins: int, half_life: int, warmup: int, start_step: int = 0):
-        super().__init__(num_bins, warmup, start_step)
+    def __init__(
+        self, quantile: float, num_bins: int, half_life: int, warmup: int, start_step: int = 0, action: str = EXCLUDE
+    ):
+        super().__init__(num_bins, warmup, start_step, action)
         self.quantile = open_share("quantile", quantile, "0.9 leaves out the highest tenth")
         check_half_life(half_life, 1 - quantile, "quantile")
         reachable(warmup, half_life)
@@ -134,8 +137,9 @@ class Calibrated(BinnedThreshold):
         pooling: int,
         warmup: int,
         start_step: int = 0,
+        action: str = EXCLUDE,
     ):
-        super().__init__(num_bins, warmup, start_step)
+        super().__init__(num_bins, warmup, start_step, action)
         self.false_positive_rate = open_share(
             "false_positive_rate", false_positive_rate, "0.01 leaves out one ordinary sample in a hundred"
         )
@@ -204,8 +208,10 @@ class IetAgc(BinnedThreshold):
 
     needs_score = False
 
-    def __init__(self, ratio: float, num_bins: int, half_life: int, warmup: int, start_step: int = 0):
-        super().__init__(num_bins, warmup, start_step)
+    def __init__(
+        self, ratio: float, num_bins: int, half_life: int, warmup: int, start_step: int = 0, action: str = EXCLUDE
+    ):
+        super().__init__(num_bins, warmup, start_step, action)
         if not ratio > 1:
             raise ValueError(f"exclusion.ratio must be > 1, got {ratio:g}; the paper's is 1.25")
         at_least(1, half_life=half_life)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from memtrain.core.exclusion import (
+    EXCLUDE,
+    PULL,
     REFERENCE,
     SACRIFICED,
     Decision,
@@ -24,26 +26,30 @@ from memtrain.core.exclusion import (
 )
 from memtrain.core.statistics import BinnedMoments, timestep_bin
 
+HIGH, LATCHED = 1, 2  # bits of a sample's state: its evidence is against it; it stays out, whatever that says
+
 
 class Evidence(ExclusionRule):
     """A rule that adds up what a sample's visits show, and excludes it while that is high; 5 bytes a sample.
 
     The two rules below say what a visit shows. Duplicates are one sample here: what a visit shows of one of them is
     evidence for all, whatever their keys, for it is the picture that is memorized. A sample enters exclusion when
-    its evidence reaches `enter` and leaves when it falls below `leave`. Every scored visit changes it: `memory`
-    times what it was, plus what the visit shows.
+    its evidence reaches `enter` and leaves when it falls below `leave`, unless it is latched: then it stays, and is
+    pulled alone until its evidence falls below `leave`. Every scored visit changes it: `memory` times what it was,
+    plus what the visit shows.
 
     Args:
         memory: share of the evidence that outlives a visit, in [0, 1]; 0 acts on single draws.
         num_bins: timestep bins over the whole schedule.
         half_life: reference scores of a bin after which an older one counts half.
         warmup: reference scores that a bin needs before its visits count.
-        start_step: before this optimizer step every sample is kept.
+        latch: a sample that has entered stays left out, as long as the run lasts.
+        start_step, action: of every rule.
     """
 
-    learns = True
+    learns = remembers = True
     needs_reference = True
-    per_sample: tuple[str, ...] = ("evidence", "excluded")
+    per_sample: tuple[str, ...] = ("evidence", "state")
     floor = -math.inf  # evidence rests here, however much speaks for a sample
 
     def __init__(
@@ -54,21 +60,28 @@ class Evidence(ExclusionRule):
         num_bins: int,
         half_life: int,
         warmup: int,
+        latch: bool,
         start_step: int,
+        action: str,
     ):
+        super().__init__(start_step, action)
         if not 0 <= memory <= 1:
             raise ValueError(f"exclusion.memory must be in [0, 1], got {memory:g}; 0 acts on single draws")
         at_least(1, num_bins=num_bins, half_life=half_life, warmup=warmup)
-        at_least(0, start_step=start_step)
         reachable(warmup, half_life)
         self.enter, self.leave, self.memory = enter, leave, memory
-        self.num_bins, self.warmup, self.start_step = num_bins, warmup, start_step
+        self.num_bins, self.warmup, self.latch = num_bins, warmup, latch
         self.reference = BinnedMoments(num_bins, half_life)
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
         self.evidence = torch.zeros(num_samples)
-        self.excluded = torch.zeros(num_samples, dtype=torch.bool)
+        self.state = torch.zeros(num_samples, dtype=torch.uint8)
+
+    @property
+    def excluded(self) -> Tensor:
+        """Which samples have evidence against them as it is now. (num_samples,) bool"""
+        return self.state & HIGH > 0
 
     def prior(self, copies: Tensor) -> Tensor:
         """Evidence that lies in how many samples of the corpus show the picture, alone. (B,) int64 -> (B,)"""
@@ -90,10 +103,11 @@ class Evidence(ExclusionRule):
         shown, counts = self.shows(observed)
         index = observed.picture.cpu()
         evidence = torch.where(counts, self.memory * self.evidence[index] + shown, self.evidence[index])
-        threshold = torch.where(self.excluded[index], self.leave, self.enter)
-        threshold = threshold - self.prior(observed.copies.cpu())
-        device = observed.score.device
-        return Decision(keep_mask=(evidence < threshold).to(device), threshold=threshold.to(device))
+        state = self.state[index]
+        threshold = torch.where(state & HIGH > 0, self.leave, self.enter) - self.prior(observed.copies.cpu())
+        device, high = observed.score.device, evidence >= threshold
+        keep_mask = ~(high | (state & LATCHED > 0))
+        return Decision(keep_mask.to(device), threshold.to(device), pull_mask=high.to(device))
 
     def update(self, observed: Observations) -> None:
         shown, counts = self.shows(observed)
@@ -105,7 +119,9 @@ class Evidence(ExclusionRule):
         gained = sum_of_powers(self.memory, visits) * total / visits
         evidence = self.memory**visits * self.evidence[index] + gained
         prior = self.prior(torch.ones_like(index).index_copy_(0, place, observed.copies.cpu()[counts]))
-        self.excluded[index] = evidence + prior >= torch.where(self.excluded[index], self.leave, self.enter)
+        state = self.state[index]
+        high = evidence + prior >= torch.where(state & HIGH > 0, self.leave, self.enter)
+        self.state[index] = (state & LATCHED) | high.to(torch.uint8) * (HIGH | LATCHED if self.latch else HIGH)
         self.evidence[index] = torch.maximum(evidence, self.floor - prior)
         self.learn(observed)
 
@@ -114,7 +130,7 @@ class Evidence(ExclusionRule):
         """Follow what the groups score, once the evidence is updated."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"evidence": self.evidence, "excluded": self.excluded, "reference": self.reference.sums}
+        return {"evidence": self.evidence, "state": self.state, "reference": self.reference.sums}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if "evidence" in state and len(state["evidence"]) != len(self.evidence):
@@ -122,8 +138,8 @@ class Evidence(ExclusionRule):
                 f"the checkpoint's exclusion rule knows {len(state['evidence'])} samples, this corpus has "
                 f"{len(self.evidence)}; resume on the shards that the run was started with"
             )
-        self.evidence, self.excluded, self.reference.sums = restored(
-            state, evidence=self.evidence, excluded=self.excluded, reference=self.reference.sums
+        self.evidence, self.state, self.reference.sums = restored(
+            state, evidence=self.evidence, state=self.state, reference=self.reference.sums
         )
 
 
@@ -171,6 +187,7 @@ class LikelihoodEvidence(Evidence):
         own_visits: first visits of a sample that tell what is its own, in [0, 255].
         own_limit: of a sample's own part, in the reference set's deviations.
         copies_weight: of the logarithm of the number of a picture's samples in the corpus, >= 0.
+        latch: a sample that has entered stays left out, as long as the run lasts.
     """
 
     per_sample = (*Evidence.per_sample, "own", "seen")
@@ -189,8 +206,10 @@ class LikelihoodEvidence(Evidence):
         own_visits: int,
         own_limit: float,
         copies_weight: float,
+        latch: bool,
         warmup: int,
         start_step: int = 0,
+        action: str = PULL,
     ):
         fpr = open_share("false_positive_rate", false_positive_rate, "0.05 is usual")
         miss = open_share("miss_rate", miss_rate, "0.1 is usual")
@@ -200,7 +219,7 @@ class LikelihoodEvidence(Evidence):
                 "a coin does as well"
             )
         enter, leave = math.log((1 - miss) / fpr), math.log(miss / (1 - fpr))
-        super().__init__(enter, leave, memory, num_bins, half_life, warmup, start_step)
+        super().__init__(enter, leave, memory, num_bins, half_life, warmup, latch, start_step, action)
         at_least(1, canary_half_life=canary_half_life)
         self.floor = leave
         self.clip, self.shift = positive("clip", clip), positive("shift", shift)
@@ -301,8 +320,10 @@ class ZScoreEvidence(Evidence):
         half_life: int,
         warmup: int,
         start_step: int = 0,
+        action: str = EXCLUDE,
     ):
-        super().__init__(positive("enter", enter), leave, memory, num_bins, half_life, warmup, start_step)
+        enter = positive("enter", enter)
+        super().__init__(enter, leave, memory, num_bins, half_life, warmup, False, start_step, action)
         if not leave <= enter:
             raise ValueError(f"exclusion.leave must be <= exclusion.enter ({enter:g}), got {leave:g}")
         if not memory < 1:

@@ -22,6 +22,10 @@ from memtrain.core.transfer import sent
 TRAINED, CANARY, REFERENCE, SACRIFICED = range(4)
 GROUP_NAMES = ("train", "canary", "reference", "sacrificed")
 
+# What becomes of a sample that is left out. Its loss does not count; or, to undo what was learnt of it before, the
+# squared distance between what the model predicts for its caption and for the empty one counts in its place
+EXCLUDE, PULL = ACTIONS = ("exclude", "pull")
+
 
 @dataclass(frozen=True)
 class Observations:
@@ -63,13 +67,17 @@ class Decision:
 
     keep_mask: Tensor  # (B,) bool, True = trained on
     threshold: Tensor  # (B,) float32, what each sample was held against, in the rule's own unit
+    # (B,) bool, which of those that are left out are pulled, where that is the rule's action; None: all of them
+    pull_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Decision:
         """The same on a device, for which the host does not wait."""
-        return Decision(sent(self.keep_mask, device), sent(self.threshold, device))
+        pulled = None if self.pull_mask is None else sent(self.pull_mask, device)
+        return Decision(sent(self.keep_mask, device), sent(self.threshold, device), pulled)
 
     @staticmethod
     def concatenate(parts: list[Decision]) -> Decision:
+        """Whom the parts keep, and why, one after the other; whom they pull is over with the step."""
         return Decision(torch.cat([part.keep_mask for part in parts]), torch.cat([part.threshold for part in parts]))
 
 
@@ -77,14 +85,26 @@ class ExclusionRule(ABC):
     """Decides which samples are left out of a step's loss.
 
     Subclass this and name the class in the config (`exclusion._target_`) to have a rule of your own.
+
+    Args:
+        start_step: before this optimizer step every sample is kept; rules learn from the first step on.
+        action: what becomes of a sample that is left out: `exclude`, its loss does not count, or `pull`, its
+            prediction is drawn to the one for the empty caption in its place.
     """
 
     learns = False  # True: `update` is called after every step with the observations of all ranks
     needs_score = True  # False: decides without scores, on every captioned row
     needs_reference = False  # True: useless without a reference set
-    start_step = 0  # before this optimizer step every sample is kept; rules learn from the first step on
     # tensors (num_samples,) of zeros that `setup` makes, looked up by `picture` alone: ranks of a machine share them
     per_sample: tuple[str, ...] = ()
+    remembers = False  # True: decides by earlier visits, and so also where this one, of a dropped caption, says nothing
+    start_step, action = 0, EXCLUDE  # of a rule whose constructor takes neither
+
+    def __init__(self, start_step: int = 0, action: str = EXCLUDE):
+        at_least(0, start_step=start_step)
+        if action not in ACTIONS:
+            raise ValueError(f"exclusion.action must be one of {', '.join(ACTIONS)}, got {action}")
+        self.start_step, self.action = start_step, action
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:  # noqa: B027
         """Called once, before the first step, with what the corpus and the model are like."""
@@ -93,8 +113,8 @@ class ExclusionRule(ABC):
     def decide(self, observed: Observations) -> Decision:
         """Decide on the rows of one micro-batch.
 
-        Kept whatever is said here: rows that are not `known` (where the rule needs no score: not `captioned`),
-        sacrificed canaries, and all rows before `start_step`.
+        Kept whatever is said here: rows that are not `known` (where the rule needs no score: not `captioned`), unless
+        the rule remembers; sacrificed canaries; and all rows before `start_step`.
         """
 
     def update(self, observed: Observations) -> None:  # noqa: B027
@@ -155,7 +175,7 @@ def reachable(warmup: float, half_life: int, *, bins: int = 1, needed: str = "wa
         )
 
 
-def restored(state: dict[str, Tensor], **own: Tensor) -> list[Tensor]:
+def restored(state: dict[str, Tensor], /, **own: Tensor) -> list[Tensor]:
     """Fill a rule's own tensors with what the checkpoint has of them; no second copy of 100 M samples."""
     for name, tensor in own.items():
         if name not in state or state[name].shape != tensor.shape:
@@ -175,6 +195,9 @@ class KeepAll(ExclusionRule):
 
     needs_score = False
 
+    def __init__(self) -> None:  # takes nothing from a config
+        super().__init__()
+
     def decide(self, observed: Observations) -> Decision:
         return Decision(keep_mask=torch.ones_like(observed.scored), threshold=torch.full_like(observed.score, math.inf))
 
@@ -182,9 +205,9 @@ class KeepAll(ExclusionRule):
 class FixedThreshold(ExclusionRule):
     """`exclusion=fixed`: left out where d >= threshold, the raw norm (Wen et al. 2024, section 4.3)."""
 
-    def __init__(self, threshold: float, start_step: int = 0):
-        at_least(0, start_step=start_step)
-        self.threshold, self.start_step = positive("threshold", threshold), start_step
+    def __init__(self, threshold: float, start_step: int = 0, action: str = EXCLUDE):
+        super().__init__(start_step, action)
+        self.threshold = positive("threshold", threshold)
 
     def decide(self, observed: Observations) -> Decision:
         return Decision(
@@ -198,9 +221,9 @@ class NormalizedThreshold(ExclusionRule):
     Carries over between resolutions and aspect-ratio buckets: d grows with sqrt(n).
     """
 
-    def __init__(self, threshold: float, start_step: int = 0):
-        at_least(0, start_step=start_step)
-        self.threshold, self.start_step = positive("threshold", threshold), start_step
+    def __init__(self, threshold: float, start_step: int = 0, action: str = EXCLUDE):
+        super().__init__(start_step, action)
+        self.threshold = positive("threshold", threshold)
 
     def decide(self, observed: Observations) -> Decision:
         return Decision(

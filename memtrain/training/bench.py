@@ -67,7 +67,8 @@ def _evidence() -> LikelihoodEvidence:
     """A rule that needs the reference set, with the config's values."""
     return LikelihoodEvidence(
         0.01, 0.1, memory=0.95, clip=2.0, shift=1.0, shift_weight=10.0, num_bins=10, half_life=200,
-        canary_half_life=100, own_visits=0, own_limit=1.0, copies_weight=0.5, warmup=20, start_step=NEVER,
+        canary_half_life=100, own_visits=0, own_limit=1.0, copies_weight=0.5, latch=True, warmup=20,
+        start_step=NEVER,
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from memtrain.training.score_memory import ScoreMemory, Scoring
 _GROUP = 4  # duplicates of one picture
 _ROWS = 1_000_000  # of a list, written at a time
 _RULES: dict[str, Callable[[], ExclusionRule]] = {  # those that keep something of every sample
-    "evidence": partial(LikelihoodEvidence, 0.05, 0.1, 0.9, 1.0, 2.0, 20.0, 10, 2000, 2000, 4, 2.0, 0.0, 20),
+    "evidence": partial(LikelihoodEvidence, 0.05, 0.1, 0.9, 1.0, 2.0, 20.0, 10, 2000, 2000, 4, 2.0, 0.0, False, 20),
     "z_scores": partial(ZScoreEvidence, 3.0, 1.5, 0.9, 0.7, 10, 2000, 20),
 }
 OPTIONS = (

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from memtrain.core import losses
-from memtrain.core.exclusion import SACRIFICED, Decision, ExclusionRule, Observations
+from memtrain.core.exclusion import PULL, SACRIFICED, Decision, ExclusionRule, Observations
 from memtrain.core.scores import ANCHORED, MAGNITUDE
 from memtrain.core.streams import Stream
 from memtrain.data.batches import Batch
@@ -38,7 +38,7 @@ from memtrain.training.machine import Keeper, Machine
 from memtrain.training.methods import Method
 from memtrain.training.objective import Objective
 from memtrain.training.optimizers import OptimizerConfig
-from memtrain.training.predictor import Predictor
+from memtrain.training.predictor import Predictor, Visit
 from memtrain.training.reference import ReferenceSet, say_unscored
 from memtrain.training.schedule_free import ScheduleFreeAdamW
 from memtrain.training.score_memory import ScoreMemory, Scoring
@@ -184,13 +184,29 @@ class DiffusionTraining(pl.LightningModule):
         """The sum of a micro-batch's kept losses; what it is divided by is settled when the step is whole."""
         data_of(self.trainer).report(batch)
         self.stops.missing = self.stops.missing or batch.missing
-        loss, observed = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
+        visit = self.predictor.visit(batch, self.global_step, Stream.TRAIN, self._due)
+        loss, observed = visit.found.loss, visit.observed
         if self.memory:
             observed = self.memory.fill(observed, batch.on_host.picture)
         decision = self._decide(observed, batch.valid)
         self.accumulation.add(observed, decision, batch.valid)
         self._log_progress(observed, decision, batch.valid)
-        return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), decision.keep_mask)
+        taught = decision.keep_mask
+        if self.exclusion.action == PULL:
+            pulled = ~taught & batch.valid
+            if decision.pull_mask is not None:
+                pulled &= decision.pull_mask
+            loss, taught = self._pulled(visit, pulled), taught | pulled
+        return losses.masked_sum(loss, self.objective.weights(observed.timesteps, self.model), taught)
+
+    def _pulled(self, visit: Visit, pulled: Tensor) -> Tensor:
+        """The losses of B rows; where a row is pulled, the distance to what is predicted without its caption. (B,)"""
+        loss = visit.found.loss
+        # sharded weights are gathered by all ranks together, so that each has the forward pass of all of its rows
+        rows = (pulled | (self.device_mesh is not None)).nonzero()[:, 0]
+        if len(rows):
+            loss = torch.where(pulled, loss.index_copy(0, rows, self.predictor.pull(visit, rows)), loss)
+        return loss
 
     def _due(self, picture: Tensor, timesteps: Tensor, has_caption: Tensor) -> Tensor | None:
         """Say which of B rows are scored now: (B,) bool on the CPU; None: all, without a look at the data."""
@@ -200,14 +216,15 @@ class DiffusionTraining(pl.LightningModule):
 
     def _decide(self, observed: Observations, valid: Tensor) -> Decision:
         """Ask the rule about B rows; what says nothing is kept, what cannot be decoded is not trained on."""
-        # a rule that remembers decides on the CPU, where its memory is
+        # a rule that learns decides on the CPU, where its memory is
         seen = ranks.on_host(observed) if self.exclusion.learns else observed
         decision = self.exclusion.decide(seen).to(observed.score.device)
-        decidable = observed.known if self.exclusion.needs_score else observed.captioned
-        free = ~decidable | (observed.group == SACRIFICED)
+        free = observed.group == SACRIFICED
+        if not self.exclusion.remembers:
+            free = free | ~(observed.known if self.exclusion.needs_score else observed.captioned)
         if self.global_step < self.exclusion.start_step:
             free = torch.ones_like(free)
-        return Decision((decision.keep_mask | free) & valid, decision.threshold)
+        return replace(decision, keep_mask=(decision.keep_mask | free) & valid)
 
     def _log_progress(self, observed: Observations, decision: Decision, valid: Tensor) -> None:
         """Give the progress bar the micro-batch's means over its rows, B of them, that could be decoded."""

@@ -50,11 +50,23 @@ class Told:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What came of B predictions, (B,) float32 each."""
+    """What came of B predictions."""
 
-    loss: Tensor  # with a graph
-    score: Tensor  # that the exclusion rule goes by; 0 where it was not taken
-    second_score: Tensor  # that is taken beside it; 0 where none is
+    loss: Tensor  # (B,) float32, with a graph
+    score: Tensor  # (B,) float32, that the exclusion rule goes by; 0 where it was not taken
+    second_score: Tensor  # (B,) float32, that is taken beside it; 0 where none is
+    output: Tensor  # (B, C, h, w), of the network, with a graph
+    noisy_latents: Tensor  # (B, C, h, w), that it was of
+    null_output: Tensor | None  # (B, C, h, w), the same with the empty caption, where a score of all rows took it
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What came of the rows of a batch: what is told to rules, and what it was made of."""
+
+    observed: Observations
+    found: Prediction
+    told: Told
 
 
 class Predictor:
@@ -90,8 +102,8 @@ class Predictor:
     def num_timesteps(self) -> int:
         return self.model.noise_process.num_timesteps
 
-    def visit(self, batch: Batch, step: int, stream: Stream, due: Due | None = None) -> tuple[Tensor, Observations]:
-        """Losses (B,), with a graph, and what the rows show; one path for what is trained on and what is held out.
+    def visit(self, batch: Batch, step: int, stream: Stream, due: Due | None = None) -> Visit:
+        """Losses, with a graph, and what B rows show; one path for what is trained on and what is held out.
 
         Args:
             batch: B rows, on the model's device.
@@ -116,7 +128,7 @@ class Predictor:
         # v-prediction where abar_t = 0, words that the tokenizer does not know; an anchored score where nothing is
         # learnt yet. None of them says anything
         scored = captioned & (found.score != 0)
-        return found.loss, Observations.of_visit(
+        observed = Observations.of_visit(
             sample_index=batch.sample_index,
             picture=batch.picture,
             copies=batch.copies,
@@ -129,6 +141,30 @@ class Predictor:
             scored=scored,
             latent_numel=torch.full_like(batch.sample_index, latents[0].numel()),
         )
+        return Visit(observed, found, told)
+
+    def pull(self, visit: Visit, rows: Tensor) -> Tensor:
+        """Squared distance of these rows' predictions from those for the empty caption, in the unit of the loss.
+
+        It has a graph through the first alone. Where it falls the caption loses what it had to say of its picture,
+        and nothing else does: what is predicted without a caption stays as it is (docs/method.md).
+
+        Args:
+            visit: of B rows.
+            rows: (R,) int64, R of them; the forward pass that it takes is of no others.
+
+        Returns:
+            (R,) float32
+        """
+        found = visit.found
+        if found.null_output is not None:
+            null = found.null_output[rows]
+        else:
+            with torch.no_grad():
+                null = self._without_caption(
+                    found.noisy_latents[rows], visit.observed.timesteps[rows], visit.told.own.index(rows)
+                )
+        return losses.denoising_loss(found.output[rows], null)
 
     def draw(self, stream: Stream, step: int, places: Sequence[int], latent_shape: Sequence[int]) -> Draws:
         """What is random about the rows at these places of a step, on the CPU."""
@@ -191,39 +227,41 @@ class Predictor:
         """
         model = self.model
         noisy = model.noise_process.add_noise(latents, noise, timesteps)
-        prediction = model.predict(noisy, timesteps, told.own)
-        loss = losses.denoising_loss(prediction, model.noise_process.target(latents, noise, timesteps))
+        output = model.predict(noisy, timesteps, told.own)
+        loss = losses.denoising_loss(output, model.noise_process.target(latents, noise, timesteps))
         with torch.no_grad(), self.scoring_time.running(noisy.device):
             if due is None:
-                return Prediction(loss, *self._scores(noisy, timesteps, prediction, told))
+                scores, null = self._scores(noisy, timesteps, output, told)
+                return Prediction(loss, scores[0], scores[1], output, noisy, null)
             scores = loss.new_zeros(2, len(loss))
             rows = sent(due.nonzero()[:, 0], noisy.device)  # (D,), D of the B rows
             if len(rows):  # a UNet cannot have a batch of none
                 told = told.map(lambda conditioning: conditioning.index(rows))
-                scores[:, rows] = self._scores(noisy[rows], timesteps[rows], prediction[rows], told)
-            return Prediction(loss, *scores)
+                scores[:, rows], _ = self._scores(noisy[rows], timesteps[rows], output[rows], told)
+            return Prediction(loss, scores[0], scores[1], output, noisy, null_output=None)
 
-    def _scores(self, noisy: Tensor, timesteps: Tensor, prediction: Tensor, told: Told) -> Tensor:
-        """The rule's score and the second one of B rows, given the prediction (B, C, h, w) with their captions. (2, B)
+    def _scores(self, noisy: Tensor, timesteps: Tensor, output: Tensor, told: Told) -> tuple[Tensor, Tensor | None]:
+        """The rule's score and the second one of B rows, given the output (B, C, h, w) with their captions. (2, B)
 
-        The second one is 0 where there is none.
+        The second one is 0 where there is none. With them comes the output with the empty caption, where it was taken.
         """
-        noise_pred = self.model.to_noise(prediction.detach().float(), noisy, timesteps)
-        taken = [
-            self._score(kind, noise_pred, noisy, timesteps, told)
-            for kind in (self.scoring.rule, self.scoring.second)
-            if kind is not None
-        ]
-        return torch.stack([*taken, torch.zeros_like(taken[0])][:2])
+        noise_pred = self.model.to_noise(output.detach().float(), noisy, timesteps)
+        taken: list[Tensor] = []
+        null = None
+        for kind in (self.scoring.rule, self.scoring.second):
+            if kind is None:
+                taken.append(torch.zeros_like(taken[0]))
+            elif kind == ANCHORED:
+                assert self.anchor is not None
+                with self.anchor.in_place(self.model):
+                    base = self.model.predict(noisy, timesteps, told.base)
+                taken.append(anchored_magnitude(noise_pred, self.model.to_noise(base.float(), noisy, timesteps)))
+            else:
+                null = self._without_caption(noisy, timesteps, told.own)
+                null_pred = self.model.to_noise(null.float(), noisy, timesteps)
+                taken.append(text_conditional_magnitude(noise_pred, null_pred))
+        return torch.stack(taken), null
 
-    def _score(self, kind: str, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor, told: Told) -> Tensor:
-        """One score of B rows, given the noise (B, C, h, w) predicted with their captions. (B,)"""
-        model = self.model
-        if kind == ANCHORED:
-            assert self.anchor is not None
-            with self.anchor.in_place(model):
-                base = model.predict(noisy, timesteps, told.base)
-            return anchored_magnitude(noise_pred, model.to_noise(base.float(), noisy, timesteps))
-        null = model.null(len(noisy)).sized(told.own.time_ids)  # of the same pictures
-        null_prediction = model.predict(noisy, timesteps, null)
-        return text_conditional_magnitude(noise_pred, model.to_noise(null_prediction.float(), noisy, timesteps))
+    def _without_caption(self, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+        """The network's output for the same pictures, told the empty caption in place of these. (B, C, h, w)"""
+        return self.model.predict(noisy, timesteps, self.model.null(len(noisy)).sized(told.time_ids))

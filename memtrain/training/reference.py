@@ -85,7 +85,7 @@ class ReferenceSet:
             predictor.scoring_time.running(predictor.device),
         ):
             batch = self._batch(trainer, predictor.model, step, number, size).to(predictor.device)
-            _, observed = predictor.visit(batch, step, Stream.REFERENCE_ROW)
+            observed = predictor.visit(batch, step, Stream.REFERENCE_ROW).observed
         finite = observed.finite
         self._report(data_of(trainer), step, observed.sample_index[batch.valid & ~finite].tolist())
         return only_finite(observed), batch.valid & finite

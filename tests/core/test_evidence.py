@@ -344,3 +344,26 @@ def test_a_weight_of_zero_makes_nothing_of_copies_and_less_is_refused():
     assert likelihood().prior(torch.tensor([1])).tolist() == [0]
     with pytest.raises(ValueError, match=r"exclusion\.copies_weight must be >= 0, got -1"):
         likelihood(copies_weight=-1.0)
+
+
+def test_what_is_latched_stays_out_and_is_pulled_while_its_visits_say_memorized():
+    """A rule without the latch says of the same visits whom its evidence is against."""
+    held, free = likelihood(latch=True), likelihood()
+    for rule in (held, free):
+        warm(rule)
+    seen = []
+    for visits, score in ((10, 20.0), (60, 0.05), (10, 20.0)):
+        for _ in range(visits):
+            observed = observe([score, 1.0], index=[1, 2])
+            here, there = held.decide(observed), free.decide(observed)
+            assert torch.equal(here.pull_mask, ~there.keep_mask) and torch.equal(there.pull_mask, ~there.keep_mask)
+            seen.append((here.keep_mask[0].item(), there.keep_mask[0].item()))
+            assert here.keep_mask[1]
+            held.update(observed)
+            free.update(observed)
+    first = seen.index((False, False))
+    assert not any(kept for kept, _ in seen[first:])  # once out it stays out
+    assert any(kept for _, kept in seen[first:])  # where the other lets it in again
+    again = likelihood(latch=True)
+    again.load_state_dict(held.state_dict())
+    assert not again.decide(observe([1e-6], index=[1])).keep_mask.any()

@@ -37,7 +37,7 @@ def z_scores(num_samples=100, **options) -> ZScoreEvidence:
 def likelihood(num_samples=100, **options) -> LikelihoodEvidence:
     defaults = dict(false_positive_rate=0.05, miss_rate=0.1, memory=0.95, clip=3.0, shift=1.0, shift_weight=5)
     defaults |= dict(num_bins=10, half_life=1000, canary_half_life=1000, own_visits=0, own_limit=1.0)
-    defaults |= dict(copies_weight=0.5, warmup=20)
+    defaults |= dict(copies_weight=0.5, latch=False, warmup=20)
     rule = LikelihoodEvidence(**(defaults | options))
     rule.setup(num_samples=num_samples, num_timesteps=1000)
     return rule
@@ -74,6 +74,7 @@ def quick_rules() -> dict[str, ExclusionRule]:
             own_visits=2,
             own_limit=1.0,
             copies_weight=0.5,
+            latch=False,
             warmup=2,
         ),
         "z_scores": ZScoreEvidence(0.3, 0.1, memory=0.5, min_timestep=0.0, num_bins=1, half_life=50, warmup=2),

@@ -28,7 +28,7 @@ def test_the_gradient_is_that_of_the_weights_with_the_adapter_added(pipeline_fol
     fit(module, build_data(corpus), tmp_path, 2, callbacks=[record])  # so that B is no longer zero
     batch, model = record.window[0], module.model
     module.zero_grad()
-    loss, _ = module.predictor.visit(batch, 5, Stream.TRAIN)
+    loss = module.predictor.visit(batch, 5, Stream.TRAIN).found.loss
     loss.sum().backward()
 
     unet = StableDiffusionPipeline.from_pretrained(pipeline_folder, dtype=torch.float32, local_files_only=True).unet

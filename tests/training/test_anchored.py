@@ -47,7 +47,7 @@ def test_it_is_the_distance_to_what_the_stock_networks_predict(pipeline_folder, 
 
     batch, model = record.window[0], module.model
     with torch.no_grad():
-        _, observed = module.predictor.visit(batch, 5, Stream.TRAIN)
+        observed = module.predictor.visit(batch, 5, Stream.TRAIN).observed
     stock = StableDiffusionPipeline.from_pretrained(pipeline_folder, dtype=torch.float32, local_files_only=True)
     mean, std = model.encode_posterior(batch.images)
     draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), mean.shape[1:])

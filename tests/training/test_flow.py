@@ -40,7 +40,8 @@ def test_gradient_and_score_are_those_of_a_step_made_by_hand(flow_folder, corpus
     module = build_module(flow_folder, caption_dropout=0.0)
     data, model = build_data(corpus), module.model
     batch = data.decode([0, 1, 2, 3])
-    loss, observed = module.predictor.visit(batch, 5, Stream.TRAIN)
+    visit = module.predictor.visit(batch, 5, Stream.TRAIN)
+    loss, observed = visit.found.loss, visit.observed
     loss.sum().backward()
 
     stock = Denoiser.load(str(flow_folder), device="cpu").model.pipeline()

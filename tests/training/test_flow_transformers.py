@@ -50,7 +50,8 @@ def test_gradient_and_score_are_those_of_a_step_made_by_hand(folder, corpus):
     """x_t = (1 - sigma) x_0 + sigma eps, loss on eps - x_0; d is (1 - sigma) |dv|; guidance, where it is told, 1."""
     module = build_module(folder, caption_dropout=0.0)
     batch = build_data(corpus).decode([0, 1, 2])
-    loss, observed = module.predictor.visit(batch, 5, Stream.TRAIN)
+    visit = module.predictor.visit(batch, 5, Stream.TRAIN)
+    loss, observed = visit.found.loss, visit.observed
     loss.sum().backward()
 
     stock = Denoiser.load(str(folder), device="cpu").model.pipeline()

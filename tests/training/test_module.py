@@ -5,7 +5,20 @@ import math
 import pytest
 import torch
 
-from memtrain.core.exclusion import REFERENCE, Decision, ExclusionRule, FixedThreshold, KeepAll, NormalizedThreshold
+from memtrain.core.evidence import LATCHED, LikelihoodEvidence
+from memtrain.core.exclusion import (
+    EXCLUDE,
+    PULL,
+    REFERENCE,
+    Decision,
+    ExclusionRule,
+    FixedThreshold,
+    KeepAll,
+    NormalizedThreshold,
+    Observations,
+)
+from memtrain.core.scores import ANCHORED, MAGNITUDE
+from memtrain.core.streams import Stream
 from memtrain.training.checkpoint import checkpoint
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
@@ -51,6 +64,43 @@ def test_everything_excluded_changes_nothing_and_is_counted(pipeline_folder, cor
     assert sum("every sample was excluded" in r.message for r in caplog.records) == 1
 
 
+@pytest.mark.parametrize("kinds", [(MAGNITUDE,), (ANCHORED,)])
+def test_a_pulled_row_is_drawn_to_what_is_predicted_without_its_caption(pipeline_folder, corpus, kinds):
+    """The gradient by hand: of the loss of rows that are kept, and of the others' distance to a constant."""
+    rule = FixedThreshold(1.0, action=PULL)
+    module = build_module(pipeline_folder, rule, scoring=Scoring(kinds, kinds[0]), caption_dropout=0.0)
+    batch = build_data(corpus).decode([0, 1, 2, 3])
+    visit = module.predictor.visit(batch, 5, Stream.TRAIN)
+    keep_mask, model, found = torch.tensor([True, False, True, False]), module.model, visit.found
+    assert (found.null_output is None) == (kinds == (ANCHORED,))
+    module._pulled(visit, ~keep_mask).sum().backward()
+    gradient = [parameter.grad.clone() for parameter in module.trained_parameters()]
+
+    module.zero_grad()
+    timesteps, noisy = visit.observed.timesteps, found.noisy_latents
+    with torch.no_grad():
+        null = model.unet(noisy, timesteps, model.null(4).hidden).sample
+    draws = module.predictor.draw(Stream.TRAIN, 5, batch.place.tolist(), module.latent_shape)
+    aim = torch.where(keep_mask[:, None, None, None], draws.noise, null)
+    output = model.unet(noisy, timesteps, model.encode(batch.captions).hidden).sample
+    (output - aim).square().flatten(1).mean(dim=1).sum().backward()
+    for own, parameter in zip(gradient, module.trained_parameters(), strict=True):
+        torch.testing.assert_close(own, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_pull_changes_nothing_where_nobody_is_left_out_and_undoes_where_some_are(pipeline_folder, corpus, tmp_path):
+    kept, _, _ = run(pipeline_folder, corpus, tmp_path, exclusion=KeepAll())
+    same, _, _ = run(pipeline_folder, corpus, tmp_path, exclusion=FixedThreshold(math.inf, action=PULL))
+    assert torch.equal(weights(kept), weights(same))
+    options = dict(steps=8, caption_dropout=0.0)
+    _, record, _ = run(pipeline_folder, corpus, tmp_path, exclusion=KeepOddPlaces(), **options)
+    _, same, _ = run(pipeline_folder, corpus, tmp_path, exclusion=KeepOddPlaces(action=PULL), **options)
+    assert torch.equal(torch.cat(record.kept), torch.cat(same.kept))
+    out = ~torch.cat(record.kept)[16:]
+    score, undone = (torch.cat([seen.score for seen in of.observed])[16:][out] for of in (record, same))
+    assert undone.mean() < score.mean()
+
+
 def test_dropped_captions_score_zero_are_kept_and_enter_no_statistic(pipeline_folder, corpus, tmp_path):
     rule = quick_evidence()
     module, record, _ = run(
@@ -63,6 +113,24 @@ def test_dropped_captions_score_zero_are_kept_and_enter_no_statistic(pipeline_fo
     # even a rule that excludes everything keeps them
     _, record, _ = run(pipeline_folder, corpus, tmp_path, exclusion=KeepNothing(), caption_dropout=1.0)
     assert torch.cat(record.kept).all()
+
+
+class EvenLatched(LikelihoodEvidence):
+    """Half of the pictures were found memorized before the first step."""
+
+    def setup(self, num_samples, num_timesteps):
+        super().setup(num_samples, num_timesteps)
+        self.state[::2] = LATCHED
+
+
+def test_what_evidence_has_latched_is_left_out_with_and_without_its_caption(pipeline_folder, corpus, tmp_path):
+    settings = dict(num_bins=1, half_life=50, canary_half_life=50, own_visits=0, own_limit=1.0, copies_weight=0.0)
+    rule = EvenLatched(0.01, 0.1, 0.95, 2.0, 1.0, 5, latch=True, warmup=2, action=PULL, **settings)
+    data = build_data(corpus, 4, canaries=0)
+    _, record, _ = run(pipeline_folder, corpus, tmp_path, steps=6, exclusion=rule, data=data, caption_dropout=0.5)
+    seen = Observations.concatenate(record.observed)
+    assert torch.equal(torch.cat(record.kept), seen.picture % 2 == 1)
+    assert len(torch.stack([seen.captioned, seen.picture % 2 == 1]).unique(dim=1).T) == 4  # of each kind some
 
 
 def test_normalized_goes_by_the_latents_of_the_bucket(pipeline_folder, tmp_path):
@@ -104,7 +172,8 @@ def test_the_reference_set_is_never_trained_on_and_canaries_often(pipeline_folde
 @pytest.mark.parametrize("denominator", ["kept", "all"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_accumulation_equals_the_big_batch(pipeline_folder, corpus, tmp_path, denominator, gamma):
-    options = dict(exclusion=KeepOddPlaces(), denominator=denominator, min_snr_gamma=gamma)
+    action = EXCLUDE if denominator == "kept" else PULL
+    options = dict(exclusion=KeepOddPlaces(action=action), denominator=denominator, min_snr_gamma=gamma)
     big, record, before = run(pipeline_folder, corpus, tmp_path, steps=3, batch_size=6, **options)
     cut, cut_record, _ = run(pipeline_folder, corpus, tmp_path, steps=3, batch_size=2, accumulate=3, **options)
     torch.testing.assert_close(weights(cut), weights(big), atol=1e-6, rtol=0)

@@ -83,7 +83,8 @@ def test_a_trained_row_and_a_reference_row_of_the_same_draws_are_equal(
     for turn, observed in enumerate(seen.reference):
         rows = [(turn, place, int(index)) for place, index in enumerate(observed.sample_index)]
         with torch.no_grad():
-            loss, trained = predictor.visit(data.collate(data.views)(rows), turn, Stream.TRAIN)
+            visit = predictor.visit(data.collate(data.views)(rows), turn, Stream.TRAIN)
+            loss, trained = visit.found.loss, visit.observed
         torch.testing.assert_close(observed.loss, loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(observed.score, trained.score, rtol=1e-4, atol=0)
         assert torch.equal(observed.timesteps, trained.timesteps) and observed.scored.all()

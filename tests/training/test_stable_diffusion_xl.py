@@ -55,7 +55,8 @@ def test_a_steps_gradient_equals_one_made_by_hand(xl_folder, corpus, trains_text
     module = build_module(xl_folder, model={"train_text_encoder": trains_text}, caption_dropout=0.0)
     model, batch = module.model, batch_of(module, corpus)
     assert len({tuple(row) for row in batch.sizes.tolist()}) == 4
-    loss, observed = module.predictor.visit(batch, 5, Stream.TRAIN)
+    visit = module.predictor.visit(batch, 5, Stream.TRAIN)
+    loss, observed = visit.found.loss, visit.observed
     loss.sum().backward()
 
     pipe = stock(xl_folder)
@@ -101,7 +102,7 @@ def test_gradient_checkpointing_changes_no_gradient(xl_folder, corpus):
     for saves in (False, True):
         options = {"train_text_encoder": True, "gradient_checkpointing": saves}
         module = build_module(xl_folder, model=options, caption_dropout=0.0)
-        loss, _ = module.predictor.visit(batch_of(module, corpus), 5, Stream.TRAIN)
+        loss = module.predictor.visit(batch_of(module, corpus), 5, Stream.TRAIN).found.loss
         loss.sum().backward()
         found.append(torch.cat([parameter.grad.flatten() for parameter in trained_parameters(module.model)]))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
@@ -120,9 +121,9 @@ def test_sizes_are_told_and_change_the_prediction(xl_folder, corpus):
     module = build_module(xl_folder, caption_dropout=0.0)
     batch = batch_of(module, corpus)
     with torch.no_grad():
-        loss, _ = module.predictor.visit(batch, 0, Stream.TRAIN)
+        loss = module.predictor.visit(batch, 0, Stream.TRAIN).found.loss
         batch.sizes[1, 0] *= 3
-        other, _ = module.predictor.visit(batch, 0, Stream.TRAIN)
+        other = module.predictor.visit(batch, 0, Stream.TRAIN).found.loss
     assert (loss == other).tolist() == [True, False, True, True]
 
 
