@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from memtrain.cli import schema
+from memtrain.cli import schema, shards
 from memtrain.cli.arguments import spelled
 from memtrain.cli.main import COMMANDS, _with_hydra, config_folder
 from memtrain.report.table import marks_of
@@ -148,12 +148,15 @@ def leaves(config: DictConfig, above: str = "") -> set[str]:
 
 @cache
 def known_keys() -> frozenset[str]:
-    """Of all files of conf/, and as the commands spell them."""
+    """Of all files of conf/, as the commands spell them, and options of `memtrain shards`, said as keys."""
     found = {f"prompts.{name}" for name in ("column", "label", "group")} | {"model", "models", "embedding"}
     for path in CONF.glob("**/*.yaml"):
         group = ".".join(path.parent.relative_to(CONF).parts)
         is_global = "# @package _global_" in read(path)
         found |= leaves(OmegaConf.load(path), "" if is_global or not group else f"{group}.")
+    (tasks,) = (action.choices for action in shards.parser()._actions if isinstance(action.choices, dict))
+    for task in tasks.values():
+        found |= {option.removeprefix("--") for option in task._option_string_actions}
     return frozenset(found)
 
 

@@ -39,6 +39,10 @@ class TrainingPictures:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def some_at_a_time(self) -> list[list[int]]:
+        """The positions, in parts that fit into memory with their pixels."""
+        return [self.positions[first : first + _AT_ONCE] for first in range(0, len(self.positions), _AT_ONCE)]
+
     def blocks(
         self, size: tuple[int, int], features: Callable[[np.ndarray], Tensor], read: list[int]
     ) -> Iterator[Tensor]:
@@ -48,9 +52,9 @@ class TrainingPictures:
             size: height and width at which they are seen.
             read: the positions of what was yielded so far are added to it.
         """
-        for first in range(0, len(self.positions), _AT_ONCE):
+        for some in self.some_at_a_time():
             pixels, found = [], []
-            for position in self.positions[first : first + _AT_ONCE]:
+            for position in some:
                 try:
                     pixels.append(self.samples.get(position, size=size)[0].transpose(1, 2, 0))
                     found.append(position)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from memtrain.cli.checks import check_evaluation
+from memtrain.cli.distributors import distributor_in
+from memtrain.data.distribute import Local, Part
 
 if TYPE_CHECKING:
-    from memtrain.audit.evaluate.results import Measures, ModelResult
+    from memtrain.audit.denoiser import Denoiser
+    from memtrain.audit.evaluate.results import ModelResult
+    from memtrain.audit.evaluate.settings import Measures
+    from memtrain.data.samples import ShardSamples
 
 _HEADS = {  # of the table: eighty columns hold it
     "samples": "n",
@@ -32,8 +38,8 @@ def evaluate(cfg: DictConfig) -> None:
     loras = _loras(cfg, models)
     if OmegaConf.is_missing(cfg.data, "shards"):
         raise ValueError("data is missing; name the shards that the model was trained on: data=FOLDER")
+    distributor, part = distributor_in(cfg, otherwise=1), Part.parse(cfg.part)
     check_evaluation(cfg, models, loras)
-    import torch
     from hydra.utils import instantiate
     from rich.progress import (
         BarColumn,
@@ -45,9 +51,8 @@ def evaluate(cfg: DictConfig) -> None:
     )
 
     from memtrain.audit.evaluate import several_models as room
-    from memtrain.audit.evaluate.results import Settings
+    from memtrain.audit.evaluate.settings import Settings
     from memtrain.audit.training_samples import choose
-    from memtrain.data.samples import ShardSamples
     from memtrain.report.gallery import write_gallery
 
     settings = Settings(
@@ -63,9 +68,7 @@ def evaluate(cfg: DictConfig) -> None:
         attack=instantiate(cfg.attack),
     )
     room.short_names(room.named_by(models, loras))  # here: a model that is named twice costs nothing yet
-    measures = _measures(cfg, torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    shards = OmegaConf.to_container(cfg.data, resolve=True)["shards"]
-    samples = ShardSamples(shards, _CHECKED_SIDE, cfg.data.caption, cfg.data.where, cfg.data.cache_dir)
+    samples, measures = _samples(cfg), _measures(cfg)
     chosen = choose(samples, cfg.samples.file, cfg.samples.group, cfg.samples.count, cfg.seed)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -74,7 +77,9 @@ def evaluate(cfg: DictConfig) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    out = Path(cfg.out)
+    out, plain = Path(cfg.out), OmegaConf.to_container(cfg, resolve=True)
+    load = None if distributor == Local() else partial(_loaded, plain)  # this process has loaded the model anyway
+    spread = room.ModelsSpread(distributor, load, part, cfg.merge)
     with Progress(*columns, transient=True) as progress:
         results = room.evaluate(
             models,
@@ -91,7 +96,11 @@ def evaluate(cfg: DictConfig) -> None:
             max_sequence_length=cfg.max_sequence_length,
             config=cfg.config,
             advance=_bars(progress),
+            spread=spread,
         )
+    if spread.part.count > 1:
+        print(f"{out}: part {spread.part}, {len(results)} models; `merge` makes the table of all parts")
+        return
     _write(out, results)
     _print(results, out)
 
@@ -114,12 +123,35 @@ def _loras(cfg: DictConfig, models: list[str]) -> list[str | None]:
     return lora
 
 
-def _measures(cfg: DictConfig, device) -> Measures:
+def _loaded(plain: dict, source: str, lora: str | None) -> tuple[Denoiser, ShardSamples, Measures]:
+    """A model, the samples and the measures that a config names; of each worker its own."""
+    from memtrain.audit.denoiser import Denoiser
+    from memtrain.models.folders import is_file
+
+    cfg = OmegaConf.create(plain)
+    denoiser = Denoiser.load(
+        source, cfg.device, cfg.dtype, lora=lora, max_sequence_length=cfg.max_sequence_length,
+        config=cfg.config if is_file(source) else None,
+    )  # fmt: skip
+    return denoiser, _samples(cfg), _measures(cfg)
+
+
+def _samples(cfg: DictConfig) -> ShardSamples:
+    from memtrain.data.samples import ShardSamples
+
+    shards = OmegaConf.to_container(cfg.data, resolve=True)["shards"]
+    return ShardSamples(shards, _CHECKED_SIDE, cfg.data.caption, cfg.data.where, cfg.data.cache_dir)
+
+
+def _measures(cfg: DictConfig) -> Measures:
+    import torch
+
     from memtrain.audit.alignment import ClipScore
     from memtrain.audit.evaluate.fid import LatentGrid, ScriptFeatures
-    from memtrain.audit.evaluate.results import Measures
+    from memtrain.audit.evaluate.settings import Measures
     from memtrain.audit.evaluate.similarity import LatentRmse, Sscd
 
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Measures(
         similarity=Sscd(cfg.sscd, device, cfg.sscd_resize, cfg.min_sscd) if cfg.sscd else LatentRmse(cfg.max_rmse),
         features=ScriptFeatures(cfg.fid, device) if cfg.fid else LatentGrid(),

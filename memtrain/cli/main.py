@@ -34,7 +34,8 @@ Usage: memtrain COMMAND [key=value …]
   shards    check, index, pack shards, find duplicates in them: memtrain shards check PATH
   cache     encode a corpus once: latents and text embeddings beside its shards
   bench     baselines against one another: memtrain bench mitigation protocol=demo
-            measure: memtrain bench all | peers | real_size | data | startup | score | detect | memory
+            measure: memtrain bench all | peers | real_size | data | startup | score | detect | memory |
+            kept | scale | duplicates
   demo      write the demo corpus: memtrain demo OUT
 
   memtrain COMMAND --help        keys, groups and examples

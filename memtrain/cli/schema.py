@@ -49,7 +49,7 @@ TYPES = {
     "trainer.gradient_clip_val": float | None,
     **{f"{command}.guidance_scale": float | None for command in ("detect", "explain", "mitigate", "evaluate")},
     **{f"{command}.nearest": int | None for command in ("mitigate", "evaluate")},
-    "detect.workers": int | None,
+    **{f"{command}.workers": int | None for command in ("detect", "evaluate")},
     "cache.processes": int | None,
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,

@@ -27,7 +27,7 @@ log = logging.getLogger("memtrain.shards")
 _TABLE_ROWS = 50
 _GB = 10**9
 _LEAST = _GB // 2  # of memory=
-BASE = 350_000_000  # bytes that a process takes with all that is imported to decode pictures
+BASE = 400_000_000  # bytes that a process takes with all that is imported to decode pictures
 _WORKER = 450_000_000  # bytes that one takes while it decodes them
 _SEARCHER = 150_000_000  # bytes that one takes that looks for near duplicates, besides its arrays
 _AVX512 = "AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL"
@@ -153,6 +153,7 @@ def _duplicates(paths: list[str], out: Path, distance: int, **options) -> None:
         print(f"{groups.unreadable} that could not be hashed:")
         lines = [f"{shown(name)}: {shown(why)}" for name, why in groups.some_unreadable]
         print_some(lines, "memtrain shards check --json lists all", groups.unreadable)
+    log.info("partial results stay in %s: a next search takes what has not changed from there", folder)
 
 
 class _Audit:

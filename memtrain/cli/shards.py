@@ -23,13 +23,13 @@ def shards(argv: list[str]) -> None:
     Raises:
         ValueError: what the user can mend.
     """
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(parser().parse_args(argv))
     arguments.pop("task")(**arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser("memtrain shards", description="Check, index, write and deduplicate LAION-style shards.")
-    tasks = parser.add_subparsers(metavar="check | index | pack | draw | duplicates | report", required=True)
+def parser() -> argparse.ArgumentParser:
+    made = Parser("memtrain shards", description="Check, index, write and deduplicate LAION-style shards.")
+    tasks = made.add_subparsers(metavar="check | index | pack | draw | duplicates | report", required=True)
 
     def task(run: Callable, name: str, summary: str) -> argparse.ArgumentParser:
         added = tasks.add_parser(name, help=summary, description=summary)
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--count", type=int, required=True, help="samples")
     added.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     added.add_argument("--shard-size", type=int, default=10_000, help="rows of a shard (%(default)s)")
-    return parser
+    return made
 
 
 def _index(paths: list[str], hashed: bool, merge: bool, **options) -> None:

@@ -38,7 +38,7 @@ from memtrain.data.crews import (
     shared,
 )
 
-__all__ = ["TRIES", "Distributor", "Done", "Local", "Part"]
+__all__ = ["TRIES", "Distributor", "Done", "Local", "Part", "in_order"]
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,26 @@ class Distributor(ABC):
         """
 
 
+def in_order(done: Iterable[Done[R]], name: Callable[[int], str]) -> Iterator[R]:
+    """What tasks gave, in their order, each as soon as it and all before it are done; later ones wait in memory.
+
+    Args:
+        name: what the task of this place is called.
+
+    Raises:
+        OSError: a task was left.
+    """
+    waiting: dict[int, R] = {}
+    place = 0
+    for one in done:
+        if one.failure is not None:
+            raise OSError(f"{name(one.index)} could not be done: {one.failure}; the same command tries it again")
+        waiting[one.index] = one.result  # type: ignore[assignment]  # it may be None, where that is what R is
+        while place in waiting:
+            yield waiting.pop(place)
+            place += 1
+
+
 @dataclass
 class Local(Distributor):
     """Processes of this machine; with one worker all is done in this process."""
@@ -147,6 +167,7 @@ def _in_this_process(
 class _Process:
     process: multiprocessing.process.BaseProcess
     connection: Connection
+    place: int  # of all workers' places, no other's that is alive
 
 
 class _Processes(Crew):
@@ -157,7 +178,6 @@ class _Processes(Crew):
         self.workers, self.function, self.prepare = workers, function, prepare
         self.context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
         self.alive: list[_Process] = []
-        self.hired = 0
 
     def places(self) -> int:
         return self.workers
@@ -166,11 +186,11 @@ class _Processes(Crew):
         ours, theirs = self.context.Pipe()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // self.workers)  # each: the processes fill the cores
-        process = self.context.Process(target=_serve, args=(theirs, self.hired, threads, self.prepare is not None))
+        place = min(set(range(self.workers)) - {worker.place for worker in self.alive})
+        process = self.context.Process(target=_serve, args=(theirs, place, threads, self.prepare is not None))
         process.start()
         theirs.close()
-        self.hired += 1
-        worker = _Process(process, ours)
+        worker = _Process(process, ours, place)
         self.alive.append(worker)
         self._send(worker, (self.function, self.prepare))
         return worker
@@ -216,14 +236,14 @@ def _how(code: int) -> str:
     return f"its worker was ended by {signal.Signals(-code).name}" if code < 0 else f"its worker exited with {code}"
 
 
-def _serve(connection: Connection, number: int, threads: int, has_gpu: bool) -> None:
+def _serve(connection: Connection, place: int, threads: int, has_gpu: bool) -> None:
     """A worker's life: what it does comes first, then tasks until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started it, and closes the pipe
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before torch is imported, with the function
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         said = connection.recv_bytes()
         if has_gpu:
-            _take_a_gpu(number)
+            _take_a_gpu(place)
         try:
             work = prepared(*pickle.loads(said))
         except Exception as error:
@@ -234,11 +254,11 @@ def _serve(connection: Connection, number: int, threads: int, has_gpu: bool) -> 
             connection.send_bytes(answer_to(work, connection.recv_bytes()))
 
 
-def _take_a_gpu(number: int) -> None:
+def _take_a_gpu(place: int) -> None:
     """Workers with a model take the machine's GPUs in turn, where there are any."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = range(torch.cuda.device_count()) if named is None else named.split(",")
     if there:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(there[number % len(there)])
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(there[place % len(there)])

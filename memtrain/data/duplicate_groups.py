@@ -8,9 +8,8 @@ folder beside them until the table is there, so that a stop loses little.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -24,21 +23,16 @@ from memtrain.data.distribute import Distributor
 from memtrain.data.duplicates import COLUMNS, Duplicates
 from memtrain.data.hashes import MIN_QUALITY
 from memtrain.data.joins import copied, join_components, joins, name_partials, text
-from memtrain.data.near_pairs import OnDisk, count_passes, near_pairs
+from memtrain.data.near_search import DISTINCT, NEAR, Progress, search, searches
 from memtrain.data.partials import Manifest, all_done, full_disk_named, merging
 from memtrain.data.sources import LocalShard
 
-_ROWS_A_TASK = 1 << 30  # rows times passes: some seconds
 _BATCH = 10_000  # rows
 _NAMED = 100  # of what could not be hashed
 _WORDS = tuple(f"w{n}" for n in range(WORDS))
 _HASHES = pa.schema([("position", pa.int64()), *((word, pa.uint64()) for word in _WORDS)])
-_PAIRS = pa.schema([("a", pa.int64()), ("b", pa.int64())])
-# Files of a work folder. Pairs are of positions, those of the folder `near` of rows of the distinct hashes
-_EXACT, _EQUAL, _NEAR = "exact.parquet", "equal.parquet", "near"
-_POSITIONS, _DISTINCT = "distinct.parquet", "distinct.u64"  # the latter comes last
-
-Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable and its length
+# In a work folder: pairs of positions, and the positions of the distinct hashes, which themselves come last
+_EXACT, _EQUAL, _POSITIONS = "exact.parquet", "equal.parquet", "distinct.parquet"
 
 
 def group_duplicates(
@@ -103,9 +97,9 @@ def standing(manifest: Manifest, folder: Path, memory: int, threads: int) -> Sta
             )
     searched, total, pairs = 0, 0, 0
     for work in manifest.folder.glob(f"merge-{manifest.identity()}-*"):
-        if (work / _DISTINCT).exists():
+        if (work / DISTINCT).exists():
             total = len(searches(work, int(work.name.rsplit("-", 1)[1])))
-            found = list((work / _NEAR).glob("*.parquet"))
+            found = list((work / NEAR).glob("*.parquet"))
             searched, pairs = len(found), sum(pq.read_metadata(file).num_rows for file in found)
     samples, bad = (sum(counts[name] for _, counts in there) for name in ("samples", "unreadable"))
     return Standing(len(there), len(manifest.shards), samples, bad, groups, int(grouped), searched, total, pairs)
@@ -117,7 +111,7 @@ def _work_folder(manifest: Manifest, distance: int) -> Path:
     for other in manifest.folder.glob("merge-*"):
         if other != work:
             shutil.rmtree(other)
-    (work / _NEAR).mkdir(parents=True, exist_ok=True)
+    (work / NEAR).mkdir(parents=True, exist_ok=True)
     return work
 
 
@@ -128,7 +122,7 @@ def find_equal(manifest: Manifest, distance: int, memory: int, threads: int) -> 
     """
     shards = [shard for shard, _ in all_done(manifest)]
     work = _work_folder(manifest, distance)
-    if not (work / _DISTINCT).exists():
+    if not (work / DISTINCT).exists():
         with joins(work, memory, threads) as connection:
             name_partials(connection, manifest, shards)
             _find_equal(connection, manifest, shards, work)
@@ -157,7 +151,7 @@ def _find_equal(
     copied(connection, query, work / _EQUAL)
     found = copied(connection, f"select f as position, {words} from distinct_hashes", work / _POSITIONS)
     hashes.unlink()
-    with written_aside(work / _DISTINCT) as aside, aside.open("wb") as file:
+    with written_aside(work / DISTINCT) as aside, aside.open("wb") as file:
         for batch in found.iter_batches(_BATCH, columns=list(_WORDS)):
             np.stack([batch[word].to_numpy() for word in _WORDS], axis=1).tofile(file)
 
@@ -178,55 +172,6 @@ def _comparable(file: Path, number: int) -> pa.Table:
     return pa.table([(number << 32) + rows, *columns], schema=_HASHES)
 
 
-def search(
-    work: Path, distance: int, memory: int, searchers: Distributor, progress: Progress, at_most: int | None = None
-) -> None:
-    """Find all near pairs of distinct hashes; passes that were made before are not made again.
-
-    Args:
-        memory: bytes that each searcher may take.
-        at_most: do so many tasks alone.
-    """
-    todo = [task for task in searches(work, distance)[:at_most] if not _found_by(work, task).exists()]
-    if not todo:
-        return
-    run = searchers.run(partial(_search_passes, work, distance, memory), todo, name=_passes_said)
-    for done in progress(run, len(todo)):
-        if done.failure:
-            raise OSError(f"{_passes_said(todo[done.index])} failed: {done.failure}; the same command goes on there")
-
-
-def searches(work: Path, distance: int) -> list[tuple[int, int]]:
-    """The tasks of a search, each some passes over the distinct hashes of a work folder."""
-    count = len(OnDisk(work / _DISTINCT))
-    passes = count_passes(distance, count) if count > 1 else 0
-    step = max(1, _ROWS_A_TASK // max(1, count))
-    return [(begin, min(begin + step, passes)) for begin in range(0, passes, step)]
-
-
-def _found_by(work: Path, task: tuple[int, int]) -> Path:
-    return work / _NEAR / f"{task[0]:05d}-{task[1]:05d}.parquet"
-
-
-def _passes_said(task: tuple[int, int]) -> str:
-    return f"the search for near duplicates, passes {task[0]} to {task[1] - 1},"
-
-
-def _search_passes(work: Path, distance: int, memory: int, task: tuple[int, int]) -> int:
-    """Write the pairs that some passes find; returns how many."""
-    target, count = _found_by(work, task), 0
-    found = near_pairs(OnDisk(work / _DISTINCT), distance, memory, range(*task))
-    with (
-        written_aside(target, shared=True) as aside,
-        full_disk_named(target),
-        pq.ParquetWriter(aside, _PAIRS, compression="zstd") as writer,
-    ):
-        for left, right in found:
-            writer.write_table(pa.table([left, right], schema=_PAIRS))
-            count += len(left)
-    return count
-
-
 def write_groups(manifest: Manifest, work: Path, out: Path, memory: int, threads: int) -> Duplicates:
     """Join all pairs to groups, and write the table; the work folder is removed."""
     there = all_done(manifest)
@@ -241,13 +186,13 @@ def write_groups(manifest: Manifest, work: Path, out: Path, memory: int, threads
 
 def _write_groups(connection: duckdb.DuckDBPyConnection, manifest: Manifest, work: Path, out: Path) -> tuple[int, int]:
     edges = [f"select a, b from read_parquet({text(work / name)})" for name in (_EXACT, _EQUAL)]
-    if any((work / _NEAR).iterdir()):
+    if any((work / NEAR).iterdir()):
         connection.execute(
             f"""create view places as select file_row_number as row, position
             from read_parquet({text(work / _POSITIONS)}, file_row_number = true)"""
         )
         edges.append(
-            f"""select one.position a, other.position b from read_parquet({text(work / _NEAR / "*.parquet")}) n
+            f"""select one.position a, other.position b from read_parquet({text(work / NEAR / "*.parquet")}) n
             join places one on one.row = n.a join places other on other.row = n.b"""
         )
     join_components(connection, " union all ".join(edges))

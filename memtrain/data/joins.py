@@ -24,6 +24,7 @@ def joins(folder: Path, memory: int, threads: int) -> Iterator[duckdb.DuckDBPyCo
 
     Raises:
         OSError: the disk is full.
+        ValueError: the memory is too little.
     """
     home = folder / "joins"
     shutil.rmtree(home, ignore_errors=True)
@@ -39,6 +40,13 @@ def joins(folder: Path, memory: int, threads: int) -> Iterator[duckdb.DuckDBPyCo
             connection = duckdb.connect(str(home / "joins.duckdb"), config=config)
             try:
                 yield connection
+            except duckdb.OutOfMemoryException as error:
+                if "max_temp_directory_size" in str(error):  # the disk is
+                    raise
+                raise ValueError(
+                    f"{memory / 1e9:.1f} GB are too little to join the partial results ({str(error).splitlines()[0]}); "
+                    "raise memory"
+                ) from error
             finally:
                 with contextlib.suppress(duckdb.Error):
                     connection.close()

@@ -2,7 +2,7 @@
 
 In each pass over the hashes some of their bits are looked at (`data.covering`), and those that agree in them meet:
 they are neighbours once the numbers that these bits make are sorted. Hashes that meet are compared. No pair within
-the distance is missed.
+the distance is missed, where many meet at least none that no chain of others joins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Protocol
 import numpy as np
 
 from memtrain.core.files import written_aside
-from memtrain.data.covering import MIRRORED, WORDS, BitRange, covering
+from memtrain.data.covering import WORDS, BitRange, covering
+from memtrain.data.crowds import apart, split_off, walk
 
 ROW_BYTES = 8 * WORDS
 _CHUNK = 1 << 20  # rows read at a time
@@ -99,6 +100,9 @@ def near_pairs(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All pairs of rows within the distance, as they are or mirrored: (M,) and (M,) int64, left < right, in parts.
 
+    Where more than `crowds.SIZE` rows agree in what a pass looks at, it gives pairs that join the same rows, in place
+    of all pairs: a pair that does not come is joined by others, in a chain of near ones.
+
     Args:
         hashes: no two alike, also not where one is mirrored.
         memory: bytes that arrays here may take; None: as much as there is.
@@ -133,12 +137,15 @@ def near_pairs(
         column = hashes.column(plan[part])
         for _, number in in_part:
             mask = plan[part].masks[number]
-            for pairs in _meeting(column, mask, plan[part].mirrored & mask, count, sorting):
+            crowds: list[np.ndarray] = []
+            for pairs in _meeting(column, mask, plan[part].mirrored & mask, count, sorting, crowds):
                 begun = begun or (part, number)
                 gathered.append(pairs)
                 if sum(map(len, gathered)) >= most:
                     yield compared(*begun)
                     gathered, begun = [], None
+            if crowds:
+                yield _walk_crowds(hashes, crowds, distance)
     if begun:
         yield compared(*begun)
 
@@ -148,7 +155,7 @@ def _chunks(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _meeting(
-    column: Numbers, mask: np.uint64, flip: np.uint64, count: int, sorting: np.ndarray
+    column: Numbers, mask: np.uint64, flip: np.uint64, count: int, sorting: np.ndarray, crowds: list[np.ndarray]
 ) -> Iterator[np.ndarray]:
     """Pairs of rows whose numbers agree where the mask looks, as they are or with the bits of `flip` changed.
 
@@ -174,7 +181,7 @@ def _meeting(
             continue
         found = sorting[:used]
         found.sort()
-        yield from _neighbours(found, low)
+        yield from _neighbours(found, low, crowds)
 
 
 def _fill(
@@ -201,18 +208,44 @@ def _fill(
     return used
 
 
-def _neighbours(found: np.ndarray, low: np.uint64) -> Iterator[np.ndarray]:
-    """Pairs of rows with the same number above their lowest bits, which are the row. (N,) sorted -> (M,) each."""
+def _neighbours(found: np.ndarray, low: np.uint64, crowds: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Pairs of rows with the same number above their lowest bits, which are the row. (N,) sorted -> (M,) each.
+
+    Rows of which many have the same number are put into `crowds` instead.
+    """
     starts = [np.empty(0, np.int64)]
     for begin, end in _chunks(len(found) - 1):
         same = (found[begin + 1 : end + 1] ^ found[begin:end]) <= low
         starts.append(np.flatnonzero(same) + begin)
-    left, apart = np.concatenate(starts), 1
-    while len(left):  # each row with the one `apart` further on
-        yield (found[left] & low) << _PLACE | (found[left + apart] & low)
-        apart += 1
-        left = left[left + apart < len(found)]
-        left = left[(found[left + apart] ^ found[left]) <= low]
+    left, in_crowds = split_off(np.concatenate(starts))
+    crowds += [found[begin:end] & low for begin, end in in_crowds]
+    further = 1
+    while len(left):  # each row with the one so much further on
+        yield (found[left] & low) << _PLACE | (found[left + further] & low)
+        further += 1
+        left = left[left + further < len(found)]
+        left = left[(found[left + further] ^ found[left]) <= low]
+
+
+def _walk_crowds(hashes: Hashes, crowds: list[np.ndarray], distance: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows, (M,) twice, that join what is near within each crowd."""
+    rows = np.unique(np.concatenate(crowds)).astype(np.int64)
+    if isinstance(hashes, Held):
+        found = hashes.rows[rows]
+    else:
+        found = np.concatenate(
+            [
+                hashes.read(begin, end)[rows[slice(*np.searchsorted(rows, (begin, end)))] - begin]
+                for begin, end in _chunks(len(hashes))
+            ]
+        )
+    lefts, rights = [], []
+    for crowd in crowds:
+        left, right = walk(found[np.searchsorted(rows, crowd.astype(np.int64))], distance)
+        lefts.append(crowd[left].astype(np.int64))
+        rights.append(crowd[right].astype(np.int64))
+    one, other = np.concatenate(lefts), np.concatenate(rights)
+    return np.minimum(one, other), np.maximum(one, other)
 
 
 def _compare(hashes: Hashes, pairs: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +260,7 @@ def _compare_held(hashes: Held, pairs: np.ndarray, distance: int) -> tuple[np.nd
     for begin in range(0, len(pairs), _BLOCK):
         block = pairs[begin : begin + _BLOCK]
         bits = hashes.rows[block >> _PLACE] ^ hashes.rows[block & _LOW]
-        is_near = _apart(bits) <= distance
+        is_near = apart(bits) <= distance
         near.append(block[is_near])
         differ.append(bits[is_near])
     return np.concatenate(near), np.concatenate(differ)
@@ -256,14 +289,8 @@ def _compare_read(hashes: Hashes, pairs: np.ndarray, distance: int) -> tuple[np.
     for begin in range(0, len(pairs), _BLOCK):
         block = slice(begin, begin + _BLOCK)
         bits[block] ^= others[block]
-        near[block] = _apart(bits[block]) <= distance
+        near[block] = apart(bits[block]) <= distance
     return pairs[near], bits[near]
-
-
-def _apart(differ: np.ndarray) -> np.ndarray:
-    """Hamming distance, as they are or mirrored, by the bits in which hashes differ. (M, 4) -> (M,)"""
-    unlike = np.bitwise_count(differ).sum(1, dtype=np.uint16)
-    return np.minimum(unlike, np.bitwise_count(differ ^ MIRRORED).sum(1, dtype=np.uint16))
 
 
 def _met_before(differ: np.ndarray, plan: list[BitRange], part: int, number: int) -> np.ndarray:

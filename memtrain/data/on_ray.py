@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 from memtrain.data.crews import Answer, Crew, Gone, shared
@@ -30,8 +32,10 @@ R = TypeVar("R")
 
 PATIENCE = 600.0  # s that a cluster whose head is gone has to come back
 _LOOKS = 5.0  # s between two looks at how large the cluster is
+_CONNECTS = 5.0  # s for a connection to a head
 _AGAIN = 2.0  # s between two tries to join it
-_ANSWERS = 60.0  # s within which a cluster that is there lets one join
+_ANSWERS = 120.0  # s within which a cluster that is there lets one join, on busy machines, too
+_STARTS = 600.0  # s within which one of our own has started
 _GOODBYE = 20.0  # s that the bridge has to end by itself
 OWN = "local"  # as Ray calls a cluster that lasts as long as who started it
 _TOLD = ("MEMTRAIN_CACHE", "HF_HOME", "HF_HUB_OFFLINE")  # of the environment, to workers on other machines
@@ -84,9 +88,8 @@ class _Do:
 
 @dataclass(frozen=True)
 class _Joined:
-    """The bridge is part of this cluster, in which so many workers have room."""
+    """The bridge is part of the cluster, in which so many workers have room."""
 
-    address: str
     places: int
 
 
@@ -120,20 +123,18 @@ class _Bridged(Crew):
             OSError: it was there, and has been gone for too long.
         """
         was_there, end = self.hired > 0, time.monotonic() + self.ray.patience
+        if self.address == "auto":
+            self.address = _running_here()
         while True:
             said = self._start()
             if isinstance(said, _Joined):
                 self.room = said.places
-                if self.address != OWN:
-                    self.address = said.address  # of `auto`: another one would not be this one come back
+                if self.room == 0:
+                    log.warning("the Ray cluster at %s has no room for a worker yet; waiting", self.address)
                 if was_there:
                     log.warning("the Ray cluster at %s is back; going on", self.address)
                 return
             why = said.why if isinstance(said, _Refused) else "it does not answer"
-            if self.address == "auto":  # none is there, or one that was not stopped has left its address behind
-                log.info("no Ray cluster runs here (%s); this command has one of its own", why)
-                self.address = OWN
-                continue
             if not was_there:
                 raise ValueError(f"ray.address={self.ray.address} cannot be joined: {why}")
             if time.monotonic() > end:
@@ -144,6 +145,8 @@ class _Bridged(Crew):
             time.sleep(_AGAIN)
 
     def _start(self) -> _Joined | _Refused | None:
+        if not _listens(self.address):  # Ray would try for minutes
+            return _Refused("nobody listens there")
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         told = {name: os.environ[name] for name in _TOLD if name in os.environ}
@@ -153,7 +156,7 @@ class _Bridged(Crew):
         theirs.close()
         self.bridge = process, ours
         try:
-            said = ours.recv() if ours.poll(_ANSWERS) else None
+            said = ours.recv() if ours.poll(_STARTS if self.address == OWN else _ANSWERS) else None
         except (EOFError, OSError):
             said = None
         if not isinstance(said, _Joined):
@@ -208,6 +211,28 @@ class _Bridged(Crew):
             process.join()
 
 
+def _running_here() -> str:
+    """The cluster that RAY_ADDRESS names or that was started here last, if it still runs; else one of our own."""
+    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # `ray start` writes it
+    with suppress(OSError):
+        address = os.environ.get("RAY_ADDRESS") or noted.read_text().strip()
+        if address not in ("", "auto") and _listens(address):
+            return address
+    log.info("no Ray cluster runs here; this command starts one of its own")
+    return OWN
+
+
+def _listens(address: str) -> bool:
+    """Whether somebody does at HOST:PORT; true of what is no such address."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return True
+    with suppress(OSError):
+        socket.create_connection((host, int(port)), _CONNECTS).close()
+        return True
+    return False
+
+
 # ---- the bridge, a process of its own
 
 
@@ -235,8 +260,9 @@ def _be_a_bridge(connection: Connection, address: str, has_prepared: bool, shipp
         return int(there.get("GPU", 0) if has_prepared and there.get("GPU") else there.get("CPU", 0))
 
     try:
-        _join_cluster(address)
-        joined = _Joined(ray.get_runtime_context().gcs_address, places())
+        own = {"include_dashboard": False} if address == OWN else {}
+        ray.init(address=address, configure_logging=False, log_to_driver=False, namespace="memtrain", **own)
+        joined = _Joined(places())
         on_gpu = has_prepared and bool(ray.cluster_resources().get("GPU"))
     except Exception as error:
         say(_Refused(" ".join(str(error).split())[:300]))
@@ -249,7 +275,7 @@ def _be_a_bridge(connection: Connection, address: str, has_prepared: bool, shipp
             time.sleep(_LOOKS)
             with suppress(Exception):  # it is about to leave, or the head is away
                 if (now := places()) != seen:
-                    say(_Joined(joined.address, now))
+                    say(_Joined(now))
                     seen = now
 
     threading.Thread(target=look_again, daemon=True).start()
@@ -281,14 +307,6 @@ def _be_a_bridge(connection: Connection, address: str, has_prepared: bool, shipp
         for actor in list(actors.values()):
             ray.kill(actor)
         ray.shutdown()
-
-
-def _join_cluster(address: str) -> None:
-    import ray
-
-    options: dict[str, Any] = dict(configure_logging=False, log_to_driver=False, namespace="memtrain")
-    own = {"include_dashboard": False} if address == OWN else {}
-    ray.init(address=address, **own, **options)
 
 
 def _why(error: Exception) -> str:

@@ -23,8 +23,9 @@ from memtrain.data.check import ROWS as CHECKED
 from memtrain.data.check_report import report_check
 from memtrain.data.covering import MIRRORED, WORDS, covering, effort
 from memtrain.data.distribute import Local
-from memtrain.data.duplicate_groups import find_equal, search, searches, write_groups
+from memtrain.data.duplicate_groups import find_equal, write_groups
 from memtrain.data.duplicates import ROWS as HASHED
+from memtrain.data.near_search import search, searches
 from memtrain.data.partials import Manifest, open_manifest, write_partial
 from memtrain.data.sources import LocalShard
 
@@ -176,12 +177,16 @@ def _random(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _near(hashes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Hashes with 1 to 31 other bits, every second one mirrored. (N, 4) -> (N, 4)"""
-    flipped = rng.integers(1, DISTANCE + 1, len(hashes))
-    bits = np.argsort(rng.random((len(hashes), 64 * WORDS)), axis=1)[:, :DISTANCE]
+    start, stride = (
+        rng.integers(0, 256, len(hashes)),
+        2 * rng.integers(0, 128, len(hashes)) + 1,
+    )  # odd: none comes twice
+    bits = (start[:, None] + stride[:, None] * np.arange(DISTANCE)) % 256
     chosen = np.zeros((len(hashes), 64 * WORDS), np.uint8)
-    np.put_along_axis(chosen, bits, (np.arange(DISTANCE) < flipped[:, None]).astype(np.uint8), axis=1)
+    is_flipped = np.arange(DISTANCE) < rng.integers(1, DISTANCE + 1, len(hashes))[:, None]
+    np.put_along_axis(chosen, bits, is_flipped.astype(np.uint8), axis=1)
     changed = hashes ^ np.packbits(chosen, axis=1, bitorder="little").view(np.uint64)
-    changed[::2] ^= MIRRORED
+    changed[::2] = changed[::2] ^ MIRRORED
     return changed
 
 

@@ -14,13 +14,15 @@ from memtrain.audit.attack import Attack
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.fid import LatentGrid
 from memtrain.audit.evaluate.judging import judge, summarise
-from memtrain.audit.evaluate.results import Measures, ModelResult, Settings
-from memtrain.audit.evaluate.several_models import evaluate, read_rows, short_names
+from memtrain.audit.evaluate.results import ModelResult
+from memtrain.audit.evaluate.settings import Measures, Settings
+from memtrain.audit.evaluate.several_models import ModelsSpread, evaluate, read_rows, short_names
 from memtrain.audit.evaluate.similarity import LatentRmse
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
 from memtrain.cli.arguments import spelled
 from memtrain.cli.evaluate import evaluate as command
 from memtrain.cli.main import config_folder
+from memtrain.data.distribute import Part
 from memtrain.data.samples import ShardSamples
 from memtrain.report.gallery import write_gallery
 from tests.support.networks import CPU, Descriptor, scripted
@@ -242,6 +244,23 @@ def test_a_model_is_evaluated_once_for_the_same_settings(evaluated, pipeline_fol
     assert again(seed=6) > 0 and again(attack=Own()) > 0
     (out / result.model / "result.json").write_text('{"identity": ', encoding="utf-8")  # the disk was full
     assert again() > 0 and again() == 0
+
+
+def test_parts_are_of_the_models_and_merge_asks_for_all_of_them(
+    evaluated, pipeline_folder, pipelines, samples, tmp_path
+):
+    shutil.copytree(evaluated[0], tmp_path / "out")
+    models, seen = [str(pipeline_folder), str(pipelines["v_prediction"])], evaluated[1]
+
+    def of(spread: ModelsSpread) -> list[str]:
+        settings, measures = Settings(**SETTINGS), Measures(LatentRmse(), LatentGrid(), None)
+        options = dict(batch_size=4, device="cpu", dtype="float32", draw=write_gallery, spread=spread)
+        found = evaluate(models, samples, evaluated[2], measures, settings, tmp_path / "out", **options)
+        return [result.identity for result in found]
+
+    assert of(ModelsSpread(part=Part(1, 3))) == [seen.identity] and of(ModelsSpread(part=Part(3, 3))) == []
+    with pytest.raises(ValueError, match="merge: v_prediction is not evaluated yet"):
+        of(ModelsSpread(merge=True))
 
 
 def test_models_are_named_by_what_tells_them_apart():

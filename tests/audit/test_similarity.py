@@ -8,7 +8,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.evaluate.fid import Distances, LatentGrid, ScriptFeatures
-from memtrain.audit.evaluate.similarity import LatentRmse, Pictures, Sscd, sscd_pixels
+from memtrain.audit.evaluate.pictures import Pictures
+from memtrain.audit.evaluate.similarity import LatentRmse, Sscd, sscd_pixels
 from memtrain.core.statistics import kernel_distance
 from memtrain.demo.make_base import caption_tokenizer
 from tests.support.networks import Descriptor, scripted

@@ -93,6 +93,33 @@ def test_bounded_memory_and_parts_of_the_search_find_the_same(tmp_path, monkeypa
     assert pairs_of(Held(hashes), 31) == wanted
 
 
+def test_a_crowd_is_joined_without_all_its_pairs(tmp_path):
+    """Two crowds that a single hash joins, in a chain, and others that lie beyond; held, and read from a disk."""
+    rng = np.random.default_rng(5)
+    one, other, far = rng.integers(0, 2**64, (3, 1, WORDS), dtype=np.uint64)
+    between = flipped(one, [list(range(0, 256, 9))])  # 29 bits from one
+    other = flipped(between, [list(range(1, 256, 9))])  # 29 from between, 58 from one
+    groups = []
+    for centre, count in ((one, 300), (between, 1), (other, 200), (far, 100)):
+        members = np.repeat(centre, count, axis=0)
+        bits = [
+            [] if n == 0 else [int(bit) for bit in np.flatnonzero([n >> k & 1 for k in range(9)]) * 27 + 6]
+            for n in range(count)
+        ]
+        groups.append(flipped(members, bits))
+    hashes = np.concatenate([*groups, planted_hashes(100, seed=6)])
+    hashes[::3] ^= MIRRORED
+    hashes = hashes[rng.permutation(len(hashes))]
+    hashes.tofile(tmp_path / "hashes")
+    wanted = brute_force(hashes, 31)
+    left, right = np.array(sorted(wanted)).T
+    joined = join(np.arange(len(hashes)), left, right)
+    for given, memory in ((Held(hashes), None), (OnDisk(tmp_path / "hashes"), 1000)):
+        found = pairs_of(given, 31, memory)
+        assert found <= wanted and len(found) < len(wanted) / 4
+        assert join(np.arange(len(hashes)), *np.array(sorted(found)).T).tolist() == joined.tolist()
+
+
 def test_more_hashes_take_fewer_and_longer_parts():
     lengths = [covering(31, count)[0].length for count in (10**3, 10**5, 10**7, 10**8)]
     assert lengths == sorted(lengths) and lengths[-1] == 64

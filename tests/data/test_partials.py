@@ -12,8 +12,9 @@ import pytest
 from memtrain.cli.shard_audits import memory_of
 from memtrain.cli.shards import shards
 from memtrain.data.distribute import Local, Part
-from memtrain.data.duplicate_groups import find_equal, search, searches, standing
+from memtrain.data.duplicate_groups import find_equal, standing
 from memtrain.data.duplicates import hash_shard, hash_shards
+from memtrain.data.near_search import search, searches
 from memtrain.data.partials import make_partials, merging, open_manifest, read_manifest
 from memtrain.data.recall import KINDS, measure_recall
 from memtrain.data.scale import extrapolated, measure_scale
@@ -97,7 +98,7 @@ def test_a_check_is_reported_while_it_runs(corpus, tmp_path, capsys):
 
 
 def test_a_search_goes_on_where_it_was_stopped(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("memtrain.data.duplicate_groups._ROWS_A_TASK", 60)
+    monkeypatch.setattr("memtrain.data.near_search._ROWS_A_TASK", 60)
     manifest = open_manifest(tmp_path / "m", "duplicates", "", local_shards([str(corpus)]))
     made(manifest, hash_shard)
     work = find_equal(manifest, 31, MEMORY, 1)

@@ -20,9 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.forks import PATIENCE
-
-SECONDS_WITHOUT_HEAD = "3"  # after which Ray ends whoever needs it; 60 unless said
+STARTS = 3  # of a node: Ray gives its agents 15 s to start, which a busy machine may not have
 
 
 class RayCluster:
@@ -31,43 +29,57 @@ class RayCluster:
     def __init__(self, folder: str, port: int):
         self.folder, self.address = folder, f"127.0.0.1:{port}"
         self.nodes: list[subprocess.Popen] = []
+        self.started: dict[int, set[psutil.Process]] = {}  # by each node
 
     def start_head(self) -> None:
-        self._start("--head", f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.folder}")
+        port = self.address.rpartition(":")[2]
+        self._start("--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false")
 
     def join(self) -> None:
         self._start(f"--address={self.address}")
 
     def _start(self, *options: str) -> None:
-        log = Path(self.folder, f"node-{len(self.nodes)}.log")
+        log = Path(self.folder, "node.log")
         log.parent.mkdir(exist_ok=True)
         words = ["start", *options, "--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=80000000",
-                 "--include-dashboard=false", "--disable-usage-stats", "--block"]  # fmt: skip
-        with log.open("wb") as file:
-            self.nodes.append(
-                subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *words], stdout=file, stderr=file)
-            )
-        end = time.monotonic() + PATIENCE
-        while b"--block" not in log.read_bytes():  # said when all of the node's processes are there
-            assert self.nodes[-1].poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
+                 "--disable-usage-stats", "--block"]  # fmt: skip
+        for _ in range(STARTS):
+            before = self._processes()
+            with log.open("wb") as file:
+                node = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *words], stdout=file, stderr=file)
+            while node.poll() is None and b"--block" not in log.read_bytes():  # said when all its processes are there
+                time.sleep(0.05)
+            self.nodes.append(node)
+            self.started[node.pid] = self._processes() - before
+            if node.poll() is None:
+                return
+            self._kill(self.nodes.pop())
+        raise AssertionError(log.read_text())
 
-    def kill_head(self) -> None:
-        """As where its machine loses power: no process of it says goodbye."""
-        head = self.nodes.pop(0)
-        _kill(head)
+    def kill(self) -> None:
+        """As where power is lost: no process says goodbye. (Ray starts no head where a node of another one runs.)"""
+        while self.nodes:
+            self._kill(self.nodes.pop())
 
-    def shut_down(self) -> None:
-        for node in self.nodes:
-            _kill(node)
-
-
-def _kill(node: subprocess.Popen) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+    def _kill(self, node: subprocess.Popen) -> None:
+        """End a node's program and Ray's processes that it has started, which have gone from under it."""
+        started = self.started.pop(node.pid)
+        node.kill()
+        node.wait()
+        for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-    node.wait()
+
+    def _processes(self) -> set[psutil.Process]:
+        """Those of Ray that name the cluster's folder."""
+        found = psutil.process_iter(["cmdline"])
+        return {process for process in found if any(self.folder in word for word in process.info["cmdline"] or ())}
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -75,20 +87,17 @@ def ray_cluster() -> Iterator[RayCluster]:
     """Two nodes of a core each, with a token of their own, as whoever finds the port could run programs."""
     said = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": SECONDS_WITHOUT_HEAD, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "60", "RAY_agent_register_timeout_ms": "300000",
     }  # fmt: skip
     before = {name: os.environ.get(name) for name in said}
     os.environ.update(said)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cluster = RayCluster(tempfile.mkdtemp(prefix="ray-"), port)  # short: sockets lie in it
+    cluster = RayCluster(tempfile.mkdtemp(prefix="ray-"), _free_port())  # short: sockets lie in it
     try:
         cluster.start_head()
         cluster.join()
         yield cluster
     finally:
-        cluster.shut_down()
+        cluster.kill()
         shutil.rmtree(cluster.folder, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

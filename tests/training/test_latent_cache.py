@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from memtrain.cli.main import main
 from memtrain.data.datamodule import from_shards
 from memtrain.data.samples import ShardSamples
 from memtrain.training.latent_cache import (
@@ -23,6 +24,7 @@ from memtrain.training.latent_cache import (
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_module, fit, weights
 from tests.support.families import stable_diffusion, stable_diffusion_3
+from tests.support.program import fails
 from tests.support.tars import picture, sample, write_tar
 from tests.support.training import Record
 
@@ -35,6 +37,19 @@ def write(pipeline, corpus, out, flip=False, numbers=None, **options):
         device=torch.device("cpu"), progress=False,
     )  # fmt: skip
     return samples, model
+
+
+def test_parts_of_the_command_are_merged_to_the_same_bytes(pipeline_folder, corpus, tmp_path, capsys):
+    write(pipeline_folder, corpus, tmp_path / "whole")
+    words = ["cache", f"model.pretrained={pipeline_folder}", f"data.shards={corpus}", "data.resolution=64",
+             "data.num_workers=0", "data.batch_size=7", "dtype=float32", f"out={tmp_path}/parts"]  # fmt: skip
+    main([*words, "part=2/2"])
+    assert "2 of 3 shards are not encoded yet, such as 00000.tar" in fails(capsys, *words, "merge")
+    main([*words, "part=1/2"])
+    main([*words, "merge"])
+    assert "3 shards, 0 to encode" in capsys.readouterr().out
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "parts")]
+    assert len(files[0]) == 3 and files[0] == files[1]
 
 
 def data(corpus, **options):

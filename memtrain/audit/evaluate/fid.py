@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from memtrain.audit.evaluate.similarity import Pictures
+from memtrain.audit.evaluate.pictures import Pictures
 from memtrain.audit.torchscript import file_hash, load_torchscript, run_torchscript
 from memtrain.core.statistics import kernel_distance
 

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +22,13 @@ import torch
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.judging import GroupResult
-from memtrain.audit.evaluate.one_model import Advance, Evaluation
-from memtrain.audit.evaluate.results import Found, Match, Measures, ModelResult, Settings
+from memtrain.audit.evaluate.looks import Advance, Looker
+from memtrain.audit.evaluate.one_model import Evaluation, Lookers
+from memtrain.audit.evaluate.results import Found, Match, ModelResult
+from memtrain.audit.evaluate.settings import Measures, Settings
 from memtrain.audit.training_samples import TrainingSamples
 from memtrain.core.files import written_aside
+from memtrain.data.distribute import Distributor, Local, Part
 from memtrain.data.samples import ShardSamples
 from memtrain.models.folders import is_file
 
@@ -51,6 +54,7 @@ def evaluate(
     max_sequence_length: int | None = None,
     config: str | None = None,
     advance: Advance = lambda what, done, total: None,
+    spread: ModelsSpread | None = None,
 ) -> list[ModelResult]:
     """One result a model, in the order given; each is written to `out`/NAME once it is whole, and kept.
 
@@ -60,13 +64,16 @@ def evaluate(
         config: of models that are files; see `memtrain.models.single_files.load_single_file`.
         loras: for each model a folder or file with an adapter to load into it, or None; None: none has one.
         max_sequence_length: see `Denoiser.load`.
+        spread: who evaluates, and which models; None: this process, and all. Of a part the results of its models.
 
     Raises:
-        ValueError: a model cannot be loaded, or is named twice.
+        ValueError: a model cannot be loaded, or is named twice; or one is missing to merge.
+        OSError: a part of a model could not be evaluated, however often that was tried.
     """
-    results = []
+    results, spread = [], spread or ModelsSpread()
     loras = loras or [None] * len(models)
-    for source, lora, name in zip(models, loras, short_names(named_by(models, loras)), strict=True):
+    named = list(zip(models, loras, short_names(named_by(models, loras)), strict=True))
+    for source, lora, name in [named[place] for place in spread.part.of(len(named))]:
         denoiser = Denoiser.load(
             source, device, dtype, lora=lora, max_sequence_length=max_sequence_length,
             config=config if is_file(source) else None,
@@ -75,12 +82,21 @@ def evaluate(
         identity = _identity(denoiser, samples, chosen, measures, own)
         result = _read_result(out / name, identity)
         if result is None:
+            if spread.merge:
+                raise ValueError(
+                    f"merge: {name} is not evaluated yet by {out}; do the other parts first, or leave merge out to do "
+                    "it here"
+                )
             tell = partial(_of_model, advance, name)
-            evaluation = Evaluation(denoiser, samples, chosen, measures, own, ShrinkingBatches(batch_size), tell)
+            looker = Looker(denoiser, samples, chosen, measures, own, ShrinkingBatches(batch_size), tell)
+            load = None
+            if spread.load is not None:
+                load = partial(load_looker, spread.load, source, lora, chosen, own, batch_size)
+            evaluation = Evaluation(looker, Lookers(spread.distributor, load), batch_size, tell)
             found = evaluation.run(name, source, identity)
             _write_found(out / name, found, draw)
             result = found.result
-            del evaluation
+            del evaluation, looker
         else:
             log.info("%s: kept what was found with the same settings in %s", name, out / name)
         results.append(replace(result, source=source, lora=lora))
@@ -89,6 +105,35 @@ def evaluate(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return results
+
+
+Load = Callable[[str, str | None], tuple[Denoiser, ShardSamples, Measures]]  # by a model and its adapter
+
+
+@dataclass(frozen=True)
+class ModelsSpread:
+    """Who evaluates, and which of the models.
+
+    Args:
+        distributor: who; models one after the other, each shared by all workers.
+        load: what gives another process a model, the samples and the measures; a function of a module; None: it is
+            this process.
+        part: these models alone.
+        merge: none; all have been evaluated.
+    """
+
+    distributor: Distributor = field(default_factory=Local)
+    load: Load | None = None
+    part: Part = field(default_factory=Part)
+    merge: bool = False
+
+
+def load_looker(
+    load: Load, source: str, lora: str | None, chosen: TrainingSamples, settings: Settings, batch_size: int
+) -> Looker:
+    """That of another process."""
+    denoiser, samples, measures = load(source, lora)
+    return Looker(denoiser, samples, chosen, measures, settings, ShrinkingBatches(batch_size))
 
 
 def _of_model(advance: Advance, name: str, what: str, done: int, total: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from memtrain.audit.evaluate.pictures import Pictures
 from memtrain.audit.torchscript import IMAGENET_MEAN, IMAGENET_STD, file_hash, load_torchscript, run_torchscript
 from memtrain.core.copies import (
     DEFAULT_MAX_RMSE,
@@ -31,17 +31,6 @@ from memtrain.core.copies import (
 Value = TypeVar("Value", float, Tensor)
 
 RESIZES = ("small_288", "skew_320")  # SSCD's own names
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """B pictures, generated or read."""
-
-    latents: Tensor  # (B, C, H, W) scaled, float32, on the CPU
-    pixels: np.ndarray  # (B, height, width, 3) uint8
-
-    def __len__(self) -> int:
-        return len(self.pixels)
 
 
 class Similarity(ABC):
