@@ -224,7 +224,7 @@ def test_names_and_captions_cannot_reach_the_terminal(tmp_path, capsys):
     [
         (["{folder}/nothing"], "no such shard"),
         (["{folder}", "--workers=0"], "workers must be >= 1, got 0"),
-        (["https://example.org/x.tar"], "not on a local disk"),
+        (["https://example.org/x.tar"], "neither on a local disk nor"),
         ([], "required: PATH"),
         (["{folder}", "--nonsense"], "--nonsense"),
     ],
