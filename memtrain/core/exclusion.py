@@ -108,7 +108,7 @@ class ExclusionRule(ABC):
 
     @staticmethod
     def zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(count,) zeros. Where a machine has several ranks, a run puts in its place what gives them the same memory."""
+        """(count,) zeros. A run puts another function in its place, so that ranks of a machine have the same memory."""
         return torch.zeros(count, dtype=dtype)
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:  # noqa: B027
