@@ -75,8 +75,8 @@ class Evidence(ExclusionRule):
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
-        self.evidence = torch.zeros(num_samples)
-        self.state = torch.zeros(num_samples, dtype=torch.uint8)
+        self.evidence = self.zeros(num_samples)
+        self.state = self.zeros(num_samples, torch.uint8)
 
     @property
     def excluded(self) -> Tensor:
@@ -235,8 +235,8 @@ class LikelihoodEvidence(Evidence):
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:
         super().setup(num_samples, num_timesteps)
-        self.own = torch.zeros(num_samples, dtype=torch.float16)  # mean z-score of the first visits
-        self.seen = torch.zeros(num_samples, dtype=torch.uint8)  # these
+        self.own = self.zeros(num_samples, torch.float16)  # mean z-score of the first visits
+        self.seen = self.zeros(num_samples, torch.uint8)  # these
 
     def prior(self, copies: Tensor) -> Tensor:
         return (self.copies_weight * copies.float().log()).clamp(max=max(0.0, self.enter - self.clip))

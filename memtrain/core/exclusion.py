@@ -96,7 +96,7 @@ class ExclusionRule(ABC):
     needs_score = True  # False: decides without scores, on every captioned row
     needs_reference = False  # True: useless without a reference set
     remembers = False  # True: decides by earlier visits, and so also where this one, of a dropped caption, says nothing
-    # tensors (num_samples,) of zeros that `setup` makes, looked up by `picture` alone: ranks of a machine share them
+    # tensors (num_samples,) that `setup` makes by `zeros`, looked up by `picture` alone: ranks of a machine share them
     per_sample: tuple[str, ...] = ()
     start_step, action = 0, EXCLUDE  # of a rule whose constructor takes neither
 
@@ -105,6 +105,11 @@ class ExclusionRule(ABC):
         if action not in ACTIONS:
             raise ValueError(f"exclusion.action must be one of {', '.join(ACTIONS)}, got {action}")
         self.start_step, self.action = start_step, action
+
+    @staticmethod
+    def zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(count,) zeros. A run puts another function in its place, so that ranks of a machine have the same memory."""
+        return torch.zeros(count, dtype=dtype)
 
     def setup(self, num_samples: int, num_timesteps: int) -> None:  # noqa: B027
         """Called once, before the first step, with what the corpus and the model are like."""

@@ -141,8 +141,8 @@ def measure_kept(
 
 def _rule(make: Callable[[], ExclusionRule], num_samples: int, machine: Machine) -> Keeper:
     rule = make()
+    rule.zeros = machine.zeros  # type: ignore[method-assign]
     rule.setup(num_samples, 1000)
-    machine.share(rule)
     return _touched(rule)
 
 

@@ -50,7 +50,7 @@ class Machine:
             self._first = here[0]
             self.is_first = rank == self._first
 
-    def zeros(self, count: int, dtype: torch.dtype) -> Tensor:
+    def zeros(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(count,) zeros, the same memory for all ranks of the machine, which call this together.
 
         Raises:
@@ -64,23 +64,18 @@ class Machine:
                 made = [_file_of_zeros(count * dtype.itemsize)]
             except OSError as error:
                 made = [error]
-        torch.distributed.broadcast_object_list(made, src=self._first, group=self._group)
-        [path] = made
-        if isinstance(path, OSError):
-            raise path
-        assert path is not None
-        mapped = torch.from_file(path, shared=True, size=count, dtype=dtype)
-        self._wait()
-        if self.is_first:
-            os.unlink(path)  # the memory stays as long as a rank maps it, and not longer, however it ends
+        try:
+            torch.distributed.broadcast_object_list(made, src=self._first, group=self._group)
+            [path] = made
+            if isinstance(path, OSError):
+                raise path
+            assert path is not None
+            mapped = torch.from_file(path, shared=True, size=count, dtype=dtype)
+            self._wait()
+        finally:
+            if self.is_first and isinstance(made[0], str):
+                os.unlink(made[0])  # the memory stays as long as a rank maps it, and not longer, however it ends
         return mapped
-
-    def share(self, keeper: Keeper) -> None:
-        """Put memory that all ranks of the machine have in the place of a keeper's own tensors, which are zeros."""
-        if self._group is not None:
-            for name in keeper.per_sample:
-                own: Tensor = getattr(keeper, name)
-                setattr(keeper, name, self.zeros(len(own), own.dtype))
 
     @contextlib.contextmanager
     def changing(self, keepers: Sequence[Keeper], pictures: Tensor) -> Iterator[Tensor]:

@@ -142,9 +142,9 @@ class DiffusionTraining(pl.LightningModule):
         for size in data_of(self.trainer).samples.sizes:
             self.model.latent_shape(*size)  # raises where the model cannot have it
         num_samples = data_of(self.trainer).groups.num_samples
-        self.exclusion.setup(num_samples, self.num_timesteps)
         self.machine = Machine(self.trainer.global_rank, self.trainer.world_size, self.trainer.node_rank)
-        self.machine.share(self.exclusion)
+        self.exclusion.zeros = self.machine.zeros  # type: ignore[method-assign]
+        self.exclusion.setup(num_samples, self.num_timesteps)
         if self.scoring.remembers:
             self.memory = ScoreMemory(num_samples, self.scoring, self.machine.zeros)
 

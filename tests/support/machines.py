@@ -39,8 +39,8 @@ def steps(rule: str) -> list[Observations]:
 
 def keepers(rule: str, here: Machine):
     kept, memory = quick_rules()[rule], None
+    kept.zeros = here.zeros
     kept.setup(SAMPLES, 1000)
-    here.share(kept)
     memory = ScoreMemory(SAMPLES, Scoring(every_visits=3), here.zeros)
     return kept, memory
 
