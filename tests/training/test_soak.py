@@ -14,7 +14,7 @@ from memtrain.training.resume import RunState
 from tests.support.forks import ended, wait_until
 from tests.support.program import small_run
 
-KILLS = int(os.environ.get("MEMTRAIN_SOAK_KILLS", "2"))
+KILLS = int(os.environ.get("MEMTRAIN_SOAK_KILLS", "1"))
 STEPS = 8 * KILLS
 
 
