@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it. `install_memtrain [EXTRA]` makes .venv and installs memtrain into it with
 # the versions of constraints.txt; where that was done before, it does nothing. A Linux machine without a GPU gets the
-# wheel of torch for CPUs, where it can be had (MEMTRAIN_TORCH=default: pip's own choice; cpu: that one). Afterwards $repo is this
-# repository and $python the interpreter of its .venv. `let_ranks_stop` sets what torchrun reads. `train_settings` makes
+# wheel of torch for CPUs, where pip finds it (MEMTRAIN_TORCH=default: pip's own choice; cpu: that one). Afterwards
+# $repo is this repository and $python the interpreter of its .venv. `let_ranks_stop` sets what torchrun reads. `train_settings` makes
 # the runs of a table.
 
 unset CDPATH
@@ -137,17 +137,12 @@ wants_cpu_torch() {
 }
 
 # On Linux the default wheel of torch brings CUDA: 5 GB with what it asks for, where that for CPUs takes 200 MB.
-# Where neither pip's own sources nor torch's index have it, the default one will do.
+# pip looks for it where it looks for everything (PIP_EXTRA_INDEX_URL, pip.conf); else the default one will do.
 install_cpu_torch() {
-    local wheel index log="$venv/install-torch.log"
+    local wheel log="$venv/install-torch.log"
     wheel="$(grep -oE '^torch==[0-9.]+' "$repo/launch/constraints.txt")+cpu"
-    for index in "" "${MEMTRAIN_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"; do
-        if "$python" -m pip install --no-input --no-deps --retries 0 --timeout 20 ${index:+--index-url "$index"} \
-            "$wheel" >"$log" 2>&1 </dev/null; then
-            return 0
-        fi
-    done
-    printf 'no wheel of torch for CPUs can be had here (log: %s): installing the default one, gigabytes\n' "$log"
+    "$python" -m pip install --no-input --no-deps "$wheel" >"$log" 2>&1 </dev/null ||
+        printf 'pip knows no wheel of torch for CPUs (log: %s): installing the default one, gigabytes\n' "$log"
 }
 
 install_memtrain() {

@@ -74,8 +74,10 @@ def draw_samples(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, S
                 for spine in axis.spines.values():
                     spine.set(visible=True, color=ALARM, linewidth=2)
     axes[0, 0].set_title("training image", fontsize=9, color=INK)
-    title = f"generations (framed: copies, RMSE ≤ {cut:.3g})"
-    axes[0, 1].set_title(title, fontsize=9, color=INK, loc="left")
+    bound = f"RMSE ≤ {cut:.3g}"
+    wide = axes.shape[1] > 2  # a single generation has no room for more
+    title = f"generations (framed: copies, {bound})" if wide else f"copy: {bound}"
+    axes[0, 1].set_title(title, fontsize=9 if wide else 8, color=INK, loc="left")
     _save(figure, path)
 
 

@@ -22,7 +22,7 @@ LEFT_OUT = re.compile(
     r"(^|[/._ -])(time|date|seconds\w*|duration|mtime_ns|pid|wandb_id|run_id|folder|ckpt_path|scoring_share|identity)$"
     r"|per_second"
 )
-NO_DATA = {".png", ".html", ".log", ".yaml", ".tar", ".wandb", ".md", ".txt", ".js"}
+NO_DATA = {".png", ".html", ".lock", ".log", ".yaml", ".tar", ".wandb", ".md", ".txt", ".js"}
 
 
 def kept(folder: Path) -> dict[str, np.ndarray]:
