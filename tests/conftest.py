@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from multiprocessing import spawn
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -238,6 +239,15 @@ def forks(request):
     """Processes that have all imports already; of all tests that need some."""
     with request.config.stash[FORKS] as server:
         yield server
+
+
+@pytest.fixture
+def spawned_by_forks(forks):
+    """What multiprocessing spawns in this process, too, has all imports already."""
+    before = spawn.get_executable()
+    spawn.set_executable(str(forks.python))
+    yield
+    spawn.set_executable(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -205,6 +205,7 @@ def test_more_samples_than_successes_lose_nothing(healthy):
     assert (fault.kind, fault.lost) == ("stats_disagree", False)
 
 
+@pytest.mark.usefixtures("spawned_by_forks")
 def test_processes_find_what_one_finds(faulty):
     assert check_folder(faulty.folder, workers=2).as_dict() == check_folder(faulty.folder).as_dict()
 

@@ -100,6 +100,7 @@ def test_bad_samples_cost_their_neighbours_nothing(tmp_path):
     }
 
 
+@pytest.mark.usefixtures("spawned_by_forks")
 def test_processes_find_what_one_finds(tmp_path):
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", sample("a", encode(textured(0))))

@@ -1,11 +1,13 @@
 """`python -IS fork_client.py SOCKET EXECUTABLE ARGUMENTS`: does what `python ARGUMENTS` does, without its imports.
 
 `-m MODULE …` of the modules below, which import much, runs in a child of tests/support/fork_server.py, with the
-environment, folder, open files and signals of this process; all else in Python itself.
+environment, folder, open files and signals of this process, and so does a process that multiprocessing spawns; all
+else in Python itself.
 """
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,16 +24,19 @@ SLOW = (
 
 def main(address: str, executable: str, *arguments: str) -> None:
     words = [word for word in arguments if word != "-u"]
-    if words[:1] != ["-m"] or words[1] not in SLOW:
+    spawned = re.search(r"spawn_main\(tracker_fd=(\d+), pipe_handle=(\d+)\)", " ".join(words))
+    if not spawned and (words[:1] != ["-m"] or words[1] not in SLOW):
         os.execv(sys.executable, [sys.executable, *arguments])
     files = [int(name) for name in os.listdir("/proc/self/fd")]
     files = [file for file in files if _is_inherited(file)]
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.connect(address)
-    request = dict(
-        module=words[1], function=None, arguments=words[2:], environment=dict(os.environ), folder=os.getcwd(),
-        executable=executable, file_size=0, files=files,
-    )  # fmt: skip
+    asked = dict(module=words[1], function=None, arguments=words[2:])
+    if spawned:
+        asked = dict(module=None, function="tests.support.fork_server.spawned", arguments=[*map(int, spawned.groups())])
+    request = asked | dict(
+        environment=dict(os.environ), folder=os.getcwd(), executable=executable, file_size=0, files=files
+    )
     told = []
     handed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
     for number in handed_on:
@@ -47,7 +52,8 @@ def main(address: str, executable: str, *arguments: str) -> None:
             os.close(file)  # who waits for the other end to be closed waits for the child
     code = int(server.recv(64))
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 

@@ -118,6 +118,12 @@ def work(request: Request) -> int:
     return 0
 
 
+def spawned(tracker: int, pipe: int) -> None:
+    """The life of a process that multiprocessing spawns, told by this pipe what it is to do."""
+    sys.argv = ["-c", "--multiprocessing-fork"]
+    importlib.import_module("multiprocessing.spawn").spawn_main(pipe_handle=pipe, tracker_fd=tracker)
+
+
 def live(listener: socket.socket, lifeline: int) -> NoReturn:
     """The life of a server, which has just been forked."""
     try:

@@ -13,6 +13,7 @@ from tests.support.corpora import corpus_with_every_fault
 from tests.support.training import Record
 
 
+@pytest.mark.usefixtures("spawned_by_forks")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_good_sample_is_seen_and_every_bad_one_counted(pipeline_folder, tmp_path, caplog, workers):
     faulty = corpus_with_every_fault(tmp_path / "shards")
