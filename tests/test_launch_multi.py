@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -115,7 +114,7 @@ def test_a_run_id_that_is_given_stands(said):
 
 
 @pytest.fixture
-def checkout(tmp_path) -> Path:
+def checkout(forks, tmp_path) -> Path:
     """launch/ in a folder of its own, with a .venv in which memtrain is installed: that of these tests."""
     root = tmp_path / "a checkout"
     programs = root / ".venv" / "bin"
@@ -124,7 +123,7 @@ def checkout(tmp_path) -> Path:
     shutil.copy(REPO / "pyproject.toml", root)
     calls = {"python": "", "memtrain": "-m memtrain.cli.main", "torchrun": "-m torch.distributed.run"}
     for program, call in calls.items():
-        (programs / program).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {call} "$@"\n')
+        (programs / program).write_text(f'#!/bin/sh\nexec {shlex.quote(str(forks.python))} {call} "$@"\n')
         (programs / program).chmod(0o755)
     stamp = 'printf "%s\\n%s\\n" "$repo" "$(fingerprint)" >"$venv/memtrain-installed"'
     subprocess.run(["bash", "-c", f"source launch/common.sh; {stamp}"], cwd=root, check=True)

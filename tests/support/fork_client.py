@@ -1,8 +1,8 @@
 """`python -IS fork_client.py SOCKET EXECUTABLE ARGUMENTS`: does what `python ARGUMENTS` does, without its imports.
 
 `-m MODULE …` of the modules below, which import much, runs in a child of tests/support/fork_server.py, with the
-environment, folder, open files and signals of this process, and so does a process that multiprocessing spawns; all
-else in Python itself.
+environment, folder, open files and signals of this process, and so does a process that multiprocessing spawns and
+`-c CODE` that imports torch; all else in Python itself.
 """
 
 import json
@@ -22,18 +22,26 @@ SLOW = (
 )
 
 
-def main(address: str, executable: str, *arguments: str) -> None:
-    words = [word for word in arguments if word != "-u"]
+def work_of(words: list[str]) -> dict | None:
+    """The part of a request that says what a fork is to do; None: that is Python's own work."""
+    if words[:1] == ["-m"] and words[1] in SLOW:
+        return dict(module=words[1], function=None, arguments=words[2:])
+    called = dict(module=None, function="tests.support.fork_server.execute", arguments=words[1:])
+    if words[:1] == ["-c"] and words[1].startswith("import torch"):
+        return called
     spawned = re.search(r"spawn_main\(tracker_fd=(\d+), pipe_handle=(\d+)\)", " ".join(words))
-    if not spawned and (words[:1] != ["-m"] or words[1] not in SLOW):
+    numbers = [int(number) for number in spawned.groups()] if spawned else []
+    return called | dict(function="tests.support.fork_server.spawned", arguments=numbers) if spawned else None
+
+
+def main(address: str, executable: str, *arguments: str) -> None:
+    asked = work_of([word for word in arguments if word != "-u"])
+    if asked is None:
         os.execv(sys.executable, [sys.executable, *arguments])
     files = [int(name) for name in os.listdir("/proc/self/fd")]
     files = [file for file in files if _is_inherited(file)]
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.connect(address)
-    asked = dict(module=words[1], function=None, arguments=words[2:])
-    if spawned:
-        asked = dict(module=None, function="tests.support.fork_server.spawned", arguments=[*map(int, spawned.groups())])
     request = asked | dict(
         environment=dict(os.environ), folder=os.getcwd(), executable=executable, file_size=0, files=files
     )

@@ -124,6 +124,11 @@ def spawned(tracker: int, pipe: int) -> None:
     importlib.import_module("multiprocessing.spawn").spawn_main(pipe_handle=pipe, tracker_fd=tracker)
 
 
+def execute(code: str) -> None:
+    """What `python -c` does."""
+    exec(code, {"__name__": "__main__"})
+
+
 def live(listener: socket.socket, lifeline: int) -> NoReturn:
     """The life of a server, which has just been forked."""
     try:
