@@ -79,8 +79,13 @@ class OptimizerConfig(ABC):
 
 @dataclass(frozen=True)
 class AdamW(OptimizerConfig):
-    """AdamW (Loshchilov & Hutter 2019); `eight_bit` keeps its moments in 8 bits (Dettmers et al. 2022), and needs
-    bitsandbytes."""
+    """AdamW (Loshchilov & Hutter 2019).
+
+    Args:
+        eight_bit: keep its moments in 8 bits (Dettmers et al. 2022); needs bitsandbytes.
+        fused: update weights in one kernel, which is faster and rounds otherwise; None: where all are on a GPU. A run
+            that goes on does what it did before.
+    """
 
     lr: float
     betas: tuple[float, float]
@@ -89,10 +94,13 @@ class AdamW(OptimizerConfig):
     schedule: str
     warmup_steps: float
     eight_bit: bool
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eight_bit:
+            if self.fused:
+                raise ValueError("optimizer.fused=true is not for optimizer=adamw8bit, which is already; leave it out")
             _eight_bit_adamw()
 
     @property
@@ -100,9 +108,15 @@ class AdamW(OptimizerConfig):
         return not self.eight_bit
 
     def make(self, parameters: list[nn.Parameter], num_steps: int) -> torch.optim.Optimizer:
-        kind = _eight_bit_adamw() if self.eight_bit else torch.optim.AdamW
         first, second = self.betas  # a config gives a list
-        return kind(parameters, lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, eps=self.eps)
+        options = dict(lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, eps=self.eps)
+        if self.eight_bit:
+            return _eight_bit_adamw()(parameters, **options)
+        is_fused = all(parameter.is_cuda for parameter in parameters) if self.fused is None else self.fused
+        optimizer = torch.optim.AdamW(parameters, **options, fused=is_fused or None)
+        # it could divide fp16 gradients by their scale itself; but they are clipped before, which needs that done
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return optimizer
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         count = math.prod(shape)

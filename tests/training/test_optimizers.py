@@ -112,3 +112,21 @@ def test_what_an_optimizer_cannot_do_is_refused_in_a_line(pipeline_folder, monke
     module._device_mesh = {"data_parallel": None}
     with pytest.raises(ValueError, match="trainer=fsdp shards optimizer=adamw, and no other"):
         module.configure_model()
+
+
+def test_adamw_in_one_kernel_makes_the_same_steps_but_for_rounding():
+    def stepped(**changed):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((40, 30), (7,))]
+        made = optimizer("adamw", **changed).make(parameters, 5)
+        for _ in range(5):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            made.step()
+        return made.defaults["fused"], torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+    default, fused, loop = stepped(), stepped(fused=True), stepped(fused=False)
+    assert not default[0] and fused[0] and torch.equal(default[1], loop[1])  # without a GPU nothing changes
+    torch.testing.assert_close(fused[1], loop[1], rtol=0, atol=1e-6)
+    with pytest.raises(InstantiationException, match=r"optimizer\.fused=true is not for optimizer=adamw8bit"):
+        optimizer("adamw8bit", fused=True)
