@@ -39,6 +39,7 @@ class Work:
     steps: int  # measured, in a round
     threads: int
     precision: str  # no or bf16, as accelerate says it
+    settings: Sequence[str] = ()  # of memtrain's runs, beyond what is the same for all
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _train_words(work: Work, folder: Path) -> list[str]:
         "data.duplicates=none", f"data.cache_dir={folder / 'cache'}", "logger=csv", f"runs_dir={folder / 'runs'}",
         f"trainer.precision={'32-true' if work.precision == 'no' else 'bf16-mixed'}",
         f"trainer.max_steps={work.warmup + work.steps + 2}", f"optimizer.lr={_HYPERPARAMETERS['learning_rate']}",
-        f"seed={_SEED}", *(f"callbacks.{look}=null" for look in looks),
+        f"seed={_SEED}", *(f"callbacks.{look}=null" for look in looks), *work.settings,
     ]  # fmt: skip
 
 
@@ -276,6 +277,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="measured in a round (default 8)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each program (default 1)")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of training (default no: float32)")
+    parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="of memtrain's runs: "
+                        "model.channels_last=true optimizer.fused=true is fastest on a CPU")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -323,7 +326,7 @@ def _training(args: argparse.Namespace, folder: Path, scripts: Scripts) -> dict[
 
         write_sd_shaped(model)
     resolution = args.resolution or (64 if args.model == "demo" else 256)
-    work = Work(model, resolution, args.batch_size, 2, args.steps, args.threads, args.precision)
+    work = Work(model, resolution, args.batch_size, 2, args.steps, args.threads, args.precision, args.settings)
     (folder / "training").mkdir()
     return measure_steps(
         work, folder / "training", args.rounds, scripts, said=lambda what: print(what, file=sys.stderr, flush=True)

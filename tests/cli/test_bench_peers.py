@@ -47,7 +47,7 @@ def test_every_program_does_the_same_work_in_turn(forks, pipeline_folder, monkey
     (tmp_path / "train_text_to_image.py").write_text(PEER)
     words = ["bench", "peers", "--only", "training", "--diffusers", str(tmp_path), "--paper", str(tmp_path)]
     sizes = ["--model", str(pipeline_folder), "--resolution", "64", "--batch-size", "2", "--rounds", "1"]
-    main([*words, *sizes, "--steps", "1", "--json"])
+    main([*words, *sizes, "--steps", "1", "--json", "--settings", "optimizer.fused=true", "model.channels_last=true"])
     steps = json.loads(capsys.readouterr().out)["training"]
     assert list(steps) == [PLAIN, SCORED, CACHED, DIFFUSERS, PAPER]
     assert all(len(step["seconds"]) == 1 and step["seconds"][0] > 0 for step in steps.values())
