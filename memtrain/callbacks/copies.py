@@ -57,7 +57,8 @@ class Copies(AfterEachStep):
         max_rmse: no generation beyond this distance is a copy.
         false_copies: the share of the reference captions' generations that may count as copies.
         nearest: training pictures that are searched; of more, so many drawn by seed, and all canaries.
-        min_repeats: canaries with fewer are not counted in the rates, only in `copies.csv` and `doses.png`.
+        min_repeats: canaries with fewer are not counted in the rates, only in `copies.csv` and `doses.png`. Where no
+            canary has so many, all are counted.
         batch_size: generations at a time.
         shown: canaries in the picture; 0 draws none.
     """
@@ -104,6 +105,18 @@ class Copies(AfterEachStep):
         self.rows: list[CopyRow] = []
         self.doses: dict[str, DoseCurve] = {}
         self._watched: list[tuple[EncodedSamples, np.ndarray]] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        groups = trainer.datamodule.groups
+        most = max((canary.repeats for canary in groups.canaries[groups.num_sacrificed :]), default=0)
+        if 0 < most < self.min_repeats:  # a rate of no canary would say nothing
+            log.info(
+                "no canary comes callbacks.copies.min_repeats=%d times, the most frequent one %d: all are counted",
+                self.min_repeats,
+                most,
+            )
+            self.min_repeats = 1
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
