@@ -9,6 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,13 +110,13 @@ class AdamW(OptimizerConfig):
 
     def make(self, parameters: list[nn.Parameter], num_steps: int) -> torch.optim.Optimizer:
         first, second = self.betas  # a config gives a list
-        options = dict(lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, eps=self.eps)
+        options: dict[str, Any] = dict(lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, eps=self.eps)
         if self.eight_bit:
             return _eight_bit_adamw()(parameters, **options)
         is_fused = all(parameter.is_cuda for parameter in parameters) if self.fused is None else self.fused
         optimizer = torch.optim.AdamW(parameters, **options, fused=is_fused or None)
         # it could divide fp16 gradients by their scale itself; but they are clipped before, which needs that done
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         return optimizer
 
     def state_bytes(self, shape: Sequence[int]) -> int:
