@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh machine to a fine-tuned model: installs memtrain into .venv, makes the demo corpus, fine-tunes on
-# it with exclusion. Arguments go to `memtrain train`:  bash launch/quickstart.sh exclusion=none
+# From a fresh machine to a fine-tuned model: installs memtrain into .venv, makes the demo corpus, encodes it once,
+# fine-tunes on it with exclusion. Arguments go to `memtrain train`:  bash launch/quickstart.sh exclusion=none
 # MEMTRAIN_DEMO is the folder of the corpus (data/demo), PYTHON the interpreter to make .venv with.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -10,6 +10,8 @@ case "$demo" in /*) ;; *) demo="$PWD/$demo" ;; esac
 
 install_memtrain
 cd "$repo"
-"$venv/bin/memtrain" demo "$demo"
 # Quoted for Hydra too: the path may have spaces, commas, brackets.
-exec "$venv/bin/memtrain" train experiment=demo "data.shards='${demo//\'/\\\'}'" "$@"
+shards="data.shards='${demo//\'/\\\'}'"
+"$venv/bin/memtrain" demo "$demo"
+"$venv/bin/memtrain" cache model=demo data.resolution=64 dtype=float32 "$shards"
+exec "$venv/bin/memtrain" train experiment=demo data.cache=beside "$shards" "$@"

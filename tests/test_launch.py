@@ -181,16 +181,18 @@ def test_quickstart_says_what_it_cannot_reach_and_installs_once(checkout, tmp_pa
         done = launch(root / "launch" / script.name, *arguments, cwd=tmp_path, **environment, **base)
         assert done.returncode == 0, done.stdout + done.stderr
         printed = done.stdout.splitlines()
-        return "\n".join(printed[:-2]), [json.loads(line) for line in printed[-2:]]
+        return "\n".join(printed[:-3]), [json.loads(line) for line in printed[-3:]]
 
-    said, (demo, train) = calls(checkout, "exclusion=none", "trainer.max_steps=5")
+    said, (demo, cache, train) = calls(checkout, "exclusion=none", "trainer.max_steps=5")
     corpus = f"{checkout}/data/demo"
     assert "making" not in said and "installed in" in said
     assert demo == [str(checkout), "demo", corpus]
-    overrides = ["experiment=demo", f"data.shards='{corpus}'", "exclusion=none", "trainer.max_steps=5"]
+    shards = f"data.shards='{corpus}'"
+    assert cache == [str(checkout), "cache", "model=demo", "data.resolution=64", "dtype=float32", shards]
+    overrides = ["experiment=demo", "data.cache=beside", shards, "exclusion=none", "trainer.max_steps=5"]
     assert train == [str(checkout), "train", *overrides]
 
-    said, (demo, _) = calls(checkout, MEMTRAIN_DEMO="it's here")
+    said, (demo, *_) = calls(checkout, MEMTRAIN_DEMO="it's here")
     assert said == ""
     assert demo[-1] == f"{tmp_path}/it's here"
 
@@ -207,6 +209,6 @@ def test_quickstart_says_what_it_cannot_reach_and_installs_once(checkout, tmp_pa
 
     (checkout / ".venv" / "left over").touch()
     moved = checkout.rename(tmp_path / "moved")
-    said, (demo, _) = calls(moved)
+    said, (demo, *_) = calls(moved)
     assert "making" in said and demo == [str(moved), "demo", f"{moved}/data/demo"]
     assert not (moved / ".venv" / "left over").exists()

@@ -277,8 +277,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="measured in a round (default 8)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each program (default 1)")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of training (default no: float32)")
-    parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="of memtrain's runs: "
-                        "model.channels_last=true optimizer.fused=true is fastest on a CPU")  # fmt: skip
+    parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="of memtrain's runs alone, as "
+                        "optimizer.fused=true")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
