@@ -29,6 +29,7 @@ _LOW = np.uint64(2**32 - 1)
 MOST_ROWS = 2**32
 # Shares of the memory: numbers that are sorted; both hashes of pairs that are compared, where hashes are on disk
 _SORTED, _COMPARED = 0.42, 0.28
+_PAIR_BYTES = 2 * ROW_BYTES + 48  # of a pair that is compared: both hashes, and its rows some times over
 
 
 class Hashes(Protocol):
@@ -119,18 +120,20 @@ def near_pairs(
         hashes, room = Held(hashes.read(0, count)), memory - ROW_BYTES * count
     rows = min(count, max(_CHUNK, int(room * _SORTED) // 8))
     # pairs compared at a time: the more, the seldomer all hashes are read
-    most = 16 * _BLOCK if isinstance(hashes, Held) else max(_BLOCK, int(room * _COMPARED) // (2 * ROW_BYTES))
+    most = 16 * _BLOCK if isinstance(hashes, Held) else max(_BLOCK, int(room * _COMPARED) // _PAIR_BYTES)
     sorting = np.empty(rows, np.uint64)
     gathered: list[np.ndarray] = []
     begun: tuple[int, int] | None = None  # part and pass in which the first of these met
 
-    def compared(part: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def compared(part: int, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         pairs = np.concatenate(gathered)
+        gathered.clear()
         pairs.sort()  # by their left row; np.unique would hash them, which takes ten times as long
         pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
-        pairs, differ = _compare(hashes, pairs, distance)
-        pairs = pairs[~_met_before(differ, plan, part, number)]
-        return (pairs >> _PLACE).astype(np.int64), (pairs & _LOW).astype(np.int64)
+        for begin in range(0, len(pairs), most):  # more may have met at once
+            near, differ = _compare(hashes, pairs[begin : begin + most], distance)
+            near = near[~_met_before(differ, plan, part, number)]
+            yield (near >> _PLACE).astype(np.int64), (near & _LOW).astype(np.int64)
 
     wanted = [all_passes[place] for place in (range(len(all_passes)) if passes is None else passes)]
     for part, in_part in groupby(wanted, itemgetter(0)):
@@ -142,12 +145,12 @@ def near_pairs(
                 begun = begun or (part, number)
                 gathered.append(pairs)
                 if sum(map(len, gathered)) >= most:
-                    yield compared(*begun)
-                    gathered, begun = [], None
+                    yield from compared(*begun)
+                    begun = None
             if crowds:
                 yield _walk_crowds(hashes, crowds, distance)
     if begun:
-        yield compared(*begun)
+        yield from compared(*begun)
 
 
 def _chunks(count: int) -> Iterator[tuple[int, int]]:
@@ -221,10 +224,10 @@ def _neighbours(found: np.ndarray, low: np.uint64, crowds: list[np.ndarray]) -> 
     crowds += [found[begin:end] & low for begin, end in in_crowds]
     further = 1
     while len(left):  # each row with the one so much further on
-        yield (found[left] & low) << _PLACE | (found[left + further] & low)
+        yield (found.take(left) & low) << _PLACE | (found.take(left + further) & low)
         further += 1
         left = left[left + further < len(found)]
-        left = left[(found[left + further] ^ found[left]) <= low]
+        left = left[(found.take(left + further) ^ found.take(left)) <= low]
 
 
 def _walk_crowds(hashes: Hashes, crowds: list[np.ndarray], distance: int) -> tuple[np.ndarray, np.ndarray]:
@@ -255,11 +258,16 @@ def _compare(hashes: Hashes, pairs: np.ndarray, distance: int) -> tuple[np.ndarr
     return _compare_read(hashes, pairs, distance)
 
 
+def _rows(hashes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Rows by their numbers; `hashes[numbers]` takes four times as long. (N, 4), (M,) -> (M, 4)"""
+    return hashes.take(numbers.astype(np.int64), axis=0)
+
+
 def _compare_held(hashes: Held, pairs: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
     near, differ = [pairs[:0]], [np.empty((0, WORDS), np.uint64)]
     for begin in range(0, len(pairs), _BLOCK):
         block = pairs[begin : begin + _BLOCK]
-        bits = hashes.rows[block >> _PLACE] ^ hashes.rows[block & _LOW]
+        bits = _rows(hashes.rows, block >> _PLACE) ^ _rows(hashes.rows, block & _LOW)
         is_near = apart(bits) <= distance
         near.append(block[is_near])
         differ.append(bits[is_near])
@@ -281,10 +289,8 @@ def _compare_read(hashes: Hashes, pairs: np.ndarray, distance: int) -> tuple[np.
         if one.start == one.stop and other.start == other.stop:
             continue
         rows = hashes.read(begin, end)
-        bits[one] = rows[(left[one] - np.uint64(begin)).astype(np.int64)]
-        others[(right[other] & _LOW).astype(np.int64)] = rows[
-            ((right[other] >> _PLACE) - np.uint64(begin)).astype(np.int64)
-        ]
+        bits[one] = _rows(rows, left[one] - np.uint64(begin))
+        others[(right[other] & _LOW).astype(np.int64)] = _rows(rows, (right[other] >> _PLACE) - np.uint64(begin))
     near = np.zeros(len(pairs), bool)
     for begin in range(0, len(pairs), _BLOCK):
         block = slice(begin, begin + _BLOCK)
