@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from memtrain.core.files import written_aside
 from memtrain.data.check import DECODED, KINDS, Fault, decoded, encoded
-from memtrain.data.joins import copied, joins, name_partials, rows_of
+from memtrain.data.joins import DIGEST, NAME, copied, joins, name_partials, opened, rows_of
 from memtrain.data.partials import Manifest, all_done, full_disk_named
 
 FAULTS = "faults.parquet"
@@ -60,7 +60,7 @@ class CorpusReport:
     def iter_faults(self) -> Iterator[Fault]:
         """Of all shards, those that lose something first; some of them in memory at a time."""
         for lost in (True, False):
-            for row in rows_of(pq.ParquetFile(self.file)):
+            for row in rows_of(opened(self.file)):
                 if row["lost"] == lost:
                     yield Fault(row["shard"], decoded(row["key"]), row["kind"], decoded(row["cause"]), lost)
 
@@ -125,7 +125,7 @@ def report_check(manifest: Manifest, folder: Path, memory: int, threads: int) ->
 
 def _own_faults(file: Path) -> Iterator[dict]:
     """Faults of one shard by itself, in the order in which they were found."""
-    for batch in pq.ParquetFile(file).iter_batches(columns=["key", "kind", "cause", "lost"]):
+    for batch in opened(file).iter_batches(columns=["key", "kind", "cause", "lost"]):
         yield from batch.filter(batch["kind"].is_valid()).to_pylist()
 
 
@@ -146,21 +146,21 @@ def _repeats(connection: duckdb.DuckDBPyConnection, folder: Path) -> Iterator[di
     A row is compared with the first one of its shard that equals it, else with the first one of the corpus.
     """
     run = connection.execute
-    run("create view samples as select position, shard, key, sha256 from partials where sha256 is not null")
-    run("create table twice as select sha256, min(position) f from samples group by sha256 having count(*) > 1")
+    run(f"create view samples as select *, {DIGEST} digest, {NAME} name from partials where sha256 is not null")
+    run("create table twice as select digest, min(position) f from samples group by digest having count(*) > 1")
     run(
-        """create table equal_images as select s.*, t.f as first_of_all,
-        min(s.position) over (partition by s.sha256, s.shard) as first_here
-        from samples s join twice t using (sha256)"""
+        """create table equal_images as select s.position, s.shard, s.key, t.f as first_of_all,
+        min(s.position) over (partition by digest, s.shard) as first_here
+        from samples s join twice t using (digest)"""
     )
-    run("create table keys_twice as select key, min(position) f from samples group by key having count(*) > 1")
+    run("create table names_twice as select name, min(position) f from samples group by name having count(*) > 1")
     within = """select e.shard, 0 as kind, e.position, e.key, o.shard as other_shard, o.key as other_key, 0 as more
         from equal_images e join equal_images o on o.position = e.first_here where e.position <> e.first_here"""
     across = """select e.shard, 1, e.position, e.key, o.shard, o.key, 0
         from equal_images e join equal_images o on o.position = e.first_of_all
         where e.position = e.first_here and e.shard <> o.shard"""
     keys = """select shard, 2, min(position), arg_min(key, position), arg_min(f, position) // 4294967296, null,
-        count(*) - 1 from samples join keys_twice using (key) where f // 4294967296 <> shard group by shard"""
+        count(*) - 1 from samples join names_twice using (name) where f // 4294967296 <> shard group by shard"""
     query = f"{within} union all {across} union all {keys} order by 1, 2, 3"
     return rows_of(copied(connection, query, folder / _REPEATS))  # here: they are in a file of their own
 

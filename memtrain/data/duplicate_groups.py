@@ -22,7 +22,7 @@ from memtrain.data.covering import MIRRORED, WORDS
 from memtrain.data.distribute import Distributor
 from memtrain.data.duplicates import COLUMNS, Duplicates
 from memtrain.data.hashes import MIN_QUALITY
-from memtrain.data.joins import copied, join_components, joins, name_partials, text
+from memtrain.data.joins import DIGEST, copied, join_components, joins, name_partials, text
 from memtrain.data.near_search import DISTINCT, NEAR, Progress, search, searches
 from memtrain.data.partials import Manifest, all_done, full_disk_named, merging
 from memtrain.data.sources import LocalShard
@@ -90,7 +90,7 @@ def standing(manifest: Manifest, folder: Path, memory: int, threads: int) -> Sta
     if there:
         with joins(folder, memory, threads) as connection:
             name_partials(connection, manifest, [shard for shard, _ in there])
-            query = "select count(*) n from partials where sha256 is not null group by sha256 having count(*) > 1"
+            query = f"select count(*) n from partials where sha256 is not null group by {DIGEST} having count(*) > 1"
             groups, grouped = connection.execute(f"select count(*), coalesce(sum(n), 0) from ({query})").fetchone() or (
                 0,
                 0,
@@ -139,8 +139,9 @@ def _find_equal(
             if shard in done:
                 writer.write_table(_comparable(manifest.partial(shard), number))
     words, run = ", ".join(_WORDS), connection.execute
-    run("create table sha_twice as select sha256, min(position) f from partials group by sha256 having count(*) > 1")
-    query = "select p.position a, t.f b from partials p join sha_twice t using (sha256) where p.position <> t.f"
+    run(f"create view images as select position, {DIGEST} digest from partials where sha256 is not null")
+    run("create table twice as select digest, min(position) f from images group by digest having count(*) > 1")
+    query = "select i.position a, t.f b from images i join twice t using (digest) where i.position <> t.f"
     copied(connection, query, work / _EXACT)
     run(
         f"""create table distinct_hashes as select min(position) f, count(*) n, {words}
@@ -211,7 +212,7 @@ def _write_groups(connection: duckdb.DuckDBPyConnection, manifest: Manifest, wor
         from partials p join members m using (position) join numbered n using (label)"""
     )
     run(
-        """create table kinds as select number, if(min(sha256) = max(sha256), 'exact', 'near') as kind
+        f"""create table kinds as select number, if(min({DIGEST}) = max({DIGEST}), 'exact', 'near') as kind
         from grouped group by number"""
     )
     query = """select number as "group", kind, shard, key, lower(hex(sha256)) as sha256, lower(hex(pdq)) as pdq,

@@ -22,7 +22,7 @@ from memtrain.data.columns import parse_json
 from memtrain.data.distribute import Distributor, Done, Part
 from memtrain.data.hashes import perceptual_hash
 from memtrain.data.images import BadSample
-from memtrain.data.joins import rows_of
+from memtrain.data.joins import opened, rows_of
 from memtrain.data.partials import Manifest, make_partials
 from memtrain.data.paths import GROUPS, check_file
 from memtrain.data.shards import index_shard
@@ -73,7 +73,7 @@ class Duplicates:
         """Size, kind and first caption of the largest groups."""
         found: list[list] = []
         last = -1
-        for row in rows_of(pq.ParquetFile(self.file)):
+        for row in rows_of(opened(self.file)):
             if row["group"] != last:
                 if len(found) == count:
                     break

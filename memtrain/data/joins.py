@@ -77,10 +77,20 @@ def name_partials(connection: duckdb.DuckDBPyConnection, manifest: Manifest, sha
     )
 
 
+# Of a sha256, its first 128 bits, and of a key 128 bits: numbers, of which those of a whole corpus are grouped in
+# bounded memory, where bytes of any length are not
+DIGEST, NAME = "sha256[1:16]::bit::uhugeint", "md5_number(key)"
+
+
 def copied(connection: duckdb.DuckDBPyConnection, query: str, file: Path) -> pq.ParquetFile:
     """The rows of a query, as a Parquet file."""
     connection.execute(f"copy ({query}) to {text(file)} (format parquet, compression zstd, row_group_size 100000)")
-    return pq.ParquetFile(file)
+    return opened(file)
+
+
+def opened(file: Path) -> pq.ParquetFile:
+    """A Parquet file to go through: as pyarrow opens it by itself, all that was read would stay in memory."""
+    return pq.ParquetFile(file, pre_buffer=False)
 
 
 def rows_of(file: pq.ParquetFile) -> Iterator[dict]:

@@ -123,7 +123,7 @@ Records = tuple[int, pa.Schema, Callable[[], Iterator[dict]]]  # how many, their
 
 def _open_parquet(path: Path) -> Records:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)  # else all that was read stays in memory
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a whole parquet file ({str(error).splitlines()[0]})") from error
 

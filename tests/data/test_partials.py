@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,6 +15,7 @@ from memtrain.cli.shards import shards
 from memtrain.data.distribute import Local, Part
 from memtrain.data.duplicate_groups import find_equal, standing
 from memtrain.data.duplicates import hash_shard, hash_shards
+from memtrain.data.joins import opened
 from memtrain.data.near_search import search, searches
 from memtrain.data.partials import make_partials, merging, open_manifest, read_manifest
 from memtrain.data.recall import KINDS, measure_recall
@@ -172,6 +174,15 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys):
         assert len(pq.read_table(tmp_path / "out.parquet")) == 16
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_table_that_is_gone_through_is_not_held(tmp_path):
+    table = pa.table({"number": np.random.default_rng(0).integers(0, 2**63, 200_000)})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=10_000)
+    del table
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in opened(tmp_path / "t.parquet").iter_batches(10_000)]
+    assert len(held) == 20 and held[-1] < 500_000
 
 
 @pytest.mark.parametrize(("said", "size"), [("2GB", 2 * 10**9), ("1.5 GiB", 1610612736), ("600000000", 6 * 10**8)])
