@@ -46,7 +46,10 @@ def raise_what_stays(error: Exception) -> None:
 def in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"out of memory ({said})" if said else "out of memory"
+    return said or type(error).__name__
 
 
 # ---- tasks among workers that may die

@@ -4,6 +4,7 @@ It starts once for all tests; the one that kills its head comes last.
 """
 
 import logging
+import os
 import re
 from collections import Counter
 from functools import partial
@@ -18,11 +19,15 @@ from memtrain.cli.main import main
 from memtrain.cli.shards import shards
 from memtrain.data import crews
 from memtrain.data.on_ray import OnRay
+from memtrain.data.recall import plant
+from memtrain.data.samples import ShardSamples
 from tests.support.killed import loaded
+from tests.support.tars import picture, sample, write_tar
 from tests.support.tasks import do_prepared, prepare, tries
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'memtrain[ray]'")
 pytestmark = pytest.mark.slow
+EVERY = "MEMTRAIN_EVERY_COMMAND" in os.environ
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +42,71 @@ def named(task: tuple[str, str]) -> str:
     return Path(task[1]).name
 
 
-def test_a_worker_that_is_killed_loses_nothing_and_what_always_kills_is_named_and_left(
+def test_a_worker_that_is_killed_loses_nothing_and_what_never_can_be_done_is_named_and_left(
     cluster, tmp_path, caplog, monkeypatch
 ):
     monkeypatch.setattr(crews, "TRIES", 2)
-    given = [({1: "kill", 4: "fail once"}.get(n, "do"), str(tmp_path / f"t{n}")) for n in range(8)]
+    given = [({1: "kill", 4: "fail once", 6: "starve"}.get(n, "do"), str(tmp_path / f"t{n}")) for n in range(8)]
     with caplog.at_level(logging.WARNING):
         done = list(OnRay(cluster.address).run(do_prepared, given, partial(prepare, str(tmp_path)), named))
     by_index = {one.index: one for one in done}
-    assert len(done) == 8 and {n for n, one in by_index.items() if one.failure} == {1}
+    assert len(done) == 8 and {n for n, one in by_index.items() if one.failure} == {1, 6}
     assert all(one.result[0] == f"t{n}" for n, one in by_index.items() if one.result)
-    assert [tries(path) for _, path in given] == [1, 2, 1, 1, 2, 1, 1, 1]
+    assert [tries(path) for _, path in given] == [1, 2, 1, 1, 2, 1, 2, 1]
     assert "t1: its worker died" in caplog.text and "t1 is left after 2 tries" in caplog.text
+    assert "t6 is left after 2 tries: out of memory" in caplog.text
 
 
-def test_an_index_is_the_same_bytes(cluster, corpus, tmp_path, capsys):
-    for name in ("local", "ray"):
-        (tmp_path / name).mkdir()
-        for path in corpus.glob("*.tar"):
-            (tmp_path / name / path.name).symlink_to(path)
-    shards(["index", str(tmp_path / "local"), "workers=1"])
-    shards(["index", str(tmp_path / "ray"), "distributor=ray", f"ray.address={cluster.address}", "workers=1"])
-    written = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
-    assert len(written) == 3 * 4 and capsys.readouterr().out.count("indexed 48 samples in 3 shards") == 2
-    assert written == {path.name: path.read_bytes() for path in (tmp_path / "ray").iterdir()}
+def on(where: str, cluster) -> list[str]:
+    return ["workers=1"] if where == "local" else ["distributor=ray", f"ray.address={cluster.address}", "workers=1"]
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_tools_of_shards_write_the_same_files(cluster, tmp_path, capsys):
+    """Of shards with duplicates and a picture that cannot be read."""
+    (tmp_path / "shards").mkdir()
+    plant(tmp_path / "shards", 21, [])
+    write_tar(tmp_path / "shards/00001.tar", [*sample("a", image=b"none"), *sample("b")])
+    for number in range(5):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / f"pictures/{number}.jpg").write_bytes(picture((50 * number, 9, 9)))
+        (tmp_path / f"pictures/{number}.txt").write_text(f"picture {number}")
+    found, said = [], []
+    for where in ("local", "ray"):
+        out, words = tmp_path / where, [str(tmp_path / "shards"), *on(where, cluster)]
+        out.mkdir()
+        shards(["duplicates", *words, f"out={out}/groups.parquet"])
+        with pytest.raises(SystemExit):
+            shards(["check", *words, f"manifest={out}/check", "json=true"])
+        if EVERY:
+            shards(["pack", f"{tmp_path}/pictures", f"{out}/packed", "shard-size=2", *on(where, cluster)])
+            for path in (tmp_path / "shards").glob("*.tar"):
+                (out / path.name).symlink_to(path)
+            shards(["index", str(out), *on(where, cluster)])
+        said.append(capsys.readouterr().out.replace(str(out), "OUT"))
+        named_or_timed = ("manifest.json", "_stats.json")
+        found.append({name: data for name, data in files_in(out).items() if not name.endswith(named_or_timed)})
+    assert pq.read_table(tmp_path / "ray/groups.parquet").num_rows == 6 and said[0] == said[1]
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(not EVERY, reason="MEMTRAIN_EVERY_COMMAND=1: every command on Ray, half a minute of processors")
+def test_a_model_at_work_writes_the_same_files(cluster, pipeline_folder, corpus, tmp_path):
+    """Latents of shards, and what a model copies."""
+    samples = ["key,caption,group", *(f"{ShardSamples(str(corpus), 64).key(n)},picture {n},canary" for n in (1, 40))]
+    (tmp_path / "samples.csv").write_text("\n".join(samples))
+    for where in ("local", "ray"):
+        words = [word.replace("workers", "processes") for word in on(where, cluster)]
+        main(["cache", f"model.pretrained={pipeline_folder}", f"data.shards={corpus}", "data.resolution=64",
+              "data.num_workers=0", f"out={tmp_path}/{where}/cache", *words])  # fmt: skip
+        main(["evaluate", f"model={pipeline_folder}", f"data={corpus}", f"samples={tmp_path}/samples.csv",
+              "num_images_per_prompt=1", "num_inference_steps=1", "timesteps_per_sample=1", "batch_size=1",
+              "nearest=4", "fid_samples=4", f"out={tmp_path}/{where}/evaluated", *on(where, cluster)])  # fmt: skip
+    local, ray = (files_in(tmp_path / where) for where in ("local", "ray"))
+    assert len(local) > 6 and local == ray
 
 
 def test_scores_are_the_same_table_whoever_dies_in_whatever_parts(cluster, pipeline_folder, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """Tasks for workers, some of which go wrong: each a word, as `kill`, and a folder in which it leaves a mark a try."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -20,11 +21,23 @@ def do(task: Task) -> tuple[str, int]:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "fail" or (what == "fail once" and before == 0):
         raise OSError(f"no luck with {Path(path).name}")
+    if what == "starve":
+        _hold_more_than_there_is()
     if what == "refuse":
         raise ValueError(f"{Path(path).name} makes no sense")
     if what == "fill":
         raise OSError(28, "No space left on device", path)
     return Path(path).name, os.getpid()
+
+
+def _hold_more_than_there_is() -> None:
+    """Raises MemoryError, as where the system gives this process no more."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 40, limits[1]))
+    try:
+        bytearray(1 << 41)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def prepare(folder: str = "") -> str:
