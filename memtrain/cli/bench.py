@@ -56,7 +56,7 @@ def bench(argv: list[str]) -> None:
         "--share", type=float, default=0.1, metavar="X", help="of the samples, excluded or duplicates (default 0.1)"
     )
     kept.add_argument(
-        "--folder", type=Path, metavar="DIR", help="for shards that are links, 60 kB each (default a new one)"
+        "--folder", type=_made, metavar="DIR", help="for shards that are links, 60 kB each (default a new one)"
     )
     kept.add_argument("--only", nargs="+", default=[], metavar="OPTION", help="shards, data.where, … (default all)")
     kept.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -72,7 +72,7 @@ def bench(argv: list[str]) -> None:
         "--search-parts", type=int, metavar="N",
         help="do so many parts of the search for near duplicates, and scale their time (default: all)",
     )  # fmt: skip
-    scale.add_argument("--folder", type=Path, help="where to write: about 250 bytes a row (default: the system's)")
+    scale.add_argument("--folder", type=_made, help="where to write: about 250 bytes a row (default: the system's)")
     scale.add_argument("--json", action="store_true", help="print the figures as JSON")
     scale.set_defaults(run=_scale)
     recall = commands.add_parser(
@@ -141,6 +141,13 @@ def _startup(args: argparse.Namespace) -> None:
         f"corpus open after {found.corpus_seconds:.1f} s, first batch after {found.first_batch_seconds:.1f} s\n"
         f"{found.resident_bytes / 2**20:.0f} MiB resident beyond interpreter and libraries"
     )
+
+
+def _made(folder: str) -> Path:
+    """A folder, which is made where it is not there yet."""
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _kept(args: argparse.Namespace) -> None:
