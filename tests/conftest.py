@@ -30,6 +30,7 @@ FORKS = pytest.StashKey["Forks"]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all is imported, whose objects stay
     if config.getoption("numprocesses", None):  # the tests run in other processes
         return
     from hypothesis import HealthCheck, settings
@@ -43,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # no test need look through the libraries' objects for garbage
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

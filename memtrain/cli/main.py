@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import sys
@@ -53,6 +55,7 @@ An error is one line; MEMTRAIN_TRACEBACK=1 shows where it came from.
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 2 after a one-line message where the user can mend what is wrong."""
+    atexit.register(gc.freeze)  # the process' memory goes as a whole: nothing in it is looked through for garbage
     argv = sys.argv[1:] if argv is None else argv
     command, *rest = argv or ["--help"]
     if os.getcwd() not in sys.path:  # for classes of the user's own, as with `python -m`; last: it hides nothing
@@ -80,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        gc.enable()  # a training switches it off while it starts
 
 
 def _with_hydra(command: str, arguments: list[str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +41,7 @@ def train(cfg: DictConfig) -> None:
     check_start(None if past else cfg.ckpt_path)
     check_training(cfg)
     # here: what can be refused without torch, which takes seconds to import, has been
+    gc.disable()  # a million objects come now, and stay: to look through them for garbage took a fifth of the start
     import pytorch_lightning as pl
 
     from memtrain.data.canaries_digest import canaries_digest
@@ -67,9 +71,20 @@ def train(cfg: DictConfig) -> None:
     trainer = _trainer(cfg, [signals, stop_early, *looks.values()], _loggers(cfg, past))
     _check_ranks(cfg, past, ckpt_path, trainer)
     _begin(cfg, past, ckpt_path, data)
-    with signals, ended_clearly(trainer, module.stops):
+    with _all_is_built(), signals, ended_clearly(trainer, module.stops):
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     guard.end(Path(cfg.run_dir), is_job())
+
+
+@contextmanager
+def _all_is_built() -> Iterator[None]:
+    """Look for garbage again, but not among what is there by now."""
+    gc.freeze()
+    gc.enable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _earlier(cfg: DictConfig) -> Past | None:

@@ -79,9 +79,9 @@ def test_tools_of_shards_write_the_same_files(cluster, tmp_path, capsys):
         out, words = tmp_path / where, [str(tmp_path / "shards"), *on(where, cluster)]
         out.mkdir()
         shards(["duplicates", *words, f"out={out}/groups.parquet"])
-        with pytest.raises(SystemExit):
-            shards(["check", *words, f"manifest={out}/check", "json=true"])
         if EVERY:
+            with pytest.raises(SystemExit):
+                shards(["check", *words, f"manifest={out}/check", "json=true"])
             shards(["pack", f"{tmp_path}/pictures", f"{out}/packed", "shard-size=2", *on(where, cluster)])
             for path in (tmp_path / "shards").glob("*.tar"):
                 (out / path.name).symlink_to(path)
