@@ -79,12 +79,15 @@ def train(cfg: DictConfig) -> None:
 @contextmanager
 def _all_is_built() -> Iterator[None]:
     """Look for garbage again, but not among what is there by now."""
-    gc.freeze()
+    is_mine = not gc.get_freeze_count()  # a process that makes forks has done it for them
+    if is_mine:
+        gc.freeze()
     gc.enable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if is_mine:
+            gc.unfreeze()
 
 
 def _earlier(cfg: DictConfig) -> Past | None:
