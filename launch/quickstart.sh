@@ -13,5 +13,9 @@ cd "$repo"
 # Quoted for Hydra too: the path may have spaces, commas, brackets.
 shards="data.shards='${demo//\'/\\\'}'"
 "$venv/bin/memtrain" demo "$demo"
-"$venv/bin/memtrain" cache model=demo data.resolution=64 dtype=float32 "$shards"
-exec "$venv/bin/memtrain" train experiment=demo data.cache=beside "$shards" "$@"
+cache=beside
+for word in "$@"; do
+  case "$word" in model* | data*) cache=null ;; esac  # another model or other data: encoded as they are trained on
+done
+[ "$cache" = null ] || "$venv/bin/memtrain" cache model=demo data.resolution=64 dtype=float32 "$shards"
+exec "$venv/bin/memtrain" train experiment=demo "data.cache=$cache" "$shards" "$@"

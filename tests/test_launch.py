@@ -181,7 +181,8 @@ def test_quickstart_says_what_it_cannot_reach_and_installs_once(checkout, tmp_pa
         done = launch(root / "launch" / script.name, *arguments, cwd=tmp_path, **environment, **base)
         assert done.returncode == 0, done.stdout + done.stderr
         printed = done.stdout.splitlines()
-        return "\n".join(printed[:-3]), [json.loads(line) for line in printed[-3:]]
+        called = [json.loads(line) for line in printed if line.startswith("[")]
+        return "\n".join(printed[: -len(called)]), called
 
     said, (demo, cache, train) = calls(checkout, "exclusion=none", "trainer.max_steps=5")
     corpus = f"{checkout}/data/demo"
@@ -191,6 +192,10 @@ def test_quickstart_says_what_it_cannot_reach_and_installs_once(checkout, tmp_pa
     assert cache == [str(checkout), "cache", "model=demo", "data.resolution=64", "dtype=float32", shards]
     overrides = ["experiment=demo", "data.cache=beside", shards, "exclusion=none", "trainer.max_steps=5"]
     assert train == [str(checkout), "train", *overrides]
+
+    for other in ("model=demo_flow", "data.resolution=32"):  # what is trained on is not what would be encoded
+        _, (_, train) = calls(checkout, other)
+        assert train == [str(checkout), "train", "experiment=demo", "data.cache=null", shards, other]
 
     said, (demo, *_) = calls(checkout, MEMTRAIN_DEMO="it's here")
     assert said == ""
