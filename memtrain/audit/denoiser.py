@@ -22,6 +22,7 @@ from memtrain.models.folders import AUDITED
 from memtrain.models.lora_files import load_lora
 from memtrain.models.pipelines import load_pipeline
 from memtrain.models.samplers import Predictions
+from memtrain.models.t5 import set_t5_padding
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -63,11 +64,13 @@ class Denoiser:
         key: str = "model",
         lora: str | None = None,
         max_sequence_length: int | None = None,
+        t5_padding: str = "encoded",
         config: str | None = None,
     ) -> Denoiser:
         """A diffusers folder (read offline), a hub id or a .safetensors file; device None is the GPU where there is
         one. `key`: what the user called it. `lora`: an adapter to load into it, a folder or a file.
         `max_sequence_length`: tokens of a prompt in T5, as it was trained with; None: as the stock pipeline has it.
+        `t5_padding`: see `memtrain.models.t5.set_t5_padding`.
         `config`: of a file, see `memtrain.models.single_files.load_single_file`.
 
         Raises:
@@ -86,6 +89,7 @@ class Denoiser:
         denoiser = Denoiser(pipeline)
         if max_sequence_length is not None:
             denoiser.model.cut_captions(max_sequence_length)
+        set_t5_padding(denoiser.model, t5_padding)
         return denoiser
 
     def guided(self, guidance_scale: float | None) -> Denoiser:
@@ -152,7 +156,8 @@ class Denoiser:
         digest.update(f" {self.latent_shape} {self.dtype}".encode())
         for hashed in model.fingerprint(model.network_name, *model.text_encoder_names).values():
             digest.update(hashed.encode())
-        for option in model.call_options.items():
+        padding = {} if model.t5_padding is None else {"t5_padding": model.t5_padding}
+        for option in (model.call_options | padding).items():
             digest.update(str(option).encode())
         return digest.hexdigest()
 

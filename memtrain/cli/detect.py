@@ -79,7 +79,7 @@ def _loaded(plain: dict) -> tuple[Denoiser, list[StepScore | Density]]:
     cfg = OmegaConf.create(plain)
     denoiser = Denoiser.load(
         cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length,
+        max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
     )  # fmt: skip
     return denoiser, named_scores(list(cfg.scores), cfg.embedding, denoiser.device, _anchored(cfg, denoiser))
 

@@ -94,6 +94,7 @@ def evaluate(cfg: DictConfig) -> None:
             draw=write_gallery,
             loras=loras,
             max_sequence_length=cfg.max_sequence_length,
+            t5_padding=cfg.t5_padding,
             config=cfg.config,
             advance=_bars(progress),
             spread=spread,
@@ -131,7 +132,7 @@ def _loaded(plain: dict, source: str, lora: str | None) -> tuple[Denoiser, Shard
     cfg = OmegaConf.create(plain)
     denoiser = Denoiser.load(
         source, cfg.device, cfg.dtype, lora=lora, max_sequence_length=cfg.max_sequence_length,
-        config=cfg.config if is_file(source) else None,
+        t5_padding=cfg.t5_padding, config=cfg.config if is_file(source) else None,
     )  # fmt: skip
     return denoiser, _samples(cfg), _measures(cfg)
 

@@ -30,7 +30,7 @@ def explain(cfg: DictConfig) -> None:
     )
     denoiser = Denoiser.load(
         cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length,
+        max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
     ).guided(cfg.guidance_scale)  # fmt: skip
     sampling["guidance_scale"] = denoiser.guidance_scale
     found = audit.explain(

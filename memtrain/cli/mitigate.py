@@ -32,7 +32,7 @@ def mitigate(cfg: DictConfig) -> None:
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
     denoiser = Denoiser.load(
         cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length,
+        max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
     ).guided(cfg.guidance_scale)  # fmt: skip
     sampling = replace(sampling, guidance_scale=denoiser.guidance_scale)
     samples = None if keys is None else _samples(cfg, denoiser)

@@ -61,7 +61,7 @@ def repair(cfg: DictConfig) -> None:
     earlier, bases = _earlier(cfg)
     denoiser = Denoiser.load(
         cfg.model.pretrained, cfg.device, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length,
+        max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
     ).guided(cfg.guidance_scale)  # fmt: skip
     _check_base(cfg, denoiser, bases)
     _settle(denoiser)

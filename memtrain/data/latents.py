@@ -26,6 +26,7 @@ _OPEN_FILES = 32
 _SUFFIX = ".latents.safetensors"
 _OPTIONAL = ("pooled", "sizes")  # columns that some families have
 TOKENS = "hidden_tokens"  # in a header: L, where the zeros at the end of `hidden` are not in the file
+HIDDEN_BOUNDS = "hidden_bounds"  # where they are of different lengths: row n lies in hidden[bounds[n] : bounds[n + 1]]
 
 # What a cache must have in common with the run that reads it, and what a person would call it.
 MADE_WITH = {
@@ -39,7 +40,9 @@ MADE_WITH = {
     "caption": "data.caption",
     "where": "data.where",
     "max_sequence_length": "model.max_sequence_length",
+    "t5_padding": "model.t5_padding",
 }
+_UNSAID = {"family": "StableDiffusion", "t5_padding": "encoded"}  # where a header says nothing of it
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def read_header(path: Path) -> dict:
             header = json.loads((file.metadata() or {})["memtrain"])
         if not isinstance(header, dict):
             raise ValueError("its header is no table")
-        return {"family": "StableDiffusion"} | header  # older ones do not say so
+        return header
     except FileNotFoundError:
         raise ValueError(
             f"data.cache has no {path.name}; run `memtrain cache` with the same data: it goes on"
@@ -75,6 +78,7 @@ def read_header(path: Path) -> dict:
 
 def difference(found: Mapping, wanted: Mapping, ignored: tuple[str, ...] = ()) -> str | None:
     """The first thing in which a header is unlike `wanted`, in words."""
+    found, wanted = _UNSAID | dict(found), _UNSAID | dict(wanted)
     for name, called in MADE_WITH.items():
         if name not in ignored and found.get(name) != wanted.get(name):
             if called.startswith("another"):
@@ -153,8 +157,8 @@ class LatentCache:
         file = self._file(int(self.samples.counts.argmax()))
         names = ["posterior", "hidden", *(name for name in _OPTIONAL if name in file.keys())]  # noqa: SIM118
         shapes = {name: tuple(file.get_slice(name).get_shape()[1:]) for name in names}
-        tokens, width = shapes["hidden"]
-        shapes["hidden"] = (int(json.loads(file.metadata()["memtrain"]).get(TOKENS, tokens)), width)
+        *tokens, width = shapes["hidden"]  # of captions of different lengths the width alone
+        shapes["hidden"] = (int(json.loads(file.metadata()["memtrain"]).get(TOKENS, *tokens)), width)
         return shapes
 
     def get(self, index: int, flip: bool) -> CachedSample:
@@ -166,7 +170,10 @@ class LatentCache:
         start, end = file.get_slice("caption_bounds")[row : row + 2]
         caption = file.get_slice("captions")[int(start) : int(end)].tobytes().decode("utf-8")
         stored = {name: "posterior_flipped" if flip and name == "posterior" else name for name in self.shapes()}
-        columns = {name: file.get_slice(column)[row : row + 1][0] for name, column in stored.items()}
+        columns = {
+            name: _hidden(file, row) if name == "hidden" else file.get_slice(column)[row : row + 1][0]
+            for name, column in stored.items()
+        }
         tokens = self.shapes()["hidden"][0] - len(columns["hidden"])
         if tokens:  # zeros, that the file leaves out
             columns["hidden"] = np.pad(columns["hidden"], ((0, tokens), (0, 0)))
@@ -176,3 +183,11 @@ class LatentCache:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _hidden(file: safe_open, row: int) -> np.ndarray:
+    """(l, D), the tokens of a caption that are in the file."""
+    if HIDDEN_BOUNDS not in file.keys():  # noqa: SIM118
+        return file.get_slice("hidden")[row : row + 1][0]
+    start, end = file.get_slice(HIDDEN_BOUNDS)[row : row + 2]
+    return file.get_slice("hidden")[int(start) : int(end)]

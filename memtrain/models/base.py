@@ -58,6 +58,7 @@ class DiffusionModel(nn.Module, ABC):
         self.scale_factor = pipeline.vae_scale_factor  # px of a latent's side
         self.text_encoder_is_trained = self.compiled = False
         self.quantization: str | None = None  # of the network's linear layers
+        self.t5_padding: str | None = None  # where it is not the stock pipeline's
         self._null: Conditioning | None = None
 
     # ---- its parts
@@ -107,7 +108,8 @@ class DiffusionModel(nn.Module, ABC):
         """A hash of the weights of these networks, by name; else the family, and of what latents and embeddings
         depend on."""
         if not names:
-            return {"family": type(self).__name__} | self.fingerprint("vae", *self.text_encoder_names)
+            padding = {} if self.t5_padding is None else {"t5_padding": self.t5_padding}
+            return {"family": type(self).__name__} | self.fingerprint("vae", *self.text_encoder_names) | padding
         return {name: hash_weights(getattr(self, name)) for name in names}
 
     # ---- what is trained

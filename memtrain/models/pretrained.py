@@ -11,6 +11,7 @@ from memtrain.models.flux import Flux
 from memtrain.models.folders import Kind, trained
 from memtrain.models.pipelines import load_pipeline
 from memtrain.models.quantized import quantize
+from memtrain.models.t5 import set_t5_padding
 
 
 def from_pretrained(
@@ -61,6 +62,7 @@ def flow_from_pretrained(
     shift: float | None,
     config: str | None = None,
     max_sequence_length: int | None = None,
+    t5_padding: str = "encoded",
     quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a model on a rectified flow, as `from_pretrained` does, and say how sigma is drawn in training.
@@ -71,17 +73,19 @@ def flow_from_pretrained(
         density, logit_mean, logit_std, mode_scale: see `memtrain.core.diffusion.RectifiedFlow`.
         shift: see there; None is that of the pipeline's scheduler.
         max_sequence_length: tokens of a caption in T5, padding included; None is as the stock pipeline has it.
+        t5_padding: what stands for that padding; see `memtrain.models.t5.set_t5_padding`.
 
     Raises:
         ValueError: in one line, what is wrong with `pretrained` or the density.
     """
     switches = train_text_encoder, gradient_checkpointing, channels_last, compile
     model = from_pretrained(pretrained, family, *switches, config, quantization)
-    if max_sequence_length is not None:
-        try:
+    try:
+        if max_sequence_length is not None:
             model.cut_captions(max_sequence_length)
-        except ValueError as error:
-            raise ValueError(f"model.{error}") from None
+        set_t5_padding(model, t5_padding)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
     own = model.noise_process
     assert isinstance(own, RectifiedFlow)
     model.noise_process = RectifiedFlow(
@@ -104,6 +108,7 @@ def flux_from_pretrained(
     shift: float | None,
     guidance: float,
     config: str | None = None,
+    t5_padding: str = "encoded",
     quantization: str | None = None,
 ) -> DiffusionModel:
     """Load a Flux, as `flow_from_pretrained` does, and say which guidance scale it is told in training.
@@ -127,6 +132,7 @@ def flux_from_pretrained(
         mode_scale,
         shift,
         config,
+        t5_padding=t5_padding,
         quantization=quantization,
     )
     assert isinstance(model, Flux)

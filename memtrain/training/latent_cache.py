@@ -20,7 +20,16 @@ from memtrain.data.batches import Batch, BatchDecoder
 from memtrain.data.datamodule import DataModule
 from memtrain.data.foreign import LatentsWithForeign, WithForeign
 from memtrain.data.groups import Groups
-from memtrain.data.latents import TOKENS, CachedSample, cache_path, difference, is_of_state, read_header, shard_state
+from memtrain.data.latents import (
+    HIDDEN_BOUNDS,
+    TOKENS,
+    CachedSample,
+    cache_path,
+    difference,
+    is_of_state,
+    read_header,
+    shard_state,
+)
 from memtrain.data.samples import ShardSamples
 from memtrain.models.base import DiffusionModel
 
@@ -28,6 +37,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _CAPTION_BYTES = 100  # of a usual one
+_CAPTIONS_ASKED = 32  # of a corpus, how many tokens theirs are
 _ROW_BYTES = 8 + 1  # where its caption ends, whether it is valid
 
 
@@ -70,12 +80,13 @@ def check_captions(samples: ShardSamples, numbers: Iterable[int]) -> None:
 
 @torch.no_grad()
 def sample_bytes(model: DiffusionModel, samples: ShardSamples, dtype: str, flip: bool) -> int:
-    """What a sample with a usual caption takes in a cache."""
+    """What a sample takes in a cache: of the captions' lengths, the mean of some of the corpus."""
     latents = math.prod(model.latent_shape(*samples.sizes[0]))
-    told = model.encode(["a caption"])
-    numbers = 2 * latents * (2 if flip else 1) + without_last_zeros(told.hidden).numel()
-    numbers += 0 if told.pooled is None else told.pooled.numel()
-    sizes = 0 if told.time_ids is None else told.time_ids.numel() * torch.int32.itemsize
+    rows = np.unique(np.linspace(0, len(samples) - 1, _CAPTIONS_ASKED).astype(int))
+    told = model.encode([(*samples.captions(int(row)), "")[0] for row in rows])
+    numbers = 2 * latents * (2 if flip else 1) + int(lengths(told.hidden).float().mean() * told.hidden.shape[2])
+    numbers += 0 if told.pooled is None else told.pooled[0].numel()
+    sizes = 0 if told.time_ids is None else told.time_ids[0].numel() * torch.int32.itemsize
     return numbers * DTYPES[dtype].itemsize + sizes + _CAPTION_BYTES + _ROW_BYTES
 
 
@@ -142,7 +153,7 @@ def write_latents(
         said = {**header, "flip": flip, **shard_state(samples, number)}
         if "hidden" in tensors:  # an empty shard has none
             said[TOKENS] = tensors["hidden"].shape[1]
-            tensors["hidden"] = without_last_zeros(tensors["hidden"])
+            tensors |= without_last_zeros(tensors["hidden"])
         with written_aside(path, shared=True) as aside:
             save_file(tensors, aside, metadata={"memtrain": json.dumps(said)})
 
@@ -206,14 +217,24 @@ def with_foreign_latents(model: DiffusionModel, data: DataModule) -> LatentsWith
     return LatentsWithForeign(cache, samples, encoded)
 
 
-def without_last_zeros(hidden: torch.Tensor) -> torch.Tensor:
-    """(N, L, D) embeddings without the last tokens, where these are zeros in all rows: Stable Diffusion 3's without T5.
+def without_last_zeros(hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(N, L, D) embeddings as a file holds them: each without the zeros at its end, which stand for padding.
 
-    Of a T5 none are: it sees no mask, so that what stands for padding depends on the caption and is different at each
-    place, and the network attends to all of it.
+    Where all are of l tokens, hidden (N, l, D); else hidden (sum of l, D) and where the rows begin and end, (N + 1,).
+    A caption's own tokens alone are left of a T5 that pads with zeros; of one that encodes padding none is left out:
+    without a mask, what stands for padding depends on the caption, and the network attends to all of it.
     """
-    lengths = hidden.ne(0).any(dim=(0, 2)).nonzero()  # the places at which something stands
-    return hidden[:, : int(lengths.max()) + 1 if len(lengths) else 1].contiguous()
+    kept = lengths(hidden)
+    if kept.unique().numel() == 1:
+        return {"hidden": hidden[:, : int(kept[0])].contiguous()}
+    rows = torch.cat([row[:length] for row, length in zip(hidden, kept.tolist(), strict=True)])
+    return {"hidden": rows, HIDDEN_BOUNDS: torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])}
+
+
+def lengths(hidden: torch.Tensor) -> torch.Tensor:
+    """(N,) int64: tokens of each of (N, L, D) embeddings up to the last that is not zeros; one at least."""
+    places = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+    return (hidden.ne(0).any(dim=2) * places).amax(dim=1).clamp(min=1)
 
 
 class _Rows(Dataset[tuple[int, int, int]]):

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from memtrain.cli.main import main
 from memtrain.data.datamodule import from_shards
+from memtrain.data.latents import HIDDEN_BOUNDS
 from memtrain.data.samples import ShardSamples
+from memtrain.models.t5 import set_t5_padding
 from memtrain.training.latent_cache import (
     check_captions,
     check_room,
@@ -245,9 +247,19 @@ def t5_folder(pipeline_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("name", "length", "stored"), [("flow", None, 24), ("t5", None, 24 + 256), ("t5", 9, 24 + 9)])
-def test_a_flow_is_trained_from_a_cache_as_without(request, corpus, tmp_path, name, length, stored):
-    """Without T5 its zeros are not stored; with one all its tokens are, of which `max_sequence_length` says the count.
+@pytest.mark.parametrize(
+    ("name", "length", "padding", "stored"),
+    [
+        ("flow", None, "encoded", {24}),
+        ("t5", None, "encoded", {24 + 256}),
+        ("t5", 9, "encoded", {24 + 9}),
+        ("t5", None, "zero", {24 + 6, 24 + 7, 24 + 8, 24 + 10}),
+        ("t5", 5, "zero", {24 + 5}),
+    ],
+)
+def test_a_flow_is_trained_from_a_cache_as_without(request, corpus, tmp_path, name, length, padding, stored):
+    """Without T5 its zeros are not stored; with one all its tokens are, of which `max_sequence_length` says the count;
+    where zeros stand for padding, each caption's own.
 
     And the corpus' cache is as large as was said."""
     pipeline, runs = request.getfixturevalue(f"{name}_folder"), []
@@ -256,6 +268,7 @@ def test_a_flow_is_trained_from_a_cache_as_without(request, corpus, tmp_path, na
         module = build_module(pipeline, scoring=Scoring(every=0))
         if length:
             module.model.cut_captions(length)
+        set_t5_padding(module.model, padding)
         if cache:
             write_latents(
                 module.model, samples, range(len(samples.shards)), cache, dtype="float32", flip=False, batch_size=16,
@@ -267,13 +280,22 @@ def test_a_flow_is_trained_from_a_cache_as_without(request, corpus, tmp_path, na
         runs.append(weights(module))
     torch.testing.assert_close(runs[1], runs[0], atol=1e-6, rtol=0)
     files = sorted(tmp_path.glob("*.latents.safetensors"))
-    assert {load_file(file)["hidden"].shape[1] for file in files} == {stored}
+    assert set().union(*(lengths_in(file) for file in files)) == stored
     said = len(samples) * sample_bytes(module.model, samples, "float32", False)
     assert sum(file.stat().st_size for file in files) == pytest.approx(said, rel=0.02)
-    if length:
+    if length or padding == "zero":
         other = build_module(pipeline).model
-        with pytest.raises(ValueError, match=r"made with model.max_sequence_length=9, not 256"):
+        unlike = f"max_sequence_length={length}, not 256" if length else "t5_padding=zero, not encoded"
+        with pytest.raises(ValueError, match=f"made with model.{unlike}"):
             data(corpus, cache=str(tmp_path)).check_cache(other.fingerprint, False)
+
+
+def lengths_in(file):
+    """Of how many tokens the captions in a cache's file are."""
+    tensors = load_file(file)
+    if HIDDEN_BOUNDS in tensors:
+        return set(tensors[HIDDEN_BOUNDS].diff().tolist())
+    return {tensors["hidden"].shape[1]}
 
 
 def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_written(corpus, tmp_path, monkeypatch):

@@ -52,6 +52,7 @@ def evaluate(
     draw: DrawGallery,
     loras: Sequence[str | None] | None = None,
     max_sequence_length: int | None = None,
+    t5_padding: str = "encoded",
     config: str | None = None,
     advance: Advance = lambda what, done, total: None,
     spread: ModelsSpread | None = None,
@@ -63,7 +64,7 @@ def evaluate(
     Args:
         config: of models that are files; see `memtrain.models.single_files.load_single_file`.
         loras: for each model a folder or file with an adapter to load into it, or None; None: none has one.
-        max_sequence_length: see `Denoiser.load`.
+        max_sequence_length, t5_padding: see `Denoiser.load`.
         spread: who evaluates, and which models; None: this process, and all. Of a part the results of its models.
 
     Raises:
@@ -76,7 +77,7 @@ def evaluate(
     for source, lora, name in [named[place] for place in spread.part.of(len(named))]:
         denoiser = Denoiser.load(
             source, device, dtype, lora=lora, max_sequence_length=max_sequence_length,
-            config=config if is_file(source) else None,
+            t5_padding=t5_padding, config=config if is_file(source) else None,
         )  # fmt: skip
         own = replace(settings, guidance_scale=denoiser.guided(settings.guidance_scale).guidance_scale)
         identity = _identity(denoiser, samples, chosen, measures, own)
