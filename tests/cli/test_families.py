@@ -1,4 +1,4 @@
-"""Every family by every command, from the shell's words to the files that they promise: the table of the guide."""
+"""Every family by every command, from the shell's words to the files that they promise: README's table."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,7 @@ FAMILIES = {
     "flux": "flux_folder", "flux2_klein": "klein_folder",
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("few_tokens")
+AUDITS = ["detect", "explain", "mitigate", "evaluate"]
 QUICK = ["num_images_per_prompt=1", "num_inference_steps=2", "device=cpu"]
 
 
@@ -31,6 +32,13 @@ def family(request, corpus, tmp_path_factory) -> tuple[Path, Path, Path]:
          + ["run_id=one", "exclusion.warmup=1"])  # fmt: skip
     run = folder / "faults" / "one"
     return corpus, run, run / "export"
+
+
+def test_the_readme_promises_these_families_and_no_cell_more():
+    rows = [line.split(" | ") for line in Path("README.md").read_text().splitlines() if line.startswith("| family |")
+            or " | yes |" in line]  # fmt: skip
+    assert [cell.strip(" |") for cell in rows[0][2:]] == ["train", "LoRA", "cache", *AUDITS]
+    assert {row[1].strip("`") for row in rows[1:]} == set(FAMILIES)
 
 
 def test_it_is_cached_and_trained(family):
