@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
@@ -25,6 +26,15 @@ class FlowTransformer(StableDiffusion):
     network_name = "transformer"
     patch = 2  # a token is of so many rows and columns of latents
     transformer: Any
+
+    def _transformed(self, of_rows: dict[str, Tensor | None], **shared: Any) -> Tensor:
+        """What the transformer makes of B rows of each of these and of what is the same for all; one compiled graph
+        serves any B where no gradient is taken."""
+        if self.compiled and not torch.is_grad_enabled():
+            for told in of_rows.values():
+                if told is not None:
+                    torch._dynamo.maybe_mark_dynamic(told, 0)
+        return self.transformer(**of_rows, **shared, return_dict=False)[0]
 
     def _set_process(self, name: str) -> None:
         config = self.scheduler.config

@@ -70,16 +70,15 @@ class Flux(FlowTransformer):
         rows, columns = (side // 2 for side in noisy_latents.shape[-2:])
         device = noisy_latents.device
         places = torch.cartesian_prod(*(torch.arange(count, device=device) for count in (1, rows, columns)))
-        v = self.transformer(
+        told = dict(
             hidden_states=pack(noisy_latents),
             timestep=self.noise_process.noise_level(timesteps),
             guidance=conditioning.guidance,
             pooled_projections=conditioning.pooled,
             encoder_hidden_states=conditioning.hidden,
-            txt_ids=torch.zeros(conditioning.hidden.shape[1], 3, device=device),
-            img_ids=places.float(),  # (rows columns, 3)
-            return_dict=False,
-        )[0]
+        )
+        text = torch.zeros(conditioning.hidden.shape[1], 3, device=device)
+        v = self._transformed(told, txt_ids=text, img_ids=places.float())  # (rows columns, 3)
         return unpack(v, rows, columns)
 
     # ---- what comes of it

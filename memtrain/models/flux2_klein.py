@@ -115,14 +115,13 @@ class Flux2Klein(FlowTransformer):
             torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts)).expand(rows, -1, -1)
             for counts in ((1, height, width, 1), (1, 1, 1, conditioning.hidden.shape[1]))
         )
-        v = self.transformer(
+        v = self._transformed(dict(
             hidden_states=noisy_latents.flatten(2).transpose(1, 2),
             timestep=self.noise_process.noise_level(timesteps),
             encoder_hidden_states=conditioning.hidden,
             txt_ids=text,
             img_ids=image,
-            return_dict=False,
-        )[0]
+        ))  # fmt: skip
         return v.transpose(1, 2).unflatten(2, (height, width))
 
     # ---- what comes of it

@@ -125,13 +125,12 @@ class StableDiffusion3(FlowTransformer):
             count_zero_tokens(self.transformer, T5_TOKENS)
 
     def _call(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.transformer(
+        return self._transformed(dict(
             hidden_states=noisy_latents,
             timestep=timesteps.float() + 1,  # T sigma
             encoder_hidden_states=conditioning.hidden,
             pooled_projections=conditioning.pooled,
-            return_dict=False,
-        )[0]
+        ))  # fmt: skip
 
     # ---- what comes of it
 
