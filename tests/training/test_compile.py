@@ -14,7 +14,7 @@ from memtrain.audit.denoiser import Denoiser
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit, weights
 from tests.support.callbacks import copies, validation
-from tests.support.families import flux, flux2_klein, stable_diffusion, stable_diffusion_3
+from tests.support.families import flux, stable_diffusion, stable_diffusion_3
 from tests.support.flows import few_tokens  # noqa: F401
 from tests.support.rules import quick_evidence
 
@@ -52,7 +52,7 @@ def test_a_run_compiles_two_graphs_and_is_the_run_that_is_not_compiled(pipeline_
 
 
 @pytest.mark.usefixtures("few_tokens")
-@pytest.mark.parametrize("make", [stable_diffusion_3, flux, flux2_klein])
+@pytest.mark.parametrize("make", [stable_diffusion_3, flux])
 def test_a_transformer_is_compiled_once_for_any_number_of_rows(pipeline_folder, counter, make):
     """The rows of what it is told are made on the way, and marked there: else each count has a graph of its own."""
     model = Denoiser.of(make(stable_diffusion(pipeline_folder))).model
