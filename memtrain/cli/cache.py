@@ -50,7 +50,7 @@ def cache(cfg: DictConfig) -> None:
         )
     mine = [number for number in missing if number in part.of(len(names))]
     check_captions(samples, mine)
-    size = check_room(samples, mine, cfg.out, sample_bytes(model, samples, cfg.dtype, cfg.data.flip > 0))
+    size = check_room(samples, mine, cfg.out, sample_bytes(model, samples, mine, cfg.dtype, cfg.data.flip > 0))
     print(f"{len(names)} shards, {len(mine)} to encode: {cfg.out}, {size}", flush=True)
     prepare = partial(_encoder, plain, header)
     if distributor == Local():

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from memtrain.data.batches import Batch, BatchDecoder
 from memtrain.data.datamodule import DataModule
 from memtrain.data.foreign import LatentsWithForeign, WithForeign
 from memtrain.data.groups import Groups
+from memtrain.data.images import BadSample
 from memtrain.data.latents import (
     HIDDEN_BOUNDS,
     TOKENS,
@@ -79,15 +81,26 @@ def check_captions(samples: ShardSamples, numbers: Iterable[int]) -> None:
 
 
 @torch.no_grad()
-def sample_bytes(model: DiffusionModel, samples: ShardSamples, dtype: str, flip: bool) -> int:
-    """What a sample takes in a cache: of the captions' lengths, the mean of some of the corpus."""
+def sample_bytes(model: DiffusionModel, samples: ShardSamples, numbers: Sequence[int], dtype: str, flip: bool) -> int:
+    """What a sample takes in a cache: of the captions' lengths, the mean of some in the shards of these numbers."""
     latents = math.prod(model.latent_shape(*samples.sizes[0]))
-    rows = np.unique(np.linspace(0, len(samples) - 1, _CAPTIONS_ASKED).astype(int))
-    told = model.encode([(*samples.captions(int(row)), "")[0] for row in rows])
-    numbers = 2 * latents * (2 if flip else 1) + int(lengths(told.hidden).float().mean() * told.hidden.shape[2])
-    numbers += 0 if told.pooled is None else told.pooled[0].numel()
+    told = model.encode(_some_captions(samples, numbers) or ["a caption"])
+    stored = 2 * latents * (2 if flip else 1) + int(lengths(told.hidden).float().mean() * told.hidden.shape[2])
+    stored += 0 if told.pooled is None else told.pooled[0].numel()
     sizes = 0 if told.time_ids is None else told.time_ids[0].numel() * torch.int32.itemsize
-    return numbers * DTYPES[dtype].itemsize + sizes + _CAPTION_BYTES + _ROW_BYTES
+    return stored * DTYPES[dtype].itemsize + sizes + _CAPTION_BYTES + _ROW_BYTES
+
+
+def _some_captions(samples: ShardSamples, numbers: Sequence[int]) -> list[str]:
+    """Captions evenly spread over the shards of these numbers; what cannot be read is left out."""
+    ends = samples.counts[list(numbers)].cumsum()
+    captions = []
+    for place in np.unique(np.linspace(0, ends[-1] - 1, _CAPTIONS_ASKED).astype(int)) if ends.any() else []:
+        shard = int(np.searchsorted(ends, place, side="right"))
+        before = int(ends[shard - 1]) if shard else 0
+        with suppress(BadSample):
+            captions += samples.captions(int(samples.rows.starts[numbers[shard]]) + int(place) - before)[:1]
+    return captions
 
 
 def check_room(samples: ShardSamples, numbers: Iterable[int], out: str, bytes_of_one: int) -> str:

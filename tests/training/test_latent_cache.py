@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from memtrain.cli.main import main
 from memtrain.data.datamodule import from_shards
+from memtrain.data.images import BadSample
 from memtrain.data.latents import HIDDEN_BOUNDS
 from memtrain.data.samples import ShardSamples
 from memtrain.models.t5 import set_t5_padding
@@ -281,7 +282,7 @@ def test_a_flow_is_trained_from_a_cache_as_without(request, corpus, tmp_path, na
     torch.testing.assert_close(runs[1], runs[0], atol=1e-6, rtol=0)
     files = sorted(tmp_path.glob("*.latents.safetensors"))
     assert set().union(*(lengths_in(file) for file in files)) == stored
-    said = len(samples) * sample_bytes(module.model, samples, "float32", False)
+    said = len(samples) * sample_bytes(module.model, samples, range(len(samples.shards)), "float32", False)
     assert sum(file.stat().st_size for file in files) == pytest.approx(said, rel=0.02)
     if length or padding == "zero":
         other = build_module(pipeline).model
@@ -307,3 +308,21 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_written(corpu
     for number in (0, 1):  # to be overwritten
         (tmp_path / f"0000{number}.tar.latents.safetensors").write_bytes(bytes(free))
     check_room(samples, [0, 1], str(tmp_path), 1000)
+
+
+def test_the_size_is_told_by_the_shards_that_are_encoded_whatever_cannot_be_read(pipeline_folder, corpus, monkeypatch):
+    samples, model, asked = ShardSamples(str(corpus), 64), build_module(pipeline_folder).model, []
+    captions = samples.captions
+
+    def read(row):
+        asked.append(row)
+        if row == 20:
+            raise BadSample("gone")
+        return captions(row)
+
+    monkeypatch.setattr(samples, "captions", read)
+    whole = sample_bytes(model, samples, [1], "float32", False)
+    assert asked == list(range(16, 32))
+    assert sample_bytes(model, samples, [], "float32", False) == whole and len(asked) == 16
+    sample_bytes(model, samples, [0, 2], "float32", False)
+    assert set(asked[16:]) == {*range(16), *range(32, 48)}
