@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from memtrain.core.copies import is_copy
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE
 from memtrain.core.files import written_aside
 from memtrain.data.copies_file import CopyRow, read_copies
@@ -21,7 +22,7 @@ from memtrain.report.copies import counted, doses_by_kind, draw_doses, rate_of
 from memtrain.report.plane import Point, draw_plane
 
 EVALUATION = "evaluation/evaluation.json"  # in a run's folder, and the other files that are read here
-_SSCD = "nearest_sscd"  # a column of the evaluation's rows
+_SSCD, _RMSE = "nearest_sscd", "latent_rmse"  # columns of the evaluation's rows, the second of a generation's own
 _CANARY, _REFERENCE = GROUP_NAMES[CANARY], GROUP_NAMES[REFERENCE]
 
 
@@ -63,7 +64,7 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
     rows = read_copies(folder / "copies.csv") if (folder / "copies.csv").is_file() else []
     evaluation = folder / EVALUATION
     model = json.loads(evaluation.read_text(encoding="utf-8"))[0] if evaluation.is_file() else {"groups": []}
-    groups = {group["group"]: group for group in model["groups"]}
+    attacked = copy_rates(model["groups"], evaluation.with_name("rows.parquet"), judged.get("cut"), attacked=True)
     seen, per_second = summary["samples_seen"], summary["samples_per_second"]
     min_repeats = judged.get("min_repeats", 1)
     return Result(
@@ -71,8 +72,8 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
         seed,
         Figures(
             copies=summary["copy_rate"][_CANARY],
-            attacked=groups.get(_CANARY, {}).get("copy_rate_attacked"),
-            reference_attacked=groups.get(_REFERENCE, {}).get("copy_rate_attacked"),
+            attacked=attacked.get(_CANARY),
+            reference_attacked=attacked.get(_REFERENCE),
             nearest=judged.get("nearest", {}).get(_CANARY, {}).get("rate"),
             heldout_loss=summary["heldout_loss"],
             distance=model.get("frechet_distance"),
@@ -87,6 +88,30 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
         min_repeats,
         rows,
     )
+
+
+def copy_rates(
+    groups: Sequence[Mapping[str, Any]], rows: Path, cut: float | None, attacked: bool
+) -> dict[str, float | None]:
+    """Copies among an evaluation's generations, of each group, at a cut that more generations have set.
+
+    An attack is dear, so that an evaluation with one draws few never-trained captions, and few set no cut that lets
+    one in a hundred count: where none of 16 may count, one in sixteen is to be expected.
+
+    Args:
+        groups: of the evaluation.
+        rows: its rows.parquet.
+        cut: an RMSE of latents; None, or where the evaluation has another measure: the evaluation's own.
+        attacked: of the generations under attack, or of the others.
+    """
+    rates = {group["group"]: group.get("copy_rate_attacked" if attacked else "copy_rate") for group in groups}
+    if cut is None or not rows.is_file() or _RMSE not in pq.read_schema(rows).names:
+        return rates
+    table = pq.read_table(rows, columns=[_RMSE, "group"], filters=pc.field("attacked") == attacked)
+    for group in set(table["group"].to_pylist()):
+        own = table.filter(pc.equal(table["group"], group))[_RMSE].to_numpy()
+        rates[group] = float(np.mean(is_copy(own, cut)))
+    return rates
 
 
 def _of_sscd(rows: Path) -> dict[str, float]:

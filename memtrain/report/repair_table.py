@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from memtrain.core.files import written_aside
-from memtrain.report.mitigation import spread
+from memtrain.report.mitigation import copy_rates, spread
 
 BEFORE = "before"  # the row of the models as they are
 
@@ -58,25 +58,26 @@ def read_figures(
     """Of one model, from its evaluations under attack and without, and from what its repair wrote.
 
     Args:
-        attacked, plain: folders with an evaluation.json.
+        attacked, plain: folders with an evaluation.json. The second draws more never-trained captions: its cut holds.
         repaired: a repair.json; None: the model before.
         before: the figures of the model before.
         training: forward passes that the training took.
     """
-    groups = {
-        (folder, group["group"]): group
-        for folder in (attacked, plain)
-        for group in json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))[0]["groups"]
+    models = {
+        folder: json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))[0] for folder in (attacked, plain)
     }
+    groups = {(folder, group["group"]): group for folder, model in models.items() for group in model["groups"]}
+    of_attacked = models[attacked]["groups"], attacked / "rows.parquet", models[plain].get("cut")
+    rates, rates_attacked = (copy_rates(*of_attacked, attacked=under) for under in (False, True))
     own = {} if repaired is None else json.loads(repaired.read_text(encoding="utf-8"))
     drift = list(own.get("kept_drift", {}).values())
     loss = groups[plain, "reference"]["denoising_loss"]
     return RepairFigures(
         row=row,
         model=model,
-        copies=groups[attacked, "forgotten"]["copy_rate"],
-        attacked=groups[attacked, "forgotten"]["copy_rate_attacked"],
-        reference_attacked=groups[attacked, "reference"]["copy_rate_attacked"],
+        copies=rates["forgotten"],
+        attacked=rates_attacked["forgotten"],
+        reference_attacked=rates_attacked["reference"],
         untouched=groups[plain, "untouched"]["copy_rate"],
         heldout_loss=loss,
         heldout_change=None if before is None else loss / before.heldout_loss - 1,

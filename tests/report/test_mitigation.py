@@ -73,6 +73,25 @@ def test_similarity_to_the_training_set_is_shown_where_it_was_measured(tmp_path)
     assert line.endswith(f"| {5 / 11:.1%} | 0.950 |")
 
 
+def test_what_is_under_attack_is_judged_by_the_runs_own_cut(tmp_path):
+    write_run(tmp_path / "none_seed0", 1.0, 0, attacked=1.0)  # the run's cut is 0.3; the evaluation's was another
+    rows = [
+        dict(latent_rmse=rmse, group=group, attacked=attacked)
+        for group, attacked, distances in (
+            ("canary", True, [0.1, 0.3, 0.31, 0.45]),
+            ("canary", False, [0.1, 0.1]),
+            ("reference", True, [0.29, 0.5, 0.9]),
+        )
+        for rmse in distances
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "none_seed0" / "evaluation" / "rows.parquet")
+    figures = read_result(tmp_path / "none_seed0", "none", 0).figures
+    assert figures.attacked == 0.5 and figures.reference_attacked == pytest.approx(1 / 3)
+    summary = json.loads((tmp_path / "none_seed0" / "summary.json").read_text())
+    (tmp_path / "none_seed0" / "summary.json").write_text(json.dumps(summary | {"copies": {}}))  # it drew nothing
+    assert read_result(tmp_path / "none_seed0", "none", 0).figures.attacked == 1.0
+
+
 def test_seeds_share_their_canaries(results):
     none = by_row(results, ["none"])["none"]
     canaries = [row for row in pooled(none) if row.group == "canary"]

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from memtrain.report.repair_table import BEFORE, read_figures, table
@@ -40,3 +42,15 @@ def test_a_row_a_method_over_models_and_losses_against_the_same_model_before(tmp
     lines = table(found, [BEFORE, "repelled", "not_yet"]).splitlines()
     assert len(lines) == 4 and lines[2].startswith("| before | 2 | 50.0% ± 0.0% | 75.0% ± 0.0% |")
     assert "| +2.00% ± " in lines[3] and "0.300 ± 0.000" in lines[3] and "5.0% ± 0.0%" in lines[3]
+
+
+def test_the_cut_is_that_of_the_evaluation_with_more_never_trained_captions(tmp_path):
+    attacked = evaluation(tmp_path / "a", forgotten=(1.0, 1.0, 1), reference=(0, 0.5, 9.0))
+    plain = evaluation(tmp_path / "p", untouched=(1.0, None, 1), reference=(0, None, 1.0))
+    judged = json.loads((plain / "evaluation.json").read_text())
+    (plain / "evaluation.json").write_text(json.dumps([judged[0] | {"cut": 0.4}]))
+    rows = [("forgotten", False, 0.45), ("forgotten", True, 0.4), ("forgotten", True, 0.45), ("reference", True, 0.45)]
+    named = [dict(zip(("group", "attacked", "latent_rmse"), row, strict=True)) for row in rows]
+    pq.write_table(pa.Table.from_pylist(named), attacked / "rows.parquet")
+    found = read_figures("repelled", "one", attacked, plain, None, None, training=1000)
+    assert (found.copies, found.attacked, found.reference_attacked) == (0.0, 0.5, 0.0)
