@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -124,6 +125,12 @@ class Denoiser:
         prediction = self._predict(latents, timesteps, conditioning)
         return self.model.noise_process.comparable(prediction, latents.float(), timesteps)
 
+    def predict_one(self, latents: Tensor, t: float, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """One side of a pair as `predict_pair` gives it: what the network says, and what scores compare."""
+        timesteps = torch.full((len(latents),), t, device=self.device)
+        prediction = self._predict(latents, timesteps, conditioning.guided(self.guidance_scale))
+        return prediction, self.model.noise_process.comparable(prediction, latents.float(), timesteps)
+
     def predict_pair(self, latents: Tensor, t: float, cond: Conditioning, null: Conditioning) -> Predictions:
         """Predicted with the prompt and with the empty one, in one forward of 2B rows, null first."""
         conditioning = Conditioning.cat([null, cond]).guided(self.guidance_scale)
@@ -164,5 +171,15 @@ class Denoiser:
 
 def generation_seeds(prompt: str, count: int, seed: int, stream: Stream = Stream.AUDIT) -> list[int]:
     """Seeds of a prompt's x_T: a function of seed, prompt and generation, not of the list it came in."""
-    key = int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    key = _key_of(prompt)
     return [place_seed(seed, stream, key, generation) for generation in range(count)]
+
+
+def shared_seeds(prompt: str, count: int, seed: int, shared: int) -> list[int]:
+    """The same out of `shared` seeds that all prompts have in common: different ones, drawn by seed and prompt."""
+    drawn = np.random.default_rng(place_seed(seed, Stream.SHARED_NOISE, _key_of(prompt), 0))
+    return [place_seed(seed, Stream.SHARED_NOISE, 0, int(place)) for place in drawn.permutation(shared)[:count]]
+
+
+def _key_of(prompt: str) -> int:
+    return int.from_bytes(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()[:8], "big")

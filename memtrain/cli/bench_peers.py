@@ -312,10 +312,7 @@ def peers(args: argparse.Namespace) -> None:
         lines.append(f"loading, images a second and core, {one.side} px: {rates}: {one.speedup:.1f}x as fast "
                      f"({one.spread[0]:.1f} to {one.spread[1]:.1f})")  # fmt: skip
     if "detection" in found:
-        one = found["detection"]
-        lines.append(f"detection, prompts a second: {one.memtrain:.1f}; {one.against_whole_loop:.0f}x a loop of all "
-                     f"{one.num_inference_steps} steps, decoded, a prompt at a time, and "
-                     f"{one.against_stopped_loop:.2f}x the loop stopped after the scored step")  # fmt: skip
+        lines.append(f"detection, a prompt at a time by {found['detection']}")
     print("\n".join(lines))
 
 
@@ -342,7 +339,7 @@ def _detection(args: argparse.Namespace):
 
     torch.set_num_threads(args.threads)
     model = PIPELINE if args.model in ("demo", "sd") else args.model
-    return measure_detection(Denoiser.load(str(model)), all_captions()[:32], args.rounds)
+    return measure_detection(Denoiser.load(str(model)), all_captions()[:128], args.rounds)
 
 
 def _shown_steps(steps: dict[str, Step], scripts: Scripts) -> Iterator[str]:

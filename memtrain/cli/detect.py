@@ -46,6 +46,7 @@ def detect(cfg: DictConfig) -> None:
         num_inference_steps=cfg.num_inference_steps,
         guidance_scale=cfg.guidance_scale,
         seed=cfg.seed,
+        shared_noise=cfg.shared_noise,
         batch_size=cfg.batch_size,
         out=out,
         overwrite=cfg.overwrite,

@@ -54,6 +54,7 @@ TYPES = {
     "cache.processes": int | None,
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
+    "detect.shared_noise": int | None,
     **{f"{command}.max_sequence_length": int | None for command in _AUDIT},
     "mitigate.method": Any,  # names: one, a list or all; and each method's settings
     "mitigate.target": Any,  # a score, or q0.1

@@ -45,6 +45,7 @@ class Stream(IntEnum):
     KEPT = 54  # which pictures a repair keeps, and its draws for them
     FORGOTTEN = 55  # timesteps and noises of pictures that a repair takes out
     REPAIR = 56  # first weights of a repair's adapter; rows of its steps
+    SHARED_NOISE = 57  # as AUDIT, where prompts share it, and which of it a prompt has
 
 
 def place_seed(seed: int, stream: int, step: int, place: int) -> int:

@@ -108,6 +108,30 @@ def test_forwards_are_as_many_as_stated_and_nothing_is_decoded(denoiser, monkeyp
         assert len(rows) == 2 * (1 + sum(name in ("anisotropy", "sharpness") for name in scores))  # stops at step 2
 
 
+@pytest.mark.parametrize(("scores", "shares"), [(["magnitude"], True), (list(STEPWISE), False)])
+def test_prompts_that_share_noise_score_as_by_themselves_for_fewer_forwards(denoiser, monkeypatch, scores, shares):
+    shared = dict(scores=scores, shared_noise=3, **SHORT)
+    rows = []
+    hook = denoiser.model.unet.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
+    try:
+        found = detect(denoiser, PROMPTS, **shared)
+    finally:
+        hook.remove()
+    seeds = [DetectionSettings(2, shared_noise=3).seeds(prompt) for prompt in PROMPTS]
+    assert all(len(set(own)) == 2 for own in seeds) and len({seed for own in seeds for seed in own}) <= 3
+    own_noise = detect(denoiser, PROMPTS, scores=scores, **SHORT)
+    made = len({seed for own in seeds for seed in own}) if shares else 0
+    assert sum(rows) == found.evaluations * len(PROMPTS) + made
+    assert own_noise.evaluations - found.evaluations == (2 if shares else 0)  # n rows of the first step
+    # the same x_T, each prompt with a forward of its own for both sides
+    monkeypatch.setattr(scoring.Plan, "shares_first_nulls", False)
+    plain = detect(denoiser, PROMPTS, **shared)
+    for name in plain.steps:
+        np.testing.assert_allclose(found.steps[name], plain.steps[name], atol=1e-5, rtol=1e-5)
+    other = detect(denoiser, [PROMPTS[2], PROMPTS[0]], **shared)  # whatever else is in the list
+    np.testing.assert_allclose(other.scores, found.scores[[2, 0]], atol=1e-5, rtol=1e-5)
+
+
 def test_each_score_states_its_cost():
     plan = Plan(DetectionSettings(4, 5, 50), tuple(named_scores(list(STEPWISE))), (TiledL2Density(),))
     assert plan.evaluations_alone() == {
@@ -148,11 +172,11 @@ def test_a_stopped_call_goes_on_and_damaged_parts_are_redone(denoiser, tmp_path,
     calls = []
     original = scoring.score_prompts
 
-    def interrupted(denoiser, plan, prompts, batches):
+    def interrupted(denoiser, plan, prompts, batches, nulls):
         calls.append(list(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(denoiser, plan, prompts, batches)
+        return original(denoiser, plan, prompts, batches, nulls)
 
     monkeypatch.setattr(scoring, "score_prompts", interrupted)
     monkeypatch.setattr(spread, "SECONDS_A_PART", 0.0)
@@ -229,6 +253,7 @@ def test_roc_ends_in_the_corners_and_holds_the_auc():
         (dict(scores=["magnitude", "magnitude"]), "scores names one twice"),
         (dict(num_scored_steps=51), r"num_scored_steps must be <= num_inference_steps \(50\), got 51"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt must be >= 1, got 0"),
+        (dict(shared_noise=3), r"shared_noise must be at least num_images_per_prompt \(4\) or null, got 3"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(denoiser, options, message):
@@ -322,7 +347,8 @@ def test_both_spellings_of_columns():
 
 def test_the_benchmark_compares_equal_scores(denoiser):
     speed = measure_detection(
-        denoiser, PROMPTS, rounds=1, num_images_per_prompt=2, num_scored_steps=2, num_inference_steps=4
+        denoiser, PROMPTS, rounds=1, num_images_per_prompt=2, num_scored_steps=2, num_inference_steps=4, shared_noise=3
     )
     assert speed.largest_difference < 1e-4
-    assert min(speed.memtrain, speed.stopped_loop, speed.whole_loop) > 0
+    assert min(speed.memtrain, speed.memtrain_shared, speed.stopped_loop, speed.whole_loop) > 0
+    assert f"{speed.ratios['shared_against_stopped_loop']:.2f} times" in str(speed)

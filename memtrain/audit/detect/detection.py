@@ -153,6 +153,7 @@ def detect(
     num_inference_steps: int = 50,
     guidance_scale: float | None = None,
     seed: int = 0,
+    shared_noise: int | None = None,
     batch_size: int = 16,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -170,7 +171,7 @@ def detect(
         labels: True for memorized, to measure the separation.
         groups: a name for each prompt, reported apart.
         scores: names (SCORE_NAMES, but for `embedding` and `anchored`) or score objects. The first is the main one.
-        num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed: see
+        num_images_per_prompt, num_scored_steps, num_inference_steps, guidance_scale, seed, shared_noise: see
             `audit.detect.scoring.DetectionSettings`; guidance_scale None is 7.5, of Flux.1 3.5.
         batch_size: generations at a time; halved where memory runs out.
         out: folder that keeps the scores while they are made, and the table; a stopped call goes on there.
@@ -195,7 +196,7 @@ def detect(
     chosen = [named_scores([one])[0] if isinstance(one, str) else one for one in scores]
     denoiser = denoiser.guided(guidance_scale)
     schedule = num_scored_steps, num_inference_steps, denoiser.guidance_scale
-    plan = plan_of(DetectionSettings(num_images_per_prompt, *schedule, seed), chosen)
+    plan = plan_of(DetectionSettings(num_images_per_prompt, *schedule, seed, shared_noise), chosen)
     if any(one.reads_attention or one.to_the_end for one in plan.step_scores):
         cross_attention_layers(denoiser.model.network)
     parts = None if out is None else Parts(Path(out), _made_with(denoiser, plan, prompts), overwrite)

@@ -6,7 +6,7 @@ Shapes: B rows (generations), k scored steps, P prompts, n generations of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.denoiser import Denoiser, generation_seeds, shared_seeds
 from memtrain.audit.detect.attention import CrossAttention, cross_attention, end_positions
 from memtrain.audit.detect.scores import Density, ScoredStep, StepScore
 from memtrain.audit.sampling import SamplingPath
@@ -33,8 +33,14 @@ class DetectionSettings:
     num_inference_steps: int = 50  # of the schedule
     guidance_scale: float | None = None  # the family's own
     seed: int = 0
+    shared_noise: int | None = None  # x_T are drawn from so many that all prompts share; None: each has its own
 
     def __post_init__(self):
+        if self.shared_noise is not None and self.shared_noise < self.num_images_per_prompt:
+            raise ValueError(
+                f"shared_noise must be at least num_images_per_prompt ({self.num_images_per_prompt}) or null, "
+                f"got {self.shared_noise}; 64 is usual"
+            )
         for name in ("num_images_per_prompt", "num_scored_steps", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -43,6 +49,12 @@ class DetectionSettings:
                 f"num_scored_steps must be <= num_inference_steps ({self.num_inference_steps}), "
                 f"got {self.num_scored_steps}"
             )
+
+    def seeds(self, prompt: str) -> list[int]:
+        """Of the prompt's n generations; a function of prompt and settings alone."""
+        if self.shared_noise is None:
+            return generation_seeds(prompt, self.num_images_per_prompt, self.seed)
+        return shared_seeds(prompt, self.num_images_per_prompt, self.seed, self.shared_noise)
 
 
 @dataclass(frozen=True)
@@ -72,10 +84,20 @@ class Plan:
         to_the_end = self.densities or any(score.to_the_end for score in self.step_scores)
         return self.settings.num_inference_steps if to_the_end else self.settings.num_scored_steps
 
+    @property
+    def shares_first_nulls(self) -> bool:
+        """Whether what is predicted without a prompt at the first step is made once for all prompts.
+
+        Not where attention is read there: it is read of both sides.
+        """
+        read = any(score.reads_attention or (score.to_the_end and self.steps_run == 1) for score in self.step_scores)
+        return self.settings.shared_noise is not None and not read
+
     def evaluations(self) -> int:
-        """Rows that the network predicts for a prompt, all scores together."""
+        """Rows that the network predicts for a prompt, all scores together; shared ones, made once, are not counted."""
         extra = sum(score.extra_evaluations for score in self.step_scores)
-        return self.settings.num_images_per_prompt * (2 * self.steps_run + extra * self.settings.num_scored_steps)
+        steps = 2 * self.steps_run - self.shares_first_nulls
+        return self.settings.num_images_per_prompt * (steps + extra * self.settings.num_scored_steps)
 
     def evaluations_alone(self) -> dict[str, int]:
         """The same for each score, were it the only one."""
@@ -101,9 +123,36 @@ class Scored:
     densities: dict[str, np.ndarray]  # (P,) float32
 
 
+class SharedNulls:
+    """What is predicted of x_T without a prompt, of each seed once: it does not depend on the prompt.
+
+    A row at a time, so that it does not depend on which prompts came first either.
+    """
+
+    def __init__(self):
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # a seed -> (1, C, H, W) of `predict_one`, both
+
+    def pair(
+        self, denoiser: Denoiser, latents: Tensor, t: float, cond: Conditioning, null: Conditioning, seeds: list[int]
+    ) -> Predictions:
+        """As `Denoiser.predict_pair` of B rows with these seeds, in a forward of B rows."""
+        for row, seed in enumerate(seeds):
+            if seed not in self._made:
+                self._made[seed] = denoiser.predict_one(latents[row : row + 1], t, null.index([row]))
+        nulls = (torch.cat(rows) for rows in zip(*(self._made[seed] for seed in seeds), strict=True))
+        (null_prediction, null_noise), (cond_prediction, cond_noise) = nulls, denoiser.predict_one(latents, t, cond)
+        return Predictions(cond_prediction, null_prediction, cond_noise, null_noise)
+
+
 @torch.no_grad()
 def follow(
-    denoiser: Denoiser, plan: Plan, prompts: list[str], cond: Conditioning, end_places: Tensor, seeds: list[int]
+    denoiser: Denoiser,
+    plan: Plan,
+    prompts: list[str],
+    cond: Conditioning,
+    end_places: Tensor,
+    seeds: list[int],
+    nulls: SharedNulls,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """B generations along their paths, each from its seed, as far as the plan needs.
 
@@ -122,6 +171,8 @@ def follow(
         if (read and index < settings.num_scored_steps) or (ending and index == plan.steps_run - 1):
             with cross_attention(denoiser.model.network, end_places) as attention:
                 return denoiser.predict_pair(latents, t, cond, null)
+        if index == 0 and plan.shares_first_nulls:
+            return nulls.pair(denoiser, latents, t, cond, null, seeds)
         return denoiser.predict_pair(latents, t, cond, null)
 
     values: dict[str, list[Tensor]] = {score.name: [] for score in plan.step_scores}
@@ -140,10 +191,12 @@ def follow(
     return {name: torch.stack(columns, dim=1) for name, columns in values.items()}, path.latents
 
 
-def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batches: ShrinkingBatches) -> Scored:
+def score_prompts(
+    denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batches: ShrinkingBatches, nulls: SharedNulls
+) -> Scored:
     """Scores of P prompts; `batches` says how many generations are followed at a time."""
     n = plan.settings.num_images_per_prompt
-    seeds = [seed for prompt in prompts for seed in generation_seeds(prompt, n, plan.settings.seed)]
+    seeds = [seed for prompt in prompts for seed in plan.settings.seeds(prompt)]
 
     def work(rows: range) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         first = rows.start // n
@@ -153,7 +206,7 @@ def score_prompts(denoiser: Denoiser, plan: Plan, prompts: Sequence[str], batche
         ends = ends.to(denoiser.device)
         cond = denoiser.encode(texts).index(places)
         shown = [texts[place] for place in places.tolist()]
-        found, latents = follow(denoiser, plan, shown, cond, ends[places], seeds[rows.start : rows.stop])
+        found, latents = follow(denoiser, plan, shown, cond, ends[places], seeds[rows.start : rows.stop], nulls)
         images = denoiser.model.decode(latents) if plan.densities else None
         return {name: value.cpu().numpy() for name, value in found.items()}, images
 
@@ -184,10 +237,11 @@ class Scorer:
     denoiser: Denoiser
     plan: Plan
     batches: ShrinkingBatches
+    nulls: SharedNulls = field(default_factory=SharedNulls)
 
     def __call__(self, positions: list[int], prompts: list[str]) -> pa.Table:
         """A row a prompt, each with its place in the list."""
-        return _part(positions, score_prompts(self.denoiser, self.plan, prompts, self.batches))
+        return _part(positions, score_prompts(self.denoiser, self.plan, prompts, self.batches, self.nulls))
 
 
 def load_scorer(load: Load, settings: DetectionSettings, batch_size: int) -> Scorer:
