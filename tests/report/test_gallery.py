@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from memtrain.report.gallery import Match, write_gallery
@@ -77,3 +78,11 @@ def test_a_plane_has_a_point_for_each_model_whatever_it_is_called(tmp_path):
     draw_plane(tmp_path / "one.png", points[:1], "copies", "loss")
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 500 and np.asarray(image.convert("L")).std() > 5
+
+
+def test_numbers_of_points_that_lie_together_stand_in_one_label(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Axes, "annotate", lambda self, text, *args, **kwargs: said.append(text))
+    points = [Point(f"model {n}", 0.8 + n / 1000, 0.06) for n in range(9)]
+    draw_plane(tmp_path / "many.png", [*points, Point("far", 0.1, 0.09)], "copies", "loss")
+    assert said == ["1, 2, 3, 4, 5, 6, 7, 8, 9", "10", "better"]
