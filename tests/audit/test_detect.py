@@ -22,7 +22,7 @@ from memtrain.cli.detect import detect as command
 from memtrain.cli.main import config_folder
 from memtrain.report.detection import roc
 from tests.audit.conftest import PROMPTS
-from tests.support.families import stable_diffusion
+from tests.support.families import flux, flux2_klein, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 STEPWISE = SCORE_NAMES[:5]
 SHORT = dict(num_images_per_prompt=2, num_scored_steps=2, num_inference_steps=4)
@@ -130,6 +130,18 @@ def test_prompts_that_share_noise_score_as_by_themselves_for_fewer_forwards(deno
         np.testing.assert_allclose(found.steps[name], plain.steps[name], atol=1e-5, rtol=1e-5)
     other = detect(denoiser, [PROMPTS[2], PROMPTS[0]], **shared)  # whatever else is in the list
     np.testing.assert_allclose(other.scores, found.scores[[2, 0]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", [stable_diffusion_xl, stable_diffusion_3, flux, flux2_klein])
+def test_every_family_shares_noise(pipeline, monkeypatch, family):
+    own = family(pipeline)
+    shared = dict(scores=["magnitude", "sharpness"], shared_noise=3, **SHORT)
+    found = detect(own, ["", *PROMPTS], **shared)
+    monkeypatch.setattr(scoring.Plan, "shares_first_nulls", False)
+    plain = detect(own, ["", *PROMPTS], **shared)
+    for name in plain.steps:
+        np.testing.assert_allclose(found.steps[name], plain.steps[name], atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(found.steps["magnitude"][0, :, 0], 0, atol=1e-5)  # the empty prompt
 
 
 def test_each_score_states_its_cost():
