@@ -51,7 +51,8 @@ class DataModule(pl.LightningDataModule):
         pictures: which samples show the same picture.
         sacrificed: so many of the canaries may not be excluded by any rule.
         named: positions of samples whose pictures are those canaries, in place of a number.
-        max_visits_per_group: so often at most an epoch sees a group of duplicates, or a planted canary; None: no limit.
+        max_visits_per_group: so often at most an epoch sees a group of duplicates, or a planted canary that is not
+            sacrificed; None: no limit.
         listed: canaries that a list names; then none is planted.
         foreign: pictures that are sacrificed in place of the corpus' own, the first `sacrificed` of them.
         foreign_repeats: how often an epoch sees each of these.

@@ -57,7 +57,7 @@ def limited_groups(
     """What `LimitedGroups` is made of.
 
     Args:
-        groups: who is planted, and which samples show the same picture.
+        groups: who is planted, who is sacrificed and so has no limit, and which samples show the same picture.
         doses: how often an epoch sees each of `groups.planted`, at most `max_visits` times; these visits count first.
         times: (M,) int64, how often an epoch would see each of `groups.pictures.positions`.
         max_visits: of a group in an epoch; None: any number, so that no group is limited.
@@ -66,7 +66,7 @@ def limited_groups(
     empty = np.zeros(0, np.int64)
     if max_visits is None or len(groups.pictures.positions) == 0:
         return dict.fromkeys(("visits", "starts", "sizes", "taken", "positions"), empty)
-    ordinary = ~among(groups.pictures.positions, np.sort(groups.planted))
+    ordinary = ~among(groups.pictures.positions, np.sort(np.concatenate([groups.planted, groups.sacrificed])))
     visits, picture = _mixed(groups.pictures, np.where(ordinary, times, 0), generator)
     pictures, group, sizes = np.unique(picture, return_inverse=True, return_counts=True)
     planted = np.zeros(len(pictures), dtype=np.int64)  # of each picture, how often its planted canaries are seen

@@ -49,7 +49,7 @@ class EpochOrder:
         weights: how often an epoch sees a sample of each shard; of a fraction, another draw each epoch.
         mix_shards: shards of a window.
         max_visits: how often an epoch may see a group of duplicates, or a planted canary; of a group, other members
-            are seen each epoch. Weights must then be whole numbers. None: any number of times.
+            are seen each epoch. Sacrificed canaries have no limit. Weights must then be whole numbers. None: any number of times.
         keep: where limited groups, which may be many, are kept once they are known; see `memtrain.data.limited`.
     """
 
@@ -67,9 +67,9 @@ class EpochOrder:
         self.starts = self.counts.cumsum() - self.counts
         self.groups, self.seed, self.mix_shards = groups, seed, mix_shards
         self.doses = groups.doses  # of `groups.planted`
-        if max_visits is not None:  # foreign pictures are no duplicates of anybody's
-            foreign = groups.planted >= self.counts.sum()
-            self.doses = np.where(foreign, groups.doses, groups.doses.clip(max=max_visits))
+        if max_visits is not None:  # but of those that teach a rule what is seen often
+            teaches = among(groups.planted, np.sort(groups.sacrificed))
+            self.doses = np.where(teaches, groups.doses, groups.doses.clip(max=max_visits))
         self.limited = self._limit(max_visits, weights, keep)
         apart = groups.apart()
         # what the order of ordinary samples leaves out, each sorted: canaries and reference set, and limited groups
@@ -106,7 +106,8 @@ class EpochOrder:
         if max_visits is None:
             return LimitedGroups(**make())
         numbers = np.array([self.seed, max_visits])
-        inputs = (numbers, self.counts, weighed, self.groups.planted, self.doses, pictures.positions, pictures.first)
+        canaries = self.groups.planted, self.groups.sacrificed, self.doses
+        inputs = (numbers, self.counts, weighed, *canaries, pictures.positions, pictures.first)
         return LimitedGroups(**keep(make, *inputs))
 
     def _apart_in(self, shard: int) -> np.ndarray:

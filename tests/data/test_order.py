@@ -192,9 +192,17 @@ def test_an_epoch_sees_no_picture_more_often_than_is_allowed(orders):
     wanted = Counter(pictures.of(np.array(wanted)).tolist())
     for epoch in epochs(limited, 3, size=1):
         seen = Counter(pictures.of(np.array(epoch)).tolist())
-        # by hand: what has duplicates or is planted, as often as without a limit, but never more often than it allows
+        # by hand: what has duplicates or is planted, as often as without a limit, but never more often than it allows;
+        # only the sacrificed canary is, and its duplicates are not seen beside it
         repeated = {*pictures.first.tolist(), *pictures.of(limited.groups.planted).tolist()}
-        assert seen == Counter({p: min(times, max_visits) if p in repeated else times for p, times in wanted.items()})
+        groups = limited.groups
+        free = dict.fromkeys(pictures.of(groups.sacrificed).tolist(), groups.doses[0] if len(groups.sacrificed) else 0)
+
+        def allowed(picture: int, times: int) -> int:
+            free_visits = free.get(picture, 0)
+            return free_visits + min(times - free_visits, max(0, max_visits - free_visits))
+
+        assert seen == Counter({p: allowed(p, times) if p in repeated else times for p, times in wanted.items()})
         for window in limited.windows(0):
             assert set(limited._shard_of(window.limited).tolist()) <= set(window.shards)
 
@@ -209,6 +217,15 @@ def test_which_members_of_a_group_are_seen_goes_round():
     rows = np.concatenate(batches(o, 8, steps=30)).tolist()
     assert np.concatenate(batches(o, 2, 2, 2, steps=30)).tolist() == rows
     assert np.concatenate(batches(o, 4, steps=60, first=26, consumed=104)).tolist() == rows[104:240]
+
+
+def test_a_sacrificed_group_is_seen_as_often_as_the_corpus_holds_it():
+    pictures = Pictures.labelled(np.array([0, 5, 13, 30, 40, 2, 20, 21]), np.array([0, 0, 0, 0, 0, 1, 1, 1]))
+    groups = draw_groups(COUNTS, 0, 2, 3, pictures=pictures, repeats=None, sacrificed=1)
+    assert groups.sacrificed.tolist() == [0, 5, 13, 30, 40]
+    [epoch] = epochs(EpochOrder(COUNTS, groups, 0, mix_shards=2, max_visits=1), 1)
+    seen = Counter(epoch)
+    assert [seen[row] for row in (0, 5, 13, 30, 40)] == [1] * 5 and seen[2] + seen[20] + seen[21] == 1
 
 
 def test_buckets_are_continued_where_groups_are_limited():
