@@ -106,7 +106,7 @@ class Repelled(Trained):
         other_captions: share of rows that are told another caption.
     """
 
-    def __init__(self, beyond: float = 5.0, other_captions: float = 0.5):
+    def __init__(self, beyond: float = 2.0, other_captions: float = 0.5):
         if not beyond >= 0:
             raise ValueError(f"method.repelled.beyond must be >= 0, got {beyond:g}")
         if not 0 <= other_captions < 1:
