@@ -49,7 +49,8 @@ class EpochOrder:
         weights: how often an epoch sees a sample of each shard; of a fraction, another draw each epoch.
         mix_shards: shards of a window.
         max_visits: how often an epoch may see a group of duplicates, or a planted canary; of a group, other members
-            are seen each epoch. Sacrificed canaries have no limit. Weights must then be whole numbers. None: any number of times.
+            are seen each epoch. Sacrificed canaries have no limit. Weights must then be whole numbers. None: any number
+            of times.
         keep: where limited groups, which may be many, are kept once they are known; see `memtrain.data.limited`.
     """
 

@@ -190,19 +190,17 @@ def test_an_epoch_sees_no_picture_more_often_than_is_allowed(orders):
     pictures = limited.groups.pictures
     (wanted,) = epochs(unlimited, 1, size=1)
     wanted = Counter(pictures.of(np.array(wanted)).tolist())
+    groups = limited.groups  # in which it is drawn as planted, and comes first
+    free = Counter(dict.fromkeys(pictures.of(groups.sacrificed).tolist(), groups.doses[0]))
     for epoch in epochs(limited, 3, size=1):
         seen = Counter(pictures.of(np.array(epoch)).tolist())
         # by hand: what has duplicates or is planted, as often as without a limit, but never more often than it allows;
         # only the sacrificed canary is, and its duplicates are not seen beside it
         repeated = {*pictures.first.tolist(), *pictures.of(limited.groups.planted).tolist()}
-        groups = limited.groups
-        free = dict.fromkeys(pictures.of(groups.sacrificed).tolist(), groups.doses[0] if len(groups.sacrificed) else 0)
-
-        def allowed(picture: int, times: int) -> int:
-            free_visits = free.get(picture, 0)
-            return free_visits + min(times - free_visits, max(0, max_visits - free_visits))
-
-        assert seen == Counter({p: allowed(p, times) if p in repeated else times for p, times in wanted.items()})
+        assert seen == Counter(
+            {p: free[p] + min(times - free[p], max(0, max_visits - free[p])) if p in repeated else times
+             for p, times in wanted.items()}
+        )  # fmt: skip
         for window in limited.windows(0):
             assert set(limited._shard_of(window.limited).tolist()) <= set(window.shards)
 
