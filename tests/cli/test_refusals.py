@@ -10,13 +10,14 @@ import pytest
 
 # Each command in a fork of its own of a process that has imported the program, and what reads its config.
 FORKS = """
-import io, json, os, sys
+import gc, io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout
 import hydra.main, memtrain.cli.checks, memtrain.cli.schema
 from memtrain.cli.main import main
 
 with redirect_stdout(io.StringIO()):
     main(["train", "--cfg", "job"])  # Hydra looks for its plugins once
+gc.disable()  # nobody lives long enough to leave any
 for argv in json.load(sys.stdin):
     child = os.fork()
     if child == 0:
