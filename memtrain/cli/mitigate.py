@@ -92,10 +92,10 @@ def mitigate(cfg: DictConfig) -> None:
 def _methods(cfg: DictConfig) -> list[str]:
     known = [name for name in cfg.method if name != "names"]
     names = list(cfg.method.names) if isinstance(cfg.method.names, ListConfig) else [cfg.method.names]
-    names = known if names == ["all"] else names
+    names = {"all": known, "none": []}.get(names[0], names) if len(names) == 1 else names
     for name in names:
         if name not in known:
-            raise ValueError(f"method must be one of {', '.join(known)}, or all, got {name}")
+            raise ValueError(f"method must be one of {', '.join(known)}, all or none, got {name}")
     return names
 
 

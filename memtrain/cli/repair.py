@@ -32,7 +32,7 @@ FOLDER = "repair"  # in out: what was done
 MEMORY = "forgotten.safetensors"  # there: what was forgotten, for repairs to come
 WRITTEN = "repair.json"
 _LR = {"lora": 5e-3, "all": 5e-4}
-_HARMLESS = 24  # neighbours of the forgotten captions that stand in for captions that were never seen
+_HARMLESS = 24  # captions that stand in for such as were never seen
 _NOT_REACHED = 1  # exit code
 
 
@@ -102,7 +102,13 @@ def _prepare(
 ) -> Repair:
     """The repair that the config asks for, before any step; its own generations and neighbours are made here."""
     from memtrain.audit.batches import ShrinkingBatches
-    from memtrain.audit.repair.material import Drawing, forgotten_pictures, kept_from_shards, kept_of_its_own
+    from memtrain.audit.repair.material import (
+        Drawing,
+        forgotten_pictures,
+        kept_from_shards,
+        kept_of_its_own,
+        least_like,
+    )
     from memtrain.audit.repair.repairing import Repair
 
     sampling = Drawing(cfg.num_inference_steps, denoiser.guidance_scale, cfg.num_images_per_prompt)
@@ -114,7 +120,7 @@ def _prepare(
     harmless = None if cfg.keep.captions is None else read_prompts(cfg.keep.captions).texts
     reference = None if cfg.reference is None else read_prompts(cfg.reference).texts
     near: list[list[str]] = []
-    if needs_neighbours or reference is None or (kept_samples is None and harmless is None):
+    if needs_neighbours or (kept_samples is None and (reference is None or harmless is None)):
         near = _neighbours(denoiser, forgotten.captions, cfg)
     spread = [caption for row in zip(*near, strict=False) for caption in row][:_HARMLESS]
     if kept_samples is not None:
@@ -126,12 +132,14 @@ def _prepare(
             denoiser, harmless or spread, few, forgotten, cfg.max_rmse, sampling, cfg.seed, batches, cache
         )
     watched, kept = _watched(kept, forgotten, cfg.watched)
+    # a neighbour may bring back the very picture: where there are kept ones, their captions say what chance makes
+    unlike = spread if kept_samples is None else least_like(kept.captions, forgotten.captions, _HARMLESS)
     return Repair(
         denoiser,
         adapter,
         forgotten,
         kept,
-        list(dict.fromkeys(reference or spread)),
+        list(dict.fromkeys(reference or unlike)),
         watched,
         settings=settings,
         criterion=criterion,

@@ -233,10 +233,18 @@ def test_command_prints_a_table_of_all_methods(pipeline_folder, corpus, tmp_path
         assert (out / f"{name}.png").is_file() and (out / f"{name}.safetensors").is_file()
 
 
+def test_without_a_method_there_is_what_is_drawn_without(pipeline_folder, tmp_path, capsys):
+    words = ["prompt=cat", "num_images_per_prompt=1", "num_inference_steps=2", f"out={tmp_path / 'out'}"]
+    main(["mitigate", f"model={pipeline_folder}", "method=none", *words])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["none"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["prompt=cat", "method=magic"], "method must be one of embedding"),
+        (["prompt=cat", "method=[none,embedding]"], "all or none, got none"),
         (["prompt=cat"], "needs target="),
         (["prompt=cat", "target=q0.5"], "say reference=FILE"),
         (["prompt=cat", "target=1", "data=shards"], "column key"),

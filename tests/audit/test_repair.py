@@ -16,7 +16,7 @@ from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.repair import methods
 from memtrain.audit.repair.forget_list import read_forget_list
 from memtrain.audit.repair.low_rank import LowRankEdit, edit
-from memtrain.audit.repair.material import CaptionedPictures, kept_from_shards
+from memtrain.audit.repair.material import CaptionedPictures, kept_from_shards, least_like
 from memtrain.audit.repair.work import Steps, Work
 from memtrain.audit.scored_path import ScoredPath, mean_scores
 from memtrain.cli.main import main
@@ -244,6 +244,18 @@ def test_a_second_list_is_checked_against_the_first(repaired, corpus, deep_folde
     assert "repairs another model" in said
     said = fails(capsys, "repair", f"model={deep_folder}", *second, f"out={repaired}/one")
     assert "there and holds other things" in said
+
+
+def test_kept_captions_stand_in_for_never_seen_ones(repaired, corpus, deep_folder):
+    main(["repair", f"model={deep_folder}", f"forget={repaired}/list.csv", f"keep={corpus}", f"out={repaired}/five",
+          "force=true", "score_margin=9", *QUICK])  # fmt: skip
+    captions = json.loads((repaired / "five" / "repair" / "repair.json").read_text())["never_seen"]["captions"]
+    samples = ShardSamples(str(corpus), 64)
+    known = {samples.get(position)[1] for position in range(len(samples))}
+    forgotten = {row["caption"] for row in csv.DictReader((repaired / "list.csv").read_text().splitlines())}
+    assert 1 < len(captions) <= 24 and set(captions) <= known - forgotten
+    told = ["a red fox", "a blue fox", "one cat", "a red fox", "red ball"]
+    assert least_like(told, ["a red fox"], 2) == ["one cat", "red ball"]
 
 
 def test_without_shards_its_own_generations_are_kept(repaired, deep_folder, capsys):

@@ -163,6 +163,15 @@ def shared_words(captions: Sequence[str], forgotten: Sequence[str]) -> list[int]
     return [max(len(set(caption.lower().split()) & own) for own in words) for caption in captions]
 
 
+def least_like(captions: Sequence[str], forgotten: Sequence[str], count: int) -> list[str]:
+    """So many of these captions, each once, that have the fewest words in common with forgotten ones; in their order
+    where they have as many.
+    """
+    distinct = list(dict.fromkeys(captions))
+    shared = shared_words(distinct, forgotten)
+    return [distinct[place] for place in np.argsort(shared, kind="stable")[:count]]
+
+
 def _read_file(file: Path, size: tuple[int, int]) -> np.ndarray:
     try:
         image = decode_image(file.read_bytes(), *size)
