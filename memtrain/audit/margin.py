@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,21 @@ from memtrain.audit.pictures import encode_images
 from memtrain.core.streams import Stream, place_seed
 
 _MARGIN_TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # of 1000
+
+
+@dataclass(frozen=True)
+class CaptionMargin:
+    """`caption_margin` by a judge at hand, a model that has memorized nothing of what is judged."""
+
+    judge: Denoiser
+    batches: ShrinkingBatches
+
+    def identity(self) -> str:
+        return self.judge.fingerprint()
+
+    def scores(self, pixels: np.ndarray, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """(R, height, width, 3) uint8, R captions and seeds of the noise -> (R,) on the CPU."""
+        return caption_margin(self.judge, pixels, captions, seeds, self.batches)
 
 
 def caption_margin(

@@ -93,6 +93,8 @@ def check_evaluation(cfg: DictConfig, models: list[str], loras: list[str | None]
     _file("fid", cfg.fid, TORCHSCRIPT)
     if cfg.clip:
         check_folder("clip", cfg.clip, CLIP)
+    if cfg.judge:
+        check_pipeline("judge", cfg.judge, AUDITED)
 
 
 def check_new_file(option: str, file: Path) -> None:

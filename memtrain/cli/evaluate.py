@@ -148,15 +148,20 @@ def _measures(cfg: DictConfig) -> Measures:
     import torch
 
     from memtrain.audit.alignment import ClipScore
+    from memtrain.audit.batches import ShrinkingBatches
+    from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.evaluate.fid import LatentGrid, ScriptFeatures
     from memtrain.audit.evaluate.settings import Measures
     from memtrain.audit.evaluate.similarity import LatentRmse, Sscd
+    from memtrain.audit.margin import CaptionMargin
 
+    batches = ShrinkingBatches(cfg.batch_size)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Measures(
         similarity=Sscd(cfg.sscd, device, cfg.sscd_resize, cfg.min_sscd) if cfg.sscd else LatentRmse(cfg.max_rmse),
         features=ScriptFeatures(cfg.fid, device) if cfg.fid else LatentGrid(),
         alignment=ClipScore(cfg.clip, device) if cfg.clip else None,
+        margin=CaptionMargin(Denoiser.load(cfg.judge, cfg.device, key="judge"), batches) if cfg.judge else None,
     )
 
 
@@ -222,6 +227,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
 
     first = results[0]
     has_clip = any(group.clip_score is not None for group in first.groups)
+    has_margin = any(group.caption_margin is not None for group in first.groups)
     is_attacked = first.memorization.copy_rate_attacked is not None
     title = "Copies of a generation's own picture (95 %\nover samples), and "
     title += "under attack" if is_attacked else "of any training picture"
@@ -234,6 +240,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
     figures += (first.measure, "nearest")
     figures += (
         *(("CLIP score",) if has_clip else ()),
+        *(("margin",) if has_margin else ()),
         "loss",
         first.frechet_name.split()[0],  # FID, or Fréchet
         "kernel",
@@ -258,6 +265,8 @@ def _print(results: list[ModelResult], out: Path) -> None:
             ]
             if has_clip:
                 cells.append(f"{group.clip_score:.2f}")
+            if has_margin:
+                cells.append(f"{group.caption_margin:+.1%}")
             cells.append(f"{group.denoising_loss:.4f}")
             for distance in (result.frechet_distance, result.kernel_distance):
                 cells.append("" if distance is None or number else f"{distance:.3g}")
@@ -276,6 +285,10 @@ def _print(results: list[ModelResult], out: Path) -> None:
         )
     notes.append("Nearest: 5 % of the generations are as near to a training picture.")
     notes += ["Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."]
+    if has_margin:
+        notes.append(
+            "Margin: by how much a caption lowers the judge's loss on its generation; 0 or less: it is not shown."
+        )
     if first.frechet_distance is not None:
         notes.append(
             f"{first.frechet_name}: {first.frechet_generated} generations against {first.frechet_real} "

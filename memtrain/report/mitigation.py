@@ -40,6 +40,8 @@ class Figures:
     excluded: float | None  # visits of ordinary samples
     excluded_canaries: float | None
     steps_per_second: float | None
+    clip_score: float | None = None  # of generations from never-trained captions: what protection cost
+    caption_margin: float | None = None  # the same by a judge, where there is no CLIP
     sscd_share: float | None = None  # of canaries' generations, whose largest SSCD over the training set is above 0.5
     sscd_95: float | None = None  # the 95th percentile of it; both as Somepalli et al. 2023 have it
 
@@ -65,6 +67,7 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
     evaluation = folder / EVALUATION
     model = json.loads(evaluation.read_text(encoding="utf-8"))[0] if evaluation.is_file() else {"groups": []}
     attacked = copy_rates(model["groups"], evaluation.with_name("rows.parquet"), judged.get("cut"), attacked=True)
+    never = next((group for group in model["groups"] if group["group"] == _REFERENCE), {})
     seen, per_second = summary["samples_seen"], summary["samples_per_second"]
     min_repeats = judged.get("min_repeats", 1)
     return Result(
@@ -81,6 +84,8 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
             excluded=summary["score"]["train"]["excluded_fraction"],
             excluded_canaries=summary["score"][_CANARY]["excluded_fraction"],
             steps_per_second=per_second * summary["steps"] / seen if seen and per_second else None,
+            clip_score=never.get("clip_score"),
+            caption_margin=never.get("caption_margin"),
             **_of_sscd(evaluation.with_name("rows.parquet")),
         ),
         counted(rows, min_repeats),
@@ -137,9 +142,12 @@ COLUMNS = {  # heading -> figure and its format
     "excluded, ordinary samples": ("excluded", ".2%"),
     "excluded, canaries": ("excluded_canaries", ".1%"),
     "steps/s": ("steps_per_second", ".2f"),
-    "SSCD to the training set > 0.5": ("sscd_share", ".1%"),  # these two only where they were measured
+    "CLIP score": ("clip_score", ".2f"),  # these four only where they were measured
+    "caption margin": ("caption_margin", "+.1%"),
+    "SSCD to the training set > 0.5": ("sscd_share", ".1%"),
     "its 95th percentile": ("sscd_95", ".3f"),
 }
+_SOMETIMES = ("clip_score", "caption_margin", "sscd_share", "sscd_95")
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
@@ -182,7 +190,7 @@ def table(results: Sequence[Result], rows: Sequence[str], seeds: int) -> str:
     shown = {
         heading: (name, form)
         for heading, (name, form) in COLUMNS.items()
-        if "sscd" not in name or any(getattr(one.figures, name) is not None for one in results)
+        if name not in _SOMETIMES or any(getattr(one.figures, name) is not None for one in results)
     }
     lines = [["setting", "seeds", "copies of canaries", "95 % over canaries", *shown]]
     lines.append(["---"] + ["--:"] * (len(lines[0]) - 1))

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from memtrain.audit.attack import Attack
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.fid import LatentGrid
 from memtrain.audit.evaluate.judging import judge, summarise
@@ -18,6 +19,8 @@ from memtrain.audit.evaluate.results import ModelResult
 from memtrain.audit.evaluate.settings import Measures, Settings
 from memtrain.audit.evaluate.several_models import ModelsSpread, evaluate, read_rows, short_names
 from memtrain.audit.evaluate.similarity import LatentRmse
+from memtrain.audit.margin import CaptionMargin, caption_margin
+from memtrain.audit.sampling import generate
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
 from memtrain.cli.arguments import spelled
 from memtrain.cli.evaluate import evaluate as command
@@ -118,9 +121,7 @@ def test_the_loss_is_the_networks_at_fixed_draws(evaluated, pipeline_folder, sam
 def test_generations_are_the_denoisers_and_their_distance_is_to_their_own_training_image(
     evaluated, pipeline_folder, samples
 ):
-    from memtrain.audit.batches import ShrinkingBatches
     from memtrain.audit.pictures import encode_images
-    from memtrain.audit.sampling import generate
     from memtrain.audit.training_samples import read_pictures
 
     out, result, _ = evaluated
@@ -130,6 +131,22 @@ def test_generations_are_the_denoisers_and_their_distance_is_to_their_own_traini
         original = read_pictures(samples, samples.find([row["key"]]).tolist(), (64, 64))
         difference = latents - encode_images(denoiser, original, ShrinkingBatches(1))
         assert row["latent_rmse"] == pytest.approx(difference.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_a_judge_says_how_much_of_its_caption_a_generation_shows(evaluated, pipelines, samples, tmp_path):
+    _, result, chosen = evaluated
+    model, judge_folder = pipelines.values()
+    denoiser, other = Denoiser.load(str(model), "cpu"), Denoiser.load(str(judge_folder), "cpu")
+    measures = Measures(LatentRmse(), LatentGrid(), None, CaptionMargin(other, ShrinkingBatches(4)))
+    (found,) = run([model], samples, chosen, tmp_path, measures=measures)
+    assert found.identity != result.identity and result.memorization.caption_margin is None
+    rows = [row for row in read_rows(tmp_path, [found]).to_pylist() if row["group"] == "canary"]
+    assert found.memorization.caption_margin == pytest.approx(np.mean([row["caption_margin"] for row in rows]))
+    for row in rows[:2]:
+        latents = generate(denoiser, denoiser.encode([row["caption"]]), [row["seed"]], 2, 3.0)
+        pixels = denoiser.model.decode(latents)
+        by_hand = caption_margin(other, pixels, [row["caption"]], [row["seed"]], ShrinkingBatches(1))
+        assert row["caption_margin"] == pytest.approx(by_hand.item(), abs=1e-4) and by_hand.item() != 0
 
 
 def test_the_copy_rate_of_a_case_by_hand():
@@ -142,13 +159,14 @@ def test_the_copy_rate_of_a_case_by_hand():
             "nearest_latent_rmse": nearest,
             "denoising_loss": 1.0,
             "clip_score": None,
+            "caption_margin": None,
             "attacked": False,
         }
         for own, nearest in ((0.1, 0.1), (0.3, 0.15), (0.21, 0.21), (0.5, 0.4))
     ]
     under_attack = [row | {"attacked": True, "latent_rmse": 0.01} for row in rows[:3]] + [rows[3] | {"attacked": True}]
     reference = {"group": "reference", "latent_rmse": 0.1, "nearest_latent_rmse": 0.2, "denoising_loss": 9.0}
-    rows += [*under_attack, reference | {"clip_score": None, "attacked": False}]
+    rows += [*under_attack, reference | {"clip_score": None, "caption_margin": None, "attacked": False}]
     cut = judge(rows, [row["group"] == "reference" for row in rows], similarity, 0.01)
     assert 0.1999 < cut.distance < 0.2
     found = summarise(rows, "canary", 2, similarity)
@@ -361,12 +379,14 @@ def test_the_command_prints_a_table_and_writes_it_with_a_plane(
             models=[str(folder) for folder in pipelines.values()],
             data={"shards": str(corpus)},
             samples={"file": str(canaries), "count": 2},
+            judge=str(pipelines["epsilon"]),
             out=str(tmp_path / "[b]out"),
             **few,
         )
     )
     said, out = capsys.readouterr().out, tmp_path / "[b]out"
     assert "epsilon" in said and "v_prediction" in said and "canary" in said and "[b]out" in said
+    assert "the judge's loss on its generation" in said.replace("\n", " ")
     assert "Fréchet distance of VAE latents: 2 generations against 4 pictures" in said and "SSCD" not in said
     assert "A copy of epsilon: RMSE of latents ≤ " in said and "44 training pictures searched" in said.replace(
         "\n", " "

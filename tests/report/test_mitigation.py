@@ -92,6 +92,17 @@ def test_what_is_under_attack_is_judged_by_the_runs_own_cut(tmp_path):
     assert read_result(tmp_path / "none_seed0", "none", 0).figures.attacked == 1.0
 
 
+def test_alignment_is_that_of_never_trained_captions_where_it_was_measured(tmp_path):
+    write_run(tmp_path / "none_seed0", 1.0, 0, attacked=1.0)
+    path = tmp_path / "none_seed0" / "evaluation" / "evaluation.json"
+    [model] = json.loads(path.read_text())
+    model["groups"][0] |= {"caption_margin": 0.5}
+    model["groups"][1] |= {"caption_margin": 0.125}
+    path.write_text(json.dumps([model]))
+    heads, _, line = table([read_result(tmp_path / "none_seed0", "none", 0)], ["none"], 1).splitlines()
+    assert heads.endswith("| steps/s | caption margin |") and line.endswith("| +12.5% |")
+
+
 def test_seeds_share_their_canaries(results):
     none = by_row(results, ["none"])["none"]
     canaries = [row for row in pooled(none) if row.group == "canary"]

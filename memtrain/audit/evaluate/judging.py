@@ -32,6 +32,7 @@ class GroupResult:
     copy_rate_attacked: float | None = None  # of generations after an attack; None: there was none
     copy_rate_attacked_low: float | None = None
     copy_rate_attacked_high: float | None = None
+    caption_margin: float | None = None  # of a judge
 
 
 def nearest_column(similarity: Similarity) -> str:
@@ -97,6 +98,7 @@ def summarise(rows: Sequence[dict], group: str, per_sample: int, similarity: Sim
         copy_rate_attacked=rate_attacked,
         copy_rate_attacked_low=low_attacked,
         copy_rate_attacked_high=high_attacked,
+        caption_margin=None if mine[0]["caption_margin"] is None else mean("caption_margin"),
     )
 
 

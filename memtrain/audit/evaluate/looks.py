@@ -201,7 +201,11 @@ class Looker:
             clip = [None] * len(part)
             if self.measures.alignment is not None:
                 clip = self.measures.alignment.scores(pictures.pixels, [captions[n] for n, _ in part]).tolist()
-            return part, pictures.pixels, compared, values.tolist(), clip, self.measures.features(pictures)
+            margin = [None] * len(part)
+            if self.measures.margin is not None:
+                margin = self.measures.margin.scores(pictures.pixels, [captions[n] for n, _ in part], own).tolist()
+            aligned = list(zip(clip, margin, strict=True))
+            return part, pictures.pixels, compared, values.tolist(), aligned, self.measures.features(pictures)
 
         rows: list[dict] = []
         all_compared: list[Tensor] = []
@@ -209,9 +213,9 @@ class Looker:
         nearest: list[tuple[float, int, np.ndarray]] = []
         has_reference = REFERENCE_GROUP in chosen.groups
         totals = which.start * per_sample, len(wanted), len(chosen) * per_sample
-        for part, pixels, compared, values, clip, features in self._over(f"generations{said}", *totals, work):
+        for part, pixels, compared, values, aligned, features in self._over(f"generations{said}", *totals, work):
             all_compared.append(compared)
-            for (n, g), image, value, score in zip(part, pixels, values, clip, strict=True):
+            for (n, g), image, value, (clip_score, margin) in zip(part, pixels, values, aligned, strict=True):
                 nearest.append((-similarity.nearness(value), len(rows), image))
                 rows.append(
                     {
@@ -222,7 +226,8 @@ class Looker:
                         "attacked": attacked,
                         "seed": seeds[n][g],
                         similarity.column: value,
-                        "clip_score": score,
+                        "clip_score": clip_score,
+                        "caption_margin": margin,
                         "denoising_loss": losses[n],
                     }
                 )

@@ -8,6 +8,7 @@ from memtrain.audit.alignment import ClipScore
 from memtrain.audit.attack import Attack
 from memtrain.audit.evaluate.fid import Features
 from memtrain.audit.evaluate.similarity import Similarity
+from memtrain.audit.margin import CaptionMargin
 from memtrain.core.copies import checked_false_copies
 
 REFERENCE_GROUP = "reference"  # as training names it in canaries.csv
@@ -45,3 +46,4 @@ class Measures:
     similarity: Similarity
     features: Features  # of the distances between many pictures
     alignment: ClipScore | None
+    margin: CaptionMargin | None = None

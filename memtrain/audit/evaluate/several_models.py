@@ -202,7 +202,8 @@ def _identity(
     attack = type(settings.attack)  # one's own may have the fields of another
     said = [VERSION, asdict(settings), f"{attack.__module__}.{attack.__qualname__}", asdict(chosen), shards]
     said += [samples.where, similarity]
-    digest.update(json.dumps([*said, alignment, measures.features.identity()]).encode())
+    margin = [] if measures.margin is None else [measures.margin.identity()]
+    digest.update(json.dumps([*said, alignment, measures.features.identity(), *margin]).encode())
     return digest.hexdigest()
 
 
