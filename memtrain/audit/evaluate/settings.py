@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.attack import Attack
 from memtrain.audit.evaluate.fid import Features
 from memtrain.audit.evaluate.similarity import Similarity
-from memtrain.audit.margin import CaptionMargin
 from memtrain.core.copies import checked_false_copies
 
 REFERENCE_GROUP = "reference"  # as training names it in canaries.csv
@@ -41,9 +45,19 @@ class Settings:
         checked_false_copies(self.false_copies)
 
 
+class Margin(Protocol):
+    """What says how much of its caption each picture shows, as `memtrain.audit.margin.CaptionMargin`."""
+
+    def identity(self) -> str: ...
+
+    def scores(self, pixels: np.ndarray, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """(R, height, width, 3) uint8, R captions and seeds of its noise -> (R,)"""
+        ...
+
+
 @dataclass(frozen=True)
 class Measures:
     similarity: Similarity
     features: Features  # of the distances between many pictures
     alignment: ClipScore | None
-    margin: CaptionMargin | None = None
+    margin: Margin | None = None
