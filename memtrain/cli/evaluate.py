@@ -228,6 +228,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
     first = results[0]
     has_clip = any(group.clip_score is not None for group in first.groups)
     has_margin = any(group.caption_margin is not None for group in first.groups)
+    has_distances = any(result.frechet_distance is not None for result in results)
     is_attacked = first.memorization.copy_rate_attacked is not None
     title = "Copies of a generation's own picture (95 %\nover samples), and "
     title += "under attack" if is_attacked else "of any training picture"
@@ -242,8 +243,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
         *(("CLIP score",) if has_clip else ()),
         *(("margin",) if has_margin else ()),
         "loss",
-        first.frechet_name.split()[0],  # FID, or Fréchet
-        "kernel",
+        *((first.frechet_name.split()[0], "kernel") if has_distances else ()),  # FID, or Fréchet
     )
     for name in figures:
         table.add_column(_HEADS.get(name, name), justify="right", overflow="fold")
@@ -268,7 +268,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
             if has_margin:
                 cells.append(f"{group.caption_margin:+.1%}")
             cells.append(f"{group.denoising_loss:.4f}")
-            for distance in (result.frechet_distance, result.kernel_distance):
+            for distance in (result.frechet_distance, result.kernel_distance) if has_distances else ():
                 cells.append("" if distance is None or number else f"{distance:.3g}")
             table.add_row(*cells, end_section=number == len(result.groups) - 1)
     console = Console()
