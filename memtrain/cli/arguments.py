@@ -154,7 +154,7 @@ def _is_override(argument: str) -> bool:
 
 def _with_quoted_words(argument: str) -> str:
     """`protocol.rows.mine=[exclusion=fixed,score=both]`: words of a row, which Hydra's grammar wants in quotes."""
-    listed = re.fullmatch(r"(\+?protocol\.(?:rows\.[^=]+|words|make|evaluate)=)\[(.*)\]", argument)
+    listed = re.fullmatch(r"(\+?protocol\.(?:rows\.[^=]+|words|make|cache|evaluate|judge)=)\[(.*)\]", argument)
     if listed is None or "'" in listed[2] or '"' in listed[2]:
         return argument
     words = re.findall(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+", listed[2])  # at commas, but for those in brackets

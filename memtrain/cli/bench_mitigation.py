@@ -19,7 +19,19 @@ from omegaconf import DictConfig, OmegaConf
 from memtrain.cli.arguments import spelled
 from memtrain.cli.checks import check_training
 from memtrain.cli.sweep import stopped_by_signals
-from memtrain.sweep.protocol import Planned, Protocol, Stage, Standing, check_words, is_trained, next_stage, plan
+from memtrain.sweep.protocol import (
+    JUDGE,
+    Planned,
+    Protocol,
+    Record,
+    Stage,
+    Standing,
+    check_words,
+    is_trained,
+    next_stage,
+    plan,
+)
+from memtrain.sweep.space import quoted
 from memtrain.training.exit_codes import EXIT_CODES
 
 if TYPE_CHECKING:
@@ -39,17 +51,20 @@ def bench_mitigation(cfg: DictConfig) -> None:
     if into is not None:
         check_into(into, "mitigation")
     runs = plan(protocol, out, cfg.rows, cfg.seeds, raw)
-    rows, seeds = list(dict.fromkeys(run.row for run in runs)), max(run.seed for run in runs) + 1
+    rows = list(dict.fromkeys(run.row for run in runs if run.row != JUDGE))
+    seeds = max(run.seed for run in runs if run.row != JUDGE) + 1
     check_words(runs)
     if cfg.report:
         print(_write(out, runs, rows, seeds, into))
         return
-    configs = _check_composed(runs[: len(rows)])
+    each = {run.row: run for run in runs}
+    configs = _check_composed([each[row] for row in (*rows, JUDGE) if row in each])
     workers, cores, devices = _workers(cfg.workers)
     if cfg.dry_run:
         _print_plan(runs, protocol, workers)
         return
     _make_corpus(protocol)
+    _encode_corpus(protocol)
     for config in configs:  # or each run would say so by itself
         check_training(config)
     from memtrain.sweep.bench import Bench, alone
@@ -99,7 +114,7 @@ def _check_composed(runs: Sequence[Planned]) -> list[DictConfig]:
         ValueError: a row's words are wrong, or those of the evaluation.
     """
     commands = [(f"row {run.row}", "train", run.to_train()) for run in runs]
-    commands.append(("protocol.evaluate", "evaluate", list(runs[0].protocol.evaluate)))
+    commands.append(("protocol.evaluate", "evaluate", runs[0].evaluation))
     configs = []
     for what, command, words in commands:
         try:
@@ -130,8 +145,8 @@ def _print_plan(runs: Sequence[Planned], protocol: Protocol, workers: int) -> No
 
     for run in runs:
         print(f"{run.name}: {next_stage(run).value}\n  memtrain train {shlex.join(run.to_train())}")
-        if protocol.evaluate:
-            print(f"  memtrain evaluate model={run.folder / 'export'} … {shlex.join(protocol.evaluate)}")
+        if run.evaluation:
+            print(f"  memtrain evaluate model={run.folder / 'export'} … {shlex.join(run.evaluation)}")
     left = [run for run in runs if next_stage(run) is not Stage.NOTHING]
     seconds = Standing(len(runs), len(left)).seconds_left(workers, protocol.minutes)
     print(f"{len(runs)} runs, {len(left)} of them to be made, {workers} at a time: about {spoken(seconds)}")
@@ -141,10 +156,21 @@ def _make_corpus(protocol: Protocol) -> None:
     """Make the corpus where it is not there and the protocol says how."""
     if not protocol.make or Path(protocol.corpus).exists():
         return
-    log.info("memtrain %s", shlex.join(protocol.make))
-    code = subprocess.run([*_PROGRAM, *protocol.make]).returncode
-    if code:
-        raise ValueError(f"the corpus {protocol.corpus} could not be made: memtrain {shlex.join(protocol.make)}")
+    _run(protocol.make, f"the corpus {protocol.corpus} could not be made")
+
+
+def _encode_corpus(protocol: Protocol) -> None:
+    """Encode what is not encoded yet, where the protocol says how."""
+    if protocol.cache and Path(protocol.corpus).exists():  # else the check of the runs says what is missing
+        words = ["cache", f"data.shards={quoted(protocol.corpus)}", *protocol.cache]
+        _run(words, f"the corpus {protocol.corpus} could not be encoded; protocol.cache=[] leaves that to the runs")
+
+
+def _run(words: Sequence[str], otherwise: str) -> None:
+    """Run a command of memtrain. Raises ValueError where it fails."""
+    log.info("memtrain %s", shlex.join(words))
+    if subprocess.run([*_PROGRAM, *words]).returncode:
+        raise ValueError(f"{otherwise}: memtrain {shlex.join(words)}")
 
 
 def _watched(bench: Bench, minutes: float) -> None:
@@ -194,9 +220,10 @@ def _write(out: Path, runs: Sequence[Planned], rows: Sequence[str], seeds: int, 
     from memtrain.report.table import marks_of, put_between_marks
 
     out.mkdir(parents=True, exist_ok=True)
-    there = [run for run in runs if is_trained(run.folder)]
+    there = [run for run in runs if run.row in rows and is_trained(run.folder)]
     results = [mitigation.read_result(run.folder, run.row, run.seed) for run in there]
-    text = mitigation.write(out, results, rows, seeds, [r for r in runs[0].protocol.curves if r in rows], _caption())
+    curves = [row for row in runs[0].protocol.curves if row in rows]
+    text = mitigation.write(out, results, rows, seeds, curves, _caption(runs))
     if into is not None:
         with written_aside(into) as aside:
             whole = put_between_marks(into.read_text(encoding="utf-8"), text, *marks_of("mitigation"))
@@ -204,10 +231,13 @@ def _write(out: Path, runs: Sequence[Planned], rows: Sequence[str], seeds: int, 
     return text
 
 
-def _caption() -> str:
+def _caption(runs: Sequence[Planned]) -> str:
+    from memtrain.sweep.trial import spoken
+
+    took = sum(Record.read(run).seconds for run in runs)
     return (
-        f"{made_by()} Figures are means ± standard deviations over seeds; the interval is a bootstrap over canaries, "
-        "all seeds together. Copies are of a canary's own picture."
+        f"{made_by()} Its runs took {spoken(took)}, one after the other. Figures are means ± standard deviations over "
+        "seeds; the interval is a bootstrap over canaries, all seeds together. Copies are of a canary's own picture."
     )
 
 

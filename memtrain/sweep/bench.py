@@ -14,7 +14,17 @@ from pathlib import Path
 
 from memtrain.core.files import written_aside
 from memtrain.report.curves import read_metrics
-from memtrain.sweep.protocol import EVALUATED, Planned, Protocol, Record, Stage, Standing, is_trained, next_stage
+from memtrain.sweep.protocol import (
+    EVALUATED,
+    Planned,
+    Protocol,
+    Record,
+    Stage,
+    Standing,
+    can_begin,
+    is_trained,
+    next_stage,
+)
 from memtrain.sweep.trial import Process, environment_of, spoken
 
 log = logging.getLogger(__name__)
@@ -98,10 +108,14 @@ class Bench:
                         del self.going[slot]
                         self._ended(slot, going)
                 for slot in range(self.workers):
-                    if slot not in self.going and self._waiting:
-                        self._start(slot, self._waiting.pop(0))
+                    if slot not in self.going and (able := next(filter(can_begin, self._waiting), None)):
+                        self._waiting.remove(able)
+                        self._start(slot, able)
                 look()
-                if not self.going and not self._waiting:
+                if not self.going and not any(map(can_begin, self._waiting)):
+                    for run in self._waiting:
+                        self._fails(run, f"evaluation: what is to judge it, {run.judge}, is not there")
+                    self._waiting.clear()
                     return
                 time.sleep(_LOOK)
         finally:
@@ -128,13 +142,14 @@ class Bench:
         log.info("%s: %s", run.name, stage.value)
 
     def _ended(self, slot: int, going: Running) -> None:
-        """Take note of what became of a process; what is next for its run is begun at once, by the same worker."""
+        """Take note of what became of a process; what is next for its run is begun at once, by the same worker,
+        where it can be."""
         run, code = going.run, going.process.exit_code
         going.process.wait()
         record = Record.read(run)
         record.seconds = going.seconds
         if going.stage is Stage.EVALUATE and code == 0:
-            record.evaluated = list(run.protocol.evaluate)
+            record.evaluated = run.evaluation
         record.write(run.folder)
         said = going.process.last_words()
         over = is_trained(run.folder) if going.stage is Stage.TRAIN else code == 0
@@ -144,7 +159,10 @@ class Bench:
         elif code:  # trained and exported, but a look failed: its figures are there
             log.warning("%s: %s", run.name, said)
         if over and next_stage(run) is not Stage.NOTHING:
-            self._start(slot, run)
+            if can_begin(run):
+                self._start(slot, run)
+            else:
+                self._waiting.insert(0, run)
             return
         if over:
             self.finished[run.name] = record.seconds

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from memtrain.sweep.space import key_of, merged, quoted
 RUNS = "runs"  # in the table's folder
 EVALUATION = "evaluation"  # these three in a run's folder
 EVALUATED = "evaluated.csv"
+JUDGE = "judge"  # the row of the training that judges the others' captions
 _RECORD = "bench.json"
 # what the bench says itself to each of its runs
 _OWN = ("run_id", "run_dir", "name", "runs_dir", "resume", "resume.run", "resume.allow", "seed", "data.shards")
@@ -33,10 +34,14 @@ class Protocol:
     Args:
         corpus: `data.shards` of every run.
         make: words of the memtrain command that makes the corpus where it is not there yet; []: it has to be there.
+        cache: words of `memtrain cache`, which encodes the corpus once before the runs, which read it then; []: each
+            run encodes what it visits.
         words: overrides of `memtrain train` for every run.
         rows: name of a row -> its own overrides, which go before those of every run.
         seeds: each row is run with the seeds 0, 1, … up to so many.
         evaluate: overrides of `memtrain evaluate` on each finished model; []: it is not evaluated.
+        judge: overrides of one more training, whose model judges captions in each evaluation: it should know such
+            pictures, and have memorized none. Its seed is none of the rows'. []: no model judges.
         min_repeats: canaries with fewer repeats in an epoch are not evaluated.
         canaries, reference: so many of each, at most, are evaluated.
         minutes: that a run takes, about, on one core or GPU; for the time that is left, until a run has shown it.
@@ -45,10 +50,12 @@ class Protocol:
 
     corpus: str | None
     make: Sequence[str]
+    cache: Sequence[str]
     words: Sequence[str]
     rows: Mapping[str, Sequence[str]]
     seeds: int
     evaluate: Sequence[str]
+    judge: Sequence[str]
     min_repeats: int
     canaries: int
     reference: int
@@ -64,6 +71,8 @@ class Protocol:
         odd = [name for name in self.rows if not re.fullmatch(r"[\w.-]+", name)]
         if odd:
             raise ValueError(f"protocol.rows: {odd[0]!r} names a folder too; use letters, digits, _, - and .")
+        if self.judge and JUDGE in self.rows:
+            raise ValueError(f"protocol.rows: {JUDGE} is the training that judges the others; name the row otherwise")
         if not self.minutes > 0:
             raise ValueError(f"protocol.minutes must be > 0, got {self.minutes:g}")
         wrong = [name for name in self.curves if name not in self.rows]
@@ -78,6 +87,7 @@ class Planned:
     Args:
         words: all overrides of `memtrain train`, but for those that say which run it is.
         folder: of the run.
+        judge: folder of the run whose model judges this one's; None: it is not judged.
     """
 
     row: str
@@ -85,6 +95,7 @@ class Planned:
     words: tuple[str, ...]
     folder: Path
     protocol: Protocol
+    judge: Path | None = None
 
     @property
     def name(self) -> str:
@@ -97,6 +108,12 @@ class Planned:
         goes_on = [f"resume={quoted(str(self.folder))}"] if (self.folder / "config.yaml").exists() else []
         return [*self.words, *named, *goes_on]
 
+    @property
+    def evaluation(self) -> list[str]:
+        """Overrides of the evaluation, but for those that say of which run it is; [] where there is none."""
+        judged = [] if self.judge is None else [f"judge={quoted(str(self.judge / 'export'))}"]
+        return [*self.protocol.evaluate, *judged] if self.protocol.evaluate else []
+
     def to_evaluate(self) -> list[str]:
         """Overrides of the evaluation of the model that the run exported: a pipeline, or an adapter and its base."""
         config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
@@ -107,7 +124,7 @@ class Planned:
         shards = config["data"]["shards"]
         where = [f"data={shards}", f"samples={self.folder / EVALUATED}", f"out={self.folder / EVALUATION}"]
         count = max(self.protocol.canaries, self.protocol.reference)  # no group has more
-        return [*model, *where, f"samples.count={count}", *self.protocol.evaluate]
+        return [*model, *where, f"samples.count={count}", *self.evaluation]
 
 
 def plan(
@@ -117,7 +134,8 @@ def plan(
     seeds: int | None = None,
     overrides: Sequence[str] = (),
 ) -> list[Planned]:
-    """The runs of a table, all rows of a seed before those of the next: so half a table has every row.
+    """The runs of a table, all rows of a seed before those of the next: so half a table has every row. The one that
+    judges the others, where there is one, is the first.
 
     Args:
         rows: of the protocol; (): all.
@@ -135,16 +153,23 @@ def plan(
         raise ValueError(f"seeds must be >= 1, got {seeds}")
     if protocol.corpus is None:
         raise ValueError("the protocol has no corpus of its own; name yours with shards=FOLDER")
-    for override in (*protocol.words, *overrides, *(word for words in protocol.rows.values() for word in words)):
+    rows_words = [word for words in protocol.rows.values() for word in words]
+    for override in (*protocol.words, *protocol.judge, *overrides, *rows_words):
         if key_of(override) in _OWN:
             raise ValueError(f"{override}: the bench names its runs itself; out=FOLDER seeds=N shards=FOLDER say which")
-    planned = []
-    for seed in range(seeds):
-        for row in rows or protocol.rows:
-            which = [f"seed={seed}", f"data.shards={quoted(protocol.corpus)}"]
-            words = tuple(merged(protocol.words, overrides, protocol.rows[row], which))
-            planned.append(Planned(row, seed, words, out.absolute() / RUNS / f"{row}_seed{seed}", protocol))
-    return planned
+    cached = ["data.cache=beside"] if protocol.cache else []
+
+    def made(row: str, seed: int, own: Sequence[str]) -> Planned:
+        which = [f"seed={seed}", f"data.shards={quoted(protocol.corpus)}"]
+        words = tuple(merged(cached, protocol.words, overrides, own, which))
+        return Planned(row, seed, words, out.absolute() / RUNS / f"{row}_seed{seed}", protocol)
+
+    runs = [made(row, seed, protocol.rows[row]) for seed in range(seeds) for row in rows or protocol.rows]
+    if not (protocol.judge and protocol.evaluate):
+        return runs
+    judge = made(JUDGE, protocol.seeds, protocol.judge)
+    judge = replace(judge, protocol=replace(protocol, evaluate=()))  # it is not evaluated itself
+    return [judge, *(replace(run, judge=judge.folder) for run in runs)]
 
 
 class Stage(Enum):
@@ -196,9 +221,14 @@ def next_stage(run: Planned) -> Stage:
     """What is left to do for a run, by what its folder holds."""
     if not is_trained(run.folder):
         return Stage.TRAIN
-    if run.protocol.evaluate and Record.read(run).evaluated != list(run.protocol.evaluate):
+    if run.evaluation and Record.read(run).evaluated != run.evaluation:
         return Stage.EVALUATE
     return Stage.NOTHING
+
+
+def can_begin(run: Planned) -> bool:
+    """Whether what is next for a run needs nothing that is not there: an evaluation needs its judge."""
+    return run.judge is None or next_stage(run) is not Stage.EVALUATE or is_trained(run.judge)
 
 
 def is_trained(folder: Path) -> bool:

@@ -51,7 +51,8 @@ def test_a_plan_is_printed_and_nothing_is_started(capsys, tmp_path):
     )
     said = capsys.readouterr().out
     assert "mine_seed1: training" in said and "exclusion.threshold=3" in said and "seed=1" in said
-    assert "4 runs, 4 of them to be made, 2 at a time: about 10 min" in said and not out.exists()
+    assert "judge_seed3: training" in said
+    assert "5 runs, 5 of them to be made, 2 at a time: about 12 min" in said and not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_a_plan_is_printed_and_nothing_is_started(capsys, tmp_path):
         (["protocol=laion10k"], "the protocol has no corpus of its own; name yours with shards=FOLDER"),
         (["shards=mine"], "shards=mine: the protocol has a corpus of its own, data/demo; say protocol.corpus=FOLDER"),
         (["rows=[none]", "protocol.corpus=gone", "protocol.make=[]"], "data.shards=gone"),
+        (["rows=[none]", "protocol.judge=[trainer.max_stepz=3]"], "row judge: "),
         (["workers=many", "rows=[none]"], "workers must be >= 1 or auto, got many"),
         (["into=nowhere.md"], "into=nowhere.md has no line <!-- mitigation: begin -->"),
     ],
@@ -92,10 +94,14 @@ def test_a_published_protocol_runs_from_its_corpus_to_its_table(
     words = [f"protocol={protocol}", f"shards={corpus}", f"out={out}", f"into={text}", "rows=[none]", "seeds=1"]
     if protocol == "laion10k":
         words.append(f"protocol.make=[shards,draw,{corpus},{out}/corpus,--count,40]")
+        words.append(f"protocol.cache=[model.pretrained={pipeline_folder},data.resolution=64,data.flip=0.5]")
+        words.append("protocol.judge=[exclusion=none,callbacks.copies=null]")
     main(["bench", "mitigation", *words, "workers=1", f"model.pretrained={pipeline_folder}", *TINY])
     [row] = csv.DictReader((out / "results.csv").read_text().splitlines())
     assert row["row"] == "none" and float(row["heldout_loss"]) > 0
     assert all(row[name] for name in ("attacked", "reference_attacked", "kernel_distance", "nearest", "copies"))
+    judged = protocol == "laion10k"
+    assert bool(row["caption_margin"]) == judged == (out / "runs" / "judge_seed3").is_dir()
     assert "| none | 1 |" in text.read_text() and text.read_text().endswith("after\n")
     assert (out / "plane.png").is_file() and (out / "table.md").read_text().strip() in capsys.readouterr().out
     assert (out / "corpus").is_dir() == (protocol == "laion10k")

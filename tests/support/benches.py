@@ -10,10 +10,11 @@ from memtrain.training.exit_codes import EXIT_CODES
 
 # A program that takes no time, called as memtrain is. It goes on from the step that it kept, and writes down each.
 QUICK = """
-import json, pathlib, sys
+import json, pathlib, sys, time
 command, *words = sys.argv[1:]
 said = dict(word.split("=", 1) for word in words)
 if command == "evaluate":
+    assert "judge" not in said or pathlib.Path(said["judge"].strip("'")).is_dir()
     out = pathlib.Path(said["out"])
     out.mkdir()
     found = [{"group": "canary", "copy_rate_attacked": 0.5}, {"group": "reference", "copy_rate_attacked": 0.25}]
@@ -23,6 +24,8 @@ folder = pathlib.Path(said["runs_dir"].strip("'")) / said["name"] / said["run_id
 if "broken" in said:
     print("error: it is broken\\nand a last line")
     sys.exit(2)
+while "waits" in said and not (folder.parent / said["waits"] / "run.json").exists():
+    time.sleep(0.01)
 assert ("resume" in said) == (folder / "config.yaml").exists()
 (folder / "config.yaml").write_text("data: {shards: " + said["data.shards"] + "}\\nmodel: {pretrained: base}\\n")
 (folder / "export").mkdir()
@@ -39,8 +42,8 @@ summary = {
 
 def protocol(rows: dict[str, list[str]], *words: str, **more) -> Protocol:
     """One seed on the corpus `c`, and nothing is evaluated, unless `more` says otherwise."""
-    rest = dict(make=[], seeds=1, evaluate=[], min_repeats=1, canaries=16, reference=16, minutes=1.0, curves=[])
-    return Protocol(**{"corpus": "c", **rest, **more}, words=list(words), rows=rows)
+    rest = dict(make=[], cache=[], seeds=1, evaluate=[], judge=[], min_repeats=1, canaries=16, reference=16)
+    return Protocol(**{"corpus": "c", "minutes": 1.0, "curves": [], **rest, **more}, words=list(words), rows=rows)
 
 
 def planned(out: Path, rows: dict[str, list[str]], *words: str, **more) -> list[Planned]:

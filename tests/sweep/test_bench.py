@@ -97,6 +97,27 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path):
     assert len(again.finished) == 4 and said == [(run.folder / "trial.log").stat() for run in again.runs]
 
 
+def test_evaluations_wait_for_the_training_that_judges_them(tmp_path):
+    """It is begun with the first row and ends after it, for it ends when it finds that row trained."""
+    judged = dict(evaluate=["a=1"], judge=["waits=none_seed0", "copies=0"], seeds=1)
+    runs = planned(tmp_path, ROWS, **judged)
+    assert [run.name for run in runs] == ["judge_seed1", "none_seed0", "evidence_seed0"]
+    assert [run.evaluation for run in runs] == [[], *[["a=1", f"judge='{runs[0].folder}/export'"]] * 2]
+    bench = quick(tmp_path, runs, workers=2)
+    bench.run()
+    assert not bench.failed and set(bench.finished) == {run.name for run in runs}
+    assert all((run.folder / "evaluation").is_dir() == (run.row != "judge") for run in runs)
+
+
+def test_without_its_judge_nothing_is_evaluated(tmp_path):
+    runs = planned(tmp_path, ROWS, evaluate=["a=1"], judge=["broken=1"])
+    bench = quick(tmp_path, runs)
+    bench.run()
+    assert set(bench.failed) == {run.name for run in runs} and not bench.finished
+    assert bench.failed["none_seed0"] == f"evaluation: what is to judge it, {runs[0].folder}, is not there"
+    assert next_stage(runs[1]) is Stage.EVALUATE  # trained; the same command goes on from here
+
+
 def test_a_run_that_cannot_be_begun_stops_no_other(tmp_path):
     runs = planned(tmp_path, ROWS)
     runs[0].folder.parent.mkdir()
