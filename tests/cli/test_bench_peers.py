@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memtrain.cli import bench_peers
-from memtrain.cli.bench_peers import CACHED, DIFFUSERS, PAPER, PLAIN, SCORED, Work, steps_of
+from memtrain.cli.bench_peers import AMORTISED, CACHED, DIFFUSERS, PAPER, PLAIN, SCORED, Work, steps_of
 from memtrain.cli.main import main
 from memtrain.training import step_clock
 from tests.support.program import fails
@@ -49,7 +49,7 @@ def test_every_program_does_the_same_work_in_turn(forks, pipeline_folder, monkey
     sizes = ["--model", str(pipeline_folder), "--resolution", "64", "--batch-size", "2", "--rounds", "1"]
     main([*words, *sizes, "--steps", "1", "--json", "--settings", "optimizer.fused=true", "model.channels_last=true"])
     steps = json.loads(capsys.readouterr().out)["training"]
-    assert list(steps) == [PLAIN, SCORED, CACHED, DIFFUSERS, PAPER]
+    assert list(steps) == [PLAIN, SCORED, CACHED, AMORTISED, DIFFUSERS, PAPER]
     assert all(len(step["seconds"]) == 1 and step["seconds"][0] > 0 for step in steps.values())
     assert list(steps[SCORED]["against"]) == [DIFFUSERS, PAPER] and steps[PLAIN]["against"][DIFFUSERS][0] > 1
 
