@@ -10,5 +10,5 @@ export NO_MKDOCS_2_WARNING=1 # the range in pyproject.toml says 1
 if [ "$#" -gt 0 ]; then
     exec "$python" -m mkdocs "$@"
 fi
-"$python" -m mkdocs build --strict --quiet
+"$python" -m mkdocs build --strict
 printf 'built %s\n' "$repo/build/site/index.html"

@@ -95,7 +95,7 @@ def bench(argv: list[str]) -> None:
     real_size.add_argument("--resolution", type=int, default=256, metavar="PX", help="(default 256)")
     real_size.add_argument(
         "--folder", type=Path, default=Path("bench/real_size"), metavar="PATH",
-        help="is made, and removed at the end; on a disk with 35 GB free (default bench/real_size)",
+        help="is made, and removed at the end; on a disk with 38 GB free (default bench/real_size)",
     )  # fmt: skip
     real_size.add_argument("--json", action="store_true", help="print the figures as JSON")
     real_size.set_defaults(run=_real_size)

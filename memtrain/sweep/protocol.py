@@ -167,7 +167,7 @@ def plan(
     runs = [made(row, seed, protocol.rows[row]) for seed in range(seeds) for row in rows or protocol.rows]
     if not (protocol.judge and protocol.evaluate):
         return runs
-    judge = made(JUDGE, protocol.seeds, protocol.judge)
+    judge = made(JUDGE, max(seeds, protocol.seeds), protocol.judge)
     judge = replace(judge, protocol=replace(protocol, evaluate=()))  # it is not evaluated itself
     return [judge, *(replace(run, judge=judge.folder) for run in runs)]
 
