@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHOWN = 1.0  # s between two looks that are shown
+_DECIDES = ("resolution", "crop", "caption", "where")  # what is encoded, of the keys of data
 _PROGRAM = [sys.executable, "-m", "memtrain.cli.main"]
 
 
@@ -122,7 +123,25 @@ def _check_composed(runs: Sequence[Planned]) -> list[DictConfig]:
         except Exception as error:
             said = str(error).splitlines()[0]
             raise ValueError(f"{what}: {said}") from error
+    if runs[0].protocol.cache:
+        _check_cached(runs, configs)
     return configs[:-1]
+
+
+def _check_cached(runs: Sequence[Planned], configs: Sequence[DictConfig]) -> None:
+    """Raises ValueError where a row would read of a cache what was encoded otherwise than it trains."""
+    words = runs[0].protocol.cache
+    try:
+        encoded = compose("cache", spelled("cache", list(words))).data
+    except Exception as error:
+        raise ValueError(f"protocol.cache: {str(error).splitlines()[0]}") from error
+    for run, config in zip(runs, configs, strict=False):  # the last one is the evaluation's
+        for key in _DECIDES:
+            if config.data.cache is not None and config.data[key] != encoded[key]:
+                raise ValueError(
+                    f"row {run.row} trains on data.{key}={config.data[key]}, protocol.cache={list(words)} encodes "
+                    f"{encoded[key]}; add data.cache=null to the row"
+                )
 
 
 def _workers(asked: str | int) -> tuple[int, int, list[str]]:

@@ -66,6 +66,8 @@ def test_a_plan_is_printed_and_nothing_is_started(capsys, tmp_path):
         (["protocol=laion10k"], "the protocol has no corpus of its own; name yours with shards=FOLDER"),
         (["shards=mine"], "shards=mine: the protocol has a corpus of its own, data/demo; say protocol.corpus=FOLDER"),
         (["rows=[none]", "protocol.corpus=gone", "protocol.make=[]"], "data.shards=gone"),
+        (["rows=[none]", "data.caption=alt"], "row none trains on data.caption=alt, protocol.cache=['model=demo'"),
+        (["rows=[none]", "protocol.cache=[modle=demo]"], "protocol.cache: "),
         (["rows=[none]", "protocol.judge=[trainer.max_stepz=3]"], "row judge: "),
         (["workers=many", "rows=[none]"], "workers must be >= 1 or auto, got many"),
         (["into=nowhere.md"], "into=nowhere.md has no line <!-- mitigation: begin -->"),
