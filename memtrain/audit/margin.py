@@ -17,12 +17,23 @@ from memtrain.core.streams import Stream, place_seed
 _MARGIN_TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 900)  # of 1000
 
 
+def check_judge(judge: Denoiser, denoiser: Denoiser) -> None:
+    """Raises ValueError where a judge knows pictures of another size than a model draws."""
+    sizes = [one.model.own_size for one in (denoiser, judge)]
+    if sizes[0] != sizes[1]:
+        drawn, judged = (f"{width} x {height}" for height, width in sizes)
+        raise ValueError(f"judge draws {judged} px and the model {drawn}; name a judge of the model's size")
+
+
 @dataclass(frozen=True)
 class CaptionMargin:
     """`caption_margin` by a judge at hand, a model that has memorized nothing of what is judged."""
 
     judge: Denoiser
     batches: ShrinkingBatches
+
+    def check(self, denoiser: Denoiser) -> None:
+        check_judge(self.judge, denoiser)
 
     def identity(self) -> str:
         return self.judge.fingerprint()

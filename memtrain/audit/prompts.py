@@ -108,7 +108,7 @@ def read_rows(
 
 def _labelled(prompts: Prompts, values: list[str], column: str) -> Prompts:
     """Of the rows whose label is understood."""
-    known = [value.strip().lower().removesuffix(".0") for value in values]
+    known = [label_of(value) for value in values]
     kept = [place for place, value in enumerate(known) if value in MEMORIZED + OTHER]
     if not kept:
         seen = [value for value, _ in Counter(values).most_common(5)]
@@ -124,6 +124,11 @@ def _labelled(prompts: Prompts, values: list[str], column: str) -> Prompts:
         labels=[known[place] in MEMORIZED for place in kept],
         groups=None if prompts.groups is None else [prompts.groups[place] for place in kept],
     )
+
+
+def label_of(value: object) -> str:
+    """A label as it is compared: 1.0 is the 1 of a column with gaps."""
+    return str(value).strip().lower().removesuffix(".0")
 
 
 def together(memorized: Prompts, other: Prompts) -> Prompts:

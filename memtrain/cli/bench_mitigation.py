@@ -89,9 +89,10 @@ def bench_mitigation(cfg: DictConfig) -> None:
 
 def _check_shards(cfg: DictConfig) -> None:
     """Raises ValueError where a protocol wants the user's shards and has none, or is given some and has its own."""
-    if cfg.shards is None and "${shards}" in OmegaConf.to_yaml(cfg.protocol):
+    wants = "${shards}" in OmegaConf.to_yaml(cfg.protocol)
+    if cfg.shards is None and wants:
         raise ValueError("the protocol has no corpus of its own; name yours with shards=FOLDER")
-    if cfg.shards is not None and cfg.shards not in OmegaConf.to_yaml(cfg.protocol, resolve=True):
+    if cfg.shards is not None and not wants:
         raise ValueError(
             f"shards={cfg.shards}: the protocol has a corpus of its own, {cfg.protocol.corpus}; say "
             "protocol.corpus=FOLDER protocol.make=[] to take another"
@@ -123,6 +124,12 @@ def _check_composed(runs: Sequence[Planned]) -> list[DictConfig]:
         except Exception as error:
             said = str(error).splitlines()[0]
             raise ValueError(f"{what}: {said}") from error
+    for run, config in zip(runs, configs, strict=False):  # the last one is the evaluation's
+        if run.row == JUDGE and not config.adapter.get("merge", True):
+            raise ValueError(
+                f"{JUDGE}: its training exports an adapter alone, which judges nothing; add adapter.merge=true to "
+                "protocol.judge"
+            )
     if runs[0].protocol.cache:
         _check_cached(runs, configs)
     return configs[:-1]

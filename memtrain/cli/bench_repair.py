@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from memtrain.cli.arguments import spelled
 from memtrain.cli.bench_mitigation import check_into, made_by
 from memtrain.cli.evaluate import evaluate
 from memtrain.cli.repair import FOLDER, WRITTEN, repair
+from memtrain.core.files import written_aside
 from memtrain.data.paths import check_run
 from memtrain.report.repair_table import BEFORE, RepairFigures, read_figures, write
 
 log = logging.getLogger(__name__)
 
-_A_ROW = 4  # forward passes of a row that is trained on: forward, backward, and the score's
+_A_ROW = 3  # forward passes of a row that is trained on: forward and backward; that of a score is not counted
+_RECORD = "bench.json"  # in a repair's folder: what it was begun with
 
 
 def bench_repair(cfg: DictConfig) -> None:
@@ -34,14 +37,18 @@ def bench_repair(cfg: DictConfig) -> None:
     into = None if cfg.into is None else Path(cfg.into)
     if into is not None:
         check_into(into, "repair")
-    models = [_Model(run, cfg) for run in runs]
+    from memtrain.audit.evaluate.several_models import short_names
+
+    models = [_Model(run, name, cfg) for run, name in zip(runs, short_names([str(run) for run in runs]), strict=True)]
     out, found = Path(cfg.out), list[RepairFigures]()
+    for row, words in rows.items():
+        for model in models:
+            _check_record(_folder(row, model, cfg), _begun_with(words, model, cfg))
     for row, words in {BEFORE: None, **rows}.items():
         for model in models:
             found.append(_measured(row, words, model, cfg, found))
-            text = write(out, found, [BEFORE, *rows], _caption(models))
+            text = write(out, found, [BEFORE, *rows], _caption(models, cfg))
     if into is not None:
-        from memtrain.core.files import written_aside
         from memtrain.report.table import marks_of, put_between_marks
 
         with written_aside(into) as aside:
@@ -53,12 +60,14 @@ def bench_repair(cfg: DictConfig) -> None:
 class _Model:
     """A run's model, the canaries of it that are to be forgotten, and what it is judged by: lists in `folder`."""
 
-    def __init__(self, run: Path, cfg: DictConfig):
-        self.name, self.export = run.name, run / "export"
+    def __init__(self, run: Path, name: str, cfg: DictConfig):
+        for file in ("config.yaml", "summary.json", "copies.csv", "canaries.csv", "export"):
+            if not (run / file).exists():
+                raise ValueError(f"{run} has no {file}; name finished runs that draw their canaries (callbacks.copies)")
+        self.name, self.export = name, run / "export"
         self.folder = Path(cfg.out) / "models" / self.name
-        own = OmegaConf.load(run / "config.yaml")
-        self.shards = cfg.shards or own.data.shards
-        self.passes = _A_ROW * own.trainer.max_steps * own.data.batch_size * own.trainer.accumulate_grad_batches
+        self.shards = cfg.shards or OmegaConf.load(run / "config.yaml").data.shards
+        self.passes = _A_ROW * json.loads((run / "summary.json").read_text(encoding="utf-8"))["samples_seen"]
         copied = _copied(run / "copies.csv")
         if len(copied) <= cfg.forget:
             raise ValueError(f"{run}: {len(copied)} canaries are copied; forget={cfg.forget} leaves none untouched")
@@ -66,9 +75,11 @@ class _Model:
             never = [row for row in csv.DictReader(stream) if row["group"] == "reference"][: cfg.reference]
         forgotten, untouched = copied[: cfg.forget], copied[cfg.forget :]
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.forgotten = forgotten
         self._list("forget", [(*row, "forgotten") for row in forgotten])
         reference = [(row["key"], row["caption"], "reference") for row in never]
-        self._list("reference", reference[-12:])  # the mark of the repair itself; not among those that are attacked
+        self.mark = reference[-12:]  # of the repair itself; not among those that are attacked
+        self._list("reference", self.mark)
         self._list("attacked", [*((*row, "forgotten") for row in forgotten), *reference[: cfg.attacked]])
         self._list("plain", [*((*row, "untouched") for row in untouched), *reference])
 
@@ -88,21 +99,58 @@ def _copied(copies: Path) -> list[tuple[str, str]]:
     return [(of[0].key, of[0].caption) for of in canaries.values() if sum(row.is_copy for row in of) >= len(of) / 2]
 
 
+def _folder(row: str, model: _Model, cfg: DictConfig) -> Path:
+    return Path(cfg.out) / "runs" / f"{row}_{model.name}"
+
+
+def _repaired(folder: Path) -> Path:
+    """What says that a repair is done, and how."""
+    return folder / "model" / FOLDER / WRITTEN
+
+
+def _begun_with(words: Sequence[str], model: _Model, cfg: DictConfig) -> dict:
+    """All that decides a repair."""
+    lists = {"forget": model.forgotten, "reference": model.mark}
+    return {
+        "model": str(model.export),
+        "keep": str(model.shards),
+        "words": [*cfg.drawing, *words],
+        **{name: [list(row) for row in rows] for name, rows in lists.items()},
+    }
+
+
+def _check_record(folder: Path, begun_with: dict) -> None:
+    """Raises ValueError where a repair that is there already was begun with other words or lists."""
+    if not _repaired(folder).is_file():
+        return
+    record = folder / _RECORD
+    was = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    other = [name for name, value in begun_with.items() if was.get(name) != value]
+    if other:
+        raise ValueError(
+            f"{folder} was begun with another {' and '.join(other)}; delete that folder, or begin a new table with "
+            "out=FOLDER"
+        )
+
+
 def _measured(
     row: str, words: Sequence[str] | None, model: _Model, cfg: DictConfig, found: Sequence[RepairFigures]
 ) -> RepairFigures:
     """Repair a model, unless that was done already, and evaluate it; words None: the model as it is."""
-    folder = Path(cfg.out) / "runs" / f"{row}_{model.name}"
+    folder = _folder(row, model, cfg)
     repaired, source = None, model.export
     if words is not None:
-        repaired, source = folder / "model" / FOLDER / WRITTEN, folder / "model"
+        repaired, source = _repaired(folder), folder / "model"
         if not repaired.is_file():
             log.info("repairing %s: %s", model.name, row)
+            folder.mkdir(parents=True, exist_ok=True)
+            with written_aside(folder / _RECORD) as aside:
+                aside.write_text(json.dumps(_begun_with(words, model, cfg), indent=2), encoding="utf-8")
             _run(repair, "repair", [
                 f"model={model.export}", f"forget={model.folder}/forget.csv", f"keep={model.shards}",
                 f"reference={model.folder}/reference.csv", f"out={source}", "force=true", *cfg.drawing, *words,
             ])  # fmt: skip
-    parts = {"attacked": list(cfg.attack), "plain": ["attack=none"]}
+    parts = {"attacked": list(cfg.under_attack), "plain": ["attack=none"]}
     for name, attack in parts.items():
         log.info("evaluating %s: %s, %s", model.name, row, name)
         _run(evaluate, "evaluate", [
@@ -119,11 +167,13 @@ def _run(task, command: str, words: Sequence[str]) -> None:
         task(compose(command, spelled(command, list(words))))
 
 
-def _caption(models: Sequence[_Model]) -> str:
+def _caption(models: Sequence[_Model], cfg: DictConfig) -> str:
+    first = _folder(BEFORE, models[0], cfg) / "attacked" / "evaluation.json"
+    attack = json.loads(first.read_text(encoding="utf-8"))[0]["attack"]
     return (
-        f"{made_by()} Figures are means ± standard deviations over models. Under attack: 50 Adam steps on the text "
-        "embedding. Held-out loss: of never-trained pictures, against the same model before. Drift: RMSE of latents of "
-        "watched captions' pictures, before to after, which share words with forgotten ones and were not trained on. "
+        f"{made_by()} Figures are means ± standard deviations over models. Under attack: generations after {attack}. "
+        "Held-out loss: of never-trained pictures, against the same model before. Drift: RMSE of latents of watched "
+        "captions' pictures, before to after, which share words with forgotten ones and were not trained on. "
         f"Cost: forward passes of the repair's steps, a backward counting two, as a share of the training's "
-        f"{models[0].passes}."
+        f"{models[0].passes} without its scores."
     )

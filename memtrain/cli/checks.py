@@ -43,7 +43,7 @@ def check_detection(cfg: DictConfig) -> None:
     _check_audited(cfg)
     _file("embedding", cfg.embedding, TORCHSCRIPT)
     if cfg.base is not None:
-        check_pipeline("base", cfg.base, AUDITED)
+        check_pipeline("base", cfg.base, AUDITED, cfg.model.config if is_file(cfg.base) else None)
         if "anchored" not in cfg.scores:
             raise ValueError(f"base={cfg.base} is for the anchored score; say scores=[anchored], or leave it out")
 

@@ -13,6 +13,7 @@ from memtrain.audit.prompts import read_prompts, together
 from memtrain.cli.checks import check_detection
 from memtrain.cli.distributors import distributor_in
 from memtrain.data.distribute import Local, Part
+from memtrain.models.folders import is_file
 
 if TYPE_CHECKING:  # torch is imported when what can be refused without it has been
     from memtrain.audit.denoiser import Denoiser
@@ -91,7 +92,12 @@ def _anchored(cfg: DictConfig, denoiser: Denoiser) -> Callable[[], Anchored] | N
     from memtrain.audit.detect.anchored import Anchored
 
     if cfg.base is not None:
-        return lambda: Anchored.against(Denoiser.load(cfg.base, cfg.device, cfg.dtype, key="base"))
+        return lambda: Anchored.against(
+            Denoiser.load(
+                cfg.base, cfg.device, cfg.dtype, key="base", config=cfg.model.config if is_file(cfg.base) else None,
+                max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
+            )
+        )  # fmt: skip
     return None if cfg.lora is None else lambda: Anchored.without_adapter(denoiser)
 
 

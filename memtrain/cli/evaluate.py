@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from memtrain.audit.evaluate.results import ModelResult
     from memtrain.audit.evaluate.settings import Measures
     from memtrain.data.samples import ShardSamples
+
+log = logging.getLogger(__name__)
 
 _HEADS = {  # of the table: eighty columns hold it
     "samples": "n",
@@ -67,7 +71,7 @@ def evaluate(cfg: DictConfig) -> None:
         seed=cfg.seed,
         attack=instantiate(cfg.attack),
     )
-    room.short_names(room.named_by(models, loras))  # here: a model that is named twice costs nothing yet
+    room.names_of(models, loras)  # here: a model that is named twice costs nothing yet
     samples, measures = _samples(cfg), _measures(cfg)
     chosen = choose(samples, cfg.samples.file, cfg.samples.group, cfg.samples.count, cfg.seed)
     columns = (
@@ -183,20 +187,26 @@ def _write(out: Path, results: list[ModelResult]) -> None:
     """The rows of all models, the table, and the plane."""
     import pyarrow.parquet as pq
 
-    from memtrain.audit.evaluate.several_models import read_rows, write_json
-    from memtrain.core.files import written_aside
+    from memtrain.audit.evaluate.several_models import read_rows
+    from memtrain.core.files import json_of, written_aside
     from memtrain.report.plane import Point, draw_plane
 
     with written_aside(out / "rows.parquet", shared=True) as aside:
         pq.write_table(read_rows(out, results), aside, compression="zstd")
-    write_json(out / "evaluation.json", [asdict(result) for result in results])
+    with written_aside(out / "evaluation.json", shared=True) as aside:
+        aside.write_text(json_of([asdict(result) for result in results]) + "\n", encoding="utf-8")
     with written_aside(out / "evaluation.csv", shared=True) as aside:
         _write_csv(aside, results)
     has_reference = results[0].heldout_loss is not None
     points = []
     for result in results:
         quality = result.heldout_loss if has_reference else result.memorization.denoising_loss
+        if quality is None or not math.isfinite(quality):
+            log.warning("%s: its loss is not finite; it has no place in plane.png", result.model)
+            continue
         points.append(Point(result.model, result.memorization.copy_rate, quality))
+    if not points:
+        return
     first = results[0]
     rule = f" ({first.copy_rule})" if all(result.cut == first.cut for result in results) else ""
     shown = f"copies, {first.memorization.group}{rule}"

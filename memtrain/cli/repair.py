@@ -103,11 +103,14 @@ def _prepare(
     """The repair that the config asks for, before any step; its own generations and neighbours are made here."""
     from memtrain.audit.batches import ShrinkingBatches
     from memtrain.audit.repair.material import (
+        CaptionedPictures,
         Drawing,
         forgotten_pictures,
         kept_from_shards,
         kept_of_its_own,
         least_like,
+        watched_of,
+        without,
     )
     from memtrain.audit.repair.repairing import Repair
 
@@ -117,6 +120,10 @@ def _prepare(
     samples = kept_samples if cfg.data.shards is None else _samples(cfg.data, denoiser)
     adapter = _adapter(cfg)
     forgotten = forgotten_pictures(denoiser, entries, samples, sampling, cfg.seed, batches)
+    if earlier is not None:  # what is forgotten once more is not held where it is
+        earlier = without(earlier, forgotten, cfg.max_rmse)
+        earlier = earlier if len(earlier) else None
+    gone = forgotten if earlier is None else CaptionedPictures.cat([earlier, forgotten])
     harmless = None if cfg.keep.captions is None else read_prompts(cfg.keep.captions).texts
     reference = None if cfg.reference is None else read_prompts(cfg.reference).texts
     near: list[list[str]] = []
@@ -124,14 +131,14 @@ def _prepare(
         near = _neighbours(denoiser, forgotten.captions, cfg)
     spread = [caption for row in zip(*near, strict=False) for caption in row][:_HARMLESS]
     if kept_samples is not None:
-        kept = kept_from_shards(denoiser, kept_samples, cfg.keep.count, forgotten, cfg.max_rmse, cfg.seed, batches)
+        kept = kept_from_shards(denoiser, kept_samples, cfg.keep.count, gone, cfg.max_rmse, cfg.seed, batches)
     else:
         cache = Path(cfg.keep.cache or Path(cfg.out) / FOLDER / "kept.safetensors").expanduser()
         few = min(cfg.keep.count, 4 * len(harmless or spread))
         kept = kept_of_its_own(
-            denoiser, harmless or spread, few, forgotten, cfg.max_rmse, sampling, cfg.seed, batches, cache
+            denoiser, harmless or spread, few, gone, cfg.max_rmse, sampling, cfg.seed, batches, cache
         )
-    watched, kept = _watched(kept, forgotten, cfg.watched)
+    watched, kept = watched_of(kept, forgotten, cfg.watched)
     # a neighbour may bring back the very picture: where there are kept ones, their captions say what chance makes
     unlike = spread if kept_samples is None else least_like(kept.captions, forgotten.captions, _HARMLESS)
     return Repair(
@@ -187,17 +194,6 @@ def _neighbours(denoiser: Denoiser, captions: Sequence[str], cfg: DictConfig) ->
             raise ValueError(f"forget: no neighbour of {caption!r} is known; say reference=FILE and keep=SHARDS")
         found.append(texts)
     return found
-
-
-def _watched(kept: CaptionedPictures, forgotten: CaptionedPictures, count: int) -> tuple[list[str], CaptionedPictures]:
-    """Kept captions that are drawn before and after, those first that share most words with a forgotten one; and the
-    other kept pictures: what is watched is not trained on."""
-    from memtrain.audit.repair.material import shared_words
-
-    distinct = [caption for caption in dict.fromkeys(kept.captions) if caption not in forgotten.captions]
-    shared = dict(zip(distinct, shared_words(distinct, forgotten.captions), strict=True))
-    watched = sorted(distinct, key=lambda caption: -shared[caption])[: min(count, len(distinct) // 2)]
-    return watched, kept.index([row for row, caption in enumerate(kept.captions) if caption not in watched])
 
 
 def _earlier(cfg: DictConfig) -> tuple[CaptionedPictures | None, dict[str, dict]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from memtrain.core.files import written_aside
+from memtrain.core.files import json_of, written_aside
 
 if TYPE_CHECKING:
     from memtrain.audit.detect.detection import Detection
@@ -28,7 +27,7 @@ def write_detection(folder: Path, detection: Detection, summary: dict) -> None:
 
     write_table(folder / "scores.parquet", detection.table(summary["threshold"]))
     with written_aside(folder / "summary.json") as aside:
-        aside.write_text(json.dumps(_finite(summary), indent=2, ensure_ascii=False), encoding="utf-8")
+        aside.write_text(json_of(summary), encoding="utf-8")
     labels = None if detection.labels is None else np.array(detection.labels)
     order = np.argsort(-detection.scores, kind="stable")[:SHOWN]
     values = detection.steps.get(detection.main)
@@ -44,15 +43,6 @@ def write_detection(folder: Path, detection: Detection, summary: dict) -> None:
     draw_distributions(folder / "distributions.png", detection.scores, labels, summary["threshold"], detection.main)
     if labels is not None:
         draw_roc(folder / "roc.png", {name: detection.of(name) for name in detection.names}, labels)
-
-
-def _finite(value: Any) -> Any:
-    """The value with null in the place of nan and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(axis, title: str) -> None:

@@ -23,6 +23,7 @@ EVALUATION = "evaluation"  # these three in a run's folder
 EVALUATED = "evaluated.csv"
 JUDGE = "judge"  # the row of the training that judges the others' captions
 _RECORD = "bench.json"
+_OF_CAPTIONS = ("max_sequence_length", "t5_padding")  # keys of a model that decide how a caption is read
 # what the bench says itself to each of its runs
 _OWN = ("run_id", "run_dir", "name", "runs_dir", "resume", "resume.run", "resume.allow", "seed", "data.shards")
 
@@ -117,10 +118,12 @@ class Planned:
     def to_evaluate(self) -> list[str]:
         """Overrides of the evaluation of the model that the run exported: a pipeline, or an adapter and its base."""
         config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        export = self.folder / "export"
+        export, trained = self.folder / "export", config["model"]
         model = [f"model={export}"]
         if not (export / "model_index.json").is_file():
-            model = [f"model={config['model']['pretrained']}", f"lora={export}"]
+            model = [f"model={trained['pretrained']}", f"lora={export}"]
+        told = {"model.config": trained.get("config"), **{name: trained.get(name) for name in _OF_CAPTIONS}}
+        model += [f"{name}={value}" for name, value in told.items() if value is not None]
         shards = config["data"]["shards"]
         where = [f"data={shards}", f"samples={self.folder / EVALUATED}", f"out={self.folder / EVALUATION}"]
         count = max(self.protocol.canaries, self.protocol.reference)  # no group has more

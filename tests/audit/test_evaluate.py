@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +18,13 @@ from memtrain.audit.evaluate.fid import LatentGrid
 from memtrain.audit.evaluate.judging import judge, summarise
 from memtrain.audit.evaluate.results import ModelResult
 from memtrain.audit.evaluate.settings import Measures, Settings
-from memtrain.audit.evaluate.several_models import ModelsSpread, evaluate, read_rows, short_names
+from memtrain.audit.evaluate.several_models import ModelsSpread, evaluate, names_of, read_rows, short_names
 from memtrain.audit.evaluate.similarity import LatentRmse
 from memtrain.audit.margin import CaptionMargin, caption_margin
 from memtrain.audit.sampling import generate
 from memtrain.audit.training_samples import TrainingSamples, choose, draw_positions
 from memtrain.cli.arguments import spelled
+from memtrain.cli.evaluate import _write as write_results
 from memtrain.cli.evaluate import evaluate as command
 from memtrain.cli.main import config_folder
 from memtrain.data.distribute import Part
@@ -288,6 +290,12 @@ def test_models_are_named_by_what_tells_them_apart():
     assert short_names(["../a b$"]) == ["a_b_"]
     with pytest.raises(ValueError, match="models names x/export twice"):
         short_names(["x/export", "y", "x/export"])
+    assert short_names(["x/a b", "x/a_b"]) == ["x_a_b_0", "x_a_b_1"]
+    assert names_of(["sd", "sd"], ["runs/a/export", None]) == ["a", "sd"]
+    assert names_of(["sd", "other"], ["lora", "lora"]) == ["sd", "other"]  # one adapter in two models
+    assert names_of(["sd", "sd", "other"], ["a", "b", "a"]) == ["sd_a", "sd_b", "other_a"]
+    with pytest.raises(ValueError, match="models names lora twice"):
+        names_of(["sd", "sd"], ["lora", "lora"])
 
 
 def test_samples_are_those_of_the_file_the_first_of_each_group(samples, canaries, tmp_path):
@@ -402,6 +410,15 @@ def test_the_command_prints_a_table_and_writes_it_with_a_plane(
     with Image.open(out / "plane.png") as image:
         assert image.width > 500
     assert not list(out.rglob(".*"))  # nothing is left aside
+
+
+def test_a_model_whose_figures_are_not_finite_costs_the_others_nothing(evaluated, caplog):
+    out, result, _ = evaluated
+    lost = replace(result, heldout_loss=float("nan"), kernel_distance=float("inf"))
+    write_results(out, [result, lost])
+    found = json.loads((out / "evaluation.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [one["heldout_loss"] for one in found] == [result.heldout_loss, None]
+    assert (out / "plane.png").is_file() and "its loss is not finite" in caplog.text
 
 
 def test_the_command_says_in_one_line_what_is_missing(pipeline_folder, corpus, tmp_path):

@@ -153,12 +153,34 @@ def test_draws_are_a_function_of_seed_step_and_row(work):
     assert torch.equal(one.noisy[:2], other.noisy) and torch.equal(one.timesteps[:2], other.timesteps)
 
 
+def test_what_was_forgotten_before_is_held_and_not_learnt_again(pipeline_folder):
+    work = work_on(pipeline_folder, Adapter(), steps=2, forgotten_rows=3, kept_rows=4)
+    before = work.kept.index([0, 1])
+    again = Work(work.model, work.anchor, work.forgotten, work.kept, work.settings, earlier=before)
+    assert sum(which < again.num_earlier for which in again.kept_rows(0).pictures) == 1  # a quarter
+    told = [again.kept_rows(step, 8, as_training=True).pictures for step in range(20)]
+    assert min(min(which) for which in told) >= again.num_earlier == 2
+    seen, kept_rows = [], again.kept_rows
+    again.kept_rows = lambda *args, **options: (
+        seen.append(kept_rows(*args, **options).pictures) or kept_rows(*args, **options)
+    )
+    for method in (methods.FineTuned(), methods.SubtractedScores()):
+        method.descend(again, 0)
+    assert len(seen) == 2 and min(map(min, seen)) >= again.num_earlier
+
+
 def test_lists_that_other_commands_wrote(tmp_path):
     pq.write_table(
         pa.table({"prompt": ["a", "b", "c"], "flagged": [True, False, True], "magnitude": [3.0, 1.0, 2.0]}),
         tmp_path / "scores.parquet",
     )
     assert [entry.caption for entry in read_forget_list(tmp_path / "scores.parquet")] == ["a", "c"]
+    undecided = {"prompt": ["a", "b"], "flagged": pa.array([None, None], pa.bool_())}
+    pq.write_table(pa.table(undecided), tmp_path / "undecided.parquet")
+    with pytest.raises(ValueError, match="its column flagged is empty"):
+        read_forget_list(tmp_path / "undecided.parquet")
+    (tmp_path / "gaps.csv").write_text("caption,label\na,1.0\nb,0.0\nc,\n", encoding="utf-8")  # as pandas writes it
+    assert [entry.caption for entry in read_forget_list(tmp_path / "gaps.csv", label="label")] == ["a"]
     keys = {"key": ["0.tar/1", "0.tar/2"], "duplicate_of": [None, "0.tar/1"], "p_value": [0.0, 0.0]}
     pq.write_table(pa.table(keys), tmp_path / "list.parquet")  # of ledger suspects
     assert [entry.key for entry in read_forget_list(tmp_path / "list.parquet")] == ["0.tar/1", "0.tar/2"]
@@ -248,8 +270,11 @@ def test_a_second_list_is_checked_against_the_first(repaired, corpus, deep_folde
 
 def test_kept_captions_stand_in_for_never_seen_ones(repaired, corpus, deep_folder):
     main(["repair", f"model={deep_folder}", f"forget={repaired}/list.csv", f"keep={corpus}", f"out={repaired}/five",
-          "force=true", "score_margin=9", *QUICK])  # fmt: skip
-    captions = json.loads((repaired / "five" / "repair" / "repair.json").read_text())["never_seen"]["captions"]
+          f"earlier={repaired}/one", "force=true", "score_margin=9", *QUICK])  # fmt: skip
+    written = json.loads((repaired / "five" / "repair" / "repair.json").read_text())
+    captions = written["never_seen"]["captions"]
+    again, _ = CaptionedPictures.load(repaired / "five" / "repair" / "forgotten.safetensors")
+    assert len(again) == 2 and not written["earlier"]  # the first repair's pictures: they are not held where they were
     samples = ShardSamples(str(corpus), 64)
     known = {samples.get(position)[1] for position in range(len(samples))}
     forgotten = {row["caption"] for row in csv.DictReader((repaired / "list.csv").read_text().splitlines())}

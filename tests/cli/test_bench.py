@@ -65,6 +65,8 @@ def test_a_plan_is_printed_and_nothing_is_started(capsys, tmp_path):
         (["protocol=wen2024"], "the protocol has no corpus of its own; name yours with shards=FOLDER"),
         (["protocol=laion10k"], "the protocol has no corpus of its own; name yours with shards=FOLDER"),
         (["shards=mine"], "shards=mine: the protocol has a corpus of its own, data/demo; say protocol.corpus=FOLDER"),
+        (["shards=data"], "shards=data: the protocol has a corpus of its own"),  # though `data` is a part of its name
+        (["rows=[none]", "adapter=lora"], "judge: its training exports an adapter alone"),
         (["rows=[none]", "protocol.corpus=gone", "protocol.make=[]"], "data.shards=gone"),
         (["rows=[none]", "data.caption=alt"], "row none trains on data.caption=alt, protocol.cache=['model=demo'"),
         (["rows=[none]", "protocol.cache=[modle=demo]"], "protocol.cache: "),
@@ -95,7 +97,7 @@ def test_a_published_protocol_runs_from_its_corpus_to_its_table(
     text.write_text("before\n<!-- mitigation: begin -->\n<!-- mitigation: end -->\nafter\n")
     words = [f"protocol={protocol}", f"shards={corpus}", f"out={out}", f"into={text}", "rows=[none]", "seeds=1"]
     if protocol == "laion10k":
-        words.append(f"protocol.make=[shards,draw,{corpus},{out}/corpus,--count,40]")
+        words.append(f"protocol.make=[shards,draw,${{shards}},{out}/corpus,--count,40]")
         words.append(f"protocol.cache=[model.pretrained={pipeline_folder},data.resolution=64,data.flip=0.5]")
         words.append("protocol.judge=[exclusion=none,callbacks.copies=null]")
     main(["bench", "mitigation", *words, "workers=1", f"model.pretrained={pipeline_folder}", *TINY])

@@ -8,7 +8,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from memtrain import detect, explain, mitigate
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.margin import CaptionMargin
 from memtrain.audit.mitigate.comparison import Comparison, Judges
 from memtrain.audit.mitigate.methods import Embedding, InitialNoise, LateGuidance, RandomNumbers
 from memtrain.audit.mitigate.mitigation import Sampling
@@ -196,6 +198,8 @@ def test_a_judge_of_another_size_is_refused(clip_only, pipeline_folder):
     judges = Judges(originals=None, judge=Denoiser.of(smaller), clip=None)
     with pytest.raises(ValueError, match="judge draws 32 x 32 px and the model 64 x 64"):
         Comparison(Denoiser.of(clip_only), CAPTIONS[:1], 1, Sampling(2), judges)
+    with pytest.raises(ValueError, match="judge draws 32 x 32 px and the model 64 x 64"):
+        CaptionMargin(Denoiser.of(smaller), ShrinkingBatches(2)).check(Denoiser.of(clip_only))
 
 
 @pytest.mark.parametrize("score", ["attention_entropy", "bright_ending"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.attack import Attack
+from memtrain.audit.denoiser import Denoiser
 from memtrain.audit.evaluate.fid import Features
 from memtrain.audit.evaluate.similarity import Similarity
 from memtrain.core.copies import checked_false_copies
@@ -47,6 +48,10 @@ class Settings:
 
 class Margin(Protocol):
     """What says how much of its caption each picture shows, as `memtrain.audit.margin.CaptionMargin`."""
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Raises ValueError where it cannot judge what this model draws."""
+        ...
 
     def identity(self) -> str: ...
 

@@ -73,12 +73,14 @@ def evaluate(
     """
     results, spread = [], spread or ModelsSpread()
     loras = loras or [None] * len(models)
-    named = list(zip(models, loras, short_names(named_by(models, loras)), strict=True))
+    named = list(zip(models, loras, names_of(models, loras), strict=True))
     for source, lora, name in [named[place] for place in spread.part.of(len(named))]:
         denoiser = Denoiser.load(
             source, device, dtype, lora=lora, max_sequence_length=max_sequence_length,
             t5_padding=t5_padding, config=config if is_file(source) else None,
         )  # fmt: skip
+        if measures.margin is not None:
+            measures.margin.check(denoiser)
         own = replace(settings, guidance_scale=denoiser.guided(settings.guidance_scale).guidance_scale)
         identity = _identity(denoiser, samples, chosen, measures, own)
         result = _read_result(out / name, identity)
@@ -150,32 +152,50 @@ def read_rows(out: Path, results: Sequence[ModelResult]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def named_by(models: Sequence[str], loras: Sequence[str | None]) -> list[str]:
-    """The path that tells a model: its adapter's where it has one."""
-    return [lora or model for model, lora in zip(models, loras, strict=True)]
+def names_of(models: Sequence[str], loras: Sequence[str | None]) -> list[str]:
+    """A name for each model, fit for a folder's: that of its adapter, where it has one and that tells it from the
+    others; of the model, where that does; else of both.
+
+    Raises:
+        ValueError: a model is named twice, with the same adapter.
+    """
+    told = [lora or model for model, lora in zip(models, loras, strict=True)]
+    for paths in (told, models):
+        if len(set(paths)) == len(paths):
+            return short_names(paths)
+    both = [f"{model}_{lora}" for model, lora in zip(_short(models), _short(told), strict=True)]
+    return both if len(set(both)) == len(both) else short_names(told)  # which says what is named twice
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """`short_names` of paths that may be named several times."""
+    each = sorted({*paths})
+    names = dict(zip(each, short_names(each), strict=True))
+    return [names[path] for path in paths]
 
 
 def short_names(models: Sequence[str]) -> list[str]:
-    """The shortest ends of the paths that tell models apart, without `export`, fit for a folder's name."""
+    """The shortest ends of the paths that tell models apart, without `export`, fit for a folder's name.
+
+    Raises:
+        ValueError: one is named twice.
+    """
     parts = []
     for model in models:
         path = Path(model).expanduser()
         names = [part for part in (path.resolve() if path.exists() else path).parts if part != "/"]
         parts.append(names[:-1] if len(names) > 1 and names[-1] == "export" else names)
+    for place, model in enumerate(models):
+        if parts[place] in parts[:place]:
+            raise ValueError(f"models names {model} twice; name each model once")
     for depth in range(1, max(map(len, parts)) + 1):
         names = [re.sub(r"[^\w.-]+", "_", "_".join(part[-depth:])).lstrip(".") or "model" for part in parts]
         if len(set(names)) == len(names):
             return names
-    twice = next(model for place, model in enumerate(models) if parts[place] in parts[:place])
-    raise ValueError(f"models names {twice} twice; name each model once")
+    return [f"{name}_{place}" for place, name in enumerate(names)]  # they differ in what no folder's name may hold
 
 
 # ---- results on disk
-
-
-def write_json(path: Path, content: object) -> None:
-    with written_aside(path, shared=True) as aside:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_found(folder: Path, found: Found, draw: DrawGallery) -> None:
@@ -187,7 +207,8 @@ def _write_found(folder: Path, found: Found, draw: DrawGallery) -> None:
     heading = f"{name}: generations nearest to their training image"
     with written_aside(folder / "gallery.html", shared=True) as aside:
         draw(aside, heading, rule, found.pairs)
-    write_json(folder / "result.json", asdict(found.result))  # last: it vouches for the others
+    with written_aside(folder / "result.json", shared=True) as aside:  # last: it vouches for the others
+        aside.write_text(json.dumps(asdict(found.result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _identity(

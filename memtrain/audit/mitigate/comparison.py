@@ -15,7 +15,7 @@ from torch import Tensor
 from memtrain.audit.alignment import ClipScore
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
-from memtrain.audit.margin import caption_margin
+from memtrain.audit.margin import caption_margin, check_judge
 from memtrain.audit.mitigate.methods import Mitigation
 from memtrain.audit.mitigate.mitigation import Generations, Sampling, generate, resolve_target
 from memtrain.audit.pictures import decode_latents, encode_images
@@ -108,10 +108,8 @@ class Comparison:
     ):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
-        sizes = [one.model.own_size for one in (denoiser, judges.judge) if one is not None]
-        if len(set(sizes)) > 1:
-            drawn, judged = (f"{width} x {height}" for height, width in sizes)
-            raise ValueError(f"judge draws {judged} px and the model {drawn}; name a judge of the model's size")
+        if judges.judge is not None:
+            check_judge(judges.judge, denoiser)
         self.denoiser, self.sampling, self.judges, self.seed = denoiser, sampling, judges, seed
         self.num_images_per_prompt, self.batches = num_images_per_prompt, ShrinkingBatches(batch_size)
         self.prompts = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]  # (R,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from memtrain.audit.prompts import COLUMNS, MEMORIZED, read_rows
+from memtrain.audit.prompts import COLUMNS, MEMORIZED, label_of, read_rows
 from memtrain.data.escaping import of_cell
 from memtrain.data.paths import FORGET
 
@@ -45,10 +45,15 @@ def read_forget_list(path: str | Path, column: str | None = None, label: str | N
     caption = column or next((name for name in COLUMNS if name in names), None)
     if caption is None and not {"key", "file"} & {*names}:
         raise ValueError(f"forget={path} has no column {', '.join(COLUMNS)}, key or file; {FORGET}")
+    if label is None and _FLAGGED in names:
+        label = _FLAGGED
+        if all(row.get(label) in (None, "") for row in rows):
+            raise ValueError(
+                f"forget={path}: its column {label} is empty, as detect had no threshold; say threshold= there, or "
+                "make a list of the prompts that are to be forgotten"
+            )
     if label is not None:
-        rows = [row for row in rows if str(row.get(label)).strip().lower() in MEMORIZED]
-    elif any(row.get(_FLAGGED) not in (None, "") for row in rows):
-        rows = [row for row in rows if str(row.get(_FLAGGED)).strip().lower() in MEMORIZED]
+        rows = [row for row in rows if label_of(row.get(label)) in MEMORIZED]
     entries: dict[tuple, Entry] = {}
     for row in rows:
         said, sample, file = (_text(row.get(name)) for name in (caption, "key", "file"))

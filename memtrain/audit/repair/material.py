@@ -218,10 +218,10 @@ def kept_from_shards(
     if read:
         latents = encode_images(denoiser, np.stack([pixels for _, pixels, _ in read]), batches)
         kept = CaptionedPictures([caption for caption, _, _ in read], latents, [name for *_, name in read])
-        kept = _without(kept, forgotten, max_rmse)
+        kept = without(kept, forgotten, max_rmse)
     if not len(kept):
         raise ValueError(
-            f"keep: each of its {len(read)} captioned pictures is on the list forget; nothing is left that could stay. "
+            f"keep: each of its {len(read)} captioned pictures is to be forgotten; nothing is left that could stay. "
             "Name shards with other pictures, or a shorter list"
         )
     log.info(
@@ -231,9 +231,21 @@ def kept_from_shards(
     return kept
 
 
-def _without(kept: CaptionedPictures, forgotten: CaptionedPictures, max_rmse: float) -> CaptionedPictures:
-    apart = rmse_of_all(kept.latents, forgotten.latents).amin(dim=1)  # (K,)
-    return kept.index([row for row, distance in enumerate(apart.tolist()) if distance > max_rmse])
+def without(pictures: CaptionedPictures, forgotten: CaptionedPictures, max_rmse: float) -> CaptionedPictures:
+    """Those of K pictures whose latents lie further than `max_rmse` from each forgotten one's."""
+    apart = rmse_of_all(pictures.latents, forgotten.latents).amin(dim=1)  # (K,)
+    return pictures.index([row for row, distance in enumerate(apart.tolist()) if distance > max_rmse])
+
+
+def watched_of(
+    kept: CaptionedPictures, forgotten: CaptionedPictures, count: int
+) -> tuple[list[str], CaptionedPictures]:
+    """Kept captions that are drawn before and after, those first that share most words with a forgotten one; and the
+    other kept pictures: what is watched is not trained on."""
+    distinct = [caption for caption in dict.fromkeys(kept.captions) if caption not in forgotten.captions]
+    shared = dict(zip(distinct, shared_words(distinct, forgotten.captions), strict=True))
+    watched = sorted(distinct, key=lambda caption: -shared[caption])[: min(count, len(distinct) // 2)]
+    return watched, kept.index([row for row, caption in enumerate(kept.captions) if caption not in watched])
 
 
 def kept_of_its_own(
@@ -270,7 +282,7 @@ def kept_of_its_own(
         made = CaptionedPictures(told, drawn.flatten(0, 1), [""] * len(told))
         cache.parent.mkdir(parents=True, exist_ok=True)
         made.save(cache, identity=identity)
-    kept = _without(made, forgotten, max_rmse)
+    kept = without(made, forgotten, max_rmse)
     if not len(kept):
         raise ValueError(
             f"all {len(made)} generations from harmless captions show what is to be forgotten; say captions=FILE with "

@@ -168,7 +168,7 @@ class SubtractedScores(Trained):
 
     def descend(self, work: Work, step: int) -> float:
         away = work.forgotten_rows(step)
-        stay = work.kept_rows(step + work.settings.steps, len(away))
+        stay = work.kept_rows(step + work.settings.steps, len(away), as_training=True)
         process = work.model.noise_process
         take_kept = torch.arange(len(away), device=away.latents.device) % 2 == 0  # half of both, as mix = 1/2 has it
         if self.mix != 0.5:
@@ -220,4 +220,4 @@ class FineTuned(Trained):
         return denoising_loss(prediction, work.target(rows))
 
     def rows(self, work, step):
-        return work.kept_rows(step + work.settings.steps, work.settings.forgotten_rows)
+        return work.kept_rows(step + work.settings.steps, work.settings.forgotten_rows, as_training=True)

@@ -147,12 +147,17 @@ class Work:
         which = [(first + row) % len(self.forgotten) for row in range(count)]
         return self.noised(self.forgotten.latents, self.cond, which, Stream.FORGOTTEN, step, self.settings.lowest_noise)
 
-    def kept_rows(self, step: int, count: int | None = None) -> Rows:
+    def kept_rows(self, step: int, count: int | None = None, as_training: bool = False) -> Rows:
         """Kept pictures of a step, drawn by seed, some of them with the empty caption; a share is of those that were
-        forgotten before, another of those whose captions are like forgotten ones."""
+        forgotten before, another of those whose captions are like forgotten ones.
+
+        Args:
+            as_training: their own pictures are what is to be predicted of them, so that none is one that was forgotten
+                before: it would be learnt again.
+        """
         count = count or self.settings.kept_rows
         generator = np.random.default_rng(place_seed(self.seed, Stream.REPAIR, step, 0))
-        earlier = math.ceil(_EARLIER * count) if self.num_earlier else 0
+        earlier = math.ceil(_EARLIER * count) if self.num_earlier and not as_training else 0
         any_kept = generator.integers(self.num_earlier, len(self.kept), size=count - earlier)
         near = generator.choice(self.near, size=count - earlier)
         is_near = generator.random(count - earlier) < self.settings.near_share
