@@ -32,6 +32,7 @@ _HEADS = {  # of the table: eighty columns hold it
     "RMSE of latents": "RMSE",
     "nearest": "near-\nest",
     "under attack": "under\nattack",
+    "beyond reach": "beyond\nreach",
     "CLIP score": "CLIP\nscore",
 }
 _CHECKED_SIDE = 64  # px, at which pictures are read to see whether they can be
@@ -247,7 +248,9 @@ def _print(results: list[ModelResult], out: Path) -> None:
     for name, cells in (("model", models), ("group", groups)):
         table.add_column(name, overflow="fold", min_width=min(10, max(map(len, cells))))
     # the table fits 80 columns: an attack takes the place of what evaluation.csv has, too
-    figures = ("samples", "copies", *(("under attack",) if is_attacked else ("of any", "samples copied")))
+    has_reach = first.attack_reach is not None
+    under_attack = ("under attack", *(("beyond reach",) if has_reach else ()))
+    figures = ("samples", "copies", *(under_attack if is_attacked else ("of any", "samples copied")))
     figures += (first.measure, "nearest")
     figures += (
         *(("CLIP score",) if has_clip else ()),
@@ -266,7 +269,7 @@ def _print(results: list[ModelResult], out: Path) -> None:
                 f"{group.samples}",
                 _with_interval(group.copy_rate, group.copy_rate_low, group.copy_rate_high),
                 *(
-                    [_with_interval(*attacked)]
+                    [_with_interval(*attacked), *([f"{group.copy_rate_beyond_reach:.1%}"] if has_reach else [])]
                     if is_attacked
                     else [f"{group.copy_rate_nearest:.1%}", f"{group.samples_copied:.1%}"]
                 ),
@@ -293,6 +296,13 @@ def _print(results: list[ModelResult], out: Path) -> None:
             f"Under attack: generations after {first.attack}. What it brings back of the group reference, which was "
             "never trained on, it has described by itself."
         )
+    if has_reach:
+        notes += [
+            f"Beyond reach{f' of {result.model}' if len(results) > 1 else ''}: under attack, within "
+            f"{result.attack_reach:.3g}. So near it does not come to what was never trained on: this was learnt."
+            for result in results
+            if result.attack_reach is not None
+        ]
     notes.append("Nearest: 5 % of the generations are as near to a training picture.")
     notes += ["Loss: of denoising the training image at fixed noise; of the group reference, the held-out loss."]
     if has_margin:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
-from memtrain.core.copies import is_copy
+from memtrain.core.copies import DEFAULT_FALSE_COPIES, copy_cut, is_copy
 from memtrain.core.exclusion import CANARY, GROUP_NAMES, REFERENCE
 from memtrain.core.files import written_aside
 from memtrain.data.copies_file import CopyRow, read_copies
@@ -32,6 +33,7 @@ class Figures:
 
     copies: float | None  # of canaries' generations, of their own picture
     attacked: float | None  # the same after an attack on the finished model
+    beyond_reach: float | None  # of these, nearer than an attack brings back what was never trained on
     reference_attacked: float | None  # what an attack brings back of pictures that were never trained on
     nearest: float | None  # of canaries' generations, that are copies of any training picture
     heldout_loss: float | None
@@ -66,7 +68,10 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
     rows = read_copies(folder / "copies.csv") if (folder / "copies.csv").is_file() else []
     evaluation = folder / EVALUATION
     model = json.loads(evaluation.read_text(encoding="utf-8"))[0] if evaluation.is_file() else {"groups": []}
-    attacked = copy_rates(model["groups"], evaluation.with_name("rows.parquet"), judged.get("cut"), attacked=True)
+    rows_of = evaluation.with_name("rows.parquet")
+    attacked = copy_rates(model["groups"], rows_of, judged.get("cut"), attacked=True)
+    false_copies = judged.get("false_copies", DEFAULT_FALSE_COPIES)
+    beyond = beyond_reach(model["groups"], rows_of, judged.get("cut"), false_copies)
     never = next((group for group in model["groups"] if group["group"] == _REFERENCE), {})
     seen, per_second = summary["samples_seen"], summary["samples_per_second"]
     min_repeats = judged.get("min_repeats", 1)
@@ -76,6 +81,7 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
         Figures(
             copies=summary["copy_rate"][_CANARY],
             attacked=attacked.get(_CANARY),
+            beyond_reach=beyond.get(_CANARY),
             reference_attacked=attacked.get(_REFERENCE),
             nearest=judged.get("nearest", {}).get(_CANARY, {}).get("rate"),
             heldout_loss=summary["heldout_loss"],
@@ -86,7 +92,7 @@ def read_result(folder: Path, row: str, seed: int) -> Result:
             steps_per_second=per_second * summary["steps"] / seen if seen and per_second else None,
             clip_score=never.get("clip_score"),
             caption_margin=never.get("caption_margin"),
-            **_of_sscd(evaluation.with_name("rows.parquet")),
+            **_of_sscd(rows_of),
         ),
         counted(rows, min_repeats),
         judged.get("cut"),
@@ -119,6 +125,25 @@ def copy_rates(
     return rates
 
 
+def beyond_reach(
+    groups: Sequence[Mapping[str, Any]], rows: Path, cut: float | None, false_copies: float = DEFAULT_FALSE_COPIES
+) -> dict[str, float | None]:
+    """The same under attack within the attack's reach alone, see `memtrain.audit.evaluate.judging.judge`, of which
+    a cut of the run's own is the bound; see `copy_rates` for the arguments.
+
+    Args:
+        false_copies: share of never-trained pictures' generations that may lie within the reach.
+    """
+    if cut is None or not rows.is_file() or _RMSE not in pq.read_schema(rows).names:
+        return {group["group"]: group.get("copy_rate_beyond_reach") for group in groups}
+    of_reference = (pc.field("attacked")) & (pc.field("group") == _REFERENCE)
+    described = pq.read_table(rows, columns=[_RMSE], filters=of_reference)[_RMSE].to_pylist()
+    if not described:
+        return {}
+    reach = copy_cut(torch.tensor(described), cut, false_copies)
+    return copy_rates(groups, rows, reach.distance, attacked=True)
+
+
 def _of_sscd(rows: Path) -> dict[str, float]:
     """The figures of SSCD, where a model was evaluated by it; {} where it was not."""
     if not rows.is_file() or _SSCD not in pq.read_schema(rows).names:
@@ -135,6 +160,7 @@ def _of_sscd(rows: Path) -> dict[str, float]:
 
 COLUMNS = {  # heading -> figure and its format
     "copies under attack": ("attacked", ".1%"),
+    "of them beyond its reach": ("beyond_reach", ".1%"),
     "reference under attack": ("reference_attacked", ".1%"),
     "copies of any training picture": ("nearest", ".1%"),
     "held-out loss": ("heldout_loss", ".4f"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from memtrain.core.files import written_aside
-from memtrain.report.mitigation import copy_rates, spread
+from memtrain.report.mitigation import beyond_reach, copy_rates, spread
 
 BEFORE = "before"  # the row of the models as they are
 
@@ -22,6 +22,7 @@ class RepairFigures:
     model: str
     copies: float  # of forgotten pictures
     attacked: float  # the same after an attack
+    beyond_reach: float | None  # of these, nearer than an attack brings back what was never trained on
     reference_attacked: float  # what the attack brings back of pictures that were never trained on
     untouched: float  # copies of canaries that are not on the list
     heldout_loss: float
@@ -36,6 +37,7 @@ class RepairFigures:
 _COLUMNS = {
     "copies": ("copies", ".1%"),
     "under attack": ("attacked", ".1%"),
+    "of them beyond its reach": ("beyond_reach", ".1%"),
     "never seen, under attack": ("reference_attacked", ".1%"),
     "untouched canaries": ("untouched", ".1%"),
     "held-out loss, change": ("heldout_change", "+.2%"),
@@ -69,6 +71,7 @@ def read_figures(
     groups = {(folder, group["group"]): group for folder, model in models.items() for group in model["groups"]}
     of_attacked = models[attacked]["groups"], attacked / "rows.parquet", models[plain].get("cut")
     rates, rates_attacked = (copy_rates(*of_attacked, attacked=under) for under in (False, True))
+    beyond = beyond_reach(*of_attacked)
     own = {} if repaired is None else json.loads(repaired.read_text(encoding="utf-8"))
     drift = list(own.get("kept_drift", {}).values())
     loss = groups[plain, "reference"]["denoising_loss"]
@@ -77,6 +80,7 @@ def read_figures(
         model=model,
         copies=rates["forgotten"],
         attacked=rates_attacked["forgotten"],
+        beyond_reach=beyond.get("forgotten"),
         reference_attacked=rates_attacked["reference"],
         untouched=groups[plain, "untouched"]["copy_rate"],
         heldout_loss=loss,

@@ -169,14 +169,22 @@ def test_the_copy_rate_of_a_case_by_hand():
     under_attack = [row | {"attacked": True, "latent_rmse": 0.01} for row in rows[:3]] + [rows[3] | {"attacked": True}]
     reference = {"group": "reference", "latent_rmse": 0.1, "nearest_latent_rmse": 0.2, "denoising_loss": 9.0}
     rows += [*under_attack, reference | {"clip_score": None, "caption_margin": None, "attacked": False}]
-    cut = judge(rows, [row["group"] == "reference" for row in rows], similarity, 0.01)
-    assert 0.1999 < cut.distance < 0.2
+    cut, reach = judge(rows, [row["group"] == "reference" for row in rows], similarity, 0.01)
+    assert 0.1999 < cut.distance < 0.2 and reach is None
     found = summarise(rows, "canary", 2, similarity)
     assert (found.copy_rate, found.copy_rate_nearest, found.samples_copied) == (0.25, 0.5, 0.5)
     assert (found.copy_rate_low, found.copy_rate_high) == (0, 0.5)
     assert found.copy_rate_attacked == 0.75
     assert (found.copy_rate_attacked_low, found.copy_rate_attacked_high) == (0.5, 1)
     assert summarise(rows, "reference", 1, similarity).copy_rate_attacked is None
+    assert found.copy_rate_beyond_reach is None  # it is not known what the attack describes by itself
+    described = rows[-1] | {"attacked": True, "latent_rmse": 0.05}
+    again = [*rows, described]
+    same, reach = judge(again, [row["group"] == "reference" for row in again], similarity, 0.01)
+    assert same == cut and 0.0499 < reach < 0.05 and described["is_copy"] and not described["is_beyond_reach"]
+    assert summarise(again, "canary", 2, similarity).copy_rate_beyond_reach == 0.75
+    far = [*rows, described | {"latent_rmse": 0.9}]  # an attack that describes nothing: the cut itself
+    assert judge(far, [row["group"] == "reference" for row in far], similarity, 0.01)[1] == cut.distance
     assert found.similarity == pytest.approx(0.2775) and found.similarity_nearest == pytest.approx(0.1075)
 
 

@@ -87,6 +87,7 @@ def test_what_is_under_attack_is_judged_by_the_runs_own_cut(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "none_seed0" / "evaluation" / "rows.parquet")
     figures = read_result(tmp_path / "none_seed0", "none", 0).figures
     assert figures.attacked == 0.5 and figures.reference_attacked == pytest.approx(1 / 3)
+    assert figures.beyond_reach == 0.25  # 0.1 alone is nearer than what is described by itself, at 0.29
     summary = json.loads((tmp_path / "none_seed0" / "summary.json").read_text())
     (tmp_path / "none_seed0" / "summary.json").write_text(json.dumps(summary | {"copies": {}}))  # it drew nothing
     assert read_result(tmp_path / "none_seed0", "none", 0).figures.attacked == 1.0

@@ -33,6 +33,7 @@ class GroupResult:
     copy_rate_attacked_low: float | None = None
     copy_rate_attacked_high: float | None = None
     caption_margin: float | None = None  # of a judge
+    copy_rate_beyond_reach: float | None = None  # of generations after an attack; None: its reach is not known
 
 
 def nearest_column(similarity: Similarity) -> str:
@@ -56,19 +57,41 @@ def note_nearest(
         row[nearest_column(similarity)], row["nearest_key"] = value, keys[place]
 
 
-def judge(rows: Sequence[dict], reference: Sequence[bool], similarity: Similarity, false_copies: float) -> Cut:
+def judge(
+    rows: Sequence[dict], reference: Sequence[bool], similarity: Similarity, false_copies: float
+) -> tuple[Cut, float | None]:
     """Set the cut, and say in each row whether it is a copy: of its own picture, and of any training picture.
+
+    An attack describes pictures, too, that a model has never seen, so that of its generations some lie within that cut
+    by its doing alone. Its reach is the largest distance within which at most the share `false_copies` of its
+    generations of never-trained pictures lie, and never above the cut: what is nearer, the model has learnt.
 
     Args:
         reference: of each row, whether its caption was never trained on.
+
+    Returns:
+        The cut, and the attack's reach, a distance as the cut's; None where no such caption was attacked.
     """
-    chance = [row[nearest_column(similarity)] for row, never in zip(rows, reference, strict=True) if never]
-    values = torch.tensor(chance, dtype=torch.float64)
-    cut = similarity.cut(values[values.isfinite()], false_copies)
+
+    def told(column: str, attacked: bool) -> Tensor:
+        never = [row for row, is_reference in zip(rows, reference, strict=True) if is_reference]
+        values = torch.tensor([row[column] for row in never if row["attacked"] == attacked], dtype=torch.float64)
+        return values[values.isfinite()]
+
+    cut, described = (
+        similarity.cut(told(nearest_column(similarity), False), false_copies),
+        told(similarity.column, True),
+    )
+    reach = min(cut.distance, similarity.cut(described, false_copies).distance) if len(described) else None
+    flags = {"is_copy": (similarity.column, cut.distance), "is_copy_of_any": (nearest_column(similarity), cut.distance)}
     for row in rows:
-        for name, column in (("is_copy", similarity.column), ("is_copy_of_any", nearest_column(similarity))):
-            row[name] = bool(similarity.is_copy(np.float64(row[column]), similarity.in_own_terms(cut.distance)))
-    return cut
+        for name, (column, distance) in flags.items():
+            row[name] = bool(similarity.is_copy(np.float64(row[column]), similarity.in_own_terms(distance)))
+        row["is_beyond_reach"] = None
+        if row["attacked"] and reach is not None:
+            near = similarity.is_copy(np.float64(row[similarity.column]), similarity.in_own_terms(reach))
+            row["is_beyond_reach"] = bool(near)
+    return cut, reach
 
 
 def summarise(rows: Sequence[dict], group: str, per_sample: int, similarity: Similarity) -> GroupResult:
@@ -98,8 +121,13 @@ def summarise(rows: Sequence[dict], group: str, per_sample: int, similarity: Sim
         copy_rate_attacked=rate_attacked,
         copy_rate_attacked_low=low_attacked,
         copy_rate_attacked_high=high_attacked,
+        copy_rate_beyond_reach=_share([row["is_beyond_reach"] for row in attacked]),
         caption_margin=None if mine[0]["caption_margin"] is None else mean("caption_margin"),
     )
+
+
+def _share(flags: Sequence[bool | None]) -> float | None:
+    return float(np.mean(flags)) if flags and None not in flags else None
 
 
 def _copies(rows: Sequence[dict], per_sample: int) -> np.ndarray:

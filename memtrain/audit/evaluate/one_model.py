@@ -78,8 +78,8 @@ class Evaluation:
         seen = self._seen([*of_samples, *of_pictures, *of_real])
         rows, features, nearest = self._generations([next(seen) for _ in of_samples])
         searched = self._search(rows, features, islice(seen, len(of_pictures)))
-        never_seen = [row["group"] == REFERENCE_GROUP and not row["attacked"] for row in rows]
-        cut = judge(rows, never_seen, self.measures.similarity, self.settings.false_copies)
+        never_seen = [row["group"] == REFERENCE_GROUP for row in rows]
+        cut, reach = judge(rows, never_seen, self.measures.similarity, self.settings.false_copies)
         for found in seen:
             self.distances.add(found, real=True)
             self.advance("shards' pictures", self.distances.counts[True], len(readable))
@@ -103,6 +103,7 @@ class Evaluation:
             frechet_real=self.distances.counts[True],
             identity=identity,
             attack=str(self.settings.attack),
+            attack_reach=None if reach is None else similarity.in_own_terms(reach),
         )
         return Found(result, pa.Table.from_pylist(rows), self._pairs(rows, nearest))
 

@@ -32,6 +32,7 @@ class ModelResult:
     identity: str
     lora: str | None = None  # a folder or file that was loaded into it
     attack: str = "none"  # in words
+    attack_reach: float | None = None  # of the measure: what is nearer, it does not describe by itself
 
     @property
     def memorization(self) -> GroupResult:

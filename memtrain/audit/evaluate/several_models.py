@@ -35,7 +35,7 @@ from memtrain.models.folders import is_file
 log = logging.getLogger(__name__)
 
 DrawGallery = Callable[[Path, str, str, Sequence[Match]], None]  # to a file: heading, what a copy is, pairs
-VERSION = 2  # of results: raise it where the same settings give other figures
+VERSION = 3  # of results: raise it where the same settings give other figures
 
 
 def evaluate(
