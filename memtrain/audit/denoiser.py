@@ -163,8 +163,8 @@ class Denoiser:
         digest.update(f" {self.latent_shape} {self.dtype}".encode())
         for hashed in model.fingerprint(model.network_name, *model.text_encoder_names).values():
             digest.update(hashed.encode())
-        padding = {} if model.t5_padding is None else {"t5_padding": model.t5_padding}
-        for option in (model.call_options | padding).items():
+        told = {name: getattr(model, name, None) for name in ("t5_padding", "null_is_zeros")}
+        for option in (model.call_options | {name: value for name, value in told.items() if value is not None}).items():
             digest.update(str(option).encode())
         return digest.hexdigest()
 

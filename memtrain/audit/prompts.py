@@ -100,7 +100,7 @@ def read_rows(
             f"{key}={path}: cannot read {path.suffix or 'a file without suffix'}; use {', '.join(FORMATS)}"
         )
     if path.suffix.lower() == ".txt":
-        return [{"text": line} for line in _text(path).splitlines()]
+        return [{"text": line} for line in _text(path).split("\n")]  # a caption may hold what splitlines splits at
     if path.suffix.lower() == ".parquet":
         return _parquet_rows(path, [*wanted, *also])
     return {".csv": _csv_rows, ".jsonl": _jsonl_rows}[path.suffix.lower()](path, wanted)

@@ -323,8 +323,9 @@ class DiffusionModel(nn.Module, ABC):
         """The network's forward."""
 
     def guidance_weight(self, guidance_scale: float) -> float:
-        """w of a step along null + w (cond - null), where the stock pipeline is given this `guidance_scale`."""
-        return guidance_scale
+        """w of a step along null + w (cond - null), where the stock pipeline is given this `guidance_scale`: up to 1 it
+        asks for the caption's prediction alone."""
+        return max(1.0, guidance_scale)
 
     # ---- what comes of it
 

@@ -112,7 +112,7 @@ class DDIM(Sampler):
 
     def identity(self) -> bytes:
         schedule = self.process.alphas_cumprod.cpu().numpy().tobytes()
-        return schedule + self.process.prediction_type.encode()
+        return schedule + self.process.prediction_type.encode() + _of_config(self.scheduler.config)
 
 
 class Euler(Sampler):
@@ -150,6 +150,10 @@ class Euler(Sampler):
         return latents + (before - sigma) * v
 
     def identity(self) -> bytes:
-        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
         options = {name: value for name, value in self.schedule(50).items() if name != "num_inference_steps"}
-        return json.dumps({**config, **options}, sort_keys=True).encode()
+        return _of_config({**self.scheduler.config, **options})
+
+
+def _of_config(config: Mapping[str, Any]) -> bytes:
+    told = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.dumps(told, sort_keys=True, default=str).encode()

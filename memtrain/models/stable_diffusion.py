@@ -54,11 +54,16 @@ class StableDiffusion(DiffusionModel):
         """Noise process and sampler. Raises ValueError where a pipeline of this class name cannot be used."""
         if self.unet.config.time_cond_proj_dim is not None:
             raise ValueError(f"this {name} is guidance-distilled and has no unconditional prediction")
-        schedule = DDPMScheduler.from_config(self.scheduler.config)
+        config = self.scheduler.config
+        if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+            raise ValueError(f"this {name} has no noise of DDPM's: its scheduler is a {type(self.scheduler).__name__}")
+        if self.vae is not None and self.vae.config.get("latents_mean") is not None:
+            raise ValueError(f"the VAE of this {name} shifts its latents by a mean of its own (latents_mean)")
+        schedule = DDPMScheduler.from_config(config)
         if schedule.config.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"this {name} predicts {schedule.config.prediction_type}")
         self.noise_process = DDPM(schedule.alphas_cumprod.float(), schedule.config.prediction_type)
-        self.sampler = DDIM(self.noise_process, self.scheduler.config)
+        self.sampler = DDIM(self.noise_process, config)
 
     # ---- pictures
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
@@ -32,6 +32,15 @@ def stock_predictions(pipeline, prompts, latents, num_inference_steps, guidance_
     ).images
     hook.remove()
     return seen, end
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0])
+def test_without_guidance_the_caption_is_drawn_as_the_stock_pipeline_does(denoiser, stock, guidance_scale):
+    latents = denoiser.noise(seeds_of(PROMPTS))
+    options = dict(num_inference_steps=3, guidance_scale=guidance_scale, output_type="latent")
+    expected = stock(list(PROMPTS), latents=latents, **options).images
+    drawn = generate(denoiser, denoiser.encode(PROMPTS), seeds_of(PROMPTS), 3, guidance_scale)
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.5, 7.5])
@@ -74,6 +83,21 @@ def test_a_noise_that_tells_of_no_picture_is_refused(pipeline_folder):
     own = stable_diffusion(pipeline_folder)
     own.scheduler.register_to_config(rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match=r"starts from zero signal .*tells of no picture"):
+        Denoiser.of(own)
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
+def test_noise_that_is_not_ddpms_is_refused(pipeline_folder, scheduler):
+    own = stable_diffusion(pipeline_folder)
+    own.scheduler = scheduler()
+    with pytest.raises(ValueError, match=rf"no noise of DDPM's: its scheduler is a {scheduler.__name__}"):
+        Denoiser.of(own)
+
+
+def test_a_vae_with_a_mean_of_its_own_is_refused(pipeline_folder):
+    own = stable_diffusion(pipeline_folder)
+    own.vae.register_to_config(latents_mean=[0.1] * 4)
+    with pytest.raises(ValueError, match="shifts its latents"):
         Denoiser.of(own)
 
 
@@ -152,6 +176,9 @@ def test_fingerprint_tells_weights_apart(denoiser, pipeline):
     with torch.no_grad():
         next(changed.unet.parameters()).view(-1)[0] += 1e-3
     assert Denoiser.of(changed).fingerprint() != denoiser.fingerprint()
+    leading = Denoiser.of(changed).fingerprint()
+    changed.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    assert Denoiser.of(changed).fingerprint() != leading
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(caplog):

@@ -13,8 +13,8 @@ def write(path, text: str):
 
 
 def test_a_prompt_a_line_without_the_blank_ones(tmp_path):
-    prompts = read_prompts(write(tmp_path / "p.txt", "\ufefffox\n\n  a cat, <script>  \r\nzebra"))
-    assert prompts.texts == ["fox", "a cat, <script>", "zebra"] and prompts.labels is None
+    prompts = read_prompts(write(tmp_path / "p.txt", "\ufefffox\n\n  a cat, <script>  \r\nze\u2028bra"))
+    assert prompts.texts == ["fox", "a cat, <script>", "ze\u2028bra"] and prompts.labels is None
 
 
 @pytest.mark.parametrize("column", COLUMNS)
