@@ -9,6 +9,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from memtrain.core.diffusion import DDPM
 from memtrain.core.streams import Stream, place_seed
+from memtrain.models.base import DiffusionModel
 from memtrain.models.conditioning import Conditioning
 from memtrain.models.families import family_of
 from memtrain.models.folders import AUDITED
@@ -26,6 +28,32 @@ from memtrain.models.samplers import Predictions
 from memtrain.models.t5 import set_t5_padding
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class AsTrained:
+    """How a model was trained, where its files do not say it.
+
+    Args:
+        max_sequence_length: tokens of a prompt in T5; None: as the stock pipeline has it.
+        t5_padding: see `memtrain.models.t5.set_t5_padding`.
+        resolution: side of its pictures in px; None: of those that the stock pipeline draws.
+    """
+
+    max_sequence_length: int | None = None
+    t5_padding: str = "encoded"
+    resolution: int | None = None
+
+    def tell(self, model: DiffusionModel) -> None:
+        """Raises ValueError where a model cannot have it."""
+        if self.max_sequence_length is not None:
+            model.cut_captions(self.max_sequence_length)
+        set_t5_padding(model, self.t5_padding)
+        if self.resolution is not None:
+            try:
+                model.draw_at(self.resolution)
+            except ValueError as error:
+                raise ValueError(str(error).replace("data.resolution", "resolution")) from None
 
 
 class Denoiser:
@@ -49,7 +77,6 @@ class Denoiser:
                 "tells of no picture"
             )
         self.device, self.dtype = self.model.device, self.model.network.dtype
-        self.latent_shape = self.model.own_shape
         self.guidance_scale = self.model.own_guidance_scale  # of pictures; told where the network is told of one
 
     @staticmethod
@@ -64,15 +91,13 @@ class Denoiser:
         dtype: str = "float32",
         key: str = "model",
         lora: str | None = None,
-        max_sequence_length: int | None = None,
-        t5_padding: str = "encoded",
         config: str | None = None,
+        as_trained: AsTrained | None = None,
     ) -> Denoiser:
         """A diffusers folder (read offline), a hub id or a .safetensors file; device None is the GPU where there is
         one. `key`: what the user called it. `lora`: an adapter to load into it, a folder or a file.
-        `max_sequence_length`: tokens of a prompt in T5, as it was trained with; None: as the stock pipeline has it.
-        `t5_padding`: see `memtrain.models.t5.set_t5_padding`.
         `config`: of a file, see `memtrain.models.single_files.load_single_file`.
+        `as_trained`: what its files do not say.
 
         Raises:
             ValueError: in one line, what is wrong with `model`, `device` or `dtype`.
@@ -88,10 +113,13 @@ class Denoiser:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"device={device} cannot be used: {reason}; leave it out, or say device=cpu") from error
         denoiser = Denoiser(pipeline)
-        if max_sequence_length is not None:
-            denoiser.model.cut_captions(max_sequence_length)
-        set_t5_padding(denoiser.model, t5_padding)
+        (as_trained or AsTrained()).tell(denoiser.model)
         return denoiser
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures that it is asked for."""
+        return self.model.own_shape
 
     def guided(self, guidance_scale: float | None) -> Denoiser:
         """The same model, asked for the pairs of pictures that are drawn with this scale; None: the family's own."""

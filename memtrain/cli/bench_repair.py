@@ -19,6 +19,7 @@ from memtrain.cli.repair import FOLDER, WRITTEN, repair
 from memtrain.core.files import written_aside
 from memtrain.data.paths import check_run
 from memtrain.report.repair_table import BEFORE, RepairFigures, read_figures, write
+from memtrain.sweep.protocol import trained_as
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,9 @@ class _Model:
         for file in ("config.yaml", "summary.json", "copies.csv", "canaries.csv", "export"):
             if not (run / file).exists():
                 raise ValueError(f"{run} has no {file}; name finished runs that draw their canaries (callbacks.copies)")
-        self.name, self.export = name, run / "export"
+        self.name, self.run = name, trained_as(run)
         self.folder = Path(cfg.out) / "models" / self.name
-        self.shards = cfg.shards or OmegaConf.load(run / "config.yaml").data.shards
+        self.shards = cfg.shards or self.run.shards
         self.passes = _A_ROW * json.loads((run / "summary.json").read_text(encoding="utf-8"))["samples_seen"]
         copied = _copied(run / "copies.csv")
         if len(copied) <= cfg.forget:
@@ -112,7 +113,7 @@ def _begun_with(words: Sequence[str], model: _Model, cfg: DictConfig) -> dict:
     """All that decides a repair."""
     lists = {"forget": model.forgotten, "reference": model.mark}
     return {
-        "model": str(model.export),
+        "model": model.run.model,
         "keep": str(model.shards),
         "words": [*cfg.drawing, *words],
         **{name: [list(row) for row in rows] for name, rows in lists.items()},
@@ -138,24 +139,24 @@ def _measured(
 ) -> RepairFigures:
     """Repair a model, unless that was done already, and evaluate it; words None: the model as it is."""
     folder = _folder(row, model, cfg)
-    repaired, source = None, model.export
+    repaired, source = None, model.run.model
     if words is not None:
-        repaired, source = _repaired(folder), folder / "model"
+        repaired, source = _repaired(folder), [f"model={folder / 'model'}"]
         if not repaired.is_file():
             log.info("repairing %s: %s", model.name, row)
             folder.mkdir(parents=True, exist_ok=True)
             with written_aside(folder / _RECORD) as aside:
                 aside.write_text(json.dumps(_begun_with(words, model, cfg), indent=2), encoding="utf-8")
             _run(repair, "repair", [
-                f"model={model.export}", f"forget={model.folder}/forget.csv", f"keep={model.shards}",
-                f"reference={model.folder}/reference.csv", f"out={source}", "force=true", *cfg.drawing, *words,
+                *model.run.model, *model.run.told, f"forget={model.folder}/forget.csv", f"keep={model.shards}",
+                f"reference={model.folder}/reference.csv", f"out={folder}/model", "force=true", *cfg.drawing, *words,
             ])  # fmt: skip
     parts = {"attacked": list(cfg.under_attack), "plain": ["attack=none"]}
     for name, attack in parts.items():
         log.info("evaluating %s: %s, %s", model.name, row, name)
         _run(evaluate, "evaluate", [
-            f"model={source}", f"data={model.shards}", f"samples={model.folder}/{name}.csv", f"out={folder}/{name}",
-            *cfg.evaluate, *cfg.drawing, *attack,
+            *source, *model.run.told, f"data={model.shards}", f"samples={model.folder}/{name}.csv",
+            f"out={folder}/{name}", *cfg.evaluate, *cfg.drawing, *attack,
         ])  # fmt: skip
     before = next((one for one in found if (one.row, one.model) == (BEFORE, model.name)), None)
     paths = (folder / name for name in parts)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from memtrain.audit.prompts import read_prompts, together
+from memtrain.cli.audited import load_audited, load_base
 from memtrain.cli.checks import check_detection
 from memtrain.cli.distributors import distributor_in
 from memtrain.data.distribute import Local, Part
-from memtrain.models.folders import is_file
 
 if TYPE_CHECKING:  # torch is imported when what can be refused without it has been
     from memtrain.audit.denoiser import Denoiser
@@ -75,29 +75,19 @@ def detect(cfg: DictConfig) -> None:
 
 def _loaded(plain: dict) -> tuple[Denoiser, list[StepScore | Density]]:
     """The model and the scores that a config names; of each worker its own."""
-    from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.detect.detection import named_scores
 
     cfg = OmegaConf.create(plain)
-    denoiser = Denoiser.load(
-        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
-    )  # fmt: skip
+    denoiser = load_audited(cfg)
     return denoiser, named_scores(list(cfg.scores), cfg.embedding, denoiser.device, _anchored(cfg, denoiser))
 
 
 def _anchored(cfg: DictConfig, denoiser: Denoiser) -> Callable[[], Anchored] | None:
     """Makes the anchored score where there is something to compare with: `base`, else the model without `lora`."""
-    from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.detect.anchored import Anchored
 
     if cfg.base is not None:
-        return lambda: Anchored.against(
-            Denoiser.load(
-                cfg.base, cfg.device, cfg.dtype, key="base", config=cfg.model.config if is_file(cfg.base) else None,
-                max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
-            )
-        )  # fmt: skip
+        return lambda: Anchored.against(load_base(cfg))
     return None if cfg.lora is None else lambda: Anchored.without_adapter(denoiser)
 
 

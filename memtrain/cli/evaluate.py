@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from memtrain.cli.audited import as_trained, load_judge
 from memtrain.cli.checks import check_evaluation
 from memtrain.cli.distributors import distributor_in
 from memtrain.data.distribute import Local, Part
@@ -98,8 +99,7 @@ def evaluate(cfg: DictConfig) -> None:
             dtype=cfg.dtype,
             draw=write_gallery,
             loras=loras,
-            max_sequence_length=cfg.max_sequence_length,
-            t5_padding=cfg.t5_padding,
+            as_trained=as_trained(cfg),
             config=cfg.config,
             advance=_bars(progress),
             spread=spread,
@@ -135,10 +135,8 @@ def _loaded(plain: dict, source: str, lora: str | None) -> tuple[Denoiser, Shard
     from memtrain.models.folders import is_file
 
     cfg = OmegaConf.create(plain)
-    denoiser = Denoiser.load(
-        source, cfg.device, cfg.dtype, lora=lora, max_sequence_length=cfg.max_sequence_length,
-        t5_padding=cfg.t5_padding, config=cfg.config if is_file(source) else None,
-    )  # fmt: skip
+    config = cfg.config if is_file(source) else None
+    denoiser = Denoiser.load(source, cfg.device, cfg.dtype, lora=lora, config=config, as_trained=as_trained(cfg))
     return denoiser, _samples(cfg), _measures(cfg)
 
 
@@ -154,19 +152,18 @@ def _measures(cfg: DictConfig) -> Measures:
 
     from memtrain.audit.alignment import ClipScore
     from memtrain.audit.batches import ShrinkingBatches
-    from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.evaluate.fid import LatentGrid, ScriptFeatures
     from memtrain.audit.evaluate.settings import Measures
     from memtrain.audit.evaluate.similarity import LatentRmse, Sscd
     from memtrain.audit.margin import CaptionMargin
 
-    batches = ShrinkingBatches(cfg.batch_size)
+    batches, judge = ShrinkingBatches(cfg.batch_size), load_judge(cfg)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Measures(
         similarity=Sscd(cfg.sscd, device, cfg.sscd_resize, cfg.min_sscd) if cfg.sscd else LatentRmse(cfg.max_rmse),
         features=ScriptFeatures(cfg.fid, device) if cfg.fid else LatentGrid(),
         alignment=ClipScore(cfg.clip, device) if cfg.clip else None,
-        margin=CaptionMargin(Denoiser.load(cfg.judge, cfg.device, key="judge"), batches) if cfg.judge else None,
+        margin=None if judge is None else CaptionMargin(judge, batches),
     )
 
 

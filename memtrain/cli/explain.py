@@ -10,13 +10,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from memtrain.audit.prompts import read_prompts
+from memtrain.cli.audited import load_audited
 from memtrain.cli.checks import check_explanation
 
 
 def explain(cfg: DictConfig) -> None:
     check_explanation(cfg)
     texts = prompt_texts(cfg)
-    from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.explain import explanation as audit
     from memtrain.report.tokens import draw_significance, write_page
 
@@ -28,10 +28,7 @@ def explain(cfg: DictConfig) -> None:
         seed=cfg.seed,
         batch_size=cfg.batch_size,
     )
-    denoiser = Denoiser.load(
-        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
-    ).guided(cfg.guidance_scale)  # fmt: skip
+    denoiser = load_audited(cfg)
     sampling["guidance_scale"] = denoiser.guidance_scale
     found = audit.explain(
         denoiser, texts, **sampling, suggest=cfg.suggest_words if cfg.suggest else 0, progress=progress_bar

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
 from memtrain.audit.prompts import read_prompts
+from memtrain.cli.audited import load_audited, load_judge
 from memtrain.cli.checks import check_mitigation
 from memtrain.cli.explain import labelled, progress_bar, prompt_texts
 
@@ -24,23 +25,19 @@ def mitigate(cfg: DictConfig) -> None:
     texts, keys, reference = _prompts(cfg)
     import torch
 
-    from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.mitigate.comparison import Comparison, Judges, markdown
     from memtrain.audit.mitigate.mitigation import Sampling
 
     methods = {name: instantiate(cfg.method[name]) for name in names}
     sampling = Sampling(cfg.num_inference_steps, cfg.guidance_scale)
-    denoiser = Denoiser.load(
-        cfg.model.pretrained, cfg.device, cfg.dtype, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
-    ).guided(cfg.guidance_scale)  # fmt: skip
+    denoiser = load_audited(cfg)
     sampling = replace(sampling, guidance_scale=denoiser.guidance_scale)
     samples = None if keys is None else _samples(cfg, denoiser)
     judges = Judges(
         originals=None if samples is None else _originals(samples, denoiser, keys),
         max_rmse=cfg.max_rmse,
         false_copies=cfg.false_copies,
-        judge=Denoiser.load(cfg.judge, cfg.device, key="judge") if cfg.judge else None,
+        judge=load_judge(cfg),
         clip=_clip(cfg, torch.device(denoiser.device)),
     )
     comparison = Comparison(

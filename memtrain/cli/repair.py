@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from memtrain.audit.prompts import read_prompts
+from memtrain.cli.audited import load_audited
 from memtrain.cli.checks import check_repair
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ def repair(cfg: DictConfig) -> None:
     chosen = _method(cfg)
     check_repair(cfg)
     method = instantiate(chosen, _convert_="all")
-    from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.repair.forget_list import read_forget_list
     from memtrain.audit.repair.repairing import Criterion
     from memtrain.audit.repair.work import Steps
@@ -59,10 +59,7 @@ def repair(cfg: DictConfig) -> None:
         cfg.score_margin, cfg.copy_margin, cfg.min_steps, cfg.look_every, cfg.max_rmse, cfg.false_copies
     )
     earlier, bases = _earlier(cfg)
-    denoiser = Denoiser.load(
-        cfg.model.pretrained, cfg.device, lora=cfg.lora, config=cfg.model.config,
-        max_sequence_length=cfg.max_sequence_length, t5_padding=cfg.t5_padding,
-    ).guided(cfg.guidance_scale)  # fmt: skip
+    denoiser = load_audited(cfg)
     _check_base(cfg, denoiser, bases)
     _settle(denoiser)
     base = denoiser.model.fingerprint(denoiser.model.network_name)
@@ -116,10 +113,16 @@ def _prepare(
 
     sampling = Drawing(cfg.num_inference_steps, denoiser.guidance_scale, cfg.num_images_per_prompt)
     batches = ShrinkingBatches(cfg.batch_size)
-    kept_samples = _samples(cfg.keep, denoiser)
-    samples = kept_samples if cfg.data.shards is None else _samples(cfg.data, denoiser)
+    kept_samples = _samples(cfg.keep.shards, cfg, denoiser)
+    samples = kept_samples if cfg.data.shards is None else _samples(cfg.data.shards, cfg, denoiser)
     adapter = _adapter(cfg)
     forgotten = forgotten_pictures(denoiser, entries, samples, sampling, cfg.seed, batches)
+    if settings.steps * settings.forgotten_rows < len(forgotten):
+        log.warning(
+            "%d pictures are to be forgotten, and %d steps of %d rows see the first %d alone; raise steps or "
+            "forgotten_rows",
+            len(forgotten), settings.steps, settings.forgotten_rows, settings.steps * settings.forgotten_rows,
+        )  # fmt: skip
     if earlier is not None:  # what is forgotten once more is not held where it is
         earlier = without(earlier, forgotten, cfg.max_rmse)
         earlier = earlier if len(earlier) else None
@@ -158,13 +161,14 @@ def _prepare(
     )
 
 
-def _samples(section: DictConfig, denoiser: Denoiser) -> ShardSamples | None:
-    """Those of a section's `shards`; None where it names none."""
-    if section.shards is None:
+def _samples(shards: Any, cfg: DictConfig, denoiser: Denoiser) -> ShardSamples | None:
+    """Those of shards that the config names, as it says that they were read in training; None where it names none."""
+    if shards is None:
         return None
     from memtrain.data.samples import ShardSamples
 
-    return ShardSamples(OmegaConf.to_container(section, resolve=True)["shards"], min(denoiser.model.own_size))
+    plain, side = OmegaConf.to_container(OmegaConf.create({"shards": shards}))["shards"], min(denoiser.model.own_size)
+    return ShardSamples(plain, side, cfg.data.caption, cfg.data.where, cfg.data.cache_dir)
 
 
 def _adapter(cfg: DictConfig) -> Adapter:

@@ -55,7 +55,7 @@ TYPES = {
     "detect.max_fpr": Any,  # a share, or a list of them
     "detect.threshold": float | None,
     "detect.shared_noise": int | None,
-    **{f"{command}.max_sequence_length": int | None for command in _AUDIT},
+    **{f"{command}.{key}": int | None for command in _AUDIT for key in ("max_sequence_length", "resolution")},
     "mitigate.method": Any,  # names: one, a list or all; and each method's settings
     "mitigate.target": Any,  # a score, or q0.1
     "repair.method": Any,  # names: one; and each method's settings

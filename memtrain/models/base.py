@@ -60,6 +60,7 @@ class DiffusionModel(nn.Module, ABC):
         self.quantization: str | None = None  # of the network's linear layers
         self.t5_padding: str | None = None  # where it is not the stock pipeline's
         self._null: Conditioning | None = None
+        self._drawn_shape: tuple[int, int, int] | None = None  # of latents, where it is not the pipeline's own
 
     # ---- its parts
 
@@ -174,8 +175,18 @@ class DiffusionModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def own_shape(self) -> tuple[int, int, int]:
+    def native_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents of the pictures that the stock pipeline draws, unless told otherwise."""
+
+    @property
+    def own_shape(self) -> tuple[int, int, int]:
+        """The same, or what `draw_at` said."""
+        return self._drawn_shape or self.native_shape
+
+    def draw_at(self, resolution: int) -> None:
+        """From here on its own pictures have this side, in px. Raises ValueError where it cannot have it."""
+        self._drawn_shape = self.latent_shape(resolution, resolution)
+        self._null = None  # XL's is told of the size
 
     @property
     def own_size(self) -> tuple[int, int]:

@@ -71,7 +71,7 @@ class FlowTransformer(StableDiffusion):
     # ---- pictures
 
     @property
-    def own_shape(self) -> tuple[int, int, int]:
+    def native_shape(self) -> tuple[int, int, int]:
         side = (1024 if self.vae is None else self.vae.config.sample_size) // self.scale_factor
         return self.transformer.config.in_channels // self.packing, side, side
 

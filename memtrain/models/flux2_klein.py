@@ -45,8 +45,8 @@ class Flux2Klein(FlowTransformer):
     # ---- pictures
 
     @property
-    def own_shape(self) -> tuple[int, int, int]:
-        _, height, width = super().own_shape
+    def native_shape(self) -> tuple[int, int, int]:
+        _, height, width = super().native_shape
         return self.transformer.config.in_channels, height, width
 
     def encode_posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class StableDiffusion(DiffusionModel):
     # ---- pictures
 
     @property
-    def own_shape(self) -> tuple[int, int, int]:
+    def native_shape(self) -> tuple[int, int, int]:
         side = self.unet.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
         return self.unet.config.in_channels, height, width

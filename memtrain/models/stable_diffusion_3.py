@@ -51,7 +51,7 @@ class StableDiffusion3(FlowTransformer):
     # ---- pictures
 
     @property
-    def own_shape(self) -> tuple[int, int, int]:
+    def native_shape(self) -> tuple[int, int, int]:
         side = self.transformer.config.sample_size
         return self.transformer.config.in_channels, side, side
 

@@ -24,6 +24,7 @@ EVALUATED = "evaluated.csv"
 JUDGE = "judge"  # the row of the training that judges the others' captions
 _RECORD = "bench.json"
 _OF_CAPTIONS = ("max_sequence_length", "t5_padding")  # keys of a model that decide how a caption is read
+_OF_DATA = ("caption", "where", "cache_dir")
 # what the bench says itself to each of its runs
 _OWN = ("run_id", "run_dir", "name", "runs_dir", "resume", "resume.run", "resume.allow", "seed", "data.shards")
 
@@ -82,6 +83,36 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class TrainedAs:
+    """What an audit is to be told of a run.
+
+    Args:
+        model: words that name what it exported: a pipeline, or an adapter and its base.
+        told: words that say how pictures and captions were read.
+        shards: that it was trained on.
+    """
+
+    model: list[str]
+    told: list[str]
+    shards: Any
+
+
+def trained_as(run: Path) -> TrainedAs:
+    """Of a run's folder, by its config.yaml and its export."""
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    export, model, data = run / "export", config["model"], config["data"]
+    named = [f"model={export}"]
+    if not (export / "model_index.json").is_file():
+        named = [f"model={model['pretrained']}", f"lora={export}"]
+        named += [] if model.get("config") is None else [f"model.config={model['config']}"]
+    told = {name: model.get(name) for name in _OF_CAPTIONS} | {"resolution": data.get("resolution")}
+    told |= {f"data.{name}": data.get(name) for name in _OF_DATA}
+    texts = [f"{key}={quoted(value)}" for key, value in told.items() if isinstance(value, str)]
+    numbers = [f"{key}={value}" for key, value in told.items() if isinstance(value, int)]
+    return TrainedAs(named, [*texts, *numbers], data["shards"])
+
+
+@dataclass(frozen=True)
 class Planned:
     """A run of the table.
 
@@ -117,17 +148,10 @@ class Planned:
 
     def to_evaluate(self) -> list[str]:
         """Overrides of the evaluation of the model that the run exported: a pipeline, or an adapter and its base."""
-        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        export, trained = self.folder / "export", config["model"]
-        model = [f"model={export}"]
-        if not (export / "model_index.json").is_file():
-            model = [f"model={trained['pretrained']}", f"lora={export}"]
-        told = {"model.config": trained.get("config"), **{name: trained.get(name) for name in _OF_CAPTIONS}}
-        model += [f"{name}={value}" for name, value in told.items() if value is not None]
-        shards = config["data"]["shards"]
-        where = [f"data={shards}", f"samples={self.folder / EVALUATED}", f"out={self.folder / EVALUATION}"]
+        run = trained_as(self.folder)
+        where = [f"data={run.shards}", f"samples={self.folder / EVALUATED}", f"out={self.folder / EVALUATION}"]
         count = max(self.protocol.canaries, self.protocol.reference)  # no group has more
-        return [*model, *where, f"samples.count={count}", *self.evaluation]
+        return [*run.model, *run.told, *where, f"samples.count={count}", *self.evaluation]
 
 
 def plan(

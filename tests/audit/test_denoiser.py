@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.denoiser import Denoiser, generation_seeds
+from memtrain.audit.denoiser import AsTrained, Denoiser, generation_seeds
 from memtrain.audit.detect.attention import cross_attention, end_positions
 from memtrain.audit.sampling import SamplingPath, generate
 from tests.audit.conftest import PROMPTS
@@ -57,6 +57,24 @@ def test_predictions_and_path_are_the_stock_pipelines(denoiser, stock, guidance_
         latents = denoiser.model.sampler.step(latents, timesteps, index, predicted, guidance_scale)
     torch.testing.assert_close(latents, end, atol=1e-4, rtol=1e-4)
     assert torch.equal(latents, generate(denoiser, cond, seeds_of(PROMPTS), 4, guidance_scale))
+
+
+def test_what_was_trained_at_another_size_is_drawn_at_it(pipeline_folder, stock, xl_pipeline):
+    larger = Denoiser.load(str(pipeline_folder), "cpu", as_trained=AsTrained(resolution=128))
+    latents = larger.noise(seeds_of(PROMPTS))
+    options = dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent", height=128, width=128)
+    expected = stock(list(PROMPTS), latents=latents, **options).images
+    drawn = generate(larger, larger.encode(PROMPTS), seeds_of(PROMPTS), 2, 3.0)
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+    assert larger.model.decode(drawn).shape == (len(PROMPTS), 128, 128, 3)
+    assert larger.fingerprint() != Denoiser.load(str(pipeline_folder), "cpu").fingerprint()
+    xl = Denoiser.of(xl_pipeline).model
+    xl.null(1)
+    AsTrained(resolution=128).tell(xl)
+    for told in (xl.encode(["fox"]), xl.null(1)):
+        assert told.time_ids.tolist() == [[128, 128, 0, 0, 128, 128]]
+    with pytest.raises(ValueError, match="^resolution must be a multiple of"):
+        Denoiser.load(str(pipeline_folder), "cpu", as_trained=AsTrained(resolution=100))
 
 
 def test_from_zero_signal_the_path_is_the_stock_pipelines_and_v_itself_is_compared(pipelines):

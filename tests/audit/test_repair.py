@@ -14,9 +14,9 @@ from torch.distributions import Normal
 from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.repair import methods
-from memtrain.audit.repair.forget_list import read_forget_list
+from memtrain.audit.repair.forget_list import Entry, read_forget_list
 from memtrain.audit.repair.low_rank import LowRankEdit, edit
-from memtrain.audit.repair.material import CaptionedPictures, kept_from_shards, least_like
+from memtrain.audit.repair.material import CaptionedPictures, Drawing, forgotten_pictures, kept_from_shards, least_like
 from memtrain.audit.repair.work import Steps, Work
 from memtrain.audit.scored_path import ScoredPath, mean_scores
 from memtrain.cli.main import main
@@ -183,11 +183,13 @@ def test_lists_that_other_commands_wrote(tmp_path):
     assert [entry.caption for entry in read_forget_list(tmp_path / "gaps.csv", label="label")] == ["a"]
     keys = {"key": ["0.tar/1", "0.tar/2"], "duplicate_of": [None, "0.tar/1"], "p_value": [0.0, 0.0]}
     pq.write_table(pa.table(keys), tmp_path / "list.parquet")  # of ledger suspects
-    assert [entry.key for entry in read_forget_list(tmp_path / "list.parquet")] == ["0.tar/1", "0.tar/2"]
+    listed = read_forget_list(tmp_path / "list.parquet")
+    assert [(entry.key, entry.picture) for entry in listed] == [("0.tar/1", "0.tar/1"), ("0.tar/2", "0.tar/1")]
     groups = {"group": [0, 0, 0], "key": ["0.tar/1", "0.tar/2", "0.tar/3"], "sha256": ["x"] * 3,
               "caption": ["a", "a", "b"]}  # fmt: skip
     pq.write_table(pa.table(groups), tmp_path / "duplicates.parquet")
-    assert [entry.key for entry in read_forget_list(tmp_path / "duplicates.parquet")] == ["0.tar/1", "0.tar/3"]
+    listed = read_forget_list(tmp_path / "duplicates.parquet")
+    assert {(entry.picture, entry.caption) for entry in listed} == {("0", "a"), ("0", "b")}
     (tmp_path / "list.csv").write_text("caption,file\nfox,pictures/fox.png\n", encoding="utf-8")
     assert read_forget_list(tmp_path / "list.csv")[0].file == tmp_path / "pictures" / "fox.png"
 
@@ -202,6 +204,15 @@ def test_what_shows_a_forgotten_picture_is_not_kept(denoiser, corpus):
     assert set(fewer.names) == {*every.names[2:]}
     with pytest.raises(ValueError, match="nothing is left that could stay"):
         kept_from_shards(denoiser, samples, 12, every, 1e-3, 0, batches)
+
+
+def test_samples_of_one_picture_and_caption_are_forgotten_once(denoiser, corpus):
+    samples = ShardSamples(str(corpus), 64)
+    keys = [samples.key(position) for position in range(4)]
+    entries = [Entry(caption, key, None, picture) for caption, key, picture in (
+        ("fox", keys[0], "p"), ("fox", keys[1], "p"), ("owl", keys[2], "p"), ("fox", keys[3], None))]  # fmt: skip
+    found = forgotten_pictures(denoiser, entries, samples, Drawing(2), 0, ShrinkingBatches(4))
+    assert list(zip(found.captions, found.names, strict=True)) == [("fox", keys[0]), ("owl", keys[2]), ("fox", keys[3])]
 
 
 @pytest.fixture(scope="module")

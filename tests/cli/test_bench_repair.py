@@ -25,7 +25,9 @@ def run(deep_folder, corpus, tmp_path):
     samples, folder = ShardSamples(str(corpus), 64), tmp_path / "one" / "ID"
     folder.mkdir(parents=True)
     (folder / "export").symlink_to(deep_folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"shards": str(corpus)}}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"data": {"shards": str(corpus), "resolution": 64}, "model": {}})
+    )
     (folder / "summary.json").write_text(json.dumps({"samples_seen": 64}))
     said = [(samples.key(position), samples.get(position)[1]) for position in range(6)]
     write_copies(

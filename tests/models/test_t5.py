@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from memtrain import detect
-from memtrain.audit.denoiser import Denoiser
+from memtrain.audit.denoiser import AsTrained, Denoiser
 from memtrain.models.t5 import pad_with_zeros, set_t5_padding
 from tests.support.families import flux, stable_diffusion, stable_diffusion_3
 from tests.support.flows import few_tokens  # noqa: F401
@@ -46,7 +46,9 @@ def test_a_caption_is_encoded_as_without_padding_and_followed_by_zeros(pipeline)
 
 def test_audits_and_the_stock_pipeline_with_such_an_encoder_see_the_same(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
-    plain, zero = (Denoiser.load(str(tmp_path), "cpu", t5_padding=padding) for padding in ("encoded", "zero"))
+    plain, zero = (
+        Denoiser.load(str(tmp_path), "cpu", as_trained=AsTrained(t5_padding=padding)) for padding in ("encoded", "zero")
+    )
     assert plain.fingerprint() != zero.fingerprint()
     scores = [detect(denoiser, CAPTIONS[0], **FEW).steps["magnitude"] for denoiser in (plain, zero)]
     pad_with_zeros(t5_of(pipeline)[0])

@@ -39,13 +39,16 @@ def test_what_is_next_for_a_run_is_said_by_its_folder(tmp_path):
     run, other = planned(tmp_path, ROWS, "x=1", evaluate=["attack=embedding"])
     assert next_stage(run) is Stage.TRAIN and "resume" not in " ".join(run.to_train())
     Record(list(run.words)).write(run.folder)
-    (run.folder / "config.yaml").write_text("data: {shards: /data/it}\nmodel: {pretrained: /base, t5_padding: zero}\n")
+    (run.folder / "config.yaml").write_text(
+        "data: {shards: /data/it, resolution: 256, caption: top, where: null}\n"
+        "model: {pretrained: /b, t5_padding: zero}\n"
+    )
     (run.folder / "summary.json").write_text("{}")
     assert next_stage(run) is Stage.TRAIN and run.to_train()[-1] == f"resume='{run.folder}'"  # it has not ended
     (run.folder / "run.json").write_text('{"finished_at": 4}')
     assert next_stage(run) is Stage.EVALUATE
-    told = ["model=/base", f"lora={run.folder}/export", "t5_padding=zero", "data=/data/it"]
-    assert run.to_evaluate()[:4] == told  # captions are read as they were in training
+    told = ["model=/b", f"lora={run.folder}/export", "t5_padding='zero'", "data.caption='top'", "resolution=256"]
+    assert run.to_evaluate()[:6] == [*told, "data=/data/it"]  # what it reads and draws is as it was in training
     assert "samples.count=16" in run.to_evaluate()  # as many as the protocol has, not memtrain evaluate
     lists = {
         "copies": ["k,c,canary", "r0,c,reference", "r1,c,reference"],

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from memtrain.audit.batches import ShrinkingBatches
-from memtrain.audit.denoiser import Denoiser
+from memtrain.audit.denoiser import AsTrained, Denoiser
 from memtrain.audit.evaluate.judging import GroupResult
 from memtrain.audit.evaluate.looks import Advance, Looker
 from memtrain.audit.evaluate.one_model import Evaluation, Lookers
@@ -51,8 +51,7 @@ def evaluate(
     dtype: str,
     draw: DrawGallery,
     loras: Sequence[str | None] | None = None,
-    max_sequence_length: int | None = None,
-    t5_padding: str = "encoded",
+    as_trained: AsTrained | None = None,
     config: str | None = None,
     advance: Advance = lambda what, done, total: None,
     spread: ModelsSpread | None = None,
@@ -64,7 +63,7 @@ def evaluate(
     Args:
         config: of models that are files; see `memtrain.models.single_files.load_single_file`.
         loras: for each model a folder or file with an adapter to load into it, or None; None: none has one.
-        max_sequence_length, t5_padding: see `Denoiser.load`.
+        as_trained: how they were trained, where their files do not say it.
         spread: who evaluates, and which models; None: this process, and all. Of a part the results of its models.
 
     Raises:
@@ -75,10 +74,8 @@ def evaluate(
     loras = loras or [None] * len(models)
     named = list(zip(models, loras, names_of(models, loras), strict=True))
     for source, lora, name in [named[place] for place in spread.part.of(len(named))]:
-        denoiser = Denoiser.load(
-            source, device, dtype, lora=lora, max_sequence_length=max_sequence_length,
-            t5_padding=t5_padding, config=config if is_file(source) else None,
-        )  # fmt: skip
+        of_file = config if is_file(source) else None
+        denoiser = Denoiser.load(source, device, dtype, lora=lora, config=of_file, as_trained=as_trained)
         if measures.margin is not None:
             measures.margin.check(denoiser)
         own = replace(settings, guidance_scale=denoiser.guided(settings.guidance_scale).guidance_scale)

@@ -19,13 +19,14 @@ class Entry:
     caption: str | None
     key: str | None  # of a sample
     file: Path | None  # of a picture
+    picture: str | None = None  # which one it shows: entries of one picture and caption are one
 
 
 def read_forget_list(path: str | Path, column: str | None = None, label: str | None = None) -> list[Entry]:
     """The entries of a list in its order, each once.
 
-    Of a table that `memtrain detect` wrote, those that are flagged; of one that `shards duplicates` wrote, a sample of
-    each group and caption.
+    Of a table that `memtrain detect` wrote, those that are flagged; samples in one that `shards duplicates` or
+    `ledger suspects` wrote say which of them show one picture.
 
     Args:
         path: `.txt` (a prompt a line), `.csv`, `.jsonl` or `.parquet`, with a column of prompts, a column `key` of
@@ -37,7 +38,9 @@ def read_forget_list(path: str | Path, column: str | None = None, label: str | N
         ValueError: in one line, the list cannot be read, has none of these columns, or nothing is left of it.
     """
     said = [name for name in (column, label) if name is not None]
-    rows = read_rows(path, said, ("key", "file", "group", "sha256", _FLAGGED), key="forget", remedy=FORGET)
+    rows = read_rows(
+        path, said, ("key", "file", "group", "sha256", "duplicate_of", _FLAGGED), key="forget", remedy=FORGET
+    )
     names = list(dict.fromkeys(name for row in rows for name in row))
     for key, name in (("column", column), ("label", label)):
         if name is not None and name not in names:
@@ -59,9 +62,12 @@ def read_forget_list(path: str | Path, column: str | None = None, label: str | N
         said, sample, file = (_text(row.get(name)) for name in (caption, "key", "file"))
         if said is None and sample is None and file is None:
             continue
-        own = Entry(said, sample, None if file is None else Path(path).parent / Path(file).expanduser())
-        # samples of a group of `shards duplicates` show one picture
-        entries.setdefault((row.get("group"), said) if "sha256" in names else (said, sample, file), own)
+        picture = _text(row.get("group" if "sha256" in names else "duplicate_of"))
+        if picture is None and "duplicate_of" in names:
+            picture = sample  # the first of them
+        folder = Path(path).expanduser().parent
+        own = Entry(said, sample, None if file is None else folder / Path(file).expanduser(), picture)
+        entries.setdefault((said, sample, file), own)
     if not entries:
         raise ValueError(f"forget={path}: nothing in it is to be forgotten (no row is flagged, labelled or filled)")
     return list(entries.values())

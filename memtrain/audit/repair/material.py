@@ -125,8 +125,8 @@ def forgotten_pictures(
     seed: int,
     batches: ShrinkingBatches,
 ) -> CaptionedPictures:
-    """The pictures of a forget list, encoded. A prompt without one has that of its generations which is nearest to the
-    others: what a model has learnt by heart it draws from any noise.
+    """The pictures of a forget list, encoded, each once under each of its captions. A prompt without one has that of
+    its generations which is nearest to the others: what a model has learnt by heart it draws from any noise.
 
     Raises:
         ValueError: in one line, there are keys and no shards, a key is not in them, or a picture cannot be read.
@@ -135,7 +135,7 @@ def forgotten_pictures(
     if keyed and samples is None and any(entry.caption is None for entry in entries if entry.file is None):
         raise ValueError(f"forget names samples such as {keyed[0]} and no captions; say data=SHARDS, which hold them")
     positions = {} if samples is None else dict(zip(keyed, samples.find(keyed).tolist(), strict=True))
-    size, found = denoiser.model.own_size, []
+    size, found, seen = denoiser.model.own_size, [], set()
     for entry in entries:
         pixels, caption = None, entry.caption
         if entry.file is not None:
@@ -148,6 +148,9 @@ def forgotten_pictures(
             pixels, caption = image.transpose(1, 2, 0), caption or own
         if not caption:
             raise ValueError(f"forget: {entry.key or entry.file} has no caption; give it one in a column caption")
+        if entry.picture is not None and (entry.picture, caption) in seen:
+            continue
+        seen.add((entry.picture, caption))
         found.append((caption, pixels, entry.key or str(entry.file or "")))
     drawn = [caption for caption, pixels, _ in found if pixels is None]
     own_pictures = iter(_medoids(denoiser, drawn, sampling, seed, batches))
