@@ -47,7 +47,7 @@ _PROGRAM = [sys.executable, "-m", "memtrain.cli.main"]
 def bench_mitigation(cfg: DictConfig) -> None:
     _check_shards(cfg)
     protocol: Protocol = instantiate(cfg.protocol, _convert_="all")
-    out, into = Path(cfg.out), None if cfg.into is None else Path(cfg.into)
+    out, into = Path(cfg.out).expanduser(), None if cfg.into is None else Path(cfg.into).expanduser()
     raw = OmegaConf.to_container(cfg, resolve=False)["overrides"]  # ${…} in an override is for the run to resolve
     if into is not None:
         check_into(into, "mitigation")

@@ -35,13 +35,13 @@ def bench_repair(cfg: DictConfig) -> None:
         raise ValueError(f"only={unknown[0]}: there is no such row; there are {', '.join(given['rows'])}")
     folders = [given["runs"]] if isinstance(given["runs"], str) else given["runs"]
     runs = [check_run(Path(folder).expanduser()) for folder in folders]
-    into = None if cfg.into is None else Path(cfg.into)
+    into = None if cfg.into is None else Path(cfg.into).expanduser()
     if into is not None:
         check_into(into, "repair")
     from memtrain.audit.evaluate.several_models import short_names
 
     models = [_Model(run, name, cfg) for run, name in zip(runs, short_names([str(run) for run in runs]), strict=True)]
-    out, found = Path(cfg.out), list[RepairFigures]()
+    out, found = Path(cfg.out).expanduser(), list[RepairFigures]()
     for row, words in rows.items():
         for model in models:
             _check_record(_folder(row, model, cfg), _begun_with(words, model, cfg))
@@ -66,7 +66,7 @@ class _Model:
             if not (run / file).exists():
                 raise ValueError(f"{run} has no {file}; name finished runs that draw their canaries (callbacks.copies)")
         self.name, self.run = name, trained_as(run)
-        self.folder = Path(cfg.out) / "models" / self.name
+        self.folder = Path(cfg.out).expanduser() / "models" / self.name
         self.shards = cfg.shards or self.run.shards
         self.passes = _A_ROW * json.loads((run / "summary.json").read_text(encoding="utf-8"))["samples_seen"]
         copied = _copied(run / "copies.csv")
@@ -101,7 +101,7 @@ def _copied(copies: Path) -> list[tuple[str, str]]:
 
 
 def _folder(row: str, model: _Model, cfg: DictConfig) -> Path:
-    return Path(cfg.out) / "runs" / f"{row}_{model.name}"
+    return Path(cfg.out).expanduser() / "runs" / f"{row}_{model.name}"
 
 
 def _repaired(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # torch is imported when what can be refused without it has b
     from memtrain.audit.denoiser import Denoiser
     from memtrain.audit.detect.anchored import Anchored
     from memtrain.audit.detect.scores import Density, StepScore
+
+log = logging.getLogger(__name__)
 
 
 def detect(cfg: DictConfig) -> None:
@@ -65,7 +68,17 @@ def detect(cfg: DictConfig) -> None:
         "device": str(denoiser.device),
         "dtype": cfg.dtype,
     }
-    summary = about | detection.summary(max_fprs, cfg.threshold, cfg.top)
+    known = detection.finite()
+    lost = len(detection.prompts) - len(known.prompts)
+    if not known.prompts:
+        raise ValueError(f"no prompt has finite scores in dtype={cfg.dtype}; say dtype=float32 or bfloat16")
+    if lost:
+        log.warning(
+            "%d of %d prompts have scores that are not finite, as dtype=%s overflows there: they are in scores.parquet "
+            "and in no figure; dtype=bfloat16 has the range",
+            lost, len(detection.prompts), cfg.dtype,
+        )  # fmt: skip
+    summary = about | known.summary(max_fprs, cfg.threshold, cfg.top) | {"not_finite": lost}
     write_detection(out, detection, summary)
     print(show_summary(summary))
     print(

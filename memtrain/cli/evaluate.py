@@ -83,7 +83,7 @@ def evaluate(cfg: DictConfig) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    out, plain = Path(cfg.out), OmegaConf.to_container(cfg, resolve=True)
+    out, plain = Path(cfg.out).expanduser(), OmegaConf.to_container(cfg, resolve=True)
     load = None if distributor == Local() else partial(_loaded, plain)  # this process has loaded the model anyway
     spread = room.ModelsSpread(distributor, load, part, cfg.merge)
     with Progress(*columns, transient=True) as progress:

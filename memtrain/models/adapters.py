@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -239,7 +240,17 @@ def _plain(network: nn.Module, merge: bool) -> nn.Module:
     from diffusers.utils import recurse_remove_peft_layers
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    network = nn.Module.to(copy.deepcopy(network), "cpu", torch.float32)
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    # weights are copied to the CPU one by one: a whole copy beside the network may not fit where it is
+    memo: dict[int, Any] = {
+        id(one): nn.Parameter(copied(one), one.requires_grad)
+        for one in network.parameters()
+        if type(one) is nn.Parameter  # quantized ones know themselves how
+    }
+    memo |= {id(buffer): copied(buffer) for buffer in network.buffers()}
+    network = nn.Module.to(copy.deepcopy(network, memo), "cpu", torch.float32)
     for layer in [module for module in network.modules() if isinstance(module, BaseTunerLayer) and merge]:
         layer.merge()
     recurse_remove_peft_layers(network)

@@ -22,12 +22,14 @@ SHOWN = 8  # prompts in the plot of steps
 
 
 def write_detection(folder: Path, detection: Detection, summary: dict) -> None:
-    """Write `scores.parquet` with the flags, `summary.json` (nan is null) and the plots of the main score."""
+    """Write `scores.parquet` with the flags, `summary.json` (nan is null) and the plots of the main score, these of
+    prompts with finite scores."""
     from memtrain.audit.detect.parts import write_table
 
     write_table(folder / "scores.parquet", detection.table(summary["threshold"]))
     with written_aside(folder / "summary.json") as aside:
         aside.write_text(json_of(summary), encoding="utf-8")
+    detection = detection.finite()
     labels = None if detection.labels is None else np.array(detection.labels)
     order = np.argsort(-detection.scores, kind="stable")[:SHOWN]
     values = detection.steps.get(detection.main)

@@ -73,7 +73,7 @@ def test_what_was_trained_at_another_size_is_drawn_at_it(pipeline_folder, stock,
     AsTrained(resolution=128).tell(xl)
     for told in (xl.encode(["fox"]), xl.null(1)):
         assert told.time_ids.tolist() == [[128, 128, 0, 0, 128, 128]]
-    with pytest.raises(ValueError, match="^resolution must be a multiple of"):
+    with pytest.raises(ValueError, match=r"^resolution must be a multiple of"):
         Denoiser.load(str(pipeline_folder), "cpu", as_trained=AsTrained(resolution=100))
 
 

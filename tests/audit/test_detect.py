@@ -14,7 +14,7 @@ from memtrain.audit.detect import scoring, spread
 from memtrain.audit.detect.bench import measure_detection
 from memtrain.audit.detect.density import EmbeddingDensity, TiledL2Density, tiled_distance
 from memtrain.audit.detect.detection import SCORE_NAMES, detect, named_scores
-from memtrain.audit.detect.scores import Sharpness
+from memtrain.audit.detect.scores import Magnitude, Sharpness
 from memtrain.audit.detect.scoring import DetectionSettings, Plan
 from memtrain.audit.detect.separation import by_group, by_step
 from memtrain.cli.arguments import spelled
@@ -336,6 +336,29 @@ def test_the_command_without_labels(pipeline_folder, tmp_path, capsys):
     assert "2 prompts flagged" in capsys.readouterr().out and not (tmp_path / "out" / "roc.png").exists()
     with pytest.raises(ValueError, match="say prompts=FILE, or memorized=FILE other=FILE"):
         command(config(model=model, memorized=str(tmp_path / "p.txt")))
+
+
+def test_a_prompt_whose_scores_are_not_finite_is_counted_and_in_no_figure(
+    pipeline_folder, tmp_path, capsys, caplog, monkeypatch
+):
+    at = Magnitude.at
+
+    def overflows(self, denoiser, step):
+        lost = torch.tensor([prompt == "fox" for prompt in step.prompts])
+        return at(self, denoiser, step).masked_fill(lost, torch.nan)
+
+    monkeypatch.setattr(Magnitude, "at", overflows)
+    (tmp_path / "p.csv").write_text("caption,label\nfox,1\ncat,1\nowl,0\nbee,0\n")
+    model = {"pretrained": str(pipeline_folder)}
+    command(config(model=model, prompts=str(tmp_path / "p.csv"), label="label", out=str(tmp_path / "out")))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["not_finite"] == 1 and summary["prompts"] == 3 and summary["scores"]["magnitude"]["memorized"] == 1
+    assert "1 of 4 prompts have scores that are not finite" in caplog.text
+    rows = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    assert len(rows) == 4 and not rows[0]["flagged"]
+    monkeypatch.setattr(Magnitude, "at", lambda self, denoiser, step: at(self, denoiser, step) * torch.nan)
+    with pytest.raises(ValueError, match="no prompt has finite scores in dtype=float32"):
+        command(config(model=model, prompts=str(tmp_path / "p.csv"), out=str(tmp_path / "none")))
 
 
 def test_both_spellings_of_columns():

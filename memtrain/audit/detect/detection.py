@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +66,29 @@ class Detection:
     def scores(self) -> np.ndarray:
         """The main score of each prompt. (P,)"""
         return self.of(self.main)
+
+    def finite(self) -> Detection:
+        """Of the prompts all of whose scores are finite numbers: a half precision may overflow in some."""
+        known = np.ones(len(self.prompts), bool)
+        for values in (*self.steps.values(), *self.densities.values()):
+            known &= np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if known.all():
+            return self
+        places = np.flatnonzero(known).tolist()
+
+        def those(of: list | None) -> list | None:
+            return None if of is None else [of[place] for place in places]
+
+        labels = those(self.labels)
+        return replace(
+            self,
+            prompts=those(self.prompts),
+            labels=labels if labels and len(set(labels)) == 2 else None,
+            groups=those(self.groups),
+            truncated=self.truncated[known],
+            steps={name: values[known] for name, values in self.steps.items()},
+            densities={name: values[known] for name, values in self.densities.items()},
+        )
 
     def separation(self, max_fprs: Sequence[float] = (0.01,)) -> dict[str, dict]:
         """For each score what `audit.detect.separation` says, by step and by group too. Needs labels."""
