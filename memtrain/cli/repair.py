@@ -158,6 +158,7 @@ def _prepare(
         earlier=earlier,
         seed=cfg.seed,
         batch_size=cfg.batch_size,
+        gradient_checkpointing=cfg.gradient_checkpointing,
     )
 
 

@@ -15,7 +15,7 @@ from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.denoiser import Denoiser, generation_seeds
 from memtrain.audit.repair import methods
 from memtrain.audit.repair.forget_list import Entry, read_forget_list
-from memtrain.audit.repair.low_rank import LowRankEdit, edit
+from memtrain.audit.repair.low_rank import LowRankEdit, Moments, edit
 from memtrain.audit.repair.material import CaptionedPictures, Drawing, forgotten_pictures, kept_from_shards, least_like
 from memtrain.audit.repair.work import Steps, Work
 from memtrain.audit.scored_path import ScoredPath, mean_scores
@@ -113,14 +113,49 @@ def test_an_edit_is_the_least_squares_solution(work):
     """Of the normal equations that lstsq solves over all inputs together; cut to a rank, the nearest of that rank."""
     generator = torch.Generator().manual_seed(3)
     weight, x_f, x_n, x_k = (torch.randn(*shape, generator=generator) for shape in ((5, 4), (9, 4), (9, 4), (11, 4)))
-    left, right = edit(weight, x_f, x_n, x_k, keep=2.0, rank=4)
+    moments = Moments()
+    for part in (slice(0, 2), slice(2, 9)):  # as memory asks for
+        moments.add(x_f[part], x_n[part])
+        moments.add_kept(x_k[part])
+    moments.add_kept(x_k[9:])
+    left, right = edit(weight, moments, keep=2.0, rank=4)
     ridge = 1e-3 * (x_f.T @ x_f / 9 + 2 * x_k.T @ x_k / 11).diagonal().mean()
     inputs = torch.cat([x_f / 9**0.5, x_k * (2 / 11) ** 0.5, ridge.sqrt() * torch.eye(4)])
     wanted = torch.cat([(x_n - x_f) @ weight.T / 9**0.5, torch.zeros(11 + 4, 5)])
     torch.testing.assert_close(left @ right, torch.linalg.lstsq(inputs, wanted).solution.T, rtol=1e-3, atol=1e-4)
-    low = edit(weight, x_f, x_n, x_k, keep=2.0, rank=1)
+    low = edit(weight, moments, keep=2.0, rank=1)
     values = torch.linalg.svdvals(left @ right)
     assert torch.dist(low[0] @ low[1], left @ right) == pytest.approx(values[1:].norm().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [methods.Repelled(), methods.SubtractedScores(), methods.FineTuned()])
+def test_a_step_is_the_same_however_many_rows_fit(method, work):
+    """At five rows memory runs out, in the backward as on a GPU."""
+    whole = method.descend(work, 3)
+    held = work.descent(work.kept_rows(3), lambda rows: [work.moved(rows)], 10.0)[0]
+    small = Work(work.model, work.anchor, work.forgotten, work.kept, work.settings, batches=ShrinkingBatches(2))
+    tight = Work(work.model, work.anchor, work.forgotten, work.kept, work.settings, batches=ShrinkingBatches(16))
+    predict = tight.predict
+
+    def too_large(rows, cond=None):
+        predicted = predict(rows, cond)
+        if len(rows) > 2:
+            predicted.register_hook(lambda gradient: raise_memory())
+        return predicted
+
+    tight.predict = too_large
+    for other in (small, tight):
+        gradients, loss = method.descend(other, 3)
+        assert loss == pytest.approx(whole[1], rel=1e-5)
+        again = other.descent(other.kept_rows(3), lambda rows, of=other: [of.moved(rows)], 10.0)[0]
+        for one, expected in ((gradients, whole[0]), (again[0], held[0])):
+            for mine, theirs in zip(one, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert tight.batches.batch_size <= 2
+
+
+def raise_memory():
+    raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
 
 
 LORA = LowRank(4, None, 0.0, "linear", False, False, False, ["diffusers"])

@@ -47,34 +47,47 @@ class LowRankEdit(Method):
     def changes(self, work: Work) -> Iterator[Change]:
         layers, edits = _layers(work), {}
         with torch.no_grad():
-            rows, kept = work.forgotten_rows(0, 4 * len(work.forgotten)), work.kept_rows(0, 32)
-            x_f = _inputs(work, rows, rows.cond)
-            x_n = _inputs(work, rows, work.null(rows))
-            x_k = _inputs(work, kept, kept.cond)
+            moments = _moments(work)
             for name, layer in layers.items():
-                if len(x_f[name]) == len(x_n[name]):
-                    edits[name] = edit(_weight(layer), x_f[name], x_n[name], x_k[name], self.keep, self.rank)
+                if name in moments:
+                    edits[name] = edit(_weight(layer), moments[name], self.keep, self.rank)
         start = {name: _weight(layer).clone() for name, layer in layers.items()}
         for strength in self.strengths:
             with torch.no_grad():
                 for name, (left, right) in edits.items():
                     _apply(layers[name], start[name], strength * left, right)
-                kept_moved = work.kept_loss(0).mean().item()
-            yield Change(float("nan"), kept_moved)
+            yield Change(float("nan"), work.kept_moved(0))
 
 
-def edit(weight: Tensor, x_f: Tensor, x_n: Tensor, x_k: Tensor, keep: float, rank: int) -> tuple[Tensor, Tensor]:
+class Moments:
+    """What an edit needs of a layer's inputs, (D, D) each, whatever many there are."""
+
+    def __init__(self):
+        self.forgotten = self.moved = self.kept = 0.0  # x_f x_f^T, (x_n - x_f) x_f^T, x_k x_k^T, sums
+        self.counts = [0, 0]  # of x_f and of x_k
+
+    def add(self, x_f: Tensor, x_n: Tensor) -> None:
+        """(n, D) each, of the same places."""
+        x_f, x_n = x_f.double(), x_n.double()
+        self.forgotten, self.moved = self.forgotten + x_f.T @ x_f, self.moved + (x_n - x_f).T @ x_f
+        self.counts[0] += len(x_f)
+
+    def add_kept(self, x_k: Tensor) -> None:
+        """(m, D)"""
+        self.kept = self.kept + x_k.double().T @ x_k.double()
+        self.counts[1] += len(x_k)
+
+
+def edit(weight: Tensor, moments: Moments, keep: float, rank: int) -> tuple[Tensor, Tensor]:
     """dW as (O, R) and (R, D), see `LowRankEdit`.
 
     Args:
         weight: (O, D).
-        x_f, x_n: (n, D) each, of the same places.
-        x_k: (m, D).
     """
-    weight, x_f, x_n, x_k = (one.double() for one in (weight, x_f, x_n, x_k))
-    second = x_f.T @ x_f / len(x_f) + keep * x_k.T @ x_k / len(x_k)  # (D, D)
+    weight, (forgotten, kept) = weight.double(), moments.counts
+    second = moments.forgotten / forgotten + keep * moments.kept / kept  # (D, D)
     second += 1e-3 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
-    moved = (x_n - x_f).T @ x_f / len(x_f)  # (D, D)
+    moved = moments.moved / forgotten  # (D, D)
     change = weight @ torch.linalg.solve(second, moved.T).T  # moved second^-1: second is symmetric
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     rank = min(rank, len(values))
@@ -109,6 +122,30 @@ def _apply(layer: nn.Module, start: Tensor, left: Tensor, right: Tensor) -> None
     b.zero_()
     a[:rank] = right[:rank]
     b[:, :rank] = left[:, :rank] / layer.scaling[ADAPTER]
+
+
+def _moments(work: Work) -> dict[str, Moments]:
+    """Of each layer that has as many inputs with a caption as without."""
+    rows, kept = work.forgotten_rows(0, 4 * len(work.forgotten)), work.kept_rows(0, 32)
+    found: dict[str, Moments] = defaultdict(Moments)
+
+    def of_forgotten(some: range) -> None:
+        part = rows.part(some)
+        x_f, x_n = _inputs(work, part, part.cond), _inputs(work, part, work.null(part))
+        for name in x_f:
+            if len(x_f[name]) == len(x_n[name]):
+                found[name].add(x_f[name], x_n[name])
+
+    def of_kept(some: range) -> None:
+        part = kept.part(some)
+        for name, inputs in _inputs(work, part, part.cond).items():
+            if name in found:
+                found[name].add_kept(inputs)
+
+    for over in (work.batches.over(len(rows), of_forgotten), work.batches.over(len(kept), of_kept)):
+        for _ in over:
+            pass
+    return found
 
 
 def _inputs(work: Work, rows: Rows, cond: Conditioning) -> dict[str, Tensor]:

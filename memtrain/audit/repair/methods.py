@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memtrain.audit.repair.work import Rows, Work
+from memtrain.audit.repair.work import Gradients, Rows, Work, combined
 from memtrain.core.losses import denoising_loss
 
 
@@ -48,21 +48,18 @@ class Trained(Method):
         for step in range(settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(step)
-            optimizer.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                kept = work.kept_loss(step).mean()
-                (settings.keep_weight * kept).backward()
-                forgotten = self.descend(work, step)
+            [(held, kept)] = work.descent(work.kept_rows(step), lambda rows: [work.moved(rows)], settings.keep_weight)
+            gradients, forgotten = self.descend(work, step)
+            for weight, own in zip(work.parameters, combined(held, gradients), strict=True):
+                weight.grad = own
             torch.nn.utils.clip_grad_norm_(work.parameters, 1.0)
             optimizer.step()
-            yield Change(forgotten, kept.item())
+            yield Change(forgotten, kept)
 
-    def descend(self, work: Work, step: int) -> float:
-        """Add the gradient of the forgotten rows' mean loss to the weights'; the loss."""
-        rows = self.rows(work, step)
-        loss = self.loss(work, rows, work.predict(rows)).mean()
-        loss.backward()
-        return loss.item()
+    def descend(self, work: Work, step: int) -> tuple[Gradients, float]:
+        """The gradient of the forgotten rows' mean loss, and the loss."""
+        [found] = work.descent(self.rows(work, step), lambda rows: [self.loss(work, rows, work.predict(rows))])
+        return found
 
     def rows(self, work: Work, step: int) -> Rows:
         """The rows whose loss is taken."""
@@ -166,7 +163,7 @@ class SubtractedScores(Trained):
     def loss(self, work, rows, prediction):
         raise NotImplementedError  # `descend` weighs two terms by their gradients
 
-    def descend(self, work: Work, step: int) -> float:
+    def descend(self, work, step):
         away = work.forgotten_rows(step)
         stay = work.kept_rows(step + work.settings.steps, len(away), as_training=True)
         process = work.model.noise_process
@@ -178,23 +175,24 @@ class SubtractedScores(Trained):
         clean = torch.where(shaped, stay.latents, away.latents)
         noisy = process.add_noise(clean, away.noise, away.timesteps)
         noises = [self._noise_of(work, noisy, latents, away.timesteps) for latents in (stay.latents, away.latents)]
-        w_x, w_a = self.weights(noises[0], noises[1])
-        mixed = Rows(away.pictures, clean, away.noise, away.timesteps, noisy.to(away.noisy.dtype), away.cond)
-        prediction = work.predict(mixed)
-        terms = [
-            (w * denoising_loss(prediction, process.target(latents, noise, away.timesteps))).mean()
-            for w, latents, noise in ((w_x, stay.latents, noises[0]), (w_a, away.latents, noises[1]))
+        weights = self.weights(noises[0], noises[1])
+        targets = [
+            process.target(latents, noise, away.timesteps)
+            for latents, noise in ((stay.latents, noises[0]), (away.latents, noises[1]))
         ]
-        keep = torch.autograd.grad(terms[0], work.parameters, retain_graph=True, allow_unused=True)
-        leave = torch.autograd.grad(terms[1], work.parameters, allow_unused=True)
+        places = list(range(len(away)))  # the rows' own, in place of which pictures they are of
+        mixed = Rows(places, clean, away.noise, away.timesteps, noisy.to(away.noisy.dtype), away.cond)
+
+        def terms(rows: Rows) -> list[Tensor]:
+            prediction = work.predict(rows)
+            told = zip(weights, targets, strict=True)
+            return [w[rows.pictures] * denoising_loss(prediction, y[rows.pictures]) for w, y in told]
+
+        (keep, kept), (leave, left) = work.descent(mixed, terms)
         work.passes["steps"] += 2 * len(away)  # a second backward
         norms = [sum(g.square().sum() for g in of if g is not None) ** 0.5 for of in (keep, leave)]
         scale = float(self.ratio * norms[0] / norms[1]) if norms[1] > 0 else 0.0
-        for weight, one, other in zip(work.parameters, keep, leave, strict=True):
-            if one is not None and other is not None:
-                own = one - scale * other
-                weight.grad = own if weight.grad is None else weight.grad + own
-        return (terms[0] - scale * terms[1]).item()
+        return combined(keep, leave, -scale), kept - scale * left
 
     @staticmethod
     def _noise_of(work: Work, noisy: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:

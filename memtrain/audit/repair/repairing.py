@@ -149,6 +149,7 @@ class Repair:
         earlier: CaptionedPictures | None = None,
         seed: int = 0,
         batch_size: int = 16,
+        gradient_checkpointing: bool = False,
     ):
         if not never_seen:
             raise ValueError("there is no caption that the model has not seen; say reference=FILE with some")
@@ -157,6 +158,7 @@ class Repair:
         self.settings, self.criterion = settings or Steps(), criterion or Criterion()
         self.sampling, self.seed, self.neighbours = sampling or Drawing(), seed, neighbours
         self.batches, self.watched = ShrinkingBatches(batch_size), list(watched)
+        self.gradient_checkpointing = gradient_checkpointing
         self.path = ScoredPath((0,), self.sampling.num_inference_steps, self.sampling.guidance_scale)
         self.passes: Counter[str] = Counter()
         with torch.no_grad():
@@ -178,11 +180,14 @@ class Repair:
         earlier_before = None if self.earlier is None else self._copies(self._draw(self.earlier.captions), self.earlier)
         kept_before = self._draw(self.watched)
         model = self.denoiser.model
-        model.make_trainable(False, False, False, False)
+        model.make_trainable(False, self.gradient_checkpointing, False, False)
         self.adapter.attach(model, self.seed)
         model.eval()
         anchor = self.adapter.anchor(model)
-        work = Work(model, anchor, self.forgotten, self.kept, self.settings, self.seed, self.neighbours, self.earlier)
+        work = Work(
+            model, anchor, self.forgotten, self.kept, self.settings, self.seed, self.neighbours, self.earlier,
+            self.batches,
+        )  # fmt: skip
         looks, after = self._change(method, work, advance)
         kept_after = self._draw(self.watched)
         with torch.no_grad(), anchor.in_place(model):

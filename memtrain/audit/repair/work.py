@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memtrain.audit.batches import ShrinkingBatches
 from memtrain.audit.repair.material import CaptionedPictures, shared_words
 from memtrain.core.diffusion import draw
 from memtrain.core.losses import denoising_loss
@@ -81,6 +82,15 @@ class Rows:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def part(self, rows: range) -> Rows:
+        """Some consecutive ones of them."""
+        some = slice(rows.start, rows.stop)
+        tensors = (one[some] for one in (self.latents, self.noise, self.timesteps, self.noisy))
+        return Rows(self.pictures[some], *tensors, self.cond.index(list(rows)))
+
+
+Gradients = list[Tensor | None]  # of each weight; None: it has none
+
 
 class Work:
     """The model that is repaired, and what for.
@@ -92,6 +102,7 @@ class Work:
         neighbours: of each, a caption that is near to its own and not memorized; None where no method asks.
         kept: K pictures that are to stay.
         earlier: pictures that were forgotten before, which stay forgotten; None: none.
+        batches: rows of a step that are predicted at a time; None: all that it has.
     """
 
     def __init__(
@@ -104,8 +115,10 @@ class Work:
         seed: int = 0,
         neighbours: Sequence[str] | None = None,
         earlier: CaptionedPictures | None = None,
+        batches: ShrinkingBatches | None = None,
     ):
         self.model, self.anchor, self.settings, self.seed = model, anchor, settings, seed
+        self.batches = batches or ShrinkingBatches(settings.forgotten_rows + settings.kept_rows)
         self.forgotten, self.kept = forgotten, kept if earlier is None else CaptionedPictures.cat([earlier, kept])
         self.num_earlier = 0 if earlier is None else len(earlier)
         shared = np.array(shared_words(kept.captions, forgotten.captions))
@@ -190,8 +203,45 @@ class Work:
         noisy = process.add_noise(clean, drawn.noise, timesteps).to(self.model.network.dtype)
         return Rows(which, clean, drawn.noise, timesteps, noisy, cond.index(which))
 
-    def kept_loss(self, step: int) -> Tensor:
-        """(B,) by how much the kept rows' predictions have moved from those of the weights that the repair began
-        with, a mean of squares, with a graph."""
-        rows = self.kept_rows(step)
+    # ---- losses and their gradients, as many rows at a time as fit
+
+    def moved(self, rows: Rows) -> Tensor:
+        """(B,) by how much these rows' predictions have moved from those of the weights that the repair began with, a
+        mean of squares, with a graph."""
         return denoising_loss(self.predict(rows), self.predict_at_start(rows, rows.cond))
+
+    def descent(
+        self, rows: Rows, losses: Callable[[Rows], Sequence[Tensor]], weight: float = 1.0
+    ) -> list[tuple[Gradients, float]]:
+        """The mean of each loss that `losses` gives of rows, (B,) with a graph, and the gradient of `weight` times it.
+
+        Weights are left as they are: where memory runs out in the middle of some rows, nothing of them is counted.
+        """
+
+        def of_part(some: range) -> list[tuple[Gradients, float]]:
+            share = len(some) / len(rows)
+            with torch.enable_grad():
+                means = [loss.mean() for loss in losses(rows.part(some))]
+                wanted = [(weight * share) * mean for mean in means]
+            gradients = [
+                list(torch.autograd.grad(one, self.parameters, retain_graph=one is not wanted[-1], allow_unused=True))
+                for one in wanted
+            ]
+            return [(of, mean.item() * share) for of, mean in zip(gradients, means, strict=True)]
+
+        found, *others = self.batches.over(len(rows), of_part)
+        for part in others:
+            found = [(combined(of, more), mean + value) for (of, mean), (more, value) in zip(found, part, strict=True)]
+        return found
+
+    @torch.no_grad()
+    def kept_moved(self, step: int) -> float:
+        """How much the kept rows of a step have moved, mean."""
+        rows = self.kept_rows(step)
+        parts = self.batches.over(len(rows), lambda some: (len(some), self.moved(rows.part(some)).mean().item()))
+        return sum(count / len(rows) * mean for count, mean in parts)
+
+
+def combined(one: Gradients, other: Gradients, scale: float = 1.0) -> Gradients:
+    """one + scale other, weight by weight."""
+    return [a if b is None else scale * b if a is None else a + scale * b for a, b in zip(one, other, strict=True)]
