@@ -117,6 +117,7 @@ class MemorizedTable(AfterEachStep):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self.trainer, self.module = trainer, pl_module
         self.held: list[tuple[int, Observations]] = []  # (step, what it showed)
         self.held_reference: list[tuple[int, Observations]] = []
 
@@ -217,6 +218,7 @@ class MemorizedTable(AfterEachStep):
         log_picture(trainer, "samples_most_memorized", path)
 
     def state_dict(self) -> dict[str, Tensor]:
+        self._add(self.trainer, self.module)  # all ranks call this together
         both = {"": self.visited, "reference_": self.reference}
         arrays = {f"{name}index": torch.from_numpy(of.index) for name, of in both.items()}
         arrays |= {f"{name}sums": torch.from_numpy(of.sums) for name, of in both.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytorch_lightning as pl
 import torch
@@ -46,6 +47,16 @@ class Validation(AfterEachStep):
         ):
             if value < 1:
                 raise ValueError(f"callbacks.validation.{name} must be >= 1, got {value}")
+        if not 0 <= high_noise < 1:
+            raise ValueError(
+                f"callbacks.validation.high_noise is a share of the schedule in [0, 1), got {high_noise:g}"
+            )
+        if (timesteps_per_sample - 0.5) / timesteps_per_sample < high_noise:
+            enough = math.ceil(0.5 / (1 - high_noise) - 1e-9)
+            raise ValueError(
+                f"callbacks.validation.timesteps_per_sample={timesteps_per_sample} looks at none at high noise, from "
+                f"{high_noise:g} of the schedule on; say {enough} or more, or a lower high_noise"
+            )
         self.every, self.samples, self.timesteps_per_sample = every, samples, timesteps_per_sample
         self.high_noise, self.batch_size = high_noise, batch_size
         self.validated_at = -1
@@ -99,7 +110,8 @@ class Validation(AfterEachStep):
             metrics["heldout_loss"] = metrics.pop(f"val_loss/{GROUP_NAMES[REFERENCE]}")
         for prefix in prefixes:
             if (prefix, REFERENCE) in by_sample and (prefix, CANARY) in by_sample:
-                canaries, reference = by_sample[prefix, CANARY], by_sample[prefix, REFERENCE]
+                both = by_sample[prefix, CANARY], by_sample[prefix, REFERENCE]
+                canaries, reference = (scores[scores.isfinite()] for scores in both)
                 metrics[f"{prefix}auc_canary_vs_reference"] = auc(canaries, reference)
                 metrics[f"{prefix}tpr_at_1pct_fpr"] = tpr_at_fpr(canaries, reference)
         log_metrics(trainer, metrics)

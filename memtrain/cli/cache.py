@@ -63,6 +63,7 @@ def cache(cfg: DictConfig) -> None:
 
 def _samples(cfg: DictConfig) -> ShardSamples:
     data = instantiate(cfg.data, seed=0, canaries=0, repeats=1, reference=0, cache=cfg.out, duplicates="none")
+    data.samples.missing_shards = "stop"  # a file of one that is gone would say that all of its samples are bad
     return data.samples
 
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def train(cfg: DictConfig) -> None:
     past = _earlier(cfg)
-    if past is not None and past.is_finished(cfg.trainer.max_steps):
+    if past is not None and past.is_finished(cfg.trainer.max_steps, cfg.stop_early.patience):
         _let_the_first_rank_speak()
         log.info("%s is finished, at step %d: nothing to do", past.folder, past.state.finished_at)
         return
@@ -45,7 +45,13 @@ def train(cfg: DictConfig) -> None:
     import pytorch_lightning as pl
 
     from memtrain.data.canaries_digest import canaries_digest
-    from memtrain.training.checks import check_accelerator, check_disk, check_reference, check_stop_early
+    from memtrain.training.checks import (
+        bytes_of_samples,
+        check_accelerator,
+        check_disk,
+        check_reference,
+        check_stop_early,
+    )
     from memtrain.training.signals import Signals
     from memtrain.training.stop_early import StopEarly
     from memtrain.training.stops import ended_clearly
@@ -67,7 +73,10 @@ def train(cfg: DictConfig) -> None:
         past.check_canaries(canaries_digest(data.groups, data.samples), cfg.resume.allow)
     module = _module(cfg, rule, optimizer, adapter, scoring)
     data.check_cache(module.model.fingerprint, module.model.text_encoder_is_trained)
-    check_disk(Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg))
+    of_samples, keeps_best = bytes_of_samples(rule, scoring, data.groups.num_samples), stop_early.patience is not None
+    check_disk(
+        Path(cfg.run_dir), module.trained_parameters(), optimizer, _checkpoints_kept(cfg), of_samples, keeps_best
+    )
     trainer = _trainer(cfg, [signals, stop_early, *looks.values()], _loggers(cfg, past))
     _check_ranks(cfg, past, ckpt_path, trainer)
     _begin(cfg, past, ckpt_path, data)
@@ -108,13 +117,16 @@ def _let_the_first_rank_speak() -> None:
 
 def _start(cfg: DictConfig, past: Past | None) -> Path | None:
     """The checkpoint to begin from. A run that goes on keeps its folder, and must have its config."""
-    from memtrain.training.checks import check_checkpoint
+    from memtrain.training.checks import check_checkpoint, check_steps_left
 
     if past is None:
-        return check_checkpoint(cfg.ckpt_path)
-    cfg.run_id, cfg.run_dir = past.folder.name, str(past.folder)
-    past.check_config(OmegaConf.to_yaml(cfg, resolve=True), cfg.resume.allow)
-    return past.checkpoint()
+        path, key = check_checkpoint(cfg.ckpt_path), "ckpt_path"
+    else:
+        cfg.run_id, cfg.run_dir = past.folder.name, str(past.folder)
+        past.check_config(OmegaConf.to_yaml(cfg, resolve=True), cfg.resume.allow)
+        path, key = past.checkpoint(), "resume"
+    check_steps_left(path, key, cfg.trainer.max_steps, is_new=past is None)
+    return path
 
 
 def _looks(cfg: DictConfig) -> dict[str, Callback]:
@@ -228,5 +240,7 @@ def _begin(cfg: DictConfig, past: Past | None, ckpt_path: Path | None, data: Dat
         with written_aside(run_dir / "config.yaml") as aside:
             aside.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         warn_of_sacrificed(data, named=len(cfg.canaries.sacrificed_keys) > 0)
-        if past is not None or cfg.resume.run is not None:
-            log.info("%s: %s", run_dir, f"going on from {ckpt_path}" if ckpt_path else "no checkpoint, from the start")
+        if past is not None or cfg.resume.run is not None or ckpt_path is not None:
+            going_on = "going on" if past is not None else "a run of its own"
+            said = f"{going_on} from {ckpt_path}" if ckpt_path else "no checkpoint, from the start"
+            log.info("%s: %s", run_dir, said)

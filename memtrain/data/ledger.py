@@ -159,15 +159,17 @@ class LedgerWriter:
 def _write(table: pa.Table, path: Path) -> None:
     """Write a part as small as it gets: floats by bytes of equal weight, keys as they are, the rest as dictionaries."""
     names = table.schema.names
-    with written_aside(path) as aside:
+    with written_aside(path) as aside, aside.open("wb") as file:
         pq.write_table(
             table,
-            aside,
+            file,
             compression="zstd",
             compression_level=9,
             use_dictionary=["step", "duplicate_of", "group", "timestep", "threshold"],
             column_encoding={name: "BYTE_STREAM_SPLIT" for name in ("score", "loss", *SCORES) if name in names},
         )
+        file.flush()
+        os.fsync(file.fileno())  # before the checkpoint that counts on it, which is synced itself
 
 
 def begin(folder: Path, step: int, earlier: Sequence[Path]) -> None:

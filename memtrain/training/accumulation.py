@@ -74,7 +74,7 @@ class Accumulation:
         backs_off = bad_gradients > 0 and not bad_losses and _gradient_scale(trainer) > _SCALE_FLOOR
         self.step_is_bad = bad_losses + bad_gradients > 0 and not backs_off
         if self.step_is_bad:
-            self.stops.count_bad(trainer.global_step, self._blamed(suspect, data.samples))
+            self.stops.count_bad(trainer.global_step, self._blamed(suspect, data.samples, bool(bad_losses)))
         elif not backs_off:
             self.stops.bad_in_a_row = 0
         self.is_skipped = kept == 0 or self.step_is_bad or backs_off
@@ -93,10 +93,14 @@ class Accumulation:
         data.check_bad(bad, bad + seen)
         self.mid_step, self.samples_seen, self.samples_bad = True, seen, bad
 
-    def _blamed(self, suspect: Tensor, samples: Samples) -> list[str]:
-        """Keys of this rank's samples that are marked in `suspect` (N,) bool; of all of them, where none is."""
+    def _blamed(self, suspect: Tensor, samples: Samples, told_by_losses: bool) -> list[str]:
+        """Keys of this rank's samples that are marked in `suspect` (N,) bool; of all, where a gradient alone is bad.
+
+        Args:
+            told_by_losses: the losses of some rank tell whose rows they are, those of others or its own.
+        """
         index = torch.cat([observed.sample_index for observed in self._observed])
-        return [samples.key(position) for position in (index[suspect] if suspect.any() else index).tolist()]
+        return [samples.key(position) for position in (index[suspect] if told_by_losses else index).tolist()]
 
     def _count_skipped(self, step: int, backs_off: bool) -> None:
         """Count a step without an update by its cause, and say so at the first one of each."""

@@ -86,7 +86,8 @@ class AveragedWeights:
     def load_state_dict(self, state: dict | None) -> None:
         if self._ema and state:
             own = self._ema.shadow_params
-            self._ema.load_state_dict(state | {"shadow_params": []})  # it would copy what it is given
+            # it would copy the weights that it is given; and the decay is this run's
+            self._ema.load_state_dict(state | {"shadow_params": [], "decay": self.decay})
             self._ema.shadow_params = own
             with torch.no_grad():
                 for loaded, tensor in zip(state["shadow_params"], own, strict=True):

@@ -43,7 +43,7 @@ class Checkpoints(Checkpoint):
             if value < 1:
                 raise ValueError(f"callbacks.checkpoint.{name} must be >= 1, got {value}")
         self.every, self.folder, self.keep = every, Path(folder), keep
-        self.saved_at = 0
+        self.saved_at: int | None = None  # step; None: the run has not begun, and there is nothing to save
         self.run_ended = False
         self.wandb_id: str | None = None
         self.random_state: dict[str, Any] | None = None  # of the run that is resumed
@@ -79,7 +79,8 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         assert isinstance(pl_module, DiffusionTraining)
         alike = trainer.world_size == 1 or exception is pl_module.stops.reason
-        if alike and trainer.global_step != self.saved_at and _is_between_steps(trainer, pl_module):
+        has_news = self.saved_at is not None and trainer.global_step != self.saved_at
+        if alike and has_news and _is_between_steps(trainer, pl_module):
             self._save(trainer)
             trainer.strategy.barrier()  # a launcher ends the other ranks once the first of them is gone
 

@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.strategies import ParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from memtrain.core.exclusion import ExclusionRule
 from memtrain.data.datamodule import DataModule
 from memtrain.data.escaping import as_text
 from memtrain.data.paths import CHECKPOINT, check_file
+from memtrain.training.machine import Keeper
 from memtrain.training.optimizers import OptimizerConfig
-from memtrain.training.resume import CHECKPOINTS, checkpoints_in, whole_checkpoint
+from memtrain.training.resume import CHECKPOINTS, checkpoints_in, step_of, whole_checkpoint
+from memtrain.training.score_memory import ScoreMemory, Scoring
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_BYTES_PER_PARAMETER = 8  # float32 weights and the average; the optimizer's state comes on top
+BEST_BYTES_PER_PARAMETER = 4  # those of the best validation, where `stop_early` keeps them
 EXPORT_BYTES_PER_PARAMETER = 8
 LOGS_BYTES = 50_000_000
 _KEYS_NAMED = 8
 
 
-def check_disk(run_dir: Path, parameters: Iterable[nn.Parameter], optimizer: OptimizerConfig, keep: int) -> None:
+def bytes_of_samples(exclusion: ExclusionRule, scoring: Scoring, num_samples: int) -> int:
+    """What rule and score memory keep of so many samples, and a checkpoint with them."""
+
+    def zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device="meta")  # which takes no memory
+
+    rule = copy.copy(exclusion)
+    rule.zeros = zeros  # type: ignore[method-assign]
+    rule.setup(num_samples, num_timesteps=1)
+    keepers: list[Keeper] = [rule, ScoreMemory(num_samples, scoring, zeros)] if scoring.remembers else [rule]
+    return sum(getattr(keeper, name).nbytes for keeper in keepers for name in keeper.per_sample)
+
+
+def check_disk(
+    run_dir: Path,
+    parameters: Iterable[nn.Parameter],
+    optimizer: OptimizerConfig,
+    keep: int,
+    of_samples: int = 0,
+    keeps_best: bool = False,
+) -> None:
     """Raises OSError where the disk has no room for the checkpoints, the export and the logs of a run.
 
     Args:
         keep: checkpoints that stay; while a new one is written, one more lies on disk. 0: the run writes none.
+        of_samples: bytes of a checkpoint that `bytes_of_samples` says.
+        keeps_best: whether it holds the weights of the best validation, too.
     """
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
     shapes = [parameter.shape for parameter in parameters]
     count = sum(map(math.prod, shapes))
-    checkpoint = count * CHECKPOINT_BYTES_PER_PARAMETER + sum(map(optimizer.state_bytes, shapes))
+    checkpoint = count * CHECKPOINT_BYTES_PER_PARAMETER + sum(map(optimizer.state_bytes, shapes)) + of_samples
+    checkpoint += count * BEST_BYTES_PER_PARAMETER if keeps_best else 0
     checkpoints = keep + 1 if keep else 0
     there = sum(path.stat().st_size for path in checkpoints_in(run_dir / CHECKPOINTS).values())  # will be replaced
     needed = max(checkpoints * checkpoint - there, 0)
@@ -57,6 +84,63 @@ def check_checkpoint(ckpt_path: str | None) -> Path | None:
     if ckpt_path is None:
         return None
     return whole_checkpoint(check_file("ckpt_path", ckpt_path, CHECKPOINT))
+
+
+def check_steps_left(checkpoint: Path | None, key: str, max_steps: int, is_new: bool) -> None:
+    """Raises ValueError where a run would begin at or behind its last step.
+
+    Args:
+        checkpoint: that it begins from; None: it begins at the first step.
+        key: of the config, that says so.
+        is_new: it is a run of its own. One that goes on may have been stopped at its last step, and be ended.
+    """
+    if checkpoint is None:
+        return
+    step = step_of(checkpoint)
+    if step > max_steps or (is_new and step == max_steps):
+        raise ValueError(
+            f"{key}={checkpoint} is of step {step}, and trainer.max_steps={max_steps} counts from the first: there is "
+            f"nothing left to train; say trainer.max_steps={step + max_steps} for so many more"
+        )
+
+
+def check_base(base: Mapping[str, str], own: Mapping[str, str], is_adapter: bool) -> None:
+    """Raises ValueError where a checkpoint's base is another than that of the run that begins from it.
+
+    Args:
+        base, own: a hash of each network that the checkpoint's run and this one build upon.
+        is_adapter: an adapter is trained, and not the weights that a score compares with their beginning.
+    """
+    other = [name for name, value in own.items() if base.get(name) != value]
+    if not other:
+        return
+    if not base and not is_adapter:
+        raise ValueError(
+            "the checkpoint's run took no anchored score, so it does not say what its base was, which that score "
+            "compares with; go on with score=magnitude"
+        )
+    whose = "of an adapter for another base" if is_adapter else "scored against another base"
+    raise ValueError(
+        f"the checkpoint is {whose}, whose {', '.join(other)} had other weights; name that base with model.pretrained="
+    )
+
+
+def check_optimizer(kind: str | None, own: OptimizerConfig) -> None:
+    """Raises ValueError where a checkpoint holds the state of another kind of optimizer; None: an older one, unsaid."""
+    if kind not in (None, own.kind):
+        raise ValueError(
+            f"the checkpoint holds the state of {kind}, which {own.kind} cannot go on with; choose the optimizer= that "
+            "it was, or begin from the run's export with model.pretrained="
+        )
+
+
+def check_rule_score(rule: str, scoring: Scoring) -> None:
+    """Raises ValueError where a rule would go on by another score than it has learnt from."""
+    if rule != scoring.rule:
+        raise ValueError(
+            f"the checkpoint's exclusion rule went by score.rule={rule}, whose scores are no measure for those of "
+            f"{scoring.rule}; resume with score={rule}, or score=both score.rule={rule}"
+        )
 
 
 def check_accelerator(accelerator: str, devices: object) -> None:

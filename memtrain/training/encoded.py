@@ -89,7 +89,7 @@ def encode_pictures(
 def encode_once(model: DiffusionModel, data: DataModule, positions: Positions, batch_size: int = 32) -> Batch:
     """Encode samples of one size into one batch on the CPU, posteriors in place of pictures; bad ones are reported.
 
-    For samples that look the same at every visit.
+    For samples that look the same at every visit. Where a shard is gone, the batch says so, as one of training does.
     """
     decode, device = data.collate(data.views), model.device
     parts = []
@@ -102,7 +102,9 @@ def encode_once(model: DiffusionModel, data: DataModule, positions: Positions, b
     # the parts, one after the other: every tensor of a batch has its rows first
     names = [field.name for field in fields(Batch) if isinstance(getattr(parts[0], field.name), Tensor)]
     whole: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return Batch(captions=[caption for part in parts for caption in part.captions], problems=[], **whole)
+    captions = [caption for part in parts for caption in part.captions]
+    missing = next((part.missing for part in parts if part.missing is not None), None)
+    return Batch(captions=captions, problems=[], missing=missing, **whole)
 
 
 def rows_of(batch: Batch, rows: Sequence[int], places: Sequence[int]) -> Batch:

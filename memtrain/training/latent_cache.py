@@ -32,6 +32,7 @@ from memtrain.data.latents import (
     read_header,
     shard_state,
 )
+from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples
 from memtrain.models.base import DiffusionModel
 
@@ -146,6 +147,8 @@ def write_latents(
 ) -> None:
     """Encode the shards of these numbers into a file each, written aside and renamed: what is there is whole.
 
+    Raises ShardMissing where one is gone while it is read.
+
     `header`: what `made_with` says of model and samples, where it has been asked already: it reads all weights.
     """
     header = header or made_with(model, samples)
@@ -188,6 +191,12 @@ def _encode(
         columns.setdefault(name, []).append(rows.cpu())
 
     for batch in loader:
+        if (
+            batch.missing is not None
+        ):  # its rows are no bad samples: there is no file of a shard that was not read whole
+            raise ShardMissing(batch.missing)
+        for key, why in batch.problems:
+            log.warning("bad sample %s: %s", key, why)
         images = batch.images.to(device)
         # mean and standard deviation, (B, C, h, w) each -> (B, 2, C, h, w)
         keep("posterior", torch.stack(model.encode_posterior(images), dim=1).to(dtype))

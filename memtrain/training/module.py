@@ -32,6 +32,7 @@ from memtrain.models.base import DiffusionModel, trained_parameters
 from memtrain.training import ranks, strategy
 from memtrain.training.accumulation import Accumulation
 from memtrain.training.average import AveragedWeights
+from memtrain.training.checks import check_base, check_optimizer, check_rule_score
 from memtrain.training.encoded import EncodedSamples, encode_pictures, encode_samples
 from memtrain.training.latent_cache import with_foreign_latents
 from memtrain.training.machine import Keeper, Machine
@@ -166,6 +167,7 @@ class DiffusionTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer, schedule = self.optimizer_config.build(self.trained_parameters(), self.trainer.max_steps)
+        self._settings = self.optimizer_config.settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -177,6 +179,10 @@ class DiffusionTraining(pl.LightningModule):
             log.info("the anchored score compares with the weights that the run began with: %s", self.anchor.cost())
         if self.scoring.every and self.reference_size == 0:
             say_unscored(len(data_of(self.trainer).groups.reference))
+
+    def on_train_start(self) -> None:
+        [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        self.optimizer_config.take_up(optimizer, schedule.scheduler, self._settings)
 
     # ---- one micro-batch
 
@@ -232,7 +238,7 @@ class DiffusionTraining(pl.LightningModule):
         self.log_dict(
             {
                 "loss": torch.where(valid, observed.loss, 0.0).sum() / rows,
-                "score": observed.score.sum() / observed.scored.sum().clamp(min=1),
+                "score": observed.score.sum() / observed.known.sum().clamp(min=1),
                 "excluded": (valid & ~decision.keep_mask).sum() / rows,
             },
             prog_bar=True,
@@ -262,6 +268,7 @@ class DiffusionTraining(pl.LightningModule):
     def _decide_reference(self) -> DecidedRows | None:
         """Score the reference rows whose turn it is, and ask the rule whether it would exclude them; None: nobody's."""
         seen = self.reference.observe(self.trainer, self.predictor, self.global_step, self.reference_size)
+        self.stops.missing = self.stops.missing or self.reference.missing
         if seen is None:
             return None
         observed, valid = seen
@@ -345,6 +352,7 @@ class DiffusionTraining(pl.LightningModule):
             "ema": self.ema.state_dict(),
             "base": self._base,
             "rule_score": self.scoring.rule,
+            "optimizer": self.optimizer_config.kind,
             **self.accumulation.state_dict(),
         }
 
@@ -353,22 +361,6 @@ class DiffusionTraining(pl.LightningModule):
         """A hash of the weights of each network that a run must begin with to go on with this one's checkpoints."""
         return {**self.adapter.base, **(self.anchor.fingerprint if self.anchor else {})}
 
-    def _check_base(self, base: dict[str, str]) -> None:
-        """Raises ValueError where a checkpoint's base is another than this run's."""
-        other = [name for name, own in self._base.items() if base.get(name) != own]
-        if not other:
-            return
-        if self.anchor and not base:
-            raise ValueError(
-                "the checkpoint's run took no anchored score, so it does not say what its base was, which that score "
-                "compares with; go on with score=magnitude"
-            )
-        whose = "of an adapter for another base" if self.adapter.base else "scored against another base"
-        raise ValueError(
-            f"the checkpoint is {whose}, whose {', '.join(other)} had other weights; name that base with "
-            "model.pretrained="
-        )
-
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing = sorted(trained - set(checkpoint.get("state_dict", trained)))  # trainer=fsdp took it
@@ -376,13 +368,10 @@ class DiffusionTraining(pl.LightningModule):
             lacking = missing[0] if missing else "memtrain's state"
             raise ValueError(f"ckpt_path is not a checkpoint of this model: it lacks {lacking}")
         state = checkpoint["memtrain"]
-        self._check_base(state.get("base", {}))
-        rule_score = state.get("rule_score", MAGNITUDE)
-        if rule_score != self.scoring.rule and self.exclusion.needs_score:
-            raise ValueError(
-                f"the checkpoint's exclusion rule went by score.rule={rule_score}, whose scores are no measure for "
-                f"those of {self.scoring.rule}; resume with score={rule_score}, or score=both score.rule={rule_score}"
-            )
+        check_base(state.get("base", {}), self._base, is_adapter=bool(self.adapter.base))
+        check_optimizer(state.get("optimizer"), self.optimizer_config)
+        if self.exclusion.needs_score:
+            check_rule_score(state.get("rule_score", MAGNITUDE), self.scoring)
         self.exclusion.load_state_dict(state["exclusion"])
         if self.memory and state["scores"]:
             self.memory.load_state_dict(state["scores"])

@@ -8,7 +8,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 SCHEDULES = ("constant", "cosine", "one_cycle")
+_KEPT = {"lr", "fused"}  # settings that go another way: by the schedule; and what a run that goes on does as before
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, num_steps: int) -> float:
@@ -65,6 +66,30 @@ class OptimizerConfig(ABC):
         """Share of the full rate at a step of a run of `num_steps`."""
         return learning_rate_factor(step, self.schedule, self.warmup(num_steps), num_steps)
 
+    @property
+    def kind(self) -> str:
+        """Whose state a checkpoint holds: what one kind of optimizer remembers is of no use to another."""
+        return type(self).__name__
+
+    def settings(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What the config says of an optimizer that has just been built, as it holds it itself, but for the rate."""
+        [group] = optimizer.param_groups
+        names = {field.name for field in fields(self)} - _KEPT  # type: ignore[arg-type]  # it is a dataclass
+        return {name: value for name, value in group.items() if name in names}
+
+    def take_up(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR, settings: dict[str, Any]) -> None:
+        """Have an optimizer go by this config that was loaded from a checkpoint, where settings are part of the state.
+
+        What it was doing under the same config stays the same, bit for bit.
+
+        Args:
+            settings: those of `settings`, from before it was loaded.
+        """
+        [group], [factor] = optimizer.param_groups, schedule.lr_lambdas
+        group |= settings
+        group["initial_lr"], schedule.base_lrs = self.lr, [self.lr]
+        group["lr"] = self.lr * factor(schedule.last_epoch)
+
     def warmup(self, num_steps: int) -> int:
         """Over how many steps of a run of `num_steps` the rate rises."""
         return round(self.warmup_steps * num_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
@@ -107,6 +132,10 @@ class AdamW(OptimizerConfig):
     @property
     def shards(self) -> bool:
         return not self.eight_bit
+
+    @property
+    def kind(self) -> str:
+        return "AdamW8bit" if self.eight_bit else "AdamW"
 
     def make(self, parameters: list[nn.Parameter], num_steps: int) -> torch.optim.Optimizer:
         first, second = self.betas  # a config gives a list

@@ -43,6 +43,7 @@ class ReferenceSet:
             )
         self.every, self.batch_size = every, batch_size
         self.not_finite = 0  # rows of this rank that were left out
+        self.missing: str | None = None  # a shard that was gone for this rank, in words
         self._buckets: list[np.ndarray] = []  # positions; found at the first turn
         self._encoded: dict[int, Batch] = {}  # buckets that look the same at every turn
 
@@ -111,6 +112,7 @@ class ReferenceSet:
             rows = zip(places.tolist(), positions[row].tolist(), strict=True)
             batch = data.collate(views)([(step, place, position) for place, position in rows])
             data.report(batch)
+        self.missing = self.missing or batch.missing
         return replace(batch, valid=batch.valid & torch.from_numpy(in_turn))
 
     def _whose(self, number: int, size: int) -> tuple[int, int]:

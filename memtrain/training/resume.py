@@ -101,6 +101,13 @@ def damage(path: Path) -> str | None:
     return f"it lacks {', '.join(missing)}" if missing else None
 
 
+def step_of(path: Path) -> int:
+    """The optimizer steps that a checkpoint's run had made."""
+    import torch
+
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
 def whole_checkpoint(path: Path) -> Path:
     """This checkpoint, or the newest older one beside it that is not damaged.
 
@@ -130,9 +137,20 @@ class Past:
     folder: Path
     state: RunState
 
-    def is_finished(self, max_steps: int) -> bool:
+    def is_finished(self, max_steps: int, patience: int | None) -> bool:
+        """Whether there is nothing to go on with: it reached its last step, or stopped early and has no more patience.
+
+        Args:
+            max_steps, patience: `trainer.max_steps` and `stop_early.patience`, as they are now.
+        """
         finished_at = self.state.finished_at
-        return finished_at is not None and (finished_at >= max_steps or self.state.stopped_early)
+        if finished_at is None:
+            return False
+        return finished_at >= max_steps or (self.state.stopped_early and not self._is_more_patient(patience))
+
+    def _is_more_patient(self, patience: int | None) -> bool:
+        before = _flat(self._config()).get("stop_early.patience")
+        return before is not None and (patience is None or patience > before)
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; None where the run was stopped before its first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,7 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds = 0.0
         self._runs = False
 
@@ -45,11 +46,19 @@ class Stopwatch:
         yield
         ended.record()
         self._events.append((began, ended))
+        while (
+            self._events and self._events[0][1].query()
+        ):  # over: nobody waits, and where nobody asks they do not pile up
+            self._add(*self._events.popleft())
+
+    def _add(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
+        self._seconds += began.elapsed_time(ended) / 1e3
 
     def take(self) -> float:
         """The seconds that were counted since the last call."""
         if self._events:
             self._events[-1][1].synchronize()
-        seconds = self._seconds + sum(began.elapsed_time(ended) for began, ended in self._events) / 1e3
-        self._events, self._seconds = [], 0.0
+        while self._events:
+            self._add(*self._events.popleft())
+        seconds, self._seconds = self._seconds, 0.0
         return seconds

@@ -12,6 +12,7 @@ from memtrain.callbacks.generation import compare
 from memtrain.callbacks.live_statistics import CAPTIONED
 from memtrain.callbacks.memorized_table import VisitedSamples
 from memtrain.callbacks.search import training_pictures
+from memtrain.callbacks.validation import Validation
 from memtrain.core.copies import copy_cut, latent_rmse
 from memtrain.core.exclusion import CANARY, REFERENCE, TRAINED, FixedThreshold
 from memtrain.core.visits import SUMS, columns_of
@@ -93,6 +94,35 @@ def test_validation_is_a_function_of_the_weights_alone(pipeline_folder, corpus, 
         trainer = fit(module, build_data(corpus), tmp_path, steps, callbacks=[validation(batch_size=batch_size)])
         figures.append({k: v.item() for k, v in trainer.callback_metrics.items() if "val_" in k or "heldout" in k})
     assert len(figures[0]) == 9 and figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+def test_scores_that_are_not_finite_tell_nobody_apart(pipeline_folder, corpus, tmp_path):
+    """A nan sorts above all: pictures that have no score would be told from all others."""
+    look = Validation(5, 4, 2, 0.7, 8)
+
+    def looked_at(*arguments, found=look._look_at):
+        timesteps, loss, score, second = found(*arguments)
+        return timesteps, loss, torch.full_like(score, torch.nan), second
+
+    look._look_at = looked_at
+    trainer = fit(build_module(pipeline_folder), build_data(corpus), tmp_path, 1, callbacks=[look])
+    assert trainer.callback_metrics["heldout_loss"].isfinite()
+    assert trainer.callback_metrics["auc_canary_vs_reference"].isnan()
+    assert trainer.callback_metrics["tpr_at_1pct_fpr"].isnan()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((1, 0.7), "timesteps_per_sample=1 looks at none at high noise, from 0.7 of the schedule on; say 2 or more"),
+        ((4, 0.9), "timesteps_per_sample=4 looks at none at high noise, from 0.9 .* say 5 or more"),
+        ((4, 1.0), r"high_noise is a share of the schedule in \[0, 1\), got 1"),
+    ],
+)
+def test_a_validation_that_sees_no_high_noise_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        Validation(1, 4, *options, 8)
+    Validation(1, 4, 5, 0.9, 8)
 
 
 def test_validation_leaves_training_untouched(pipeline_folder, corpus, tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, that do not fit on the disk, that a run goes on from: what was saved is there."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from memtrain.callbacks.curves import MemorizationCurves
 from memtrain.callbacks.ledger import Ledger
+from memtrain.cli.main import main
 from memtrain.data.ledger import read_ledger
 from memtrain.training.resume import RunState, checkpoints_in, damage, whole_checkpoint
 from tests.conftest import weights
-from tests.support.program import saved, small_run
+from tests.support.program import fails, saved, small_run
 from tests.support.training import Record, train
 
 
@@ -198,6 +201,36 @@ def test_what_breaks_off_in_a_window_goes_on_with_a_whole_one(pipeline_folder, c
         assert [i for batch in seen.keys for i in batch] == [i for batch in record.keys[6:] for i in batch]
         assert rest.global_step == 5 and rest.accumulation.samples_seen == whole.accumulation.samples_seen
         torch.testing.assert_close(weights(rest), weights(whole), atol=1e-5, rtol=0)
+
+
+class BreakAtStart(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise RuntimeError("no server there")
+
+
+def test_what_breaks_off_before_a_run_goes_on_says_so_and_leaves_its_checkpoint(pipeline_folder, corpus, tmp_path):
+    train(pipeline_folder, corpus, tmp_path, 2)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    looks = [BreakAtStart(), MemorizationCurves(2, 0.7)]
+    with pytest.raises(RuntimeError, match="no server there"):
+        train(pipeline_folder, corpus, tmp_path, 4, callbacks=looks, ckpt_path=str(last))
+    assert last.read_bytes() == before
+
+
+def test_a_checkpoint_behind_which_nothing_is_left_is_refused(capsys, pipeline_folder, corpus, tmp_path):
+    words = small_run(corpus, pipeline_folder, tmp_path, "callbacks.curves=null", steps=2)
+    main([*words, "run_id=one"])
+    last = tmp_path / "faults" / "one" / "checkpoints" / "last.ckpt"
+    said = fails(capsys, *words, "run_id=two", f"ckpt_path={last}")
+    assert "step-00000002.ckpt is of step 2, and trainer.max_steps=2 counts from the first" in said
+    assert "say trainer.max_steps=4 for so many more" in said and not (tmp_path / "faults" / "two").exists()
+    main([*words, "run_id=two", f"ckpt_path={last}", "trainer.max_steps=3"])
+    assert "a run of its own from" in (tmp_path / "faults" / "two" / "run.log").read_text()
+    (tmp_path / "faults" / "one" / "run.json").unlink()  # it was cut off before its end
+    allowed = ("resume=auto", "resume.allow=[trainer.max_steps]", "run_id=one", "trainer.max_steps=1")
+    shutil.rmtree(tmp_path / "faults" / "two")
+    assert "nothing left to train" in fails(capsys, *words, *allowed)
 
 
 def test_a_run_that_is_stopped_at_its_end_is_ended(pipeline_folder, corpus, tmp_path):

@@ -18,6 +18,7 @@ from memtrain.training.checks import check_accelerator
 from memtrain.training.resume import RunState, checkpoints_in, damage, differences, find_run
 from tests.conftest import build_data, build_module, fit, weights
 from tests.support.forks import ended, wait_until
+from tests.support.observe import observe
 from tests.support.program import saved, small_run
 from tests.support.rules import quick_evidence
 from tests.support.training import Poison, Record, train
@@ -177,6 +178,20 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(pipeline_folder,
     last = str(tmp_path / "a" / "checkpoints" / "last.ckpt")
     fit(rest, build_data(corpus), tmp_path / "a", 5, callbacks=callbacks, ckpt_path=last)
     assert rest.stops.bad_steps == 1 and weights(rest).isfinite().all()
+
+
+def test_rows_are_blamed_by_their_losses_and_all_where_a_gradient_alone_is_not_finite(pipeline_folder, corpus):
+    module, data = build_module(pipeline_folder), build_data(corpus)
+    index = torch.tensor([3, 1, 2])
+    module.accumulation._observed = [observe([1.0, 1.0, 1.0], index=index)]
+
+    def blamed(suspect, told_by_losses):
+        return module.accumulation._blamed(torch.tensor(suspect), data.samples, told_by_losses)
+
+    keys = [data.samples.key(position) for position in index.tolist()]
+    assert blamed([False, True, False], True) == [keys[1]]
+    assert blamed([False] * 3, True) == []  # another rank's
+    assert blamed([False] * 3, False) == keys
 
 
 @pytest.mark.slow

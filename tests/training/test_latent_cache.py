@@ -14,6 +14,7 @@ from memtrain.cli.main import main
 from memtrain.data.datamodule import from_shards
 from memtrain.data.images import BadSample
 from memtrain.data.latents import HIDDEN_BOUNDS
+from memtrain.data.remote import ShardMissing
 from memtrain.data.samples import ShardSamples
 from memtrain.models.t5 import set_t5_padding
 from memtrain.training.latent_cache import (
@@ -133,12 +134,13 @@ def test_what_cannot_be_cached_is_refused(corpus, tmp_path, options):
         data(corpus, cache=str(tmp_path), **options)
 
 
-def test_a_bad_sample_stays_bad_and_an_empty_shard_empty(pipeline_folder, tmp_path):
+def test_a_bad_sample_stays_bad_and_an_empty_shard_empty(pipeline_folder, tmp_path, caplog):
     shards = tmp_path / "shards"
     shards.mkdir()
     write_tar(shards / "0.tar", [("a.jpg", picture())])  # no caption: no sample
     write_tar(shards / "1.tar", sample("a", "good é") + sample("b", "bad", b"<html>") + sample("c", ""))
     write(pipeline_folder, shards, "beside")
+    assert "bad sample 1.tar/b: " in caplog.text and "0.tar/" not in caplog.text
     assert sorted(path.name for path in shards.glob("*.latents.safetensors")) == [
         "0.tar.latents.safetensors",
         "1.tar.latents.safetensors",
@@ -154,6 +156,46 @@ def test_a_bad_sample_stays_bad_and_an_empty_shard_empty(pipeline_folder, tmp_pa
         )
         assert by_sample == {0: (True, "good é"), 1: (False, ""), 2: (True, "")}
     assert module.accumulation.samples_seen == 4 and list(batches.problems) == ["1.tar/b"]
+
+
+class Gone:
+    """Shards none of which can be opened."""
+
+    def __getitem__(self, number):
+        raise ShardMissing("it is gone")
+
+    def read_ahead(self, wanted):
+        pass
+
+
+def lost(monkeypatch, name: str) -> None:
+    """The shard of this name is gone when it is to be decoded."""
+
+    def get(self, index, *more, get=ShardSamples.get):
+        opened = self._open
+        try:
+            self._open = Gone() if self.key(index).startswith(name) else opened
+            return get(self, index, *more)
+        finally:
+            self._open = opened
+
+    monkeypatch.setattr(ShardSamples, "get", get)
+
+
+@pytest.mark.parametrize("missing", ["stop", "skip"])
+def test_a_shard_that_is_lost_on_the_way_has_no_file_and_is_told(
+    pipeline_folder, corpus, tmp_path, capsys, monkeypatch, missing
+):
+    """Its samples are not bad: the same command makes its file when it is back, and nobody trains without them."""
+    words = ["cache", f"model.pretrained={pipeline_folder}", f"data.shards={corpus}", "data.resolution=64",
+             "data.num_workers=0", f"out={tmp_path}", f"data.missing_shards={missing}"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        lost(patch, "00001.tar")
+        assert "1 shards could not be encoded, the same command tries them again: 00001.tar" in fails(capsys, *words)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["00000.tar.latents.safetensors", "00002.tar.latents.safetensors"]
+    main(words)
+    assert "3 shards, 1 to encode" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_file_holds_what_its_header_says(pipeline_folder, corpus, tmp_path):

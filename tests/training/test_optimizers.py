@@ -62,6 +62,38 @@ def test_a_run_that_goes_on_makes_the_steps_of_one_that_was_not_stopped(pipeline
     assert 0.98 * said < taken <= said  # of weights that are zero Prodigy keeps nothing to begin with
 
 
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_run_that_goes_on_with_other_settings_goes_by_these(pipeline_folder, corpus, tmp_path, name):
+    """Not by the checkpoint's, which holds them as state: rate and average as the config says at the next step."""
+
+    def run(steps, ema_decay, **settings):
+        chosen = optimizer(name, **settings)
+        module = build_module(pipeline_folder, optimizer=chosen, ema_decay=ema_decay, scoring=Scoring(every=0))
+        last = tmp_path / "last.ckpt"
+        options = {"callbacks": [checkpoint(2, str(tmp_path))], "ckpt_path": str(last) if last.exists() else None}
+        fit(module, build_data(corpus, 2), tmp_path, steps, **options)
+        [group] = module.trainer.optimizers[0].param_groups
+        return module, group
+
+    run(2, 0.9)
+    changed = {"weight_decay": 0.5, "lr": 2.0 if name == "prodigy" else 5e-4}
+    changed |= {"clip_threshold": 0.25} if name == "adafactor" else {"betas": [0.8, 0.95]}
+    module, group = run(4, 0.5, **changed)
+    [rate] = {schedule.scheduler.get_last_lr()[0] for schedule in module.trainer.lr_scheduler_configs}
+    assert group["lr"] == rate == changed.pop("lr") and group["initial_lr"] == rate
+    assert {key: list(value) if key == "betas" else value for key, value in group.items() if key in changed} == changed
+    assert module.optimizer_config.averages or module.ema.state_dict()["decay"] == 0.5
+
+
+def test_the_state_of_another_optimizer_is_refused_in_a_line(pipeline_folder, corpus, tmp_path):
+    module = build_module(pipeline_folder, optimizer=optimizer("adamw"), scoring=Scoring(every=0))
+    fit(module, build_data(corpus, 2), tmp_path, 1, callbacks=[checkpoint(1, str(tmp_path))])
+    other = build_module(pipeline_folder, optimizer=optimizer("adamw8bit"), scoring=Scoring(every=0))
+    says = "holds the state of AdamW, which AdamW8bit cannot go on with; choose the optimizer= that"
+    with pytest.raises(ValueError, match=says):
+        fit(other, build_data(corpus, 2), tmp_path, 2, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
 def test_schedule_free_is_judged_by_its_average():
     """Against Defazio et al. 2024, algorithm 1, x and z side by side, on a quadratic that is noisy."""
     config, noise = optimizer("schedule_free", lr=0.1, warmup_steps=3), torch.Generator().manual_seed(0)

@@ -14,8 +14,12 @@ from memtrain.core import diffusion
 from memtrain.core.exclusion import REFERENCE, FixedThreshold, KeepAll
 from memtrain.core.statistics import BinnedMoments
 from memtrain.core.streams import Stream, place_seed
+from memtrain.data.remote import ShardMissing
+from memtrain.data.samples import ShardSamples
+from memtrain.training.checkpoint import checkpoint
 from memtrain.training.methods import EmbeddingNoise, Method, RandomTokensAdded
 from memtrain.training.optimizers import AdamW
+from memtrain.training.resume import checkpoints_in
 from memtrain.training.score_memory import Scoring
 from tests.conftest import build_data, build_module, fit
 from tests.support.corpora import encode, sample, textured, write_tar
@@ -219,6 +223,26 @@ def test_reference_pictures_that_cannot_be_decoded_say_nothing(pipeline_folder, 
     for observed, kept in zip(seen.turns, seen.kept, strict=True):
         readable = torch.tensor([data.samples.key(i) not in lost for i in observed.sample_index.tolist()])
         assert torch.equal(observed.scored, readable) and not kept[~readable].any()
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_shard_that_is_gone_for_the_reference_set_ends_the_run_with_a_checkpoint(
+    pipeline_folder, corpus, tmp_path, monkeypatch, crop
+):
+    """Its samples are not passed over as bad ones are: the run would go on by another reference set."""
+    data = build_data(corpus, crop=crop)
+    held_out = set(data.groups.reference.tolist())
+
+    def get(self, index, *view, get=ShardSamples.get):
+        if index in held_out:
+            raise ShardMissing("00001.tar is gone")
+        return get(self, index, *view)
+
+    monkeypatch.setattr(ShardSamples, "get", get)
+    module = build_module(pipeline_folder, quick_evidence(), reference_batch=8, reference_every=1)
+    with pytest.raises(ShardMissing, match=r"00001\.tar is gone"):
+        fit(module, data, tmp_path, 9, callbacks=[checkpoint(9, str(tmp_path))])
+    assert list(checkpoints_in(tmp_path)) == [1]  # of the step whose turn it was; there is no other
 
 
 def test_cached_latents_serve_the_reference_set(pipeline_folder, corpus, tmp_path):

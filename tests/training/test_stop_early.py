@@ -59,7 +59,10 @@ def test_a_run_ends_with_its_best_weights_and_so_does_one_that_is_cut_off(train,
     assert trainer.global_step == best + 2 and trainer.callback_metrics["heldout_loss"].item() == early.loss
     assert torch.equal(spoil.at_the_end, spoil.weights[best])
     assert not torch.equal(weights(trainer.lightning_module), spoil.at_the_end)  # those that are trained stay
-    assert Past(tmp_path / "run", RunState.read(tmp_path / "run")).is_finished(max_steps=20)
+    past = Past(tmp_path / "run", RunState.read(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text("stop_early:\n  patience: 2\n")
+    assert past.is_finished(20, patience=2) and past.is_finished(40, patience=1) and past.is_finished(3, patience=9)
+    assert not past.is_finished(20, patience=4) and not past.is_finished(20, patience=None)
     # killed after a step in which it waited
     assert train(patience=2, folder="killed", kill=best + 1) is None
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
@@ -69,6 +72,15 @@ def test_a_run_ends_with_its_best_weights_and_so_does_one_that_is_cut_off(train,
     at_stop = tmp_path / "run" / "checkpoints" / "last.ckpt"
     ended, _, spoil_ended = train(patience=2, folder="ended", ckpt_path=str(at_stop))
     assert ended.global_step == trainer.global_step and torch.equal(spoil_ended.at_the_end, spoil.at_the_end)
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(train, tmp_path):
+    trainer, early, _ = train(patience=2)
+    at_stop = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    further, still, spoil = train(patience=4, ckpt_path=str(at_stop))
+    assert further.global_step == trainer.global_step + 2 and (still.step, still.loss) == (early.step, early.loss)
+    whole, _, spoil_whole = train(patience=4, folder="whole")
+    assert whole.global_step == further.global_step and torch.equal(spoil.at_the_end, spoil_whole.at_the_end)
 
 
 def test_a_run_that_is_not_stopped_ends_with_its_best_weights_too(train):
