@@ -38,7 +38,7 @@ class Criterion:
 
     score_margin: float = 0.1
     copy_margin: float = 0.02
-    min_steps: int = 25
+    min_steps: int = 20
     look_every: int = 5
     max_rmse: float = DEFAULT_MAX_RMSE
     false_copies: float = DEFAULT_FALSE_COPIES
