@@ -123,7 +123,7 @@ def test_train_with_several_values_makes_a_run_of_each(corpus, pipeline_folder, 
     monkeypatch.setenv("MEMTRAIN_RUN_ID", "many")
     options = small_run(corpus, pipeline_folder, tmp_path / "runs", "exclusion=fixed", steps=1)[1:]
     options = [option for option in options if option != "callbacks.validation=null"]  # which says its step
-    few = ("callbacks.validation.every=2", "callbacks.validation.timesteps_per_sample=1")
+    few = ("callbacks.validation.every=2", "callbacks.validation.timesteps_per_sample=2")
     main(["train", "-m", *options, *few, "exclusion.threshold=1,3"])
     runs = sorted(path.name for path in (tmp_path / "runs" / "faults").glob("many-*"))
     assert runs == ["many-0", "many-1"]
