@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from memtrain.core import losses
 from memtrain.core.exclusion import PULL, SACRIFICED, Decision, ExclusionRule, Observations
@@ -182,6 +183,7 @@ class DiffusionTraining(pl.LightningModule):
 
     def on_train_start(self) -> None:
         [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        assert isinstance(schedule.scheduler, LambdaLR)  # as `OptimizerConfig.build` makes it
         self.optimizer_config.take_up(optimizer, schedule.scheduler, self._settings)
 
     # ---- one micro-batch
