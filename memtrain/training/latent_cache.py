@@ -191,9 +191,7 @@ def _encode(
         columns.setdefault(name, []).append(rows.cpu())
 
     for batch in loader:
-        if (
-            batch.missing is not None
-        ):  # its rows are no bad samples: there is no file of a shard that was not read whole
+        if batch.missing is not None:  # its rows are no bad samples, and half a shard has no file
             raise ShardMissing(batch.missing)
         for key, why in batch.problems:
             log.warning("bad sample %s: %s", key, why)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 SCHEDULES = ("constant", "cosine", "one_cycle")
-_KEPT = {"lr", "fused"}  # settings that go another way: by the schedule; and what a run that goes on does as before
+_OTHERWISE = {"lr", "fused"}  # the schedule says the rate of a step; how it is computed stays what it was
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, num_steps: int) -> float:
@@ -71,13 +71,13 @@ class OptimizerConfig(ABC):
         """Whose state a checkpoint holds: what one kind of optimizer remembers is of no use to another."""
         return type(self).__name__
 
-    def settings(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """What the config says of an optimizer that has just been built, as it holds it itself, but for the rate."""
-        [group] = optimizer.param_groups
-        names = {field.name for field in fields(self)} - _KEPT  # type: ignore[arg-type]  # it is a dataclass
-        return {name: value for name, value in group.items() if name in names}
+    def settings(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+        """What the config says of an optimizer that has just been built, as each of its groups holds it."""
+        names = {field.name for field in fields(self)}  # type: ignore[arg-type]  # it is a dataclass
+        names = (names | {"initial_lr"}) - _OTHERWISE
+        return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
 
-    def take_up(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR, settings: dict[str, Any]) -> None:
+    def take_up(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR, settings: list[dict[str, Any]]) -> None:
         """Have an optimizer go by this config that was loaded from a checkpoint, where settings are part of the state.
 
         What it was doing under the same config stays the same, bit for bit.
@@ -85,10 +85,10 @@ class OptimizerConfig(ABC):
         Args:
             settings: those of `settings`, from before it was loaded.
         """
-        [group], [factor] = optimizer.param_groups, schedule.lr_lambdas
-        group |= settings
-        group["initial_lr"], schedule.base_lrs = self.lr, [self.lr]
-        group["lr"] = self.lr * factor(schedule.last_epoch)
+        schedule.base_lrs = [own["initial_lr"] for own in settings]
+        for group, own, factor in zip(optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
+            group |= own
+            group["lr"] = own["initial_lr"] * factor(schedule.last_epoch)
 
     def warmup(self, num_steps: int) -> int:
         """Over how many steps of a run of `num_steps` the rate rises."""

@@ -46,9 +46,7 @@ class Stopwatch:
         yield
         ended.record()
         self._events.append((began, ended))
-        while (
-            self._events and self._events[0][1].query()
-        ):  # over: nobody waits, and where nobody asks they do not pile up
+        while self._events and self._events[0][1].query():  # over: no waiting, and nothing piles up where nobody asks
             self._add(*self._events.popleft())
 
     def _add(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
